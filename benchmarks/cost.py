@@ -1,0 +1,77 @@
+"""Compare what quantizing costs: CPU seconds and peak memory of whole processes; test that depth costs no memory."""
+
+import argparse
+import json
+
+import protocol
+from measure import measure
+from random_llama import write_random_llama
+from record import write_results
+from runs import OURS, PEERS, RECIPES, RUNS, SCHEME, Setup, add_arguments, execute, quantize, select, setup_from
+
+CPU_LIMIT, PEAK_LIMIT, DEPTH_LIMIT = 0.5, 0.75, 1.1
+DEPTH_FACTOR = 4
+COMPARED = [name for name in RUNS if RUNS[name].method in ("gptq", "awq")]
+
+
+def bounds(costs: dict[str, dict]) -> list[dict]:
+    """Our cost as a fraction of the cheapest peer's, for each method and symmetry that both sides ran."""
+    found = []
+    for method in ("gptq", "awq"):
+        for symmetric in (True, False):
+            runs = [RUNS[name] for name in costs]
+            names = [run.name for run in runs if (run.method, run.symmetric) == (method, symmetric)]
+            peers = [name for name in names if RUNS[name].tool in PEERS]
+            ours = [name for name in names if RUNS[name].tool == OURS]
+            if peers and ours:
+                found.append(bound(costs, ours[0], peers, "cpu_seconds", CPU_LIMIT))
+                found.append(bound(costs, ours[0], peers, "peak_bytes", PEAK_LIMIT))
+    return found
+
+
+def bound(costs: dict[str, dict], ours: str, peers: list[str], figure: str, limit: float) -> dict:
+    """One figure of our run against the lowest of the peers'."""
+    rival = min(peers, key=lambda name: costs[name][figure])
+    ratio = costs[ours][figure] / costs[rival][figure]
+    return {"bound": figure, "ours": ours, "theirs": rival, "ratio": ratio, "limit": limit, "met": ratio <= limit}
+
+
+def depth_test(setup: Setup, recipe: str) -> dict:
+    """Our peak memory on a random-weight Llama of the model's shape, and on one with DEPTH_FACTOR times the blocks."""
+    config = json.loads((setup.model / "config.json").read_text())
+    peaks = {}
+    for blocks in (config["num_hidden_layers"], DEPTH_FACTOR * config["num_hidden_layers"]):
+        source = setup.outputs / f"random-{blocks}-blocks"
+        write_random_llama(source, {**config, "num_hidden_layers": blocks}, tokenizer_from=setup.model)
+        arguments = quantize(recipe, True, source, setup.data_dir)
+        out = setup.outputs / f"{source.name}-{recipe}"
+        ours = [setup.programs[OURS], *arguments, "-o", str(out)]
+        peaks[blocks] = measure(ours, out.with_suffix(".log"), setup.environment)
+    few, many = (cost["peak_bytes"] for cost in peaks.values())
+    ratio = many / few
+    return {"recipe": recipe, "blocks": peaks, "ratio": ratio, "limit": DEPTH_LIMIT, "met": ratio < DEPTH_LIMIT}
+
+
+def main() -> None:
+    """Measure, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--skip-depth", action="store_true", help="leave out the test with more blocks")
+    arguments = parser.parse_args()
+    with setup_from(arguments) as setup:
+        costs = {}
+        for run in select(arguments.only, setup, default=COMPARED):
+            costs[run.name] = execute(run, setup)
+            print(f"{run.name}: {costs[run.name]['cpu_seconds']:.0f} CPU seconds", flush=True)
+        depth = [] if arguments.skip_depth else [depth_test(setup, RECIPES[method]) for method in ("gptq", "awq")]
+        sections = {
+            "protocol": {"scheme": SCHEME, **protocol.describe_calibration(setup.tokens), "threads": setup.threads},
+            "bounds": bounds(costs),
+            "depth": depth,
+            "runs": costs,
+        }
+    write_results(arguments.output, setup.peers, sections)
+
+
+if __name__ == "__main__":
+    main()

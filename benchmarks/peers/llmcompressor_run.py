@@ -1,0 +1,74 @@
+"""Quantize MODEL with llm-compressor: 4-bit weights, groups of 64. Run by the Python of llm-compressor's environment.
+
+All settings but the scheme and the calibration tokens are the peer's defaults: GPTQ with static activation order and
+damping 0.01, AWQ with duo scaling and 20 grid points, the sequential pipeline, one sample per batch.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+
+GROUP_SIZE = 64
+
+
+def scheme(symmetric: bool) -> dict:
+    """The settings that every quantizing modifier takes: W4A16 on all linear layers but the head."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP_SIZE, "symmetric": symmetric}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+
+
+def modifiers(method: str, symmetric: bool) -> list:
+    """The recipe of `method`; awq-both is the setting of the peer's own AWQ example."""
+    if method == "gptq":
+        return [GPTQModifier(**scheme(symmetric))]
+    if method == "awq":
+        return [AWQModifier(), QuantizationModifier(**scheme(symmetric))]
+    if method == "awq-both":
+        return [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme(symmetric))]
+    return [QuantizationModifier(**scheme(symmetric))]
+
+
+def skip_pinning() -> None:
+    """AWQ pins its cache for copies to an accelerator, and `pin_memory` raises where there is none."""
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
+
+
+def calibration_set(tokens: Path) -> Dataset:
+    """The shared token windows in the form that `oneshot` takes as already tokenized."""
+    windows = json.loads(tokens.read_text())
+    return Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
+
+
+def main() -> None:
+    """`llmcompressor_run.py MODEL TOKENS OUT --method gptq [--asymmetric]`"""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("tokens", type=Path, help="JSON file of calibration windows")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--method", choices=["gptq", "awq", "awq-both", "rtn"], required=True)
+    parser.add_argument("--asymmetric", action="store_true")
+    arguments = parser.parse_args()
+    skip_pinning()
+    data = calibration_set(arguments.tokens)
+    oneshot(
+        model=arguments.model,
+        recipe=modifiers(arguments.method, symmetric=not arguments.asymmetric),
+        dataset=None if arguments.method == "rtn" else data,
+        num_calibration_samples=len(data),
+        max_seq_length=len(data[0]["input_ids"]),
+        shuffle_calibration_samples=False,
+        output_dir=arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

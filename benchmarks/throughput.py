@@ -1,0 +1,112 @@
+"""Compare our data-free recipe with `cp`: bytes per second on the same disk, for a bf16 Llama folder of 2 GB or more.
+
+Both read the source from the disk (its pages are dropped from the cache first) and are timed until their output is on
+the disk (fsync of every file). Bytes moved are the bytes read plus the bytes written; we write about a quarter.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from random_llama import write_random_llama
+from record import write_results
+
+LIMIT = 0.5
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files in a folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in files_of(folder))
+
+
+def with_descriptors(folder: Path, action) -> None:
+    """Call `action` with an open descriptor of every file in a folder."""
+    for path in files_of(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            action(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def drop_cache(descriptor: int) -> None:
+    """Forget the cached pages of a file, once they are on the disk."""
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_per_second(command: list[str], source: Path, out: Path) -> float:
+    """Run `command`, which makes `out` from `source`: the bytes read and written per second until fsync."""
+    shutil.rmtree(out, ignore_errors=True)
+    with_descriptors(source, drop_cache)
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with_descriptors(out, os.fsync)
+    seconds = time.monotonic() - start
+    return (size_of(source) + size_of(out)) / seconds
+
+
+def main() -> None:
+    """Write the folder, time both by turns, compare the medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--disk", type=Path, required=True, help="folder on the disk to measure; about 6 GB are used")
+    parser.add_argument("--outlierq", default=str(Path(sys.executable).with_name("outlierq")), help="our command")
+    parser.add_argument("--recipe", default="rtn-w4", help="a data-free recipe (default: rtn-w4)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    with TemporaryDirectory(dir=arguments.disk) as folder:
+        source, copy, packed = (Path(folder, name) for name in ("source", "copy", "packed"))
+        write_random_llama(source, CONFIG)
+        commands = {
+            "cp": (["cp", "-r", "--reflink=never", str(source), str(copy)], copy),
+            "outlierq": (
+                [arguments.outlierq, "quantize", str(source), "--recipe", arguments.recipe, "-o", str(packed)],
+                packed,
+            ),
+        }
+        rates = {name: [] for name in commands}
+        for _ in range(arguments.repeats):
+            for name, (command, out) in commands.items():
+                rates[name].append(bytes_per_second(command, source, out))
+        source_bytes = size_of(source)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratio = medians["outlierq"] / medians["cp"]
+    sections = {
+        "recipe": arguments.recipe,
+        "source_bytes": source_bytes,
+        "bytes_per_second": rates,
+        "bound": {"ratio": ratio, "limit": LIMIT, "met": ratio >= LIMIT},
+    }
+    write_results(arguments.output, {}, sections)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""outlierq compresses LLM checkpoints: one command, a smaller checkpoint that serving stacks load, its loss measured."""
+
+__version__ = "0.1.0"

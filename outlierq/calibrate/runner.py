@@ -1,0 +1,429 @@
+"""Running a model one block at a time: what a block receives is recorded, not rebuilt.
+
+The model runs once per batch with every block replaced by a stub that notes its arguments and hands the hidden states
+on. From then on each block can run alone, on hidden states kept in memory or in a mapped file. What blocks would hand
+each other beside the hidden states (a shared key-value cache) is not carried: a block gets what the recording showed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import NumbersError, SourceError, during
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.calibrate.collect import Collector
+    from outlierq.calibrate.trace import RunOnce
+    from outlierq.core.model import Structure
+
+SPILL_BYTES = 4 << 30
+# Tokens of the probe run. Twice as many than the 16 at which torch switches kernels, and still cheap on every block.
+PROBE_TOKENS = 32
+
+Progress = Callable[[float], None]
+
+
+class StopForward(Exception):
+    """Raised by the last stub: what comes after the blocks is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with. before, after: positional arguments around the hidden states; keyword: all others.
+
+    name: the keyword of the hidden states, None when they are the first positional argument.
+    """
+
+    after: tuple[Any, ...]
+    keyword: dict[str, Any]
+    name: str | None
+
+    def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The hidden states that the module returns; floating-point arguments are given in `dtype`."""
+        after, keyword = _map_tensors((self.after, self.keyword), lambda t: t.to(dtype) if t.is_floating_point() else t)
+        if self.name is None:
+            output = module(hidden, *after, **keyword)
+        else:
+            output = module(*after, **{self.name: hidden}, **keyword)
+        return _hidden_of(output, module)
+
+
+class HiddenStates:
+    """Hidden states of all sequences between two blocks, [sequences, tokens, channels], read and replaced by batch.
+
+    They are in memory, or above `spill_bytes` in a mapped file in `folder`. The file has no name any more once it is
+    mapped, so nothing is left behind by a run that was killed.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch_size: int,
+        *,
+        folder: str | Path | None = None,
+        spill_bytes: int = SPILL_BYTES,
+    ):
+        import torch
+
+        size = shape[0] * shape[1] * shape[2]
+        self.batch_size = batch_size
+        self.spilled = folder is not None and size * dtype.itemsize > spill_bytes
+        self.values = (
+            _mapped(Path(folder), size, dtype).view(shape) if self.spilled else torch.empty(shape, dtype=dtype)
+        )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.values.shape[0] // self.batch_size)
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        """A view of batch number `batch`, [sequences, tokens, channels]; the last batch may be smaller."""
+        if not 0 <= batch < len(self):
+            raise IndexError(f"batch {batch} of {len(self)}")
+        return self.values[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def write(self, batch: int, values: torch.Tensor) -> None:
+        """Replace the hidden states of one batch."""
+        self[batch].copy_(values)
+
+
+def _mapped(folder: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor in a new mapped file."""
+    import os
+    import tempfile
+
+    import torch
+
+    handle, name = tempfile.mkstemp(prefix="hidden-states-", dir=folder)
+    os.close(handle)
+    try:
+        return torch.from_file(name, shared=True, size=size, dtype=dtype)
+    finally:
+        os.unlink(name)
+
+
+@dataclass
+class _Record:
+    """The calls of one block: each different call once, and which of them each batch made."""
+
+    calls: list[Call] = field(default_factory=list)
+    of_batch: list[int] = field(default_factory=list)
+    probe: Call | None = None
+
+    def add(self, call: Call) -> None:
+        """Note the call of the next batch."""
+        for number, known in enumerate(self.calls):
+            if _same(known, call):
+                self.of_batch.append(number)
+                return
+        self.calls.append(call)
+        self.of_batch.append(len(self.calls) - 1)
+
+
+class BlockRunner:
+    """Runs the blocks of a model one by one on the hidden states of a token set.
+
+    model: the skeleton. materialise, release: give the weights to the block of that name and take them away; the
+    empty name is everything outside of the blocks. dtype: in which blocks run (their weights, too, must have it).
+    work_folder: where hidden states above `spill_bytes` go; without it they stay in memory.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        structure: Structure,
+        *,
+        materialise: Callable[[str], Any],
+        release: Callable[[str], Any],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        batch_size: int = 8,
+        work_folder: str | Path | None = None,
+        spill_bytes: int = SPILL_BYTES,
+    ):
+        import torch
+
+        self.model, self.structure = model, structure
+        self.materialise, self.release = materialise, release
+        self.device, self.dtype, self.batch_size = torch.device(device), dtype or torch.bfloat16, batch_size
+        self.work_folder, self.spill_bytes = work_folder, spill_bytes
+        self._records: list[_Record] = []
+        self._known: list[torch.Tensor] = []
+        self._probe_tokens = PROBE_TOKENS
+
+    def start(self, ids: torch.Tensor, *, progress: Progress | None = None) -> HiddenStates:
+        """Record what every block receives and return the hidden states that enter the first one.
+
+        ids: LongTensor [sequences, tokens]. SourceError when the model does not hand hidden states from block to block.
+        """
+        import torch
+
+        self._records = [_Record() for _ in self.structure.blocks]
+        self._known = []
+        batches = ids.split(self.batch_size)
+        hidden: HiddenStates | None = None
+        self.model.eval()
+        self.materialise("")
+        try:
+            # Not inference_mode: recorded arguments may later take part in a forward with gradients.
+            with torch.no_grad(), self._stubs() as stubs:
+                wrap = self._probe(ids[:1, :PROBE_TOKENS], stubs)
+                for number, batch in enumerate(batches):
+                    first = self._record(batch, stubs, wrap)
+                    if hidden is None:
+                        hidden = self._hidden_states((*ids.shape, first.shape[-1]))
+                    hidden.write(number, first)
+                    if progress:
+                        progress((number + 1) / len(batches))
+        finally:
+            self.release("")
+        return hidden
+
+    def run(
+        self,
+        block_module: torch.nn.Module,
+        index: int,
+        hidden: HiddenStates,
+        collect: Collector | None = None,
+        *,
+        replace: bool = True,
+        progress: Progress | None = None,
+    ) -> HiddenStates:
+        """Run block `index` over all batches; `hidden` then holds its outputs (unless `replace` is off).
+
+        collect: sees the inputs of the block's sites on the way. NumbersError when the output is not finite.
+        """
+        import torch
+
+        name = self.structure.blocks[index].name
+        with torch.inference_mode(), during("calibrate", name), collect or nullcontext():
+            for batch in range(len(hidden)):
+                output = self.forward(block_module, index, batch, hidden[batch])
+                if not output.isfinite().all():
+                    bad = int((~output.isfinite()).sum())
+                    raise NumbersError(
+                        f"{bad} of {output.numel()} outputs of {name} are NaN or Inf in batch {batch}",
+                        hint="run in bfloat16 or float32: float16 overflows above 65504",
+                    )
+                if replace:
+                    hidden.write(batch, output)
+                if progress:
+                    progress((batch + 1) / len(hidden))
+        return hidden
+
+    def forward(self, block_module: torch.nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Output hidden states of block `index` for one batch of the token set; gradients flow if they are enabled.
+
+        hidden: [sequences, tokens, channels] of that batch. It is copied: some blocks add to their input in place.
+        """
+        record = self._records[index]
+        call = record.calls[record.of_batch[batch]]
+        return call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype)
+
+    def run_once(self, index: int, hidden: HiddenStates, *, seed: int = 0) -> RunOnce:
+        """A function that runs a module in the place of block `index` on one short random sequence.
+
+        The input is normal noise with the spread of the real hidden states (median of |x|). Noise, because the few huge
+        channels of real hidden states would hide the block's own contribution in the relative error of its output.
+        """
+        import torch
+
+        call = self._records[index].probe
+        sample = hidden[0][:1].float()
+        spread = sample.abs().median().clamp_min(1e-3) / 0.6745  # the median of |x| of a standard normal
+        shape = (1, self._probe_tokens, sample.shape[-1])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+        def run(module: torch.nn.Module) -> torch.Tensor:
+            dtype = next(module.parameters()).dtype
+            with torch.no_grad():
+                return call.run(module, noise.to(self.device, dtype, copy=True), dtype)
+
+        return run
+
+    def _hidden_states(self, shape: tuple[int, int, int]) -> HiddenStates:
+        """Room for the hidden states of the whole token set."""
+        return HiddenStates(shape, self.dtype, self.batch_size, folder=self.work_folder, spill_bytes=self.spill_bytes)
+
+    @contextmanager
+    def _stubs(self) -> Iterator[list[_Stub]]:
+        """Put a stub in the place of every block's forward; models may read other attributes of their blocks."""
+        modules = [self.model.get_submodule(block.name) for block in self.structure.blocks]
+        stubs = [_Stub(module) for module in modules]
+        stubs[-1].is_last = True
+        try:
+            for module, stub in zip(modules, stubs, strict=True):
+                module.forward = stub
+            yield stubs
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
+
+    def _forward_model(self, ids: torch.Tensor) -> None:
+        """Run the model until a stub stops it."""
+        try:
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        except StopForward:
+            return
+
+    def _probe(self, ids: torch.Tensor, stubs: list[_Stub]) -> Wrap:
+        """What blocks put around the hidden states they return, seen by running the first one.
+
+        Also records the call of every block on this one short sequence.
+        """
+        name = self.structure.blocks[0].name
+        self.materialise(name)
+        try:
+            stubs[0].run_real = True
+            self._forward_model(ids)
+        finally:
+            stubs[0].run_real = False
+            self.release(name)
+        self._record(ids, stubs, stubs[0].wrap, probe=True)
+        self._probe_tokens = ids.shape[1]
+        return stubs[0].wrap
+
+    def _record(self, ids: torch.Tensor, stubs: list[_Stub], wrap: Wrap, *, probe: bool = False) -> torch.Tensor:
+        """One forward of the model with stubs; notes every block's call and returns the first hidden states."""
+        for stub in stubs:
+            stub.reset(wrap)
+        self._forward_model(ids)
+        first = stubs[0].received
+        if first is not None and first.shape[:-1] != ids.shape:
+            raise SourceError(
+                f"the blocks of the model take hidden states {list(first.shape)} for tokens {list(ids.shape)}",
+                hint="only models with hidden states [sequences, tokens, channels] can be calibrated",
+            )
+        met: dict[int, torch.Tensor] = {}
+        for block, stub, record in zip(self.structure.blocks, stubs, self._records, strict=True):
+            if stub.received is None:
+                raise SourceError(f"the model does not call its block {block.name}")
+            if stub.received is not first and not _equal(stub.received, first):
+                raise SourceError(f"the model changes the hidden states between its blocks, before {block.name}")
+            call = self._intern(stub.call, met)
+            if probe:
+                record.probe = call
+            else:
+                record.add(call)
+        return first.to(self.dtype)
+
+    def _intern(self, call: Call, met: dict[int, torch.Tensor]) -> Call:
+        """The call with every tensor replaced by an equal one that is known, so that each is kept once.
+
+        met: by identity, what each tensor of this forward was replaced by; blocks mostly get the same objects.
+        """
+
+        def known(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in met:
+                equal = next((other for other in self._known if _equal(other, tensor)), None)
+                if equal is None:
+                    self._known.append(tensor)
+                met[id(tensor)] = tensor if equal is None else equal
+            return met[id(tensor)]
+
+        after, keyword = _map_tensors((call.after, call.keyword), known)
+        return Call(after, keyword, call.name)
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """What blocks put around the hidden states they return: nothing, or a tuple or list that they come first in."""
+
+    kind: type | None = None
+    size: int = 1
+
+    @classmethod
+    def of(cls, output: Any) -> Wrap:
+        """As in this output of a block."""
+        return cls(type(output), len(output)) if isinstance(output, tuple | list) else cls()
+
+    def put(self, hidden: torch.Tensor) -> Any:
+        """The hidden states as a block would return them; what else it returns (weights, a state) is None."""
+        return hidden if self.kind is None else self.kind([hidden, *[None] * (self.size - 1)])
+
+
+class _Stub:
+    """Stands for a block's forward: notes its arguments and returns the hidden states it was given."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.forward = module.forward
+        self.is_last = self.run_real = False
+        self.wrap = Wrap()
+        self.received: torch.Tensor | None = None
+        self.call: Call | None = None
+
+    def reset(self, wrap: Wrap) -> None:
+        """Forget what was noted."""
+        self.wrap, self.received, self.call = wrap, None, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's code calls instead of the block."""
+        self.received, self.call = _split(args, kwargs)
+        if self.run_real:
+            self.wrap = Wrap.of(self.forward(*args, **kwargs))
+            raise StopForward
+        if self.is_last:
+            raise StopForward
+        return self.wrap.put(self.received)
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+    """The hidden states and all other arguments of a call."""
+    if args:
+        return args[0], Call(args[1:], kwargs, None)
+    name = next((name for name in ("hidden_states", "x", "hidden_state") if name in kwargs), None)
+    if name is None:
+        raise SourceError(f"a block is called without hidden states; it gets {sorted(kwargs)}")
+    return kwargs[name], Call((), {key: value for key, value in kwargs.items() if key != name}, name)
+
+
+def _hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    import torch
+
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise SourceError(f"{type(module).__name__} returns {type(output).__name__}, not hidden states")
+    return hidden
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nest of tuples, lists and dicts with every tensor replaced by `function` of it."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Same shape, dtype and values."""
+    import torch
+
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls hold the same values; their tensors are interned, so identity is enough for those."""
+    import torch
+
+    if isinstance(one, Call) and isinstance(other, Call):
+        return one.name == other.name and _same(one.after, other.after) and _same(one.keyword, other.keyword)
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if type(one) in (tuple, list) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or one == other

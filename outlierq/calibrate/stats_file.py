@@ -1,0 +1,277 @@
+"""The statistics folder: `stats.json` and one safetensors file a block, written so that a killed run can go on.
+
+Until `finish`, the list of blocks is in `unfinished.json`; its last act is to give that file its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from outlierq import __version__
+from outlierq.core.errors import OutputError, StatsError
+from outlierq.core.model import Fold, InputGroup, LinearSite
+from outlierq.core.stats import InputStats
+
+FORMAT_VERSION = 1
+FINISHED = "stats.json"
+UNFINISHED = "unfinished.json"
+
+
+@dataclass(frozen=True)
+class StatsIdentity:
+    """What the statistics belong to; equal identities give equal statistics.
+
+    model_fingerprint: of the checkpoint. token_fingerprint, token_description: of the token set. settings: plain JSON
+    values of everything else that matters (needs, skipped tokens, dtype, seed, ...). mode: "static" or "sequential".
+    """
+
+    model_fingerprint: str
+    token_fingerprint: str
+    token_description: str
+    settings: dict[str, Any]
+    mode: str = "static"
+
+    def to_json(self) -> dict[str, Any]:
+        """Values as they come back from JSON, so that identities can be compared."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+class StatsWriter:
+    """Writes statistics block by block; blocks that an earlier run with the same identity wrote are kept.
+
+    OutputError when the folder holds something else, or the statistics of another model, text or setting.
+    """
+
+    def __init__(self, folder: str | Path, identity: StatsIdentity):
+        self.folder, self.identity = Path(folder), identity
+        self.blocks: dict[int, dict[str, Any]] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror or error}") from error
+        self._resume()
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Indices of the blocks that are written and verified."""
+        return frozenset(self.blocks)
+
+    def write(self, index: int, groups: Sequence[InputGroup], stats: Mapping[str, InputStats]) -> None:
+        """Write one block. stats: by group name; a group may have none (a site that is never called)."""
+        from safetensors.torch import save
+
+        tensors = {f"{name}/{field}": value for name, kept in stats.items() for field, value in kept.tensors().items()}
+        content = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+        name = f"block-{index:05d}.safetensors"
+        _write_atomically(self.folder / name, content)
+        self.blocks[index] = {
+            "index": index,
+            "file": name,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "groups": [_group_to_json(group, stats.get(group.name)) for group in groups],
+        }
+        self._write_list()
+
+    def finish(self) -> None:
+        """Declare the statistics complete."""
+        if (self.folder / UNFINISHED).exists() or not (self.folder / FINISHED).exists():
+            self._write_list()
+            os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
+            _sync(self.folder)
+
+    def _write_list(self) -> None:
+        """Write the list of blocks as unfinished."""
+        values = {
+            "format_version": FORMAT_VERSION,
+            "outlierq": __version__,
+            **self.identity.to_json(),
+            "blocks": [self.blocks[index] for index in sorted(self.blocks)],
+        }
+        _write_atomically(self.folder / UNFINISHED, json.dumps(values, indent=1).encode())
+
+    def _resume(self) -> None:
+        """Take over the verified blocks of an earlier run, or refuse the folder."""
+        found = next((name for name in (UNFINISHED, FINISHED) if (self.folder / name).exists()), None)
+        if found is None:
+            others = [entry.name for entry in self.folder.iterdir() if not _is_ours(entry.name)]
+            if others:
+                raise OutputError(
+                    f"{self.folder} holds {len(others)} other files ({others[0]}, ...) and no statistics",
+                    hint="give a new or empty folder",
+                )
+            return
+        values = _read_list(self.folder / found, OutputError)
+        for key, wanted in self.identity.to_json().items():
+            held = values.get(key)
+            if held != wanted:
+                raise OutputError(
+                    f"{self.folder} holds statistics with another {key}: {_brief(held)}, not {_brief(wanted)}",
+                    hint="give another folder, or delete this one",
+                )
+        for block in values["blocks"]:
+            path = self.folder / block["file"]
+            if path.is_file() and _sha256(path) == block["sha256"]:
+                self.blocks[block["index"]] = block
+
+
+class StatsReader:
+    """Reads a finished statistics folder; StatsError when it is missing, unfinished or damaged."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / FINISHED).is_file():
+            raise self._missing()
+        values = _read_list(self.folder / FINISHED, StatsError)
+        names = StatsIdentity.__dataclass_fields__
+        absent = [name for name in (*names, "blocks") if name not in values]
+        if absent:
+            raise StatsError(f"{self.folder / FINISHED} lacks {', '.join(absent)}", hint="calibrate again")
+        self.identity = StatsIdentity(**{name: values[name] for name in names})
+        self._blocks = {block["index"]: block for block in values["blocks"]}
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Indices of the blocks there are."""
+        return tuple(sorted(self._blocks))
+
+    def check(self, model_fingerprint: str) -> None:
+        """StatsError unless the statistics are of the model with this fingerprint."""
+        if self.identity.model_fingerprint != model_fingerprint:
+            raise StatsError(
+                f"{self.folder} holds statistics of another model: {self.identity.model_fingerprint[:12]}..., "
+                f"this one is {model_fingerprint[:12]}...",
+                hint="run `outlierq calibrate` on this model",
+            )
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Groups and statistics of one block, the latter by group name."""
+        from safetensors.torch import load
+
+        if index not in self._blocks:
+            raise StatsError(f"{self.folder} holds no statistics of block {index}; it holds {len(self._blocks)} blocks")
+        block = self._blocks[index]
+        path = self.folder / block["file"]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StatsError(f"cannot read {path}: {error.strerror or error}", hint="calibrate again") from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != block["sha256"]:
+            raise StatsError(
+                f"{path} is damaged: sha256 {found[:12]}..., expected {block['sha256'][:12]}...", hint="calibrate again"
+            )
+        tensors: dict[str, dict[str, Any]] = {}
+        for key, value in load(content).items():
+            name, _, field = key.rpartition("/")
+            tensors.setdefault(name, {})[field] = value
+        groups = [_group_from_json(values) for values in block["groups"]]
+        counts = {values["name"]: values for values in block["groups"]}
+        stats = {
+            group.name: InputStats(counts[group.name]["tokens"], counts[group.name]["sequences"], **tensors[group.name])
+            for group in groups
+            if group.name in tensors
+        }
+        return groups, stats
+
+    def _missing(self) -> StatsError:
+        """Why there is no finished list of blocks."""
+        if (self.folder / UNFINISHED).is_file():
+            count = len(_read_list(self.folder / UNFINISHED, StatsError)["blocks"])
+            return StatsError(
+                f"the statistics in {self.folder} are unfinished: {count} blocks are written",
+                hint="run the same `outlierq calibrate` again; it goes on where it stopped",
+            )
+        return StatsError(
+            f"{self.folder} holds no statistics ({FINISHED})", hint="write them with `outlierq calibrate`"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file may be left of our own killed run."""
+    return name.startswith("block-") or name.endswith(".part")
+
+
+def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[str, Any]:
+    """The list of blocks; its layout must be ours."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise kind(f"cannot read {path}: {error}", hint="calibrate again into another folder") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise kind(
+            f"{path} has format version {version}; this program reads {FORMAT_VERSION}",
+            hint="calibrate again with this version of outlierq",
+        )
+    return values
+
+
+def _brief(value: Any) -> str:
+    """A value short enough for one line."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """The file is there with all its bytes or not at all, also after a power cut."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in the folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _group_to_json(group: InputGroup, stats: InputStats | None) -> dict[str, Any]:
+    """A group as plain values; the fold's channel map as runs [first producer channel, length]."""
+    values = asdict(group)
+    if group.fold:
+        values["fold"]["index"] = _runs(group.fold.index)
+    counts = {"tokens": stats.tokens, "sequences": stats.sequences} if stats else {}
+    return {**values, **counts}
+
+
+def _group_from_json(values: Mapping[str, Any]) -> InputGroup:
+    """The group that `_group_to_json` wrote."""
+    fold = values["fold"]
+    if fold:
+        index = tuple(i for first, length in fold["index"] for i in range(first, first + length))
+        fold = Fold(**{**fold, "index": index})
+    sites = tuple(LinearSite(**site) for site in values["sites"])
+    return InputGroup(values["name"], sites, fold, values["fold_note"])
+
+
+def _runs(index: Sequence[int]) -> list[list[int]]:
+    """Runs of consecutive numbers: (4, 5, 6, 4) is [[4, 3], [4, 1]]."""
+    runs: list[list[int]] = []
+    for number in index:
+        if runs and number == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([number, 1])
+    return runs

@@ -1,0 +1,323 @@
+"""Calibration text: sources of documents become token windows of one length, the same ones for the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import StatsError, during, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "embedded"
+HELD_OUT = 4  # every 4th topic of the embedded text is kept for evaluation
+ROW_FILES = (".jsonl", ".ndjson", ".parquet")
+# Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
+POOL_FACTOR = 8
+DOCUMENTS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings."""
+
+    ids: torch.Tensor
+    fingerprint: str
+    description: str
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where text comes from: a file, a data set of the Hub, or the text that every Python carries.
+
+    path: a text file (one stream of text) or .jsonl / .parquet (one document a row), or the word "embedded".
+    dataset: a Hub id, with its `config`. column: what holds the text of a row, default "text" ("messages" for chats, if
+    there is one). split: of the data set (default "train"), or "calibration" / "evaluation" of the embedded text.
+    weight: share of the samples, relative to the other sources.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    column: str | None = None
+    weight: float = 1.0
+    split: str | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise StatsError(f"a text source needs either `path` or `dataset`, got {self.path!r} and {self.dataset!r}")
+        if not self.weight > 0:
+            raise StatsError(f"the weight of {self.name} is {self.weight}; it must be above 0")
+
+    @property
+    def name(self) -> str:
+        """How the source is called in messages and reports: without folders, which differ between machines."""
+        if self.path == EMBEDDED:
+            return f"Python language reference ({self.split or 'calibration'} part)"
+        if self.path is not None:
+            return Path(self.path).name
+        return " ".join(part for part in (self.dataset, self.config, self.split) if part)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is made of documents, not of one stream of text."""
+        return self.path is None or Path(self.path).suffix.lower() in ROW_FILES
+
+
+def embedded_text(part: str) -> str:
+    """The Python language reference that ships with Python; `part` is "calibration" or "evaluation".
+
+    Every 4th topic, in alphabetical order, belongs to "evaluation"; the parts share no topic.
+    """
+    from pydoc_data.topics import topics
+
+    if part not in ("calibration", "evaluation"):
+        raise StatsError(f"the embedded text has the parts calibration and evaluation, not {part!r}")
+    held_out = part == "evaluation"
+    chosen = [topics[name] for i, name in enumerate(sorted(topics)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    return "\n".join(chosen)
+
+
+def token_windows(
+    tokenizer: Any,
+    sources: str | Sequence[str | Mapping[str, Any] | TextSource],
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int | None,
+    chat_template: bool = False,
+) -> TokenSet:
+    """`samples` windows of `sequence_length` tokens, which do not overlap, shared out to the sources by weight.
+
+    Documents are joined to one stream and cut. seed: chooses among the windows; None takes the first ones in
+    order. chat_template: documents are rendered as chats ("messages", or their text as one user turn). Each window
+    starts with the bos token where the tokenizer adds one by itself. StatsError when the text cannot be read or is
+    too short.
+    """
+    import torch
+
+    chosen = [_as_source(entry) for entry in ([sources] if isinstance(sources, str) else sources)]
+    if not chosen or samples < 1 or sequence_length < 2:
+        raise StatsError(
+            f"calibration needs sources, samples and tokens, got {len(chosen)}, {samples} and {sequence_length}"
+        )
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    bos = _added_bos(tokenizer)
+    parts = []
+    for source, count in zip(chosen, shares(samples, [source.weight for source in chosen]), strict=True):
+        with during("calibrate", source.name):
+            parts.append(_windows(tokenizer, source, count, sequence_length, generator, bos, chat_template))
+    ids = torch.cat(parts)
+    settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "chat_template": chat_template}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
+    names = " + ".join(source.name for source in chosen)
+    form = "chats" if chat_template else "text"
+    return TokenSet(ids, digest, f"{samples} x {sequence_length} tokens of {form}: {names}")
+
+
+def shares(samples: int, weights: Sequence[float]) -> list[int]:
+    """Whole shares of `samples` by weight; what rounding leaves goes to the largest remainders, earlier ones first."""
+    exact = [samples * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _as_source(entry: str | Mapping[str, Any] | TextSource) -> TextSource:
+    """A source as the recipe has it: the word "embedded", or its keys."""
+    if isinstance(entry, TextSource):
+        return entry
+    if isinstance(entry, str):
+        return TextSource(path=entry)
+    known = [field.name for field in fields(TextSource)]
+    for key in entry:
+        if key not in known:
+            close = nearest(key, known)
+            raise StatsError(f"unknown key {key!r} of a text source", hint=f"did you mean {close}?" if close else None)
+    return TextSource(**entry)
+
+
+def _added_bos(tokenizer: Any) -> int | None:
+    """The bos token if the tokenizer puts it before every text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else None
+
+
+def _windows(
+    tokenizer: Any,
+    source: TextSource,
+    count: int,
+    sequence_length: int,
+    generator: torch.Generator | None,
+    bos: int | None,
+    chat_template: bool,
+) -> torch.Tensor:
+    """[count, sequence_length] windows of one source."""
+    import torch
+
+    if count == 0:
+        return torch.empty(0, sequence_length, dtype=torch.long)
+    body = sequence_length - (bos is not None)
+    pool = count if generator is None else POOL_FACTOR * count
+    limit = pool * body if source.has_rows or generator is None else None
+    tokens = torch.tensor(list(islice(_token_stream(tokenizer, source, chat_template), limit)), dtype=torch.long)
+    found = len(tokens) // body
+    if found < count:
+        raise StatsError(
+            f"the text has {len(tokens)} tokens; {count} samples of {sequence_length} tokens need {count * body}",
+            hint=f"use samples: {found}, a smaller sequence_length, or more text" if found else "use more text",
+        )
+    windows = tokens[: found * body].view(found, body)
+    order = torch.arange(count) if generator is None else torch.randperm(found, generator=generator)[:count]
+    windows = windows[order]
+    return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
+
+
+def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool) -> Iterator[int]:
+    """The tokens of all documents. Rows are separated by the eos token, chats by what their template writes."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    separated = source.has_rows and not chat_template and eos is not None
+    documents = _documents(source, tokenizer if chat_template else None)
+    first = True
+    while texts := list(islice(documents, DOCUMENTS_AT_A_TIME)):
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            if separated and not first:
+                yield eos
+            yield from ids
+            first = False
+
+
+def _documents(source: TextSource, chat_tokenizer: Any | None) -> Iterator[str]:
+    """The texts of a source, without empty ones."""
+    if source.has_rows:
+        values = _column(source, chat=chat_tokenizer is not None)
+    elif chat_tokenizer is None:
+        values = iter([_file_text(source)])
+    else:
+        values = iter(_file_text(source).split("\n\n"))  # each paragraph is a turn
+    for number, value in enumerate(values):
+        if chat_tokenizer is not None and value:
+            value = _rendered(chat_tokenizer, value, number)
+        if value is not None and not isinstance(value, str):
+            raise StatsError(
+                f"row {number} of {source.name} holds {type(value).__name__} where text is needed",
+                hint="set `column` to a column of text, or chat_template for messages",
+            )
+        if value:
+            yield value
+
+
+def _file_text(source: TextSource) -> str:
+    """The whole text of a file, or the embedded one."""
+    if source.path == EMBEDDED:
+        return embedded_text(source.split or "calibration")
+    try:
+        return Path(source.path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StatsError(f"{source.name} is not UTF-8 text: byte {error.start} does not fit") from error
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: TextSource, error: OSError) -> StatsError:
+    """A file that cannot be opened."""
+    return StatsError(f"cannot read {source.path}: {error.strerror or error}", hint="check the path of the text")
+
+
+def _rendered(tokenizer: Any, value: Any, number: int) -> str:
+    """One chat in the tokenizer's own template; plain text is one turn of the user."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise StatsError("the tokenizer has no chat template", hint="leave chat_template out")
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise StatsError(f"the chat template does not accept the messages of row {number}: {error}") from error
+
+
+def _column(source: TextSource, *, chat: bool) -> Iterator[Any]:
+    """The values of the text column, row by row."""
+    if source.dataset is not None:
+        return _dataset_column(source, chat)
+    if Path(source.path).suffix.lower() == ".parquet":
+        return _parquet_column(source, chat)
+    return _jsonl_column(source, chat)
+
+
+def _choose_column(source: TextSource, columns: Sequence[str], chat: bool) -> str:
+    """The column that was asked for, or the usual one; StatsError names the ones there are."""
+    wanted = source.column or ("messages" if chat and "messages" in columns else "text")
+    if wanted not in columns:
+        close = nearest(wanted, list(columns))
+        raise StatsError(
+            f"{source.name} has no column {wanted!r}; it has {', '.join(columns) or 'none'}",
+            hint=f"did you mean {close}?" if close else "set `column`",
+        )
+    return wanted
+
+
+def _jsonl_column(source: TextSource, chat: bool) -> Iterator[Any]:
+    """One JSON object a line."""
+    try:
+        with open(source.path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = _json_row(source, number, line)
+                    yield row[_choose_column(source, list(row), chat)]
+    except UnicodeDecodeError as error:
+        raise StatsError(f"{source.name} is not UTF-8 text: byte {error.start} does not fit") from error
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _json_row(source: TextSource, number: int, line: str) -> dict[str, Any]:
+    """One line of a JSONL file."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise StatsError(f"line {number} of {source.name} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise StatsError(f"line {number} of {source.name} is a {type(row).__name__}, not an object")
+    return row
+
+
+def _parquet_column(source: TextSource, chat: bool) -> Iterator[Any]:
+    """One column of a Parquet file, read batch by batch."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open(source.path, "rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            column = _choose_column(source, table.schema_arrow.names, chat)
+            for batch in table.iter_batches(columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise StatsError(f"{source.name} is not a Parquet file: {error}") from error
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _dataset_column(source: TextSource, chat: bool) -> Iterator[Any]:
+    """One column of a data set of the Hub, streamed."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.dataset, source.config, split=source.split or "train", streaming=True)
+        for row in rows:
+            yield row[_choose_column(source, list(row), chat)]
+    except (OSError, ValueError) as error:
+        raise StatsError(
+            f"cannot stream the data set {source.dataset}: {error}",
+            hint="without a network, give `path` to a text file, or use the embedded text",
+        ) from error

@@ -1,0 +1,1 @@
+"""The values that stages exchange, and the error tree. Imports nothing of ours."""

@@ -1,0 +1,77 @@
+"""Errors a user can act on: what (with numbers), where (stage, tensor, recipe key), and a hint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_DONE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_GATE = 3
+
+
+class OutlierqError(Exception):
+    """A mistake in the input or a limit of ours; the command line prints it without a traceback.
+
+    what: one sentence with numbers. where: stage, tensor or recipe key. hint: what to try.
+    """
+
+    exit_code = EXIT_ERROR
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  while running {self.where}")
+        if self.hint:
+            lines.append(f"\nhint: {self.hint}")
+        return "\n".join(lines)
+
+
+class SourceError(OutlierqError):
+    """The checkpoint cannot be read as it is."""
+
+
+class RecipeError(OutlierqError):
+    """The recipe cannot be followed; `what` lists every fault found."""
+
+
+class StatsError(OutlierqError):
+    """Calibration statistics are missing, foreign, or not finite."""
+
+
+class NumbersError(OutlierqError):
+    """A NaN or Inf in weights, statistics, scales or outputs."""
+
+
+class OutputError(OutlierqError):
+    """The output folder cannot be written, is in use, or failed its verification."""
+
+
+class GateError(OutlierqError):
+    """A quality gate failed."""
+
+    exit_code = EXIT_GATE
+
+
+@contextmanager
+def during(stage: str, subject: str) -> Iterator[None]:
+    """Add "where" to any `OutlierqError` that passes through and has none yet."""
+    try:
+        yield
+    except OutlierqError as error:
+        if error.where is None:
+            error.where = f"{stage} on {subject}"
+        raise
+
+
+def nearest(word: str, known: list[str]) -> str | None:
+    """The known name closest to `word`, or None when nothing is close."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, known, n=1, cutoff=0.6)
+    return found[0] if found else None

@@ -1,0 +1,27 @@
+"""Notes for the report from deep inside a method: a fallback is written down, never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_current: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+def note(text: str) -> None:
+    """Add a sentence to the notes of the site being worked on; without a collector it goes nowhere."""
+    collected = _current.get()
+    if collected is not None:
+        collected.append(text)
+
+
+@contextmanager
+def collecting() -> Iterator[list[str]]:
+    """Collect every `note` made inside the block."""
+    collected: list[str] = []
+    token = _current.set(collected)
+    try:
+        yield collected
+    finally:
+        _current.reset(token)

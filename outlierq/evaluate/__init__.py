@@ -1,0 +1,1 @@
+"""What was lost: perplexity and divergence, benchmark tasks, sample text, two checkpoints compared, the gate."""

@@ -1,0 +1,44 @@
+"""`dense`: dequantized weights in 16 bits, for any client. Not smaller; it shows what the codes mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlierq.core.model import LinearSite
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
+    """Dense weights can hold every scheme."""
+    return None
+
+
+def clients(scheme: QuantScheme) -> list[str]:
+    """Every client loads dense weights."""
+    return ["every client: loads (16-bit weights, not smaller)"]
+
+
+def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The weight under its own name and shape."""
+    from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
+
+    shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+    return [(site.weight, SAFETENSORS_DTYPE[scheme.scale_dtype], shape)]
+
+
+def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+    """The dequantized weight in its storage dtype."""
+    import torch
+
+    dense = quantized.dequantize()
+    dense = dense.T if site.transposed else dense
+    return {site.weight: dense.to(getattr(torch, quantized.scheme.scale_dtype)).contiguous()}
+
+
+def quantization_config(sites: object, *, also_kept: object = ()) -> None:
+    """Dense checkpoints have no quantization config."""
+    return

@@ -1,0 +1,45 @@
+"""The whole model with its weights, for evaluation; compressed weights are decoded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.load.names import checkpoint_names
+from outlierq.load.packed import unpacked
+from outlierq.load.skeleton import build_skeleton, load_tensors_into
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """The model with every parameter from the checkpoint, in eval mode.
+
+    Packed weights (compressed-tensors `pack-quantized`) are decoded. dtype: torch dtype name of the floating-point
+    parameters. SourceError for compression formats that cannot be decoded.
+    """
+    plain = unpacked(checkpoint)
+    skeleton = build_skeleton(plain, trust_remote_code=trust_remote_code)
+    load_tensors_into(skeleton, plain, checkpoint_names(plain, skeleton), dtype=dtype, device=device)
+    return skeleton
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the checkpoint's folder, or the one in the metadata of its GGUF file."""
+    from transformers import AutoTokenizer
+
+    path = checkpoint.path.resolve()
+    place = {"gguf_file": path.name} if checkpoint.kind == "gguf" else {}
+    folder = path.parent if place else checkpoint.path
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **place)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise SourceError(
+            f"the tokenizer of {checkpoint.source} cannot be loaded: {error}",
+            hint="the source must hold its tokenizer files (tokenizer.json or tokenizer.model)",
+        ) from error

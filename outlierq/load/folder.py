@@ -1,0 +1,231 @@
+"""A Hugging Face folder as a `Checkpoint`: config.json, safetensors in one file or in indexed shards, small files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.load.fingerprint import fingerprint
+from outlierq.load.shards import DTYPES, StoredTensor, lookup, read_header, read_stored, sample
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Pickle runs code when it is opened, so these are never read.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# Weights in whatever form; they are not "small files" to carry to the output.
+WEIGHTS = (
+    *PICKLES,
+    ".safetensors",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".npz",
+    ".ot",
+)
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+class FolderCheckpoint:
+    """A folder in Hugging Face layout. Satisfies `outlierq.core.model.Checkpoint`.
+
+    path: the folder. revision: commit of the Hub snapshot, None for a local folder. All headers are read and checked
+    here; weights are read by `read` and `read_many`.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path, *, source: str | None = None, revision: str | None = None):
+        self.path, self.revision = path, revision
+        self.source = source or str(path)
+        self._config_bytes = _config_bytes(path)
+        self.config: dict[str, Any] = _json_object(path / "config.json", self._config_bytes)
+        self._stored = _stored_tensors(path)
+        self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
+        self.dtype = _dtype(self.config, self.tensors.values())
+
+    @cached_property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """Every top-level file but config.json, weights and indexes; subfolders and hidden files stay behind."""
+        names = sorted(entry.name for entry in self.path.iterdir() if entry.is_file() and _carried(entry.name))
+        return tuple(CarriedFile(name, path=str(inside(self.path, name))) for name in names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 hex, see `outlierq.load.fingerprint`."""
+        return fingerprint([self._config_bytes], self.tensors, self._sample)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, in fresh memory on the CPU."""
+        return self.read_many([name])[name]
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors; each shard is opened once."""
+        return dict(read_stored(self._stored, names))
+
+    def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
+        found = sorted((lookup(self._stored, name) for name in names), key=lambda stored: (stored.path, stored.start))
+        return sample(((stored.info.name, stored.path, stored.start, stored.info.nbytes) for stored in found), length)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The real path of a file of the folder; SourceError when a path or a symlink leads out of it.
+
+    In a Hub cache the files of a snapshot are links to the blobs of the same repository; those are let through.
+    """
+    path = folder / name
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    real = path.resolve()
+    if Path(name).is_absolute() or not any(real.is_relative_to(home) for home in allowed):
+        raise SourceError(
+            f"{name} lies outside of the checkpoint folder: it leads to {real}",
+            hint="copy the file into the folder; links and paths that leave it are not followed",
+        )
+    return real
+
+
+def _config_bytes(folder: Path) -> bytes:
+    """The bytes of config.json; SourceError when there is none."""
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise SourceError(
+            f"{folder} has no config.json",
+            hint="this is an adapter: merge it into its base model first" if adapter else _folder_hint(folder),
+        )
+    return inside(folder, "config.json").read_bytes()
+
+
+def _folder_hint(folder: Path) -> str:
+    """What to try when the folder is not a checkpoint."""
+    gguf = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".gguf")
+    if gguf:
+        return f"name the GGUF file itself: {folder / gguf[0]}"
+    nested = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
+    if nested:
+        return f"did you mean {folder / nested[0]}?"
+    return "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id owner/name"
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`; SourceError with the position of the fault."""
+    try:
+        value = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SourceError(f"{path.name} is not JSON: {error}", hint="download or copy the file again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path.name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _carried(name: str) -> bool:
+    """Whether a file goes unchanged into the output."""
+    lower = name.lower()
+    return not (
+        name == "config.json" or lower.startswith(".") or lower.endswith(WEIGHTS) or lower.endswith(".index.json")
+    )
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder. One file wins over an index, as in transformers."""
+    if (folder / SINGLE).exists():
+        return read_header(inside(folder, SINGLE))
+    if (folder / INDEX).exists():
+        return _indexed(folder)
+    lone = sorted(entry.name for entry in folder.glob("*.safetensors"))
+    if len(lone) == 1 and not lone[0].startswith("adapter"):
+        return read_header(inside(folder, lone[0]))
+    if lone:
+        raise SourceError(
+            f"{folder} holds {len(lone)} safetensors files ({', '.join(lone[:3])}) but no {INDEX} to say which belong",
+            hint="restore the index, or merge an adapter into its base model",
+        )
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> SourceError:
+    """The refusal of a folder without safetensors."""
+    pickles = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(PICKLES))
+    if pickles:
+        return pickle_refusal(pickles[0])
+    return SourceError(f"{folder} has a config.json but no weights ({SINGLE} or {INDEX})", hint=_folder_hint(folder))
+
+
+def pickle_refusal(name: str) -> SourceError:
+    """The refusal of a pickled checkpoint."""
+    return SourceError(
+        f"{name} is a pickle: opening it can run any code, so it is not read",
+        hint="convert it to safetensors: load it with transformers in a place you trust and call save_pretrained",
+    )
+
+
+def _indexed(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards, with the index held against what the shards say themselves."""
+    weight_map = _weight_map(folder)
+    stored: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        path = inside(folder, shard)
+        if not path.is_file():
+            raise SourceError(f"{INDEX} names {shard}, which is not in {folder}", hint="download the missing shard")
+        for name, tensor in read_header(path).items():
+            if name in stored:
+                raise SourceError(f"tensor {name} is in two shards: {stored[name].path.name} and {path.name}")
+            if weight_map.get(name) != shard:
+                said = weight_map.get(name)
+                told = f"the index puts it into {said}" if said else "the index does not name it"
+                raise SourceError(f"tensor {name} is in {shard}, but {told}", hint="rebuild or download the index")
+            stored[name] = tensor
+    lost = sorted(weight_map.keys() - stored.keys())
+    if lost:
+        raise SourceError(
+            f"{INDEX} puts {lost[0]} into {weight_map[lost[0]]}, which does not hold it ({len(lost)} such tensors)",
+            hint="rebuild or download the index",
+        )
+    return stored
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index's map from tensor name to shard name."""
+    index = _json_object(folder / INDEX, inside(folder, INDEX).read_bytes())
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{INDEX} has no weight_map", hint="download or copy the file again")
+    strange = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
+    if strange:
+        raise SourceError(f"{INDEX} gives no file name for {strange[0]}", hint="download or copy the file again")
+    wrong = sorted(shard for shard in set(weight_map.values()) if not shard.endswith(".safetensors"))
+    if wrong:
+        raise pickle_refusal(wrong[0]) if wrong[0].endswith(PICKLES) else SourceError(f"{INDEX} names {wrong[0]}")
+    return weight_map
+
+
+def _dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """The dtype of use: what the config says, else the one most matrix bytes are stored in, else bfloat16."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            said = str(place.get("dtype") or place.get("torch_dtype") or "").removeprefix("torch.")
+            if said in FLOATS:
+                return said
+    stored: Counter[str] = Counter()
+    for info in tensors:
+        name = DTYPES[info.dtype][0]
+        if name in FLOATS:
+            stored[name] += info.nbytes
+    return stored.most_common(1)[0][0] if stored else "bfloat16"

@@ -1,0 +1,136 @@
+"""Names: which stored tensor is which parameter of the skeleton.
+
+Files and model classes disagree about names in three ways: with or without the base-model prefix ("transformer.h.0" or
+"h.0"), names that transformers changed since the file was written, and shared tensors stored once. The first two are
+answered by transformers' own conversion tables, the third by its table of tied weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlierq.core.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+SHOWN = 5
+
+
+def checkpoint_names(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[str, str]:
+    """Name of the stored tensor for every parameter of the skeleton, and for each of its buffers that is stored.
+
+    In the order of definition, tied parameters last; each maps to the tensor that it shares. SourceError names
+    parameters that the checkpoint lacks, and tensors of another shape than the model's.
+    """
+    slots = _slots(skeleton)
+    names = _stored_names(checkpoint, skeleton, slots)
+    for target, source in tied_parameters(checkpoint, skeleton, names).items():
+        names.pop(target, None)  # of two slots of one tensor, the owner comes first
+        names[target] = names[source]
+    _check_complete(checkpoint, skeleton, names)
+    _check_shapes(checkpoint, slots, names)
+    return names
+
+
+def tied_parameters(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """Parameter -> parameter whose stored tensor it shares.
+
+    Pairs are those of the model class. Stored once: shared, unless the config says `tie_word_embeddings: false`. Stored
+    twice: shared when the config says so and the values are equal (both are read for that); a file whose values differ
+    is believed, not the config.
+    """
+    said = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    tied: dict[str, str] = {}
+    for target, source in _possible_ties(checkpoint, skeleton).items():
+        if source in names and target in names:
+            if target in said and _equal(checkpoint, names[target], names[source]):
+                tied[target] = source
+        elif source in names:
+            tied[target] = source
+        elif target in names:
+            tied[source] = target
+    return tied
+
+
+def _possible_ties(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[str, str]:
+    """Pairs (parameter, parameter it shares) of the model class; none when the config says that none are tied."""
+    if any("tie_word_embeddings" in place for place in _configs(checkpoint.config)):
+        return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    said = skeleton.config.tie_word_embeddings
+    skeleton.config.tie_word_embeddings = True
+    try:
+        return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    finally:
+        skeleton.config.tie_word_embeddings = said
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors hold the same values; headers are asked first."""
+    import torch
+
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(checkpoint.read(one), checkpoint.read(other))
+
+
+def _configs(config: dict) -> list[dict]:
+    """The config and the configs nested in it."""
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
+def _slots(skeleton: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Everything a file may fill: parameters (tied ones under each of their names) and persistent buffers."""
+    return skeleton.state_dict(keep_vars=True)
+
+
+def _stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module, slots: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Slot name -> tensor name, for every stored tensor that has a slot. An exact name wins over a renamed one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [step for step in get_model_conversion_mapping(skeleton) if isinstance(step, WeightRenaming)]
+    prefix = skeleton.base_model_prefix or None
+    names: dict[str, str] = {name: name for name in checkpoint.tensors if name in slots}
+    for tensor in checkpoint.tensors:
+        if tensor not in names:
+            slot, _ = rename_source_key(tensor, renamings, [], prefix, slots)
+            if slot in slots:
+                names.setdefault(slot, tensor)
+    return {slot: names[slot] for slot in slots if slot in names}
+
+
+def _check_complete(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: dict[str, str]) -> None:
+    """Every parameter must have a tensor."""
+    lost = [name for name, _ in skeleton.named_parameters(remove_duplicate=False) if name not in names]
+    if lost:
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        raise SourceError(
+            f"{checkpoint.source} lacks {len(lost)} parameters of {type(skeleton).__name__}: "
+            f"{', '.join(lost[:SHOWN])}{more}",
+            hint=_lack_hint(checkpoint, lost),
+        )
+
+
+def _lack_hint(checkpoint: Checkpoint, lost: list[str]) -> str:
+    """What to try when parameters are missing."""
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        return f"this checkpoint is already compressed ({method}); start from the original model"
+    if any(".experts." in name for name in lost):
+        return "the file keeps each expert apart where the model class merges them; such mixtures are not supported"
+    return "the weights do not belong to this config.json, or a part of them was not downloaded"
+
+
+def _check_shapes(checkpoint: Checkpoint, slots: dict[str, torch.Tensor], names: dict[str, str]) -> None:
+    """Every stored tensor must have the shape of its slot."""
+    for slot, tensor in names.items():
+        stored, wanted = checkpoint.tensors[tensor].shape, tuple(slots[slot].shape)
+        if stored != wanted:
+            raise SourceError(
+                f"tensor {tensor} is {list(stored)}, but the model built from config.json needs {list(wanted)}",
+                hint="the weights do not belong to this config.json",
+            )

@@ -1,0 +1,96 @@
+"""Refine a rounded weight: coordinate descent on the codes, closed-form refitting of the scales.
+
+Both steps minimise the same objective as GPTQ, tr((Q - W) H (Q - W)^T), and neither can raise it: a code is changed
+only to the best value given all others (the coordinate descent of QuantEase, Behdin et al. 2023, arXiv:2309.01885),
+and the scales of a row are then the least-squares solution for its codes, kept where they help.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from outlierq.ops.grid import Grid, in_groups, stored
+
+BLOCK = 128
+ROWS = 1024
+
+
+def refine(
+    w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, order: torch.Tensor, *, passes: int
+) -> tuple[torch.Tensor, Grid]:
+    """`passes` rounds of scale refitting and coordinate descent.
+
+    w: [out, in]; codes: [out, in] float; hessian: [in, in]; order: [in] in which columns are visited.
+    """
+    for _ in range(passes):
+        grid = refit_scales(w, codes, grid, hessian)
+        codes = descend(w, codes, grid, hessian, order)
+    return codes, grid
+
+
+def row_errors(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """[out] output error of every row."""
+    return ((change @ hessian) * change).sum(1)
+
+
+def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> Grid:
+    """The scales of all groups of a row, jointly: solve (C H C^T) s = C H w with C the row's codes by group.
+
+    Rows whose error does not fall (after rounding the scale to its storage dtype) keep their scales.
+    """
+    centred = in_groups(codes, grid.scheme)
+    if grid.zero_point is not None:
+        centred = centred - grid.zero_point[..., None]
+    groups, columns = centred.shape[1:]
+    by_group = hessian.view(groups, columns, -1)
+    scale = grid.scale.clone()
+    for start in range(0, len(w), ROWS):
+        part = centred[start : start + ROWS]
+        weighted = torch.bmm(part.transpose(0, 1), by_group)  # [groups, rows, in]: one group's share of C H
+        gram = (weighted.view(groups, len(part), groups, columns) * part).sum(-1).permute(1, 0, 2)
+        target = (weighted * w[start : start + ROWS]).sum(-1).T
+        ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-6
+        gram = gram + ridge[:, None, None] * torch.eye(groups, device=w.device)
+        solved, failed = torch.linalg.solve_ex(gram, target)
+        usable = (failed == 0)[:, None] & solved.isfinite()
+        scale[start : start + ROWS] = torch.where(usable, solved, scale[start : start + ROWS])
+    refitted = Grid(stored(scale, grid.scheme), grid.zero_point, grid.scheme)
+    grouped = in_groups(codes, grid.scheme)
+    before = row_errors(grid.decode(grouped).view(w.shape) - w, hessian)
+    after = row_errors(refitted.decode(grouped).view(w.shape) - w, hessian)
+    return grid.where((after < before)[:, None], refitted)
+
+
+def descend(
+    w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """One pass of coordinate descent over the columns in `order`; returns the new codes.
+
+    With R = (W - Q) H, the best value of column j given all others is q_j + R_j / H_jj; it is rounded to the grid,
+    and R loses (change of q_j) * H_j. Blocks of columns keep the update of the far columns a matrix product.
+    """
+    scheme = grid.scheme
+    scale, zero_point = (None if t is None else t.T[order].contiguous() for t in grid.per_column(w.shape[1]))
+    ordered = hessian[order][:, order]
+    curvature = ordered.diagonal().clamp(min=1e-30).tolist()
+    code = codes.T[order].contiguous()
+    value = code * scale if zero_point is None else (code - zero_point) * scale
+    residual = ordered @ (w.T[order] - value)  # [in, out]
+    for start in range(0, len(code), BLOCK):
+        stop = min(start + BLOCK, len(code))
+        moved = torch.empty_like(code[start:stop])
+        for i in range(start, stop):
+            wanted = torch.add(value[i], residual[i], alpha=1 / curvature[i]).div_(scale[i]).round_()
+            if zero_point is None:
+                code[i] = wanted.clamp_(scheme.code_min, scheme.code_max)
+                new = wanted.mul_(scale[i])
+            else:
+                code[i] = wanted.add_(zero_point[i]).clamp_(scheme.code_min, scheme.code_max)
+                new = wanted.sub_(zero_point[i]).mul_(scale[i])
+            step = torch.sub(new, value[i], out=moved[i - start])
+            residual[i + 1 : stop].addr_(ordered[i, i + 1 : stop], step, alpha=-1)
+        if stop < len(code):
+            residual[stop:].addmm_(ordered[start:stop, stop:].T, moved, alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return code[back].T.contiguous()

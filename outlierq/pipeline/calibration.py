@@ -1,0 +1,282 @@
+"""Where a block's statistics come from: a finished file, or the model run block by block while it is quantized."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields
+from outlierq.calibrate.folds import prove_folds, tensor_parameters
+from outlierq.calibrate.groups import find_groups
+from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.stats_file import StatsReader
+from outlierq.core.errors import NumbersError, StatsError
+from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
+from outlierq.core.stats import InputStats
+from outlierq.pipeline.events import Event, Listener, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.calibrate.text import TokenSet
+    from outlierq.recipe import Calibration
+
+SAVED = "hidden.safetensors"
+# How much work a crash may cost: hidden states are saved when the last save is this old.
+SAVE_EVERY_SECONDS = 60.0
+# Largest relative change of a block's float32 output that a fold may cause.
+FOLD_TOLERANCE = 1e-4
+
+
+class StatsSource(Protocol):
+    """Gives each block's groups and statistics in turn."""
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Input groups with their proved folds, and statistics by group name."""
+        ...
+
+    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """NumbersError when the block's output with the folded `tensors` differs from the original."""
+        ...
+
+    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The block is written; `tensors` are its dequantized weights."""
+        ...
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """An earlier run has written this block; only carry the hidden states past it."""
+        ...
+
+
+class NoStats:
+    """For data-free recipes: every linear is its own group, without statistics."""
+
+    def __init__(self, structure: Structure):
+        self.structure = structure
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """One group per site."""
+        return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
+
+    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is transformed."""
+
+    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to carry on."""
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Nothing to carry on."""
+
+
+class StatsFromFile(NoStats):
+    """Statistics of an earlier `outlierq calibrate`; no forward pass runs.
+
+    Folds were proved on these very weights when the statistics were made, so they are not proved again.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, structure: Structure, needs: frozenset[str]):
+        super().__init__(structure)
+        self.reader = StatsReader(folder)
+        self.reader.check(checkpoint.fingerprint)
+        held = frozenset(self.reader.identity.settings["fields"])
+        missing = stored_fields(needs) - held
+        if missing:
+            raise StatsError(
+                f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again"
+            )
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Read one block's file."""
+        return self.reader.block(index)
+
+
+class StatsFromRun:
+    """Statistics of the model run block by block.
+
+    static: hidden states come from the original blocks; sequential: from the blocks as they were written.
+    fields: what to keep (see InputStats). work: folder for spilled and saved hidden states.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint,
+        structure: Structure,
+        names: Mapping[str, str],
+        tokens: TokenSet,
+        settings: Calibration,
+        *,
+        fields: frozenset[str] = ALL_FIELDS,
+        work: Path,
+        device: str,
+        listen: Listener = silent,
+    ):
+        from outlierq.load import load_tensors_into, release
+
+        self.model, self.checkpoint, self.structure, self.names = model, checkpoint, structure, names
+        self.tokens, self.settings, self.fields = tokens, settings, fields
+        self.work, self.device, self.listen = work, device, listen
+        block_names = [b.name for b in structure.blocks]
+
+        def materialise(name: str) -> None:
+            part = model.get_submodule(name) if name else model
+            skip = () if name else block_names
+            load_tensors_into(part, checkpoint, names, prefix=name, skip=skip, device=device)
+
+        self._materialise = materialise
+        self._release = lambda name: release(model.get_submodule(name) if name else model)
+        self.runner = BlockRunner(
+            model,
+            structure,
+            materialise=materialise,
+            release=self._release,
+            device=device,
+            dtype=_torch_dtype(checkpoint.dtype),
+            batch_size=settings.batch_size,
+            work_folder=work,
+        )
+        self.hidden: HiddenStates | None = None
+        self._at = 0  # index of the block whose inputs `hidden` holds
+        self._saved_at = time.monotonic()
+        self.notes: list[str] = []
+
+    @property
+    def sequential(self) -> bool:
+        """Whether later blocks see the errors of earlier ones."""
+        return self.settings.mode == "sequential"
+
+    def start(self) -> None:
+        """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
+        self.listen(Event("calibrate", 0, len(self.structure.blocks), "reading the text through the embeddings"))
+        self.hidden = self.runner.start(self.tokens.ids)
+        self._at = _load_hidden(self.work / SAVED, self.hidden, self.tokens.fingerprint)
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Run one block over all tokens; find its groups, prove their folds, collect their statistics."""
+        if self.hidden is None:
+            self.start()
+        block, module = self._enter(index)
+        run_once = self.runner.run_once(index, self.hidden)
+        groups = find_groups(module, block, run_once)
+        groups = prove_folds(module, block, groups, run_once, self.model.config)
+        collector = Collector(
+            module,
+            [g for g in groups if g.sites],
+            self.fields,
+            sequence_length=self.settings.sequence_length,
+            skip_first_tokens=self.settings.skip_first_tokens,
+            seed=self.settings.seed or 0,
+        )
+        self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
+        self.notes += collector.notes
+        return groups, collector.finish()
+
+    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compare the block's float32 output on a probe with and without the folds."""
+        block = self.structure.blocks[index]
+        module = self.model.get_submodule(block.name)
+        run_once = self.runner.run_once(index, self.hidden)
+        changed = copy.deepcopy(module).float()
+        before = run_once(changed)
+        for name, parameter in tensor_parameters(changed, block).items():
+            parameter.data = tensors[name].to(parameter.device)
+        after = run_once(changed)
+        change = ((after - before).abs().max() / before.abs().max()).item()
+        if not change <= FOLD_TOLERANCE:
+            raise NumbersError(
+                f"folding changed the float32 output of {block.name} by {change:.2e}, more than {FOLD_TOLERANCE:g}",
+                hint="this is a fault of outlierq; remove the `transform` section and report it",
+            )
+
+    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Carry the hidden states past the block: static did so already, sequential runs the written weights."""
+        block = self.structure.blocks[index]
+        if self.sequential:
+            self._run_with(block, tensors)
+        self._leave(block)
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Run a block that is written already, unless the saved hidden states are past it."""
+        if self.hidden is None:
+            self.start()
+        if index < self._at:
+            return
+        block, module = self._enter(index)
+        if self.sequential:
+            self._run_with(block, tensors())
+        else:
+            self.runner.run(module, index, self.hidden)
+        self._leave(block)
+
+    def _enter(self, index: int) -> tuple[Block, torch.nn.Module]:
+        """Give the block its original weights."""
+        block = self.structure.blocks[index]
+        self._materialise(block.name)
+        return block, self.model.get_submodule(block.name)
+
+    def _run_with(self, block: Block, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Run the block with other weights."""
+        module = self.model.get_submodule(block.name)
+        for name, parameter in tensor_parameters(module, block).items():
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        self.runner.run(module, block.index, self.hidden)
+
+    def _leave(self, block: Block) -> None:
+        """Drop the block's weights; now and then save the hidden states."""
+        self._release(block.name)
+        self._at = block.index + 1
+        if time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS and self._at < len(self.structure.blocks):
+            _save_hidden(self.work / SAVED, self.hidden, self.tokens.fingerprint, self._at)
+            self._saved_at = time.monotonic()
+
+
+def token_set(checkpoint: Checkpoint, settings: Calibration) -> TokenSet:
+    """The tokens that the recipe asks for."""
+    from outlierq.calibrate.text import token_windows
+    from outlierq.load import load_tokenizer
+
+    return token_windows(
+        load_tokenizer(checkpoint),
+        [text.model_dump(exclude_none=True) for text in settings.text],
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+        chat_template=settings.chat_template,
+    )
+
+
+def _save_hidden(path: Path, hidden: HiddenStates, fingerprint: str, index: int) -> None:
+    """Write the inputs of block `index`, atomically."""
+    import os
+
+    from safetensors.torch import save_file
+
+    part = path.with_suffix(".part")
+    save_file({"hidden": hidden.values.contiguous()}, part, {"tokens": fingerprint, "block": str(index)})
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:
+    """Fill `hidden` from a saved file and return the block whose inputs it holds; 0 when there is none."""
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if metadata["tokens"] != fingerprint:
+            return 0
+        hidden.values.copy_(file.get_tensor("hidden"))
+    return int(metadata["block"])
+
+
+def _torch_dtype(name: str) -> Any:
+    """float16 overflows in residual streams on a CPU; blocks run in bfloat16 or float32."""
+    import torch
+
+    return torch.float32 if name == "float32" else torch.bfloat16

@@ -1,0 +1,35 @@
+"""Round to nearest, with the scale that errs least. No data needed; with statistics it weighs errors by the input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.core.stats import InputStats
+from outlierq.ops.grid import in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.scale_search import search_grid
+from outlierq.registry import quantizer
+
+
+@quantizer("rtn", paper="Gholami et al. 2021, arXiv:2103.13630, section III (uniform quantization, min-max range)")
+def rtn(
+    w: torch.Tensor,
+    stats: InputStats | None,
+    scheme: QuantScheme,
+    *,
+    scale_search: Literal["minmax", "mse", "hessian"] = "minmax",
+) -> QuantTensor:
+    """Round every weight to the nearest point of its group's grid.
+
+    w: [out, in] float32. scale_search: `minmax` takes the grid that just holds the group, `mse` the one with the least
+    squared weight error, `hessian` the one with the least output error (needs calibration).
+    """
+    if scale_search == "minmax":
+        grid = minmax_grid(w, scheme)
+    else:
+        hessian = stats.need("hessian") if scale_search == "hessian" else None
+        grid = search_grid(w, scheme, hessian)
+    return to_quant_tensor(grid.encode(in_groups(w, scheme)).view(w.shape), grid)

@@ -1,0 +1,371 @@
+"""YAML -> checked, frozen `Recipe`. Unknown keys are errors, with their line and the nearest known name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from outlierq.core.errors import RecipeError, nearest
+from outlierq.core.scheme import QuantScheme
+from outlierq.registry import Method, method, methods
+
+GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSource(Section):
+    """Where calibration text comes from: a file (`path`, or the word `embedded`), or a `dataset` of the Hub."""
+
+    path: str | None = None
+    dataset: str | None = None
+    column: str | None = None
+    split: str | None = None
+    config: str | None = None
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TextSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        return self
+
+
+class Calibration(Section):
+    """Which tokens the statistics are made of, and how."""
+
+    text: tuple[TextSource, ...] = (TextSource(path="embedded"),)
+    samples: int = Field(128, ge=1)
+    sequence_length: int = Field(512, ge=2)
+    seed: int | None = 0
+    chat_template: bool = False
+    skip_first_tokens: int = Field(0, ge=0)
+    mode: Literal["static", "sequential"] = "static"
+    batch_size: int = Field(4, ge=1)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _text_in_short(cls, value: Any) -> Any:
+        """`text: embedded` and `text: notes.txt` are short for a list with one source."""
+        entries = value if isinstance(value, list | tuple) else [value]
+        return [{"path": e} if isinstance(e, str) else e for e in entries]
+
+
+class Override(Section):
+    """Different storage for the linears whose module name matches a glob pattern; later overrides win."""
+
+    match: str
+    keep: bool = False
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | Literal["channel"] | None = None
+    symmetric: bool | None = None
+
+
+class Quantize(Section):
+    """The scheme and the method. `options` are the method's own keys, written beside the others in YAML."""
+
+    method: str
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | Literal["channel"] = 128
+    symmetric: bool = True
+    when_indivisible: GroupPolicy = "smaller-group"
+    ignore: tuple[str, ...] = ("*lm_head",)
+    overrides: tuple[Override, ...] = ()
+    options: dict[str, Any] = {}
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be a positive number of columns, or `channel`")
+        return value
+
+
+class Transform(Section):
+    """A function-preserving rewrite that runs before rounding."""
+
+    method: str
+    options: dict[str, Any] = {}
+
+
+class Export(Section):
+    """How the result is written."""
+
+    format: Literal["compressed-tensors", "dense"] = "compressed-tensors"
+    max_shard_size: str = "5GB"
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
+class Recipe(Section):
+    """Everything a run does, apart from its source and its output folder."""
+
+    description: str = ""
+    calibration: Calibration | None = None
+    transform: tuple[Transform, ...] = ()
+    quantize: Quantize | None = None
+    export: Export = Export()
+    name: str = Field("recipe", exclude=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the methods of this recipe read; empty for a data-free recipe."""
+        needs = frozenset().union(*(method("transform", t.method).needs for t in self.transform))
+        if self.quantize is not None:
+            needs |= method("quantize", self.quantize.method).needs
+            if self.quantize.options.get("scale_search") == "hessian":
+                needs |= {"hessian"}
+        return needs
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of everything that decides the result."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"description"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
+        """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
+        if self.quantize is None or any(fnmatchcase(module, pattern) for pattern in self.quantize.ignore):
+            return None
+        wanted = self.quantize.model_dump(include={"bits", "group_size", "symmetric"})
+        for override in self.quantize.overrides:
+            if fnmatchcase(module, override.match):
+                if override.keep:
+                    return None
+                wanted |= override.model_dump(include=set(wanted), exclude_none=True)
+        group_size = None if wanted["group_size"] == "channel" else wanted["group_size"]
+        return QuantScheme(wanted["bits"], group_size, wanted["symmetric"], scale_dtype)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "512MiB", "1000"; ValueError otherwise."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = text.strip().rstrip("BbKkMmGgIi").strip()
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is not a size; write for example 5GB or 512MiB") from None
+    if size < 1:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with outlierq, by name."""
+    folder = Path(str(resources.files("outlierq") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(reference: str) -> Path:
+    """The file of a recipe given as a path or as the name of a shipped recipe (with or without `.yaml`)."""
+    path = Path(reference)
+    if path.is_file():
+        return path
+    known = shipped()
+    name = reference.removesuffix(".yaml")
+    if name in known:
+        return known[name]
+    close = nearest(name, list(known))
+    raise RecipeError(
+        f"there is no recipe file {reference!r} and no shipped recipe of that name; shipped: {', '.join(known)}",
+        hint=f"did you mean {close!r}?" if close else "give a path to a YAML file, or see `outlierq recipes list`",
+    )
+
+
+def load(reference: str, settings: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once."""
+    path = find(reference)
+    return parse(path.read_text(encoding="utf-8"), name=path.stem, settings=settings)
+
+
+def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
+    """Check the text of a recipe. `settings` are `quantize.group_size=64`, as given to `--set`."""
+    try:
+        content, lines = yaml.safe_load(text), _lines(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping of keys to values, this is a {type(content).__name__}")
+    for setting in settings or []:
+        _apply(content, setting)
+    faults: list[str] = []
+    for section in _method_sections(content):
+        _split_options(content, section, faults, lines)
+    try:
+        recipe = Recipe.model_validate({**content, "name": name})
+    except ValidationError as error:
+        faults += [_fault(e, lines) for e in error.errors()]
+        raise _failure(name, faults) from None
+    faults += _impossible(recipe)
+    if faults:
+        raise _failure(name, faults)
+    return recipe
+
+
+def _failure(name: str, faults: list[str]) -> RecipeError:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return RecipeError(
+        f"recipe {name}: {count}\n" + "\n".join(f"  - {fault}" for fault in faults),
+        hint="`outlierq recipes show gptq-w4` prints a complete recipe with comments",
+    )
+
+
+def _lines(text: str) -> dict[tuple, int]:
+    """1-based line of every key path in the YAML text."""
+    found: dict[tuple, int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[(*path, key.value)] = key.start_mark.line + 1
+                walk(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                found[(*path, i)] = value.start_mark.line + 1
+                walk(value, (*path, i))
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return found
+
+
+def _apply(content: dict, setting: str) -> None:
+    """Set one `dotted.key=value`; the value is read as YAML, so `false`, `64` and `[a, b]` mean what they look like."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {setting!r} is not of the form key=value", hint="e.g. --set quantize.group_size=64")
+    *parents, last = key.split(".")
+    node: Any = content
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+            node = {} if node is None else node
+        else:
+            raise RecipeError(f"--set {setting}: {parent!r} does not lead to a section of the recipe")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = yaml.safe_load(value)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(value)
+    else:
+        raise RecipeError(f"--set {setting}: {'.'.join(parents)!r} is not a section of the recipe")
+
+
+def _method_sections(content: dict) -> list[tuple]:
+    """Paths of the sections that name a method."""
+    transforms = content.get("transform")
+    found: list[tuple] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
+    return [*found, ("quantize",)] if isinstance(content.get("quantize"), dict) else found
+
+
+def _split_options(content: dict, path: tuple, faults: list[str], lines: dict[tuple, int]) -> None:
+    """Move the method's own keys of a section into `options`, checked against the method's signature."""
+    parent, key = (content, path[0]) if len(path) == 1 else (content[path[0]], path[1])
+    section = parent[key]
+    if isinstance(section, str):
+        section = {"method": section}
+    if not isinstance(section, dict) or not isinstance(section.get("method"), str):
+        parent[key] = section
+        return
+    stage, model = path[0], Quantize if path[0] == "quantize" else Transform
+    own = [name for name in model.model_fields if name != "options"]
+    try:
+        chosen = method(stage, section["method"])
+    except RecipeError as error:
+        faults.append(f"{_at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
+        parent[key] = {k: v for k, v in section.items() if k in own}
+        return
+    rest = {k: v for k, v in section.items() if k not in own}
+    try:
+        options = _options_model(chosen).model_validate(rest).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        known = [*own, *chosen.options]
+        faults += [_fault({**e, "loc": (*path, *e["loc"])}, lines, known) for e in error.errors()]
+        options = {}
+    parent[key] = {**{k: v for k, v in section.items() if k in own}, "options": options}
+
+
+def _options_model(chosen: Method) -> type[BaseModel]:
+    """A pydantic model of a method's keyword-only arguments."""
+    wanted = {name: (p.annotation, p.default) for name, p in chosen.options.items()}
+    return create_model(chosen.name, __config__=ConfigDict(extra="forbid"), **wanted)
+
+
+def _at(path: tuple, lines: dict[tuple, int]) -> str:
+    """ "line 7, quantize.bits: " (the nearest known line), or the key alone for a --set value."""
+    key = ".".join(str(p) for p in path if p != "options")
+    for end in range(len(path), 0, -1):
+        if path[:end] in lines:
+            return f"line {lines[path[:end]]}, {key}: "
+    return f"{key}: "
+
+
+def _fault(error: Any, lines: dict[tuple, int], known: list[str] | None = None) -> str:
+    """One pydantic error as a sentence with line, key and the nearest known name."""
+    path = error["loc"]
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        given = "" if error["type"] in ("missing", "value_error") else f" (this is {error['input']!r})"
+        return f"{_at(path, lines)}{message}{given}"
+    known = known or _fields_at(path[:-1])
+    close = nearest(str(path[-1]), known)
+    advice = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"{_at(path, lines)}unknown key; {advice}"
+
+
+def _fields_at(path: tuple) -> list[str]:
+    """The keys that the section at `path` knows."""
+    sections = {
+        "calibration": Calibration,
+        "quantize": Quantize,
+        "transform": Transform,
+        "export": Export,
+        "text": TextSource,
+        "overrides": Override,
+    }
+    named = [p for p in path if p in sections]
+    model = sections[named[-1]] if named else Recipe
+    return [name for name in model.model_fields if name not in ("options", "name")]
+
+
+def _impossible(recipe: Recipe) -> list[str]:
+    """Combinations that cannot work, each as a sentence."""
+    faults = []
+    if recipe.quantize is None and recipe.transform:
+        faults.append("transform: there is nothing to transform for without a `quantize` section")
+    if recipe.needs and recipe.calibration is None:
+        faults.append(
+            f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
+            "add a `calibration` section (`calibration: {}` takes the defaults)"
+        )
+    if recipe.quantize is None and recipe.export.format != "dense":
+        faults.append("export.format: without a `quantize` section only `dense` can be written")
+    if recipe.calibration and recipe.calibration.skip_first_tokens >= recipe.calibration.sequence_length:
+        faults.append(
+            f"calibration.skip_first_tokens: {recipe.calibration.skip_first_tokens} leaves nothing of a "
+            f"sequence_length of {recipe.calibration.sequence_length}"
+        )
+    return faults
+
+
+def known_methods() -> dict[str, dict[str, Method]]:
+    """Every method by stage and name, for listings."""
+    return {stage: methods(stage) for stage in ("transform", "quantize")}

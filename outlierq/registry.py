@@ -1,0 +1,81 @@
+"""Name -> method. A method's keyword-only arguments are its recipe schema; adding one touches nothing else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from outlierq.core.errors import RecipeError, nearest
+
+# Modules that hold methods. Imported when a method is first asked for, so that --help stays fast.
+METHOD_MODULES = {
+    "quantize": ("outlierq.quantize.rtn", "outlierq.quantize.gptq"),
+    "transform": ("outlierq.transform.awq",),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function. stage: "quantize" or "transform"; needs: statistics it reads; paper: its source."""
+
+    name: str
+    stage: str
+    function: Callable[..., Any]
+    needs: frozenset[str]
+    paper: str
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only arguments: what a recipe may set."""
+        parameters = inspect.signature(self.function, eval_str=True).parameters
+        return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+
+_methods: dict[tuple[str, str], Method] = {}
+
+
+def _register(stage: str, name: str, needs: tuple[str, ...], paper: str) -> Callable:
+    def keep(function: Callable) -> Callable:
+        if (stage, name) in _methods:
+            raise ValueError(f"two {stage} methods are called {name!r}")
+        _methods[stage, name] = Method(name, stage, function, frozenset(needs), paper)
+        return function
+
+    return keep
+
+
+def quantizer(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+    """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`."""
+    return _register("quantize", name, needs, paper)
+
+
+def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+    """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`."""
+    return _register("transform", name, needs, paper)
+
+
+def methods(stage: str) -> dict[str, Method]:
+    """Every method of a stage, by name, in alphabetical order."""
+    for module in METHOD_MODULES[stage]:
+        import_module(module)
+    return {name: m for (s, name), m in sorted(_methods.items()) if s == stage}
+
+
+def method(stage: str, name: str) -> Method:
+    """The method called `name`; RecipeError with the nearest name when there is none."""
+    known = methods(stage)
+    if name not in known:
+        close = nearest(name, list(known))
+        raise RecipeError(
+            f"there is no {stage} method {name!r}; known: {', '.join(known)}",
+            hint=f"did you mean {close!r}?" if close else None,
+        )
+    return known[name]

@@ -1,0 +1,1 @@
+"""The same report for people and programs: terminal tables here, JSON in `core.report`."""

@@ -1,0 +1,351 @@
+"""Reports as terminal tables: plain values in, rich renderables out.
+
+Tables fit 80 columns: names fold, figures never do. Colour and bold come from rich, which drops them when the output
+is not a terminal or NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from outlierq.core.report import Report, SiteRow
+    from outlierq.evaluate.comparison import Comparison
+    from outlierq.evaluate.divergence import Divergence
+    from outlierq.evaluate.gate import GateRow
+
+UNKNOWN = "–"
+FEW_PARTS = 8  # a group with more members shows only itself
+PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of a plan: sites that are treated alike. bytes: of their weights, as stored before and after."""
+
+    sites: str
+    count: int
+    treatment: str
+    source_bytes: int
+    output_bytes: int
+
+
+def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
+    """A console that is plain, and wide enough for whole rows, when it does not write to a terminal."""
+    console = Console(file=file, stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def plan(rows: Sequence[PlanRow], notes: Iterable[str] = ()) -> RenderableType:
+    """What would be done to which sites, the size before and after, and what cannot be done."""
+    table = _table("", "sites", "treatment", "#before", "#after", "#ratio")
+    table.columns[0].justify = "right"
+    for row in rows:
+        sizes = (human_bytes(row.source_bytes), human_bytes(row.output_bytes))
+        table.add_row(f"{row.count} ×", row.sites, row.treatment, *sizes, _ratio(row.source_bytes, row.output_bytes))
+    before, after = sum(r.source_bytes for r in rows), sum(r.output_bytes for r in rows)
+    table.add_section()
+    table.add_row("", "total", "", human_bytes(before), human_bytes(after), _ratio(before, after), style="bold")
+    return Group(table, *_notes(notes))
+
+
+def summary(report: Report) -> RenderableType:
+    """A whole run: what went in, before and after, the sites, where the time went, and what did not go as asked."""
+    evaluation = report.evaluation or {}
+    head = Text.assemble((report.model, "bold"), " → ", (report.out, "bold"), (f"   {report.recipe}", "dim"))
+    parts: list[RenderableType] = [head, before_after(report, evaluation.get("divergence"))]
+    if report.rows:
+        parts.append(sites(report.rows))
+    if evaluation.get("tasks"):
+        parts.append(tasks(evaluation["tasks"]))
+    return Group(*_spaced(parts), *_notes(report.notes))
+
+
+def before_after(report: Report, divergence: Divergence | Mapping[str, Any] | None = None) -> Table:
+    """The one table to read: size, bits per weight, quality, time and memory."""
+    table = _before_after_table()
+    sizes = (human_bytes(report.source_bytes), human_bytes(report.output_bytes))
+    table.add_row("size", *sizes, _times(report.source_bytes, report.output_bytes))
+    table.add_row("bits per weight", _bits(report.source_bits_per_weight), _bits(report.bits_per_weight), "")
+    if report.quantized_bits_per_weight is not None:
+        table.add_row("  of the quantized weights", "", _bits(report.quantized_bits_per_weight), "")
+    if divergence is not None:
+        _add_divergence(table, divergence)
+    table.add_section()
+    table.add_row("time", "", human_seconds(report.total_seconds), _slowest(report.seconds))
+    if report.peak_bytes is not None:
+        table.add_row("peak memory", "", human_bytes(report.peak_bytes), "")
+    return table
+
+
+def divergence(measured: Divergence | Mapping[str, Any]) -> RenderableType:
+    """A measurement on its own, with the text it was made on."""
+    values = _values(measured)
+    table = _before_after_table()
+    _add_divergence(table, values)
+    size = f"{values['tokens']:,} tokens in {values['windows']} windows of {values['window_length']}"
+    return Group(table, Text(f"{size}, {human_seconds(values['seconds'])}", style="dim"))
+
+
+def sites(rows: Sequence[SiteRow], worst: int = 5) -> RenderableType:
+    """Quality by kind of site, worst kind first, and below it the single worst sites."""
+    return Group(*_spaced([_kinds(rows), _worst_sites(rows, worst)]))
+
+
+def tasks(result: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> RenderableType:
+    """Task results as `evaluate.tasks.run_tasks` returns them, beside those of the source when they are given."""
+    rows, hidden = _shown(result["rows"])
+    if before is None:
+        table = _table("task", "metric", "#value", "#std. error", "#samples")
+        for row in rows:
+            table.add_row(*_task_name(row), _score(row["value"]), _error(row["stderr"]), _count(row["samples"]))
+    else:
+        table = _table("task", "metric", "#before", "#after", "#change", "#std. error")
+        earlier = {(row["task"], row["metric"]): row["value"] for row in before["rows"]}
+        for row in rows:
+            first = earlier.get((row["task"], row["metric"]))
+            change = UNKNOWN if first is None else f"{row['value'] - first:+.4f}"
+            scores = (_score(first), _score(row["value"]), change, _error(row["stderr"]))
+            table.add_row(*_task_name(row), *scores)
+    if not hidden:
+        return table
+    return Group(table, Text(f"{hidden} rows of single subtasks are in the JSON report only", style="dim"))
+
+
+def comparison(compared: Comparison, names: tuple[str, str] = ("before", "after")) -> RenderableType:
+    """Two checkpoints: sizes, bits per weight, and how many tensors were stored in another way."""
+    a, b = compared.a, compared.b
+    table = _table("", f"#{names[0]}", f"#{names[1]}", "#change")
+    table.add_row("size", human_bytes(a.nbytes), human_bytes(b.nbytes), _times(a.nbytes, b.nbytes))
+    table.add_row("parameters", _short_count(a.parameters), _short_count(b.parameters), "")
+    table.add_row("  quantized", _short_count(a.quantized_parameters), _short_count(b.quantized_parameters), "")
+    table.add_row("bits per weight", _bits(a.bits_per_weight), _bits(b.bits_per_weight), "")
+    quantized = (_bits(a.quantized_bits_per_weight), _bits(b.quantized_bits_per_weight))
+    table.add_row("  of the quantized weights", *quantized, "")
+    changed = f"{len(compared.changed)} stored in another way, {compared.unchanged} as before"
+    moved = f"{len(compared.added)} added, {len(compared.removed)} removed"
+    return Group(table, Text(f"tensors: {changed}, {moved}", style="dim"))
+
+
+def gate(rows: Sequence[GateRow]) -> Table:
+    """The quality limits and whether they were kept."""
+    table = _table("", "limit on", "#value", "#limit")
+    for row in rows:
+        mark = Text("passed", style="green") if row.passed else Text("FAILED", style="bold red")
+        table.add_row(mark, row.name, f"{row.value:.5g}", f"{'≤' if row.relation == '<=' else '≥'} {row.limit:g}")
+    return table
+
+
+def human_bytes(count: int) -> str:
+    """Three significant figures and decimal units, as the Hugging Face Hub shows them: 1.23 GB."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{_three_figures(value)} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """As a person would say it: 0.42 s, 12.3 s, 3 min 20 s, 1 h 02 min."""
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _add_divergence(table: Table, measured: Divergence | Mapping[str, Any]) -> None:
+    """Perplexity, and where there is a reference what changed against it."""
+    values = _values(measured)
+    table.add_section()
+    before = values["reference_perplexity"]
+    if before is None:
+        table.add_row("perplexity", "", f"{values['perplexity']:.3f}", "")
+        return
+    increase = f"{100 * (values['perplexity'] / before - 1):+.2f} %"
+    table.add_row("perplexity", f"{before:.3f}", f"{values['perplexity']:.3f}", increase)
+    error = values["kl_standard_error"]
+    decimals = 4 if values["kl_per_token"] >= 0.01 else 6  # int8 stays below 0.001
+    spread = "" if error is None else f"± {error:.{decimals}f}"
+    table.add_row("KL divergence per token", "", f"{values['kl_per_token']:.{decimals}f} nats", spread)
+    flips = f"{values['flips_to_wrong']:,} lost, {values['flips_to_right']:,} won"
+    table.add_row("top-1 agreement", "", f"{100 * values['top1_agreement']:.2f} %", flips)
+
+
+def _kinds(rows: Sequence[SiteRow]) -> Table:
+    """One line per (last part of the site's name, method, scheme), worst error first."""
+    name, error = _error_of(rows)
+    groups: dict[tuple[str, str], list[SiteRow]] = {}
+    for row in rows:
+        groups.setdefault((row.site.rpartition(".")[2], f"{row.method} {_scheme(row)}"), []).append(row)
+    ranked = sorted(groups.items(), key=lambda item: -_mean([error(row) for row in item[1]]))
+    means = _percents([_mean([error(row) for row in members]) for _, members in ranked])
+    worst = _percents([max(error(row) for row in members) for _, members in ranked])
+    table = _table("sites", "#count", "treatment", "#bits", f"#mean {name}", "#worst")
+    for ((kind, treatment), members), mean, highest in zip(ranked, means, worst, strict=True):
+        bits = _bits(_mean([row.bits_per_weight for row in members]))
+        table.add_row(kind, str(len(members)), treatment, bits, mean, highest)
+    return table
+
+
+def _worst_sites(rows: Sequence[SiteRow], count: int) -> Table:
+    """The sites with the largest error, with their notes where there are any."""
+    name, error = _error_of(rows)
+    ranked = sorted(rows, key=error, reverse=True)[:count]
+    noted = any(row.note for row in ranked)
+    table = _table("worst sites", f"#{name}", *(["note"] if noted else []))
+    for row, share in zip(ranked, _percents([error(row) for row in ranked]), strict=True):
+        table.add_row(row.site, share, *([row.note] if noted else []))
+    return table
+
+
+def _error_of(rows: Sequence[SiteRow]) -> tuple[str, Callable[[SiteRow], float]]:
+    """Which error all of `rows` have: the output error, or in a data-free run the weight error."""
+    if any(row.output_error is None for row in rows):
+        return "weight error", lambda row: row.weight_error
+    return "output error", lambda row: row.output_error or 0.0
+
+
+def _scheme(row: SiteRow) -> str:
+    """As short as it goes: int4 g128, int3 channel asym."""
+    group = "channel" if row.group_size is None else f"g{row.group_size}"
+    return f"int{row.bits} {group}" + ("" if row.symmetric else " asym")
+
+
+def _notes(notes: Iterable[str]) -> list[RenderableType]:
+    """Fallbacks and warnings below an empty line, with a hanging indent."""
+    table = _Plain.grid(padding=(0, 2))
+    for note in notes:
+        table.add_row(Text("note", style="yellow"), note)
+    return [Text(""), table] if table.row_count else []
+
+
+def _slowest(seconds: Mapping[str, float]) -> str:
+    """The stage that took most of the time."""
+    if len(seconds) < 2:
+        return ""
+    stage = max(seconds, key=seconds.__getitem__)
+    return f"{stage} {human_seconds(seconds[stage])}"
+
+
+class _Plain(Table):
+    """A table that shows text as it is: square brackets in names and notes are not rich's markup."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def _before_after_table() -> Table:
+    """A table whose "after" column stands out."""
+    table = _table("", "#before", "#after", "#change")
+    table.columns[2].style = "bold"
+    table.columns[3].style = "cyan"
+    return table
+
+
+def _table(*titles: str) -> Table:
+    """An open table. A title that starts with "#" heads a column of figures: right-aligned and never wrapped."""
+    table = _Plain(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
+    for title in titles:
+        if title.startswith("#"):
+            table.add_column(Text(title.removeprefix("#")), justify="right", no_wrap=True)
+        else:
+            table.add_column(Text(title), overflow="fold")
+    return table
+
+
+def _spaced(parts: Iterable[RenderableType]) -> list[RenderableType]:
+    """The parts with an empty line before each but the first."""
+    return [item for part in parts for item in (Text(""), part)][1:]
+
+
+def _values(measured: Divergence | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Plain values of a measurement that may come from memory or from a report file."""
+    return measured if isinstance(measured, Mapping) else measured.to_dict()
+
+
+def _ratio(before: int, after: int) -> str:
+    """How many times smaller, as a figure for a column named "ratio"."""
+    return f"{before / after:.2f}×"
+
+
+def _times(before: int, after: int) -> str:
+    """The same with the word that says which way."""
+    return f"{_ratio(before, after)} smaller" if before >= after else f"{_ratio(after, before)} larger"
+
+
+def _bits(value: float | None) -> str:
+    """Bits per weight."""
+    return UNKNOWN if value is None else f"{value:.2f}"
+
+
+def _percents(shares: Sequence[float]) -> list[str]:
+    """Shares as percentages with the same number of decimals, three figures for the largest."""
+    largest = max(shares, default=0.0)
+    decimals = 2 if largest <= 0 else min(max(0, 2 - math.floor(math.log10(100 * largest))), 6)
+    return [f"{100 * share:.{decimals}f} %" for share in shares]
+
+
+def _three_figures(value: float) -> str:
+    """1.23, 12.3, 123."""
+    rounded = float(f"{value:.3g}")  # first, so that 0.9996 counts as 1
+    decimals = 2 if rounded == 0 else max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:.{decimals}f}"
+
+
+def _short_count(count: int) -> str:
+    """135 M."""
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return _three_figures(count / limit) + unit
+    return str(count)
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Rows of what was asked for and of its parts while they are few, and how many rows are left out."""
+    parents = {row["task"]: row["parent"] for row in rows}
+    parts = Counter(row["parent"] for row in rows)
+    shown = [
+        row
+        for row in rows
+        if row["parent"] is None or (parents.get(row["parent"]) is None and parts[row["parent"]] <= FEW_PARTS)
+    ]
+    return shown, len(rows) - len(shown)
+
+
+def _task_name(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Task, indented when it is a part, and metric."""
+    return row["task"] if row["parent"] is None else f"  {row['task']}", row["metric"]
+
+
+def _score(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _error(value: float | None) -> str:
+    return UNKNOWN if value is None else f"± {value:.4f}"
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
