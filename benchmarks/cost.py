@@ -70,7 +70,7 @@ def main() -> None:
             "depth": depth,
             "runs": costs,
         }
-    write_results(arguments.output, setup.peers, sections)
+    write_results(arguments.output, sections)
 
 
 if __name__ == "__main__":

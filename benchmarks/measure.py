@@ -19,7 +19,7 @@ def measure(command: list[str], log: Path, environment: dict[str, str] | None = 
     """Run `command` with its output in `log`; return its cost. Raises RuntimeError with the log's end if it fails.
 
     environment: variables set on top of ours.
-    The cost: exit_code, user_seconds, system_seconds, cpu_seconds (all threads, and all processes that the command
+    The cost: user_seconds, system_seconds, cpu_seconds (all threads, and all processes that the command
     waited for), wall_seconds, peak_bytes (of the largest process), load_average (of one minute, at the start).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -28,9 +28,10 @@ def measure(command: list[str], log: Path, environment: dict[str, str] | None = 
         relay = [sys.executable, "-I", __file__, "--report", str(report), "--log", str(log), "--", *command]
         subprocess.run(relay, check=True, env={**os.environ, **(environment or {})})
         cost = json.loads(report.read_text())
-    if cost["exit_code"] != 0:
+    exit_code = cost.pop("exit_code")
+    if exit_code != 0:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"exit code {cost['exit_code']} from {' '.join(command)}\nend of {log}:\n{end}")
+        raise RuntimeError(f"exit code {exit_code} from {' '.join(command)}\nend of {log}:\n{end}")
     return cost
 
 

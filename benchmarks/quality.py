@@ -73,7 +73,7 @@ def main() -> None:
             "bounds": bounds({name: result["kl"] for name, result in results.items()}),
             "runs": results,
         }
-    write_results(arguments.output, setup.peers, sections)
+    write_results(arguments.output, sections)
 
 
 if __name__ == "__main__":

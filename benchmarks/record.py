@@ -22,17 +22,9 @@ print(json.dumps(found))
 """
 
 
-def write_results(path: Path, peers: dict[str, str | None], sections: dict) -> None:
-    """Write `sections` as JSON, after a description of the machine and of all environments.
-
-    peers: the Python of each peer's environment; None where its kept results were used.
-    """
-    environments = {"outlierq and evaluation": sys.executable, **peers}
-    document = {
-        "machine": machine(),
-        "versions": {name: versions(python) for name, python in environments.items() if python},
-        **sections,
-    }
+def write_results(path: Path, sections: dict) -> None:
+    """Write `sections` as JSON, after a description of the machine and of the environment that we and the evaluation use."""
+    document = {"machine": machine(), "versions": versions(sys.executable), **sections}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")
 

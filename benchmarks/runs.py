@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from measure import measure
 from protocol import CALIBRATION_SAMPLES, CALIBRATION_TEXT, SEQUENCE_LENGTH, write_calibration
+from record import versions
 
 GROUP_SIZE = 64
 SCHEME = f"4-bit integer weights, groups of {GROUP_SIZE}, activations not quantized"
@@ -55,11 +56,6 @@ class Setup:
     keep_peers: bool
     threads: int
     programs: dict[str, str | None]
-
-    @property
-    def peers(self) -> dict[str, str | None]:
-        """The Python of each peer's environment."""
-        return {tool: self.programs[tool] for tool in PEERS}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -141,6 +137,8 @@ def execute(run: Run, setup: Setup) -> dict:
     shutil.rmtree(setup.outputs / run.name, ignore_errors=True)
     cost = measure(command(run, setup), setup.outputs / f"{run.name}.log", setup.environment)
     cost["threads"] = setup.threads
+    if run.tool in PEERS:
+        cost["versions"] = versions(setup.programs[run.tool])
     cost_file(run, setup).write_text(json.dumps(cost, indent=2) + "\n")
     return cost
 

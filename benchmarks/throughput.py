@@ -105,7 +105,7 @@ def main() -> None:
         "bytes_per_second": rates,
         "bound": {"ratio": ratio, "limit": LIMIT, "met": ratio >= LIMIT},
     }
-    write_results(arguments.output, {}, sections)
+    write_results(arguments.output, sections)
 
 
 if __name__ == "__main__":

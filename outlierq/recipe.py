@@ -172,6 +172,11 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def description(path: Path) -> str:
+    """The one-line description in a recipe file, without checking the rest."""
+    return str(yaml.safe_load(path.read_text(encoding="utf-8")).get("description", ""))
+
+
 def find(reference: str) -> Path:
     """The file of a recipe given as a path or as the name of a shipped recipe (with or without `.yaml`)."""
     path = Path(reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,12 +41,13 @@ class Toy(torch.nn.Module):
     def forward(self, input_ids, use_cache):
         hidden = self.embed(input_ids)
         mask = torch.ones(input_ids.shape[1], 1)
+        flags = UserDict() if self.habit == "shares a container" else (1, None)
         for layer in self.layers[: 1 if self.habit == "stops early" else 2]:
             extra = {"table": [torch.arange(3.0)]}
             if self.habit == "no hidden states":
                 hidden = layer(mask=mask, y=hidden)[0]
             else:
-                hidden = layer(mask=mask.clone(), hidden_states=hidden, extra=extra, flags=(1, None))[0]
+                hidden = layer(mask=mask.clone(), hidden_states=hidden, extra=extra, flags=flags)[0]
             if self.habit == "scales between":
                 hidden = hidden * 2
         return hidden
@@ -76,8 +79,17 @@ def test_tuples_keywords_and_blocks_that_change_their_input_are_handled():
 def test_arguments_that_repeat_are_kept_once():
     runner = runner_of(Toy())
     runner.start(ids(sequences=8))
-    assert len(runner._known) == 2  # one mask and one table, for 2 blocks, 4 batches and the probe
+    assert sum(map(len, runner._known.values())) == 2  # one mask and one table, for 2 blocks, 4 batches and the probe
     assert all(len(record.calls) == 1 and record.of_batch == [0] * 4 for record in runner._records)
+
+
+def test_containers_that_blocks_write_to_are_kept_for_each_batch():
+    runner = runner_of(Toy("shares a container"))
+    runner.start(ids(sequences=8))
+    first, second = runner._records
+    shared = [call.shared[0] for call in first.calls]
+    assert len({id(container) for container in shared}) == 4
+    assert all(one is other.shared[0] for one, other in zip(shared, second.calls, strict=True))
 
 
 def test_weights_are_asked_for_and_given_back_in_order():

@@ -463,6 +463,22 @@ def strip_prefix(structure: Structure, prefix: str) -> Structure:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_hand_keys_and_values_to_later_ones_run_one_by_one(dtype):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    arguments = {**LLAMA, "num_hidden_layers": 4, "head_dim": 12, "sliding_window": 8, "layer_types": kinds}
+    tiny = build("Gemma4TextConfig", {**arguments, "num_kv_shared_layers": 2}, [])
+    tiny.model.to(dtype)
+    tiny.runner.dtype = dtype
+    hidden = tiny.runner.start(tiny.ids)
+    expected = model_hidden_states(tiny)
+    for index in range(4):
+        folds = [group.fold and group.fold.kind for group in tiny.proved(index, hidden)]
+        assert folds == ["norm", None, "norm", "linear", None, None]
+        tiny.runner.run(tiny.block(index), index, hidden)
+        assert relative(hidden.values, expected[index + 1]) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 class PartlyUsed(torch.nn.Module):
     """A block with a linear that its forward does not call."""
 

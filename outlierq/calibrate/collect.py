@@ -254,7 +254,7 @@ def exact_products(dtype: Any) -> Iterator[None]:
     """Float32 matrix products that lose nothing of inputs that came as `dtype`; the settings are restored.
 
     Values that came as bfloat16 may be multiplied as bfloat16 on the CPU: the products are exact in float32, where they
-    are added (2 to 4 times faster with AMX). On a GPU, TF32 would cut float32 inputs to 10 bits: it is off.
+    are added. That is twice as fast on a CPU with AMX. On a GPU, TF32 would cut float32 inputs to 10 bits: it is off.
     """
     import torch
 

@@ -1,12 +1,14 @@
 """Running a model one block at a time: what a block receives is recorded, not rebuilt.
 
 The model runs once per batch with every block replaced by a stub that notes its arguments and hands the hidden states
-on. From then on each block can run alone, on hidden states kept in memory or in a mapped file. What blocks would hand
-each other beside the hidden states (a shared key-value cache) is not carried: a block gets what the recording showed.
+on. From then on each block can run alone, on hidden states kept in memory or in a mapped file. A container that blocks
+share to hand each other more than hidden states (the keys and values of Gemma 4) is kept for each batch, so such a
+block can only run after the ones before it.
 """
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ SPILL_BYTES = 4 << 30
 # Tokens of the probe run. Twice as many than the 16 at which torch switches kernels, and still cheap on every block.
 PROBE_TOKENS = 32
 
+PLAIN = (bool, int, float, str, bytes)
+
 Progress = Callable[[float], None]
 
 
@@ -35,7 +39,7 @@ class StopForward(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with. before, after: positional arguments around the hidden states; keyword: all others.
+    """What a block is called with beside the hidden states: positional arguments after them, and keyword arguments.
 
     name: the keyword of the hidden states, None when they are the first positional argument.
     """
@@ -44,9 +48,20 @@ class Call:
     keyword: dict[str, Any]
     name: str | None
 
+    @property
+    def shared(self) -> list[UserDict]:
+        """Containers that blocks write for each other; they are passed on as they are, not copied."""
+        return [value for value in (*self.after, *self.keyword.values()) if isinstance(value, UserDict)]
+
     def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The hidden states that the module returns; floating-point arguments are given in `dtype`."""
-        after, keyword = _map_tensors((self.after, self.keyword), lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        for shared in self.shared:
+            shared.update({key: _map_tensors(value, cast) for key, value in shared.items()})
+        after, keyword = _map_tensors((self.after, self.keyword), cast)
         if self.name is None:
             output = module(hidden, *after, **keyword)
         else:
@@ -155,7 +170,7 @@ class BlockRunner:
         self.device, self.dtype, self.batch_size = torch.device(device), dtype or torch.bfloat16, batch_size
         self.work_folder, self.spill_bytes = work_folder, spill_bytes
         self._records: list[_Record] = []
-        self._known: list[torch.Tensor] = []
+        self._known: dict[tuple, list[torch.Tensor]] = {}
         self._probe_tokens = PROBE_TOKENS
 
     def start(self, ids: torch.Tensor, *, progress: Progress | None = None) -> HiddenStates:
@@ -166,7 +181,7 @@ class BlockRunner:
         import torch
 
         self._records = [_Record() for _ in self.structure.blocks]
-        self._known = []
+        self._known = {}
         batches = ids.split(self.batch_size)
         hidden: HiddenStates | None = None
         self.model.eval()
@@ -322,9 +337,10 @@ class BlockRunner:
 
         def known(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) not in met:
-                equal = next((other for other in self._known if _equal(other, tensor)), None)
+                alike = self._known.setdefault(_end(tensor), [])
+                equal = next((other for other in alike if _equal(other, tensor)), None)
                 if equal is None:
-                    self._known.append(tensor)
+                    alike.append(tensor)
                 met[id(tensor)] = tensor if equal is None else equal
             return met[id(tensor)]
 
@@ -414,6 +430,12 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
+def _end(tensor: torch.Tensor) -> tuple:
+    """Shape, dtype and a few last values: equal for equal tensors, and cheap to look up."""
+    last = tensor[(-1,) * (tensor.dim() - 1)] if tensor.dim() > 1 and tensor.numel() else tensor
+    return tuple(tensor.shape), tensor.dtype, tuple(last.reshape(-1)[-8:].tolist())
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether two calls hold the same values; their tensors are interned, so identity is enough for those."""
     import torch
@@ -426,4 +448,5 @@ def _same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if type(one) in (tuple, list) and type(one) is type(other):
         return len(one) == len(other) and all(map(_same, one, other))
-    return one is other or one == other
+    # Two containers that are equal now, because empty, will not be when blocks have written to them.
+    return one is other or (isinstance(one, PLAIN) and one == other)

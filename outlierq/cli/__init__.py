@@ -1,1 +1,1 @@
-"""Stage package."""
+"""The door: words in, words out. One small file a command."""

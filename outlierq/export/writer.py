@@ -181,4 +181,3 @@ def dtype_name(dtype: torch.dtype) -> str:
         torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint32: "U32",
     }  # fmt: skip
     return names[dtype]
-

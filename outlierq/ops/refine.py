@@ -12,7 +12,7 @@ import torch
 from outlierq.ops.grid import Grid, in_groups, stored
 
 BLOCK = 128
-ROWS = 1024
+ROWS = 256
 
 
 def refine(

@@ -84,9 +84,7 @@ class StatsFromFile(NoStats):
         held = frozenset(self.reader.identity.settings["fields"])
         missing = stored_fields(needs) - held
         if missing:
-            raise StatsError(
-                f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again"
-            )
+            raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Read one block's file."""

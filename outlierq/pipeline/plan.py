@@ -77,9 +77,7 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the output folder without the report: weights, index, config, tokenizer and other files."""
-        return self.layout.total_bytes + sum(
-            len(c) for name, c in self.small_files.items() if name != INDEX_NAME
-        )
+        return self.layout.total_bytes + sum(len(c) for name, c in self.small_files.items() if name != INDEX_NAME)
 
     @property
     def parameters(self) -> int:
@@ -121,7 +119,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
     _check(sites, recipe)
-    layout = make_layout(_output_tensors(checkpoint, structure, sites, recipe), parse_size(recipe.export.max_shard_size))
+    layout = make_layout(
+        _output_tensors(checkpoint, structure, sites, recipe), parse_size(recipe.export.max_shard_size)
+    )
     small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
     small["config.json"] = config_json(checkpoint, structure, sites, recipe)
     if layout.index is not None:
@@ -204,9 +204,7 @@ def unit_name(block: int) -> str:
     return f"block-{block:05d}"
 
 
-def config_json(
-    checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe
-) -> bytes:
+def config_json(checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
     """The source's config with the quantization config added."""
     config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     if recipe.quantize is not None:

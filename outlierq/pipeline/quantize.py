@@ -16,7 +16,6 @@ from outlierq.core.errors import during
 from outlierq.core.model import Block, InputGroup, LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import Report, SiteRow
-from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
@@ -89,9 +88,7 @@ class Clock:
 class _Run:
     """The units of one plan, one after another."""
 
-    def __init__(
-        self, plan: Plan, source: StatsSource, output: Output, clock: Clock, device: str, listen: Listener
-    ):
+    def __init__(self, plan: Plan, source: StatsSource, output: Output, clock: Clock, device: str, listen: Listener):
         self.plan, self.source, self.output = plan, source, output
         self.clock, self.device, self.listen = clock, device, listen
         self.schemes = plan.schemes
@@ -228,9 +225,7 @@ def _identity(plan: Plan, stats: Path | None) -> dict[str, Any]:
     return identity
 
 
-def _report(
-    plan: Plan, out: Path, journal: Journal, clock: Clock, device: str, source: StatsSource
-) -> Report:
+def _report(plan: Plan, out: Path, journal: Journal, clock: Clock, device: str, source: StatsSource) -> Report:
     """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
     rows = tuple(SiteRow(**row) for entry in journal.entries.values() for row in entry["rows"])
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])

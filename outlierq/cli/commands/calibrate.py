@@ -1,0 +1,79 @@
+"""Run a model once and keep the statistics of every linear input."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  outlierq calibrate ./SmolLM2-135M -o ./stats\n\n"
+    "  outlierq calibrate ./Llama-3.1-8B -o stats --text chats.jsonl --chat-template --samples 256 "
+    "--sequence-length 1024"
+)
+
+
+def command(
+    model: shared.Model,
+    out: Annotated[str, typer.Option("--out", "-o", help="The folder for the statistics.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A .txt, .jsonl or .parquet file, or `embedded` (the default). May be repeated for a mix."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Take the calibration section of this recipe.")
+    ] = None,
+    settings: shared.Settings = None,
+    samples: Annotated[int | None, typer.Option(help="Number of token windows [128].")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a window [512].")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Render documents with the model's chat template.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Chooses among the windows [0].")] = None,
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
+    from outlierq.pipeline.calibrate import calibrate
+
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
+    chosen = calibration_settings(recipe, settings, given, chat_template)
+    checkpoint = shared.open_model(model, revision, trust_remote_code)
+    folder = shared.out_path(out)
+    with shared.progress(quiet) as listen:
+        identity = calibrate(
+            checkpoint,
+            chosen,
+            folder,
+            device=shared.choose_device(device),
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if as_json:
+        shared.print_json({"stats": str(folder), "bytes": size, **identity.to_json()})
+    else:
+        from outlierq.report.terminal import human_bytes
+
+        typer.echo(f"{identity.token_description}\nstatistics written: {out} ({human_bytes(size)})")
+        typer.echo(f"use them with: outlierq quantize {model} --recipe NAME --stats {out} -o OUT")
+
+
+def calibration_settings(recipe: str | None, settings: list[str] | None, given: dict, chat_template: bool) -> object:
+    """The calibration section of the recipe (or the defaults) with the command line's values on top."""
+    import json
+
+    from outlierq.recipe import load, parse
+
+    base = load(recipe, settings).calibration if recipe else None
+    section = base.model_dump(mode="json") if base else {}
+    section |= {key: value for key, value in given.items() if value is not None}
+    section |= {"chat_template": True} if chat_template else {}
+    content = json.dumps({"calibration": section, "export": {"format": "dense"}})
+    return parse(content, name="calibrate options", settings=None if recipe else settings).calibration

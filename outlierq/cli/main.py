@@ -1,0 +1,68 @@
+"""The `outlierq` command: registers the commands, turns our errors into a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from outlierq import __version__
+from outlierq.cli.commands import calibrate, compare, demo, evaluate, inspect, plan, quantize, recipes
+from outlierq.core.errors import EXIT_ERROR, OutlierqError
+
+EPILOG = "Exit codes: 0 done · 1 an error in the input or in outlierq · 2 wrong usage · 3 a quality gate failed"
+
+app = typer.Typer(
+    name="outlierq",
+    help="Compress an LLM checkpoint: one command, a smaller checkpoint that serving stacks load, its loss measured.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize", epilog=quantize.EXAMPLES)(quantize.command)
+app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.command)
+app.command("plan", epilog=plan.EXAMPLES)(plan.command)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("compare", epilog=compare.EXAMPLES)(compare.command)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.add_typer(recipes.app, name="recipes")
+app.command("demo", epilog=demo.EXAMPLES)(demo.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"outlierq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors.", envvar="OUTLIERQ_DEBUG"),
+) -> None:
+    if debug:
+        os.environ["OUTLIERQ_DEBUG"] = "1"
+
+
+def run() -> None:
+    """Entry point: exit codes 0, 1, 2 and 3; no traceback for a user's mistake."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except OutlierqError as error:
+        if os.environ.get("OUTLIERQ_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; run the same command again to continue", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)

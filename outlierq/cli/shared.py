@@ -1,0 +1,183 @@
+"""What several commands share: options, the device, progress, and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlierq.core.errors import OutlierqError
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
+    from outlierq.pipeline.events import Event, Listener
+    from outlierq.pipeline.plan import Plan
+    from outlierq.recipe import Recipe
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name), or a GGUF file.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a key of the recipe: quantize.group_size=64. May be repeated."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, or cuda; auto takes a GPU when there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables on stderr.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along. Read it first.")
+]
+
+
+def open_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint named on the command line."""
+    from outlierq.load import open_checkpoint
+
+    return open_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_recipe(reference: str, settings: list[str] | None) -> Recipe:
+    """The checked recipe."""
+    from outlierq import recipe
+
+    return recipe.load(reference, settings)
+
+
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda"; an error when cuda is asked for and there is none."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"{wanted!r} is not a device; choose auto, cpu or cuda", param_hint="--device")
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise OutlierqError("--device cuda: torch finds no CUDA device", hint="use --device cpu")
+    return "cpu"
+
+
+def print_json(values: Any) -> None:
+    """Data for machines, on stdout."""
+    typer.echo(json.dumps(values, indent=2, default=str))
+
+
+def show(*parts: Any, stderr: bool = False) -> None:
+    """Print rich renderables, plainly when it is not a terminal."""
+    from outlierq.report.terminal import make_console
+
+    console = make_console(stderr=stderr)
+    for part in parts:
+        console.print(part)
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """One line of log on stderr."""
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+def plan_view(plan: Plan) -> Any:
+    """The plan as a table."""
+    from outlierq.report import terminal
+
+    return terminal.plan(plan_rows(plan), [*plan.notes, *plan.clients])
+
+
+def plan_rows(plan: Plan) -> list[Any]:
+    """Tensors that are treated alike, as rows: linears by kind, everything else together."""
+    from outlierq.export import exporter
+    from outlierq.export.compressed_tensors import pattern
+    from outlierq.report.terminal import PlanRow
+
+    form = exporter(plan.recipe.export.format)
+    tensors = plan.checkpoint.tensors
+    rows: dict[tuple[str, str], list[int]] = {}
+    left = dict(tensors)
+    for planned in plan.sites:
+        site, scheme = planned.site, planned.scheme
+        short = pattern(site.module).removeprefix("re:").removesuffix("$").replace(r"\.", ".").replace(r"\d+", "*")
+        treatment = planned.reason or "kept" if scheme is None else str(scheme)
+        before = left.pop(site.weight).nbytes
+        after = before
+        if scheme is not None:
+            names = [name for name, _, _ in form.tensor_specs(site, scheme)]
+            after = sum(plan.layout.places[name].tensor.nbytes for name in names)
+        row = rows.setdefault((short, treatment), [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + before, row[2] + after
+    others = sum(info.nbytes for info in left.values())
+    listed = [PlanRow(sites, count, how, before, after) for (sites, how), (count, before, after) in rows.items()]
+    return [*listed, PlanRow("embeddings, norms, biases", len(left), "as stored", others, others)]
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Listener]:
+    """A listener that draws a progress bar on a terminal, and prints a line now and then elsewhere."""
+    if quiet:
+        yield lambda event: None
+    elif sys.stderr.isatty():
+        with _bar() as listen:
+            yield listen
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Listener]:
+    """Blocks done, time left, current error, peak memory."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from outlierq.pipeline.events import peak_bytes
+    from outlierq.report.terminal import human_bytes, make_console
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def listen(event: Event) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
+            error = f"error {event.error:.2%}  " if event.error is not None else ""
+            figures = f"{error}peak {human_bytes(peak_bytes())}"
+            bar.update(tasks[event.stage], completed=event.done, total=event.total, figures=figures)
+
+        yield listen
+
+
+def _lines() -> Listener:
+    """At most one line every ten seconds and one at each stage, for logs."""
+    import time
+
+    from outlierq.pipeline.events import peak_bytes
+    from outlierq.report.terminal import human_bytes
+
+    last = {"stage": "", "at": 0.0}
+
+    def listen(event: Event) -> None:
+        now = time.monotonic()
+        if event.stage == last["stage"] and now - last["at"] < 10:
+            return
+        last["stage"], last["at"] = event.stage, now
+        error = f", error {event.error:.2%}" if event.error is not None else ""
+        typer.echo(f"{event.stage} {event.done}/{event.total}{error}, peak {human_bytes(peak_bytes())}", err=True)
+
+    return listen
+
+
+def out_path(text: str) -> Path:
+    """The output folder, absolute, so that its parent is known."""
+    return Path(text).expanduser().absolute()
