@@ -23,7 +23,7 @@ print(json.dumps(found))
 
 
 def write_results(path: Path, sections: dict) -> None:
-    """Write `sections` as JSON, after a description of the machine and of the environment that we and the evaluation use."""
+    """Write `sections` as JSON, after the machine and the versions in our environment, which evaluates."""
     document = {"machine": machine(), "versions": versions(sys.executable), **sections}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,3 +1,3 @@
-"""outlierq compresses LLM checkpoints: one command, a smaller checkpoint that serving stacks load, its loss measured."""
+"""outlierq compresses LLM checkpoints: one command, a smaller checkpoint that serving stacks load, loss measured."""
 
 __version__ = "0.1.0"

@@ -58,7 +58,7 @@ class Output:
         self.journal.add(unit, {"sha256": digest, "rows": rows, "transforms": transforms})
 
     def decode(self, site: LinearSite) -> torch.Tensor:
-        """One quantized linear as it lies on disk, [out, in], through the decoder that shares no code with the writer."""
+        """One quantized linear as it lies on disk, [out, in]; the decoder shares no code with the writer."""
         import torch
 
         from outlierq.load import decode_pack_quantized

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import in_groups, minmax_grid
+from outlierq.ops.grid import Grid, in_groups, range_grid, stored
+from outlierq.ops.precision import bfloat16_operands
 from outlierq.registry import transform
 
 # Scales outside this range push outliers into the weights and into the 16-bit norm (methods sheet 1.e).
 LARGEST_SCALE = 100.0
+# Share of the range that the judging grid covers: KL 0.1435 at 0.9 against 0.1470 at 1 (awq-w4, SmolLM2-135M, group 64).
+CLIP = 0.9
 
 
 @transform("awq", needs=("hessian", "abs_mean"), paper="arXiv:2306.00978")
@@ -23,55 +25,87 @@ def awq(
     scheme: QuantScheme,
     tie: torch.Tensor | None = None,
     *,
-    grid_points: int = 20,
+    grid_points: int = 10,
     scaling: Literal["plain", "duo", "both"] = "both",
+    search_rows: int = 256,
 ) -> torch.Tensor:
     """Scale [in] that minimises the output error tr(D H D^T) of rounding `w * scale` and dividing it out again.
 
     Candidates: s = x^r ("plain", Eq. 5) and s = x^r / m^(1-r) ("duo": m is the mean weight magnitude relative to its
-    group's maximum), x the mean |input| of a channel, r on a grid of [0, 1]; always the identity, so the result never
-    errs more than no scaling. w: [out, in] float32, all linears that read the input, stacked.
+    group's maximum), x the mean |input| of a channel, r on a grid of [0, 1] and then around the best point; always the
+    identity, so the result errs no more than no scaling. w: [out, in] float32, all linears that read the input,
+    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates.
     tie: [in] producer channel of every input channel, or None; channels with one producer get one scale (grouped-query
     attention repeats a value channel over query heads).
     """
-    hessian = stats.need("hessian")
-    best = torch.ones(w.shape[1], device=w.device)
-    least = scaled_error(w, best, hessian, scheme)
-    for scale in candidates(w, stats.need("abs_mean"), scheme, tie, grid_points, scaling):
-        error = scaled_error(w, scale, hessian, scheme)
-        if error < least:
-            best, least = scale, error
-    return best
+    w = w[:: max(1, len(w) // search_rows)][:search_rows] if len(w) > search_rows else w
+    family = Family(w, stats.need("abs_mean"), scheme, tie)
+    judge = Judge(w, stats.need("hessian"), scheme)
+    best = (judge.error(torch.ones_like(family.activity)), torch.ones_like(family.activity), "", 0.0)
+    kinds = ("plain", "duo") if scaling == "both" else (scaling,)
+    step = 1 / grid_points
+    for kind in kinds:
+        for i in range(grid_points + 1):
+            best = _better(best, judge, family, kind, i * step)
+    if best[2]:
+        _, _, kind, middle = best
+        for r in (middle - step / 2, middle + step / 2):
+            best = _better(best, judge, family, kind, r)
+    return best[1]
 
 
-def scaled_error(w: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme) -> float:
-    """Output error of plain rounding after scaling the columns by `scale`."""
-    scaled = w * scale
-    grouped = in_groups(scaled, scheme)
-    change = minmax_grid(scaled, scheme).round(grouped).view(w.shape).sub_(scaled).div_(scale)
-    return ((change @ hessian) * change).sum().item()
+def _better(best: tuple, judge: Judge, family: Family, kind: str, r: float) -> tuple:
+    """`best` (error, scale, kind, r), or the candidate when it errs less."""
+    scale = family.scale(kind, r)
+    error = judge.error(scale)
+    return (error, scale, kind, r) if error < best[0] else best
 
 
-def candidates(
-    w: torch.Tensor,
-    abs_mean: torch.Tensor,
-    scheme: QuantScheme,
-    tie: torch.Tensor | None,
-    grid_points: int,
-    scaling: str,
-) -> Iterator[torch.Tensor]:
-    """The scales to try, each with geometric middle 1 and dead channels left alone."""
-    grouped = in_groups(w, scheme).abs()
-    magnitude = (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(w.shape).mean(0)
-    activity, magnitude = _tied(abs_mean, tie), _tied(magnitude, tie)
-    alive = activity > 1e-6 * activity.median()
-    activity = activity.clamp(min=1e-8)
-    for i in range(grid_points + 1):
-        r = i / grid_points
-        if scaling in ("plain", "both") and i > 0:
-            yield _normalised(activity**r, alive)
-        if scaling in ("duo", "both"):
-            yield _normalised(activity**r / (magnitude ** (1 - r) + 1e-4), alive)
+class Judge:
+    """Output error of rounding after a scale. Ranking candidates needs no more than bfloat16 operands."""
+
+    def __init__(self, w: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme):
+        self.w, self.hessian, self.scheme = w, hessian, scheme
+
+    def error(self, scale: torch.Tensor) -> float:
+        """tr(D H D^T) of the rounding error D of `w * scale`, divided by the scale again."""
+        scaled = self.w * scale
+        rounded = clipped_grid(scaled, self.scheme).round(in_groups(scaled, self.scheme)).view_as(scaled)
+        change = rounded.sub_(scaled).div_(scale)
+        with bfloat16_operands():
+            return (change @ self.hessian).mul_(change).sum().item()
+
+
+def clipped_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
+    """The grid over 0.9 of the range: what a clipping search ends at on average, without searching."""
+    grouped = in_groups(w, scheme)
+    if scheme.symmetric:
+        largest = grouped.abs().amax(-1)
+        return Grid(stored(CLIP * largest / (scheme.code_max + 0.5), scheme), None, scheme)
+    return range_grid(CLIP * grouped.amin(-1), CLIP * grouped.amax(-1), scheme)
+
+
+class Family:
+    """The candidate scales of one input group."""
+
+    def __init__(self, w: torch.Tensor, abs_mean: torch.Tensor, scheme: QuantScheme, tie: torch.Tensor | None):
+        grouped = in_groups(w, scheme).abs()
+        magnitude = (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(w.shape).mean(0)
+        activity = _tied(abs_mean, tie)
+        self.alive = activity > 1e-6 * activity.median()
+        self.activity, self.magnitude = activity.clamp(min=1e-8), _tied(magnitude, tie)
+
+    def scale(self, kind: str, r: float) -> torch.Tensor:
+        """[in]: geometric middle 1, dead channels 1, all within [1/100, 100]."""
+        scale = self.activity**r
+        if kind == "duo":
+            scale = scale / (self.magnitude ** (1 - r) + 1e-4)
+        living = scale[self.alive]
+        if living.numel() == 0:
+            return torch.ones_like(scale)
+        scale = scale / (living.max() * living.min()).sqrt()
+        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+        return torch.where(self.alive, scale, torch.ones_like(scale))
 
 
 def _tied(values: torch.Tensor, tie: torch.Tensor | None) -> torch.Tensor:
@@ -82,12 +116,3 @@ def _tied(values: torch.Tensor, tie: torch.Tensor | None) -> torch.Tensor:
     total = torch.zeros(size, device=values.device).index_add_(0, tie, values)
     count = torch.zeros(size, device=values.device).index_add_(0, tie, torch.ones_like(values))
     return (total / count.clamp(min=1))[tie]
-
-
-def _normalised(scale: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-    """Divide by sqrt(max * min) over live channels; dead channels get 1; all within [1/100, 100]."""
-    living = scale[alive]
-    if living.numel() == 0:
-        return torch.ones_like(scale)
-    scale = scale / (living.max() * living.min()).sqrt()
-    return torch.where(alive, scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), torch.ones_like(scale))

@@ -9,7 +9,10 @@ import typer
 
 from outlierq.cli import shared
 
-EXAMPLES = "Examples:\n\n  outlierq inspect ./SmolLM2-135M-W4\n\n  outlierq inspect ./stats\n\n  outlierq inspect model.gguf --json"
+EXAMPLES = (
+    "Examples:\n\n  outlierq inspect ./SmolLM2-135M-W4\n\n  outlierq inspect ./stats\n\n"
+    "  outlierq inspect model.gguf --json"
+)
 
 
 def command(

@@ -28,8 +28,8 @@ def list_recipes(as_json: shared.AsJson = False) -> None:
         shared.print_json(found)
         return
     width = max(len(name) for name in found)
-    for name, description in found.items():
-        typer.echo(f"{name:<{width}}  {description}")
+    for name, text in found.items():
+        typer.echo(f"{name:<{width}}  {text}")
 
 
 @app.command("show", epilog="Example:\n\n  outlierq recipes show awq-w4 > mine.yaml")
