@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outlierq.calibrate.collect import ALL_FIELDS, Collector, exact_products, stored_fields
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields
+from outlierq.ops.precision import matmul_operands
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import InputGroup, LinearSite
 
@@ -145,7 +146,7 @@ def test_statistics_can_be_changed_outside_of_inference_mode():
 def test_the_settings_of_matrix_products_are_restored():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    with pytest.raises(RuntimeError), exact_products(torch.bfloat16):
+    with pytest.raises(RuntimeError), matmul_operands(torch.bfloat16):
         assert matmul.fp32_precision == "bf16"
         raise RuntimeError
     assert matmul.fp32_precision == before

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.trace import first_input, submodule
@@ -26,7 +25,7 @@ ALL_FIELDS = frozenset(FIELDS)
 # Elements handled at a time: 256 KiB in float32 keep the passes over them in the cache of a core (2 MiB take twice the
 # time); a GPU, and the matrix product anywhere, need large pieces instead: 128 MiB.
 CHUNK_ELEMENTS = 1 << 16
-CHUNK_ELEMENTS_DEVICE = 1 << 25
+CHUNK_ELEMENTS_DEVICE = 1 << 22
 
 
 def stored_fields(needs: Iterable[str]) -> frozenset[str]:
@@ -128,10 +127,12 @@ class _GroupSums:
         self._check(self.values["max"], inputs)
         rows = sequences.flatten(0, 1)
         if "hessian" in self.values:
-            with exact_products(rows.dtype):
+            from outlierq.ops.gram import add_gram
+            from outlierq.ops.precision import matmul_operands
+
+            with matmul_operands(rows.dtype):
                 for some in rows.split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
-                    wide = some.float()
-                    self.values["hessian"].addmm_(wide.T, wide)
+                    add_gram(self.values["hessian"], some.float())
         if self.rows:
             self.rows.add(rows)
 
@@ -215,7 +216,9 @@ class _GroupSums:
         kept = self.fields - set(POSITIONAL if self.routed else ())
         values = {name: value for name, value in self.values.items() if name in kept}
         if "hessian" in values:
-            values["hessian"].div_(self.tokens)
+            from outlierq.ops.gram import mirror
+
+            values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
         if self.rows:
             values["rows"] = self.rows.finish()
         return InputStats(self.tokens, self.sequences, **values)
@@ -247,22 +250,3 @@ class _Reservoir:
     def finish(self) -> torch.Tensor:
         """[R, K] bfloat16, in the order of the tokens."""
         return self.kept.clone()
-
-
-@contextmanager
-def exact_products(dtype: Any) -> Iterator[None]:
-    """Float32 matrix products that lose nothing of inputs that came as `dtype`; the settings are restored.
-
-    Values that came as bfloat16 may be multiplied as bfloat16 on the CPU: the products are exact in float32, where they
-    are added. That is twice as fast on a CPU with AMX. On a GPU, TF32 would cut float32 inputs to 10 bits: it is off.
-    """
-    import torch
-
-    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    before = cpu.fp32_precision, gpu.fp32_precision
-    try:
-        cpu.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
-        gpu.fp32_precision = "ieee"
-        yield
-    finally:
-        cpu.fp32_precision, gpu.fp32_precision = before

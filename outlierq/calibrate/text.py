@@ -20,7 +20,9 @@ HELD_OUT = 4  # every 4th topic of the embedded text is kept for evaluation
 ROW_FILES = (".jsonl", ".ndjson", ".parquet")
 # Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
 POOL_FACTOR = 8
-DOCUMENTS_AT_A_TIME = 64
+# Tokenizing one long string takes some 150 bytes of memory a character, so long texts go in pieces, a few at a time.
+PIECE_CHARACTERS = 1 << 15
+DOCUMENTS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _documents(source: TextSource, chat_tokenizer: Any | None) -> Iterator[str]:
     if source.has_rows:
         values = _column(source, chat=chat_tokenizer is not None)
     elif chat_tokenizer is None:
-        values = iter([_file_text(source)])
+        values = _pieces(_file_text(source))
     else:
         values = iter(_file_text(source).split("\n\n"))  # each paragraph is a turn
     for number, value in enumerate(values):
@@ -213,6 +215,15 @@ def _documents(source: TextSource, chat_tokenizer: Any | None) -> Iterator[str]:
             )
         if value:
             yield value
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces that end with a line, so that no token of a usual tokenizer is cut."""
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + PIECE_CHARACTERS) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
 
 
 def _file_text(source: TextSource) -> str:

@@ -1,4 +1,4 @@
-"""Matrix products on a CPU's bfloat16 units, where the operands allow it."""
+"""In which precision float32 matrix products take their operands."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 
 
 @contextmanager
-def bfloat16_operands() -> Iterator[None]:
-    """Inside, float32 matrix products on a CPU round their operands to bfloat16 and accumulate in float32.
+def matmul_operands(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, float32 matrix products on a CPU may round their operands to `dtype`; sums stay float32.
 
-    Exact for operands that came from bfloat16; several times faster where the CPU has matrix units for it. Elsewhere
-    it changes nothing. GPU products are not touched (no TF32).
+    bfloat16 is several times faster on a CPU with matrix units, and exact for values that came as bfloat16. Any other
+    dtype means full float32. On a GPU, TF32 is off either way: it would cut operands to 10 bits. Settings are restored.
     """
-    backend = torch.backends.mkldnn.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
+    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, gpu.fp32_precision
     try:
+        cpu.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
+        gpu.fp32_precision = "ieee"
         yield
     finally:
-        backend.fp32_precision = before
+        cpu.fp32_precision, gpu.fp32_precision = before

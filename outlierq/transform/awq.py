@@ -9,12 +9,12 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import Grid, in_groups, range_grid, stored
-from outlierq.ops.precision import bfloat16_operands
+from outlierq.ops.precision import matmul_operands
 from outlierq.registry import transform
 
 # Scales outside this range push outliers into the weights and into the 16-bit norm (methods sheet 1.e).
 LARGEST_SCALE = 100.0
-# Share of the range that the judging grid covers: KL 0.1435 at 0.9 against 0.1470 at 1 (awq-w4, SmolLM2-135M, group 64).
+# Share of the range that the judging grid covers: KL 0.1435 at 0.9, 0.1470 at 1 (awq-w4, SmolLM2-135M, group 64).
 CLIP = 0.9
 
 
@@ -72,7 +72,7 @@ class Judge:
         scaled = self.w * scale
         rounded = clipped_grid(scaled, self.scheme).round(in_groups(scaled, self.scheme)).view_as(scaled)
         change = rounded.sub_(scaled).div_(scale)
-        with bfloat16_operands():
+        with matmul_operands(torch.bfloat16):
             return (change @ self.hessian).mul_(change).sum().item()
 
 
