@@ -16,6 +16,7 @@ from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.scheme import QuantScheme
 from outlierq.registry import Method, method, methods
 
+FROM_SETTING = 0  # stands for a line number where a value was given with --set
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 
 
@@ -105,11 +106,13 @@ class Export(Section):
     format: Literal["compressed-tensors", "dense"] = "compressed-tensors"
     max_shard_size: str = "5GB"
 
-    @field_validator("max_shard_size")
+    @field_validator("max_shard_size", mode="before")
     @classmethod
-    def _size(cls, value: str) -> str:
-        parse_size(value)
-        return value
+    def _size(cls, value: Any) -> str:
+        """A number is a number of bytes; YAML reads `1000000` as one."""
+        text = str(value)
+        parse_size(text)
+        return text
 
 
 class Recipe(Section):
@@ -196,7 +199,17 @@ def find(reference: str) -> Path:
 def load(reference: str, settings: list[str] | None = None) -> Recipe:
     """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once."""
     path = find(reference)
-    return parse(path.read_text(encoding="utf-8"), name=path.stem, settings=settings)
+    return parse(read(path), name=path.stem, settings=settings)
+
+
+def read(path: Path) -> str:
+    """The text of a recipe file; RecipeError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: byte {error.start} does not fit") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
@@ -210,7 +223,7 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None)
     if not isinstance(content, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values, this is a {type(content).__name__}")
     for setting in settings or []:
-        _apply(content, setting)
+        lines[_apply(content, setting)] = FROM_SETTING
     faults: list[str] = []
     for section in _method_sections(content):
         _split_options(content, section, faults, lines)
@@ -251,27 +264,43 @@ def _lines(text: str) -> dict[tuple, int]:
     return found
 
 
-def _apply(content: dict, setting: str) -> None:
-    """Set one `dotted.key=value`; the value is read as YAML, so `false`, `64` and `[a, b]` mean what they look like."""
-    key, equals, value = setting.partition("=")
+def _apply(content: dict, setting: str) -> tuple:
+    """Set one `dotted.key=value` and return its path.
+
+    The value is read as YAML, so `false`, `64` and `[a, b]` mean what they look like.
+    """
+    key, equals, text = setting.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {setting!r} is not of the form key=value", hint="e.g. --set quantize.group_size=64")
-    *parents, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {setting}: {text!r} is not a YAML value: {getattr(error, 'problem', error)}"
+        ) from error
+    path: list[str | int] = []
     node: Any = content
-    for parent in parents:
-        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
-            node = node[int(parent)]
-        elif isinstance(node, dict):
-            node = node.setdefault(parent, {})
-            node = {} if node is None else node
-        else:
-            raise RecipeError(f"--set {setting}: {parent!r} does not lead to a section of the recipe")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = yaml.safe_load(value)
-    elif isinstance(node, dict):
-        node[last] = yaml.safe_load(value)
-    else:
-        raise RecipeError(f"--set {setting}: {'.'.join(parents)!r} is not a section of the recipe")
+    *parents, last = key.split(".")
+    for part in parents:
+        path.append(_key_in(node, part, setting))
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[path[-1]]
+    path.append(_key_in(node, last, setting))
+    node[path[-1]] = value
+    return tuple(path)
+
+
+def _key_in(node: Any, part: str, setting: str) -> str | int:
+    """`part` as a key of the mapping or an index of the list `node`; RecipeError when it is neither."""
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return int(part)
+    held = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
+    raise RecipeError(
+        f"--set {setting}: there is no {part!r} in {held}", hint="keys are dotted: quantize.group_size=64"
+    )
 
 
 def _method_sections(content: dict) -> list[tuple]:
@@ -315,11 +344,12 @@ def _options_model(chosen: Method) -> type[BaseModel]:
 
 
 def _at(path: tuple, lines: dict[tuple, int]) -> str:
-    """ "line 7, quantize.bits: " (the nearest known line), or the key alone for a --set value."""
+    """ "line 7, quantize.bits: " (the nearest known line), or "--set quantize.bits: " for a value given there."""
     key = ".".join(str(p) for p in path if p != "options")
     for end in range(len(path), 0, -1):
         if path[:end] in lines:
-            return f"line {lines[path[:end]]}, {key}: "
+            line = lines[path[:end]]
+            return f"--set {key}: " if line == FROM_SETTING else f"line {line}, {key}: "
     return f"{key}: "
 
 

@@ -218,10 +218,13 @@ def _documents(source: TextSource, chat_tokenizer: Any | None) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that end with a line, so that no token of a usual tokenizer is cut."""
+    """The text in pieces cut before the white space at the end of a line: tokenizers in use do not join it with what
+    stands before it, so the tokens are those of the whole text."""
     start = 0
     while start < len(text):
-        stop = text.find("\n", start + PIECE_CHARACTERS) + 1 or len(text)
+        newline = text.find("\n", start + PIECE_CHARACTERS)
+        kept = len(text[start:newline].rstrip()) if newline >= 0 else 0
+        stop = len(text) if newline < 0 else start + kept if kept else newline + 1
         yield text[start:stop]
         start = stop
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import LinearSite
@@ -24,13 +24,21 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
     return None
 
 
-def clients(scheme: QuantScheme) -> list[str]:
-    """One line per client: does it load this scheme? Facts of 2026-11 (transformers 5.23, vLLM 0.32)."""
-    vllm = scheme.bits in (4, 8)
-    note = "" if scheme.symmetric else " (dequantized at load, written into its config)"
+def clients(schemes: Collection[QuantScheme]) -> list[str]:
+    """One line per client: does it load these schemes? Facts of 2026-11 (transformers 5.23, vLLM 0.32)."""
+    asymmetric = any(not scheme.symmetric for scheme in schemes)
+    transformers = "loads (dequantized at load, as its config asks)" if asymmetric else "loads"
+    if asymmetric and len(schemes) > 1:
+        # Its dequantizing loader decodes every linear with the first config group.
+        transformers = (
+            f"does not load {len(schemes)} schemes of which some are asymmetric; "
+            "use one group_size that divides all widths and no overrides, or symmetric: true"
+        )
+    odd = sorted({scheme.bits for scheme in schemes} - {4, 8})
+    widths = " and ".join(f"{bits}-bit" for bits in odd)
     return [
-        f"transformers 5.23 with compressed-tensors 0.20: loads{note}",
-        "vLLM 0.32: " + ("loads" if vllm else f"has no kernel for {scheme.bits}-bit weights; use 4 or 8 bits"),
+        f"transformers 5.23 with compressed-tensors 0.20: {transformers}",
+        "vLLM 0.32: " + (f"has no kernel for {widths} weights; use 4 or 8 bits" if odd else "loads"),
     ]
 
 
@@ -60,7 +68,9 @@ def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
         f"{stem(site)}.weight_shape": torch.tensor(quantized.shape, dtype=torch.int64),
     }
     if quantized.zero_point is not None:
-        packed = pack(quantized.zero_point.T.contiguous(), scheme.bits)
+        # Not .contiguous(): a single group is a row whose strides it leaves alone, and packing views them as words.
+        rows = quantized.zero_point.T.clone(memory_format=torch.contiguous_format)
+        packed = pack(rows, scheme.bits)
         tensors[f"{stem(site)}.weight_zero_point"] = packed.T.contiguous()
     return tensors
 
@@ -101,8 +111,9 @@ def quantization_config(
     config = QuantizationConfig(
         config_groups=groups, ignore=kept, format="pack-quantized", quantization_status="compressed"
     ).model_dump(mode="json")
-    if any(not scheme.symmetric for scheme in by_scheme):
-        # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense.
+    if len(by_scheme) == 1 and not next(iter(by_scheme)).symmetric:
+        # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense. Not
+        # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
         config["dequantize"] = True
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from outlierq.core.model import LinearSite
@@ -17,7 +18,7 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
     return None
 
 
-def clients(scheme: QuantScheme) -> list[str]:
+def clients(schemes: Collection[QuantScheme]) -> list[str]:
     """Every client loads dense weights."""
     return ["every client: loads (16-bit weights, not smaller)"]
 

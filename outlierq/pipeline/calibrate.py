@@ -8,7 +8,7 @@ from outlierq.calibrate.collect import ALL_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibration import StatsFromRun, token_set
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 from outlierq.recipe import Calibration
 
 
@@ -55,6 +55,7 @@ def calibrate(
             groups, stats = source.block(block.index)
             writer.write(block.index, groups, stats)
             source.finished(block.index, {})
+            return_freed_memory()
     writer.finish()
     listen(Event("calibrate", total, total))
     return identity

@@ -32,7 +32,16 @@ FOLD_TOLERANCE = 1e-4
 
 
 class StatsSource(Protocol):
-    """Gives each block's groups and statistics in turn."""
+    """Gives each block's groups and statistics in turn.
+
+    identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
+    remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
+    """
+
+    identity: dict[str, Any]
+    seed: int | None
+    remark: str
+    notes: list[str]
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Input groups with their proved folds, and statistics by group name."""
@@ -54,8 +63,11 @@ class StatsSource(Protocol):
 class NoStats:
     """For data-free recipes: every linear is its own group, without statistics."""
 
-    def __init__(self, structure: Structure):
-        self.structure = structure
+    def __init__(self, structure: Structure, *, remark: str = ""):
+        self.structure, self.remark = structure, remark
+        self.identity: dict[str, Any] = {}
+        self.seed: int | None = None
+        self.notes: list[str] = []
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """One group per site."""
@@ -81,7 +93,11 @@ class StatsFromFile(NoStats):
         super().__init__(structure)
         self.reader = StatsReader(folder)
         self.reader.check(checkpoint.fingerprint)
-        held = frozenset(self.reader.identity.settings["fields"])
+        found = self.reader.identity
+        self.identity = {"statistics": found.to_json()}
+        self.seed = found.settings["seed"]
+        self.remark = f"statistics of an earlier calibration: {found.token_description}"
+        held = frozenset(found.settings["fields"])
         missing = stored_fields(needs) - held
         if missing:
             raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
@@ -117,6 +133,8 @@ class StatsFromRun:
         self.model, self.checkpoint, self.structure, self.names = model, checkpoint, structure, names
         self.tokens, self.settings, self.fields = tokens, settings, fields
         self.work, self.device, self.listen = work, device, listen
+        self.identity: dict[str, Any] = {"text": tokens.fingerprint}
+        self.seed, self.remark = settings.seed, ""
         block_names = [b.name for b in structure.blocks]
 
         def materialise(name: str) -> None:
@@ -169,7 +187,7 @@ class StatsFromRun:
             seed=self.settings.seed or 0,
         )
         self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
-        self.notes += collector.notes
+        self.notes = collector.notes
         return groups, collector.finish()
 
     def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:

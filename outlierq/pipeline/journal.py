@@ -10,18 +10,18 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from outlierq.core.errors import OutputError
 from outlierq.export.writer import disk_error
+from outlierq.pipeline.plan import REPORT_NAME
 
-JOURNAL = "journal.jsonl"
-LOCK = "lock"
-# Files of the work folder that are not part of the result.
-INTERNAL = (JOURNAL, LOCK, "hidden.safetensors")
+# Names with a dot are never carried over from a source, so they cannot meet a file of the result.
+JOURNAL = ".journal.jsonl"
+LOCK = ".lock"
 
 
 class Journal:
@@ -61,20 +61,25 @@ class Journal:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(self.path, len(whole))
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
-            return self._append({"identity": identity})
-        known = json.loads(json.dumps(identity))
-        differing = [key for key, value in known.items() if lines[0]["identity"].get(key) != value]
-        if differing:
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            former = lines[0]["identity"] if lines else {}
+            entries = {line.pop("unit"): line for line in lines[1:]}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{self.path} is damaged: {error}", hint="run again with --restart") from error
+        wanted = json.loads(json.dumps(identity))
+        differing = sorted(key for key in wanted.keys() | former.keys() if former.get(key) != wanted.get(key))
+        if differing and entries:
             raise OutputError(
                 f"{self.folder} holds an unfinished run with another {' and '.join(differing)} "
-                f"({len(lines) - 1} units done)",
+                f"({len(entries)} units done)",
                 hint="run the former command to finish it, add --restart to throw it away, or choose another folder",
             )
-        for line in lines[1:]:
-            self.entries[line.pop("unit")] = line
-        return None
+        if differing:
+            # Nothing was done yet, so nothing is lost by starting over.
+            self.path.unlink()
+            self._append({"identity": identity})
+        self.entries = entries
 
 
 def work_folder(out: Path) -> Path:
@@ -84,35 +89,58 @@ def work_folder(out: Path) -> Path:
 
 @contextmanager
 def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
-    """The locked work folder for `out`. OutputError when the result exists, or another process works there."""
+    """The locked work folder for `out`; a failure that leaves nothing in it removes it.
+
+    OutputError when the result exists, another process works there, or the folder holds something else.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
         )
     work = work_folder(out)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / LOCK, "w")  # noqa: SIM115 - held for the whole run
-    except OSError as error:
-        raise disk_error(error, work, 0) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"another outlierq works in {work}", hint="wait for it, or choose another -o") from error
+    with locked(work):
+        held = sorted(path.name for path in work.iterdir() if path.name != LOCK)
+        # Without a journal it is ours only when a run was cut off while it put its finished result in place.
+        if held and JOURNAL not in held and REPORT_NAME not in held:
+            raise OutputError(
+                f"{work} is in the way: it holds {held[0]} and no run of outlierq", hint="move it, or choose another -o"
+            )
         if restart:
             for path in work.iterdir():
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield work
+        try:
+            yield work
+        finally:
+            if work.exists() and [path.name for path in work.iterdir()] == [LOCK]:
+                shutil.rmtree(work)
 
 
-def finish(work: Path, out: Path) -> None:
-    """Remove what is not part of the result and give the folder its final name."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other processes out of it; OutputError when one is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise disk_error(error, folder, 0) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"another outlierq works in {folder}", hint="wait for it, or choose another -o"
+            ) from error
+        yield
+
+
+def finish(work: Path, out: Path, result: Collection[str]) -> None:
+    """Remove every file that is not part of the `result` and give the folder its final name."""
     from outlierq.export.writer import publish
 
-    for name in INTERNAL:
-        (work / name).unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.name not in result:
+            path.unlink()
     if out.exists():
         out.rmdir()
     publish(work, out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
@@ -35,10 +36,14 @@ class Output:
         unit: str,
         names: tuple[str, ...],
         results: Results,
-        folded: Mapping[str, torch.Tensor],
-        transforms: list[dict[str, Any]],
+        folded: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        transforms: Sequence[Mapping[str, Any]] = (),
+        notes: Sequence[str] = (),
     ) -> None:
-        """Write a unit: quantized linears in the format's own tensors, folded tensors, and all others as stored."""
+        """Write a unit: quantized linears in the format's own tensors, folded tensors, and all others as stored.
+
+        transforms, notes: for the report; they go into the journal, so that a resumed run still knows them.
+        """
         quantized = {site.weight: (site, result) for site, (result, _) in results.items()}
         for name in names:
             if name in quantized:
@@ -55,7 +60,8 @@ class Output:
         self.writer.sync()
         rows = [asdict(row) for _, row in results.values()]
         digest = self.writer.hash(self._tensors_of(unit))
-        self.journal.add(unit, {"sha256": digest, "rows": rows, "transforms": transforms})
+        entry = {"sha256": digest, "rows": rows, "transforms": list(transforms), "notes": list(notes)}
+        self.journal.add(unit, entry)
 
     def decode(self, site: LinearSite) -> torch.Tensor:
         """One quantized linear as it lies on disk, [out, in]; the decoder shares no code with the writer."""

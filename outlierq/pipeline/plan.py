@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,22 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Every site that cannot follow the recipe, as a sentence; equal reasons are counted together."""
+        """Every site that cannot follow the recipe, and every override without a site, as a sentence.
+
+        Equal reasons are counted together.
+        """
         reasons: dict[str, list[str]] = {}
         for planned in self.sites:
             if planned.reason and not planned.reason.startswith("ignored"):
                 reasons.setdefault(planned.reason, []).append(planned.site.module)
-        return [
+        noted = [
             f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
             for reason, modules in reasons.items()
         ]
+        overrides = self.recipe.quantize.overrides if self.recipe.quantize else ()
+        modules = [planned.site.module for planned in self.sites]
+        unused = [o.match for o in overrides if not any(fnmatchcase(module, o.match) for module in modules)]
+        return noted + [f"the override {match!r} matches no linear" for match in unused]
 
     @property
     def source_bytes(self) -> int:
@@ -102,8 +110,7 @@ class Plan:
     @property
     def clients(self) -> list[str]:
         """Which programs load the result, one line each."""
-        form = exporter(self.recipe.export.format)
-        return list(dict.fromkeys(line for scheme in set(self.schemes.values()) for line in form.clients(scheme)))
+        return exporter(self.recipe.export.format).clients(set(self.schemes.values()))
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:

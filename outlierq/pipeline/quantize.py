@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
-from outlierq.core.errors import during
+from outlierq.core.errors import RecipeError, during
 from outlierq.core.model import Block, InputGroup, LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import Report, SiteRow
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
-from outlierq.pipeline.events import Event, Listener, peak_bytes, silent
+from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
 from outlierq.pipeline.journal import Journal, finish, working
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
@@ -46,12 +46,12 @@ def quantize(
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
     """
     with working(out, restart=restart) as work:
-        journal = Journal(work, _identity(plan, stats))
         clock = Clock()
+        with clock("calibrate"):
+            source = _stats_source(plan, work, stats, device, listen)
+        journal = Journal(work, _identity(plan, source))
         output = Output(plan, work, journal)
         try:
-            with clock("calibrate"):
-                source = _stats_source(plan, work, stats, device, listen)
             run = _Run(plan, source, output, clock, device, listen)
             run.outside()
             for block in plan.structure.blocks:
@@ -63,7 +63,7 @@ def quantize(
             output.close()
         report = _report(plan, out, journal, clock, device, source)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
-        finish(work, out)
+        finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     return report
 
 
@@ -106,7 +106,7 @@ class _Run:
             if site in self.schemes:
                 results |= self._round(site)
         with self.clock("export"):
-            self.output.write(OUTSIDE, names, results, {}, [])
+            self.output.write(OUTSIDE, names, results)
 
     def block(self, block: Block) -> None:
         """Calibrate, transform, quantize, write and verify one block, or carry on past a finished one."""
@@ -118,6 +118,7 @@ class _Run:
             return
         with during("calibrate", block.name), self.clock("calibrate"):
             groups, stats = self.source.block(block.index)
+        return_freed_memory()
         tensors = self._read(block)
         with during("transform", block.name), self.clock("transform"):
             stats, transforms = self._transform(block, groups, stats, tensors)
@@ -125,10 +126,12 @@ class _Run:
             results = self._quantize(groups, stats, tensors)
         with during("export", block.name), self.clock("export"):
             folded = {name: tensors[name] for row in transforms for name in row.pop("folded")}
-            self.output.write(unit, block.tensors, results, self._as_stored(folded), transforms)
+            self.output.write(unit, block.tensors, results, self._as_stored(folded), transforms, self.source.notes)
         with self.clock("calibrate"):
             dense = {s.weight: from_matrix(s, q.dequantize()) for s, (q, _) in results.items()}
             self.source.finished(block.index, {**tensors, **dense})
+        del tensors, dense, stats, results
+        return_freed_memory()
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
         """The block's tensors on the device, floating-point ones in float32."""
@@ -195,8 +198,14 @@ def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, liste
     """Where statistics come from: nowhere, a file, or the model itself."""
     needs, recipe = plan.recipe.needs, plan.recipe
     if not needs:
-        return NoStats(plan.structure)
+        unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
+        return NoStats(plan.structure, remark=unused)
     if stats is not None:
+        if recipe.calibration.mode == "sequential":
+            raise RecipeError(
+                f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
+                hint="leave --stats out, or --set calibration.mode=static",
+            )
         return StatsFromFile(stats, plan.checkpoint, plan.structure, needs)
     from outlierq.calibrate.collect import stored_fields
 
@@ -215,33 +224,29 @@ def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, liste
     )
 
 
-def _identity(plan: Plan, stats: Path | None) -> dict[str, Any]:
+def _identity(plan: Plan, source: StatsSource) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
-    identity = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
-    if stats is not None:
-        from outlierq.calibrate.stats_file import StatsReader
-
-        identity["statistics"] = StatsReader(stats).identity.to_json()
-    return identity
+    made_with = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
+    return made_with | source.identity
 
 
 def _report(plan: Plan, out: Path, journal: Journal, clock: Clock, device: str, source: StatsSource) -> Report:
     """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
     rows = tuple(SiteRow(**row) for entry in journal.entries.values() for row in entry["rows"])
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
-    noted = [f"{row.site}: {row.note}" for row in rows if row.note]
-    calibration = plan.recipe.calibration
+    noted = [note for entry in journal.entries.values() for note in entry["notes"]]
+    noted += [f"{row.site}: {row.note}" for row in rows if row.note]
     return Report(
         model=plan.checkpoint.source,
         recipe=plan.recipe.name,
         out=str(out),
         fingerprint=plan.checkpoint.fingerprint,
         versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        seeds={"calibration": calibration.seed} if calibration and calibration.seed is not None else {},
+        seeds={} if source.seed is None else {"calibration": source.seed},
         machine=_machine(device),
         rows=rows,
         transforms=transforms,
-        notes=(*plan.notes, *getattr(source, "notes", []), *noted),
+        notes=(*plan.notes, *([source.remark] if source.remark else []), *noted),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,

@@ -35,9 +35,9 @@ def list_recipes(as_json: shared.AsJson = False) -> None:
 @app.command("show", epilog="Example:\n\n  outlierq recipes show awq-w4 > mine.yaml")
 def show(reference: Reference) -> None:
     """Print a recipe as it is written, comments included."""
-    from outlierq.recipe import find
+    from outlierq.recipe import find, read
 
-    typer.echo(find(reference).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read(find(reference)), nl=False)
 
 
 @app.command("check", epilog="Example:\n\n  outlierq recipes check mine.yaml --set quantize.bits=3")

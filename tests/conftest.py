@@ -1,0 +1,143 @@
+"""Shared fixtures: tiny random Llama folders with a tokenizer (read-only), and the command line as a function."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Few and short windows: enough for a hessian of 64 channels, and quick.
+SMALL_CALIBRATION = ("--set", "calibration.samples=6", "--set", "calibration.sequence_length=32")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of 256 bytes and three special tokens, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+    wrapped.save_pretrained(folder)
+
+
+def write_llama(folder: Path, *, dtype: str = "bfloat16", seed: int = 0, shards: str | None = None, **config) -> Path:
+    """A random Llama of 2 blocks with 64 channels, as transformers saves it, and files that are only carried along.
+
+    Norm gains are random, so that folding into them is not trivial.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, do_sample=True, temperature=0.7)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    write_tokenizer(folder)
+    (folder / "LICENSE").write_text("Do as you like.\n")
+    (folder / "README.md").write_text("# A tiny model\n")
+    return folder
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """sha256 hex of every file below the folder, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path) -> Iterator[Path]:
+    """The folder; afterwards it must hold what it held before."""
+    before = folder_hashes(folder)
+    yield folder
+    assert folder_hashes(folder) == before, "a test wrote into a shared folder"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Iterator[Path]:
+    """Tied embeddings, bfloat16, one weight file. Read-only."""
+    with unchanged(write_llama(tmp_path_factory.mktemp("models") / "tiny-llama")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def untied_llama(tmp_path_factory) -> Iterator[Path]:
+    """A head of its own, float32, biases, 3 blocks, several weight files. Read-only."""
+    folder = tmp_path_factory.mktemp("models") / "untied-llama"
+    options = {"tie_word_embeddings": False, "attention_bias": True, "num_hidden_layers": 3}
+    with unchanged(write_llama(folder, dtype="float32", seed=1, shards="200KB", **options)):
+        yield folder
+
+
+@pytest.fixture
+def llama_copy(tiny_llama, tmp_path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(tiny_llama, tmp_path / "damaged-llama"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said: exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def outlierq(capsys, monkeypatch) -> Callable[..., Answer]:
+    """The command line in this process: `outlierq("plan", folder)` gives an `Answer`."""
+    from outlierq.cli.main import run
+
+    monkeypatch.delenv("OUTLIERQ_DEBUG", raising=False)
+
+    def call(*words: object) -> Answer:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["outlierq", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return Answer(code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def small() -> tuple[str, ...]:
+    """Options for a quick calibration."""
+    return SMALL_CALIBRATION
+
+
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    """`write_llama` and `folder_hashes`, for tests that need models or comparisons of their own."""
+    return SimpleNamespace(write_llama=write_llama, folder_hashes=folder_hashes, write_tokenizer=write_tokenizer)

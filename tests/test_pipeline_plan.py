@@ -1,0 +1,107 @@
+"""The plan knows from headers alone what comes out, to the byte, and what cannot follow the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outlierq.core.errors import RecipeError
+from outlierq.load import open_checkpoint
+from outlierq.pipeline.plan import Plan, make_plan
+from outlierq.pipeline.quantize import quantize
+from outlierq.recipe import load
+
+OVERRIDES = "quantize.overrides=[{match: '*mlp*', bits: 8, group_size: channel}, {match: '*layers.1.*', keep: true}]"
+
+
+class Unreadable:
+    """A checkpoint of which only headers can be had."""
+
+    def __init__(self, checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name):
+        if name in ("read", "read_many"):
+            raise AssertionError("the plan reads weights")
+        return getattr(self._checkpoint, name)
+
+
+def plan_of(source: Path, recipe: str, *settings: str, unreadable: bool = False) -> Plan:
+    checkpoint = open_checkpoint(str(source))
+    return make_plan(Unreadable(checkpoint) if unreadable else checkpoint, load(recipe, list(settings)))
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "settings"),
+    [
+        ("tiny_llama", "rtn-w4", ["quantize.symmetric=false"]),
+        ("untied_llama", "rtn-w4", ["quantize.symmetric=false", "quantize.bits=3"]),
+        ("untied_llama", "rtn-w4", ["quantize.bits=3", "quantize.ignore=[]", "quantize.symmetric=false"]),
+        ("tiny_llama", "rtn-w4", ["quantize.when_indivisible=smaller-group", "quantize.bits=5"]),
+        ("tiny_llama", "rtn-w4", ["quantize.when_indivisible=per-channel", "quantize.bits=7"]),
+        ("tiny_llama", "rtn-w4", ["quantize.when_indivisible=keep", "quantize.group_size=64"]),
+        ("untied_llama", "rtn-w4", [OVERRIDES]),
+        ("untied_llama", "rtn-w4", ["export.max_shard_size=20KB"]),
+        ("tiny_llama", "rtn-w8", ["export.max_shard_size=1000"]),
+        ("tiny_llama", "rtn-w4", ["export.format=dense", "export.max_shard_size=64KiB"]),
+        ("untied_llama", "dense", ["export.max_shard_size=0.05MB"]),
+    ],
+)
+def test_the_planned_size_is_the_written_size_to_the_byte(model, recipe, settings, request, tmp_path):
+    source, out = request.getfixturevalue(model), tmp_path / "out"
+    plan = plan_of(source, recipe, *settings)
+    report = quantize(plan, out)
+    written = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert plan.output_bytes == report.output_bytes == sum(written.values()) - written["outlierq.json"]
+    assert plan.layout.sizes == {name: size for name, size in written.items() if name.endswith(".safetensors")}
+    assert plan.bits_per_weight == report.bits_per_weight
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4", "awq-gptq-w4", "dense"])
+def test_the_plan_reads_no_weights(recipe, tiny_llama):
+    assert plan_of(tiny_llama, recipe, unreadable=True).output_bytes > 0
+
+
+def test_widths_that_the_group_does_not_divide_follow_the_policy(tiny_llama):
+    def down_proj(policy: str, group: int):
+        plan = plan_of(tiny_llama, "rtn-w4", f"quantize.when_indivisible={policy}", f"quantize.group_size={group}")
+        return next(p for p in plan.sites if p.site.module.endswith("layers.0.mlp.down_proj")), plan
+
+    planned, plan = down_proj("smaller-group", 64)
+    assert planned.scheme.group_size == 32
+    assert plan.notes == [
+        "model.layers.0.mlp.down_proj and 1 more: group 32: 96 columns are not a multiple of group_size 64"
+    ]
+    planned, _ = down_proj("smaller-group", 20)
+    assert planned.scheme.group_size is None and planned.reason.startswith("per channel: 96 columns")
+    planned, _ = down_proj("per-channel", 64)
+    assert planned.scheme.group_size is None
+    planned, plan = down_proj("keep", 64)
+    assert planned.scheme is None and planned.reason.startswith("kept in 16 bits: 96 columns")
+    assert "kept in 16 bits" in plan.notes[0]
+    with pytest.raises(RecipeError, match=r"2 linears cannot follow .* model.layers.0.mlp.down_proj: 96 columns"):
+        down_proj("error", 64)
+
+
+def test_a_recipe_that_would_change_nothing_is_refused(tiny_llama):
+    with pytest.raises(RecipeError, match="quantizes none of the 14 linears"):
+        plan_of(tiny_llama, "rtn-w4", "quantize.ignore=['*']")
+
+
+def test_later_overrides_win_and_ignored_linears_stay(tiny_llama):
+    plan = plan_of(tiny_llama, "rtn-w4", OVERRIDES)
+    schemes = {p.site.module: p.scheme for p in plan.sites}
+    assert schemes["model.layers.0.mlp.up_proj"].bits == 8
+    assert schemes["model.layers.1.mlp.up_proj"] is None and schemes["model.layers.1.self_attn.q_proj"] is None
+    assert schemes["model.layers.0.self_attn.q_proj"].bits == 4
+
+
+def test_an_override_that_matches_nothing_is_said(tiny_llama):
+    plan = plan_of(tiny_llama, "rtn-w4", "quantize.overrides=[{match: '*.ffn.*', bits: 8}]")
+    assert any("*.ffn.*" in note and "matches no linear" in note for note in plan.notes)
+
+
+def test_tied_embeddings_are_stored_once(tiny_llama, untied_llama):
+    assert "lm_head.weight" not in plan_of(tiny_llama, "rtn-w4").layout.places
+    assert "lm_head.weight" in plan_of(untied_llama, "rtn-w4").layout.places
