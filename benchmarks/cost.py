@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import protocol
 from measure import measure
@@ -39,17 +41,23 @@ def bound(costs: dict[str, dict], ours: str, peers: list[str], figure: str, limi
 def depth_test(setup: Setup, recipe: str) -> dict:
     """Our peak memory on a random-weight Llama of the model's shape, and on one with DEPTH_FACTOR times the blocks."""
     config = json.loads((setup.model / "config.json").read_text())
-    peaks = {}
-    for blocks in (config["num_hidden_layers"], DEPTH_FACTOR * config["num_hidden_layers"]):
-        source = setup.outputs / f"random-{blocks}-blocks"
-        write_random_llama(source, {**config, "num_hidden_layers": blocks}, tokenizer_from=setup.model)
+    few = config["num_hidden_layers"]
+    costs = {
+        blocks: random_cost(setup, recipe, {**config, "num_hidden_layers": blocks})
+        for blocks in (few, DEPTH_FACTOR * few)
+    }
+    ratio = costs[DEPTH_FACTOR * few]["peak_bytes"] / costs[few]["peak_bytes"]
+    return {"recipe": recipe, "blocks": costs, "ratio": ratio, "limit": DEPTH_LIMIT, "met": ratio < DEPTH_LIMIT}
+
+
+def random_cost(setup: Setup, recipe: str, config: dict) -> dict:
+    """What `recipe` costs on a random-weight model."""
+    log = setup.outputs / f"random-{config['num_hidden_layers']}-blocks-{recipe}.log"
+    with TemporaryDirectory(dir=setup.outputs) as folder:
+        source, out = Path(folder, "source"), Path(folder, "out")
+        write_random_llama(source, config, tokenizer_from=setup.model)
         arguments = quantize(recipe, True, source, setup.data_dir)
-        out = setup.outputs / f"{source.name}-{recipe}"
-        ours = [setup.programs[OURS], *arguments, "-o", str(out)]
-        peaks[blocks] = measure(ours, out.with_suffix(".log"), setup.environment)
-    few, many = (cost["peak_bytes"] for cost in peaks.values())
-    ratio = many / few
-    return {"recipe": recipe, "blocks": peaks, "ratio": ratio, "limit": DEPTH_LIMIT, "met": ratio < DEPTH_LIMIT}
+        return measure([setup.programs[OURS], *arguments, "-o", str(out)], log, setup.environment)
 
 
 def main() -> None:

@@ -134,7 +134,8 @@ def execute(run: Run, setup: Setup) -> dict:
     if keeps(run, setup):
         return json.loads(cost_file(run, setup).read_text())
     require(setup.programs[run.tool], run)
-    shutil.rmtree(setup.outputs / run.name, ignore_errors=True)
+    for stale in (run.name, f"{run.name}.partial"):  # a run of ours that was stopped would be resumed, and look cheap
+        shutil.rmtree(setup.outputs / stale, ignore_errors=True)
     cost = measure(command(run, setup), setup.outputs / f"{run.name}.log", setup.environment)
     cost["threads"] = setup.threads
     if run.tool in PEERS:

@@ -194,7 +194,7 @@ class StatsReader:
 
 def _is_ours(name: str) -> bool:
     """Whether a file may be left of our own killed run."""
-    return name.startswith(("block-", "hidden-states-")) or name.endswith(".part")
+    return name.startswith(("block-", "hidden-states-", ".lock")) or name.endswith(".part")
 
 
 def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[str, Any]:

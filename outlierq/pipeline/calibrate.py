@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from outlierq.calibrate.collect import ALL_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
-from outlierq.core.model import Checkpoint
-from outlierq.pipeline.calibration import StatsFromRun, token_set
+from outlierq.core.errors import during
+from outlierq.core.model import Block, Checkpoint
+from outlierq.pipeline.calibration import SAVED, StatsFromRun, forget_hidden_beyond, token_set
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.pipeline.journal import locked
 from outlierq.recipe import Calibration
 
 
@@ -40,22 +43,31 @@ def calibrate(
         },
         mode="static",
     )
-    writer = StatsWriter(out, identity)
     names = checkpoint_names(checkpoint, skeleton)
-    source = StatsFromRun(
-        skeleton, checkpoint, structure, names, tokens, settings, work=out, device=device, listen=listen
-    )
-    total = len(structure.blocks)
-    if len(writer.done) < total:
-        for block in structure.blocks:
-            listen(Event("calibrate", block.index, total, block.name))
+    with locked(out):
+        writer = StatsWriter(out, identity)
+        source = StatsFromRun(
+            skeleton, checkpoint, structure, names, tokens, settings, work=out, device=device, listen=listen
+        )
+        _write_missing(writer, source, structure.blocks, listen)
+        writer.finish()
+        (out / SAVED).unlink(missing_ok=True)
+    return identity
+
+
+def _write_missing(writer: StatsWriter, source: StatsFromRun, blocks: Sequence[Block], listen: Listener) -> None:
+    """Run the model and write every block that is not there yet."""
+    missing = [block.index for block in blocks if block.index not in writer.done]
+    if missing:
+        forget_hidden_beyond(source.work, missing[0])
+        for block in blocks:
+            listen(Event("calibrate", block.index, len(blocks), block.name))
             if block.index in writer.done:
                 source.replay(block.index, dict)
                 continue
-            groups, stats = source.block(block.index)
+            with during("calibrate", block.name):
+                groups, stats = source.block(block.index)
             writer.write(block.index, groups, stats)
-            source.finished(block.index, {})
+            source.finished(block.index, dict)
             return_freed_memory()
-    writer.finish()
-    listen(Event("calibrate", total, total))
-    return identity
+    listen(Event("calibrate", len(blocks), len(blocks)))

@@ -13,7 +13,7 @@ from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
 from outlierq.calibrate.stats_file import StatsReader
-from outlierq.core.errors import NumbersError, StatsError
+from outlierq.core.errors import NumbersError, OutputError, StatsError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
 from outlierq.pipeline.events import Event, Listener, silent
@@ -51,8 +51,8 @@ class StatsSource(Protocol):
         """NumbersError when the block's output with the folded `tensors` differs from the original."""
         ...
 
-    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The block is written; `tensors` are its dequantized weights."""
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """The block is written; `tensors` gives its weights as they lie on disk, dequantized."""
         ...
 
     def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -76,7 +76,7 @@ class NoStats:
     def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Nothing is transformed."""
 
-    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Nothing to carry on."""
 
     def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -207,11 +207,14 @@ class StatsFromRun:
                 hint="this is a fault of outlierq; remove the `transform` section and report it",
             )
 
-    def finished(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Carry the hidden states past the block: static did so already, sequential runs the written weights."""
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Carry the hidden states past the block: static did so already, sequential runs the written weights.
+
+        They are read from disk, as `replay` does: weights in memory are not yet rounded to the dtype they are stored in.
+        """
         block = self.structure.blocks[index]
         if self.sequential:
-            self._run_with(block, tensors)
+            self._run_with(block, tensors())
         self._leave(block)
 
     def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -268,13 +271,33 @@ def _save_hidden(path: Path, hidden: HiddenStates, fingerprint: str, index: int)
     """Write the inputs of block `index`, atomically."""
     import os
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = path.with_suffix(".part")
-    save_file({"hidden": hidden.values.contiguous()}, part, {"tokens": fingerprint, "block": str(index)})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        save_file({"hidden": hidden.values.contiguous()}, part, {"tokens": fingerprint, "block": str(index)})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"cannot save the hidden states to {path} ({hidden.values.nbytes:,} bytes): {error}",
+            hint="free some space and run the same command again; it continues where it stopped",
+        ) from error
+
+
+def forget_hidden_beyond(work: Path, index: int) -> None:
+    """Remove saved hidden states that are past block `index`, which has to run again."""
+    path = work / SAVED
+    if not path.is_file():
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        beyond = int(file.metadata()["block"]) > index
+    if beyond:
+        path.unlink()
 
 
 def _load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:

@@ -98,13 +98,8 @@ def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
             f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
         )
     work = work_folder(out)
+    _refuse_foreign(work)
     with locked(work):
-        held = sorted(path.name for path in work.iterdir() if path.name != LOCK)
-        # Without a journal it is ours only when a run was cut off while it put its finished result in place.
-        if held and JOURNAL not in held and REPORT_NAME not in held:
-            raise OutputError(
-                f"{work} is in the way: it holds {held[0]} and no run of outlierq", hint="move it, or choose another -o"
-            )
         if restart:
             for path in work.iterdir():
                 if path.name != LOCK:
@@ -114,6 +109,16 @@ def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
         finally:
             if work.exists() and [path.name for path in work.iterdir()] == [LOCK]:
                 shutil.rmtree(work)
+
+
+def _refuse_foreign(work: Path) -> None:
+    """OutputError when the work folder holds something, but no run of ours."""
+    held = sorted(path.name for path in work.iterdir() if path.name != LOCK) if work.is_dir() else []
+    # Without a journal it is ours only when a run was cut off while it put its finished result in place.
+    if held and JOURNAL not in held and REPORT_NAME not in held:
+        raise OutputError(
+            f"{work} is in the way: it holds {held[0]} and no run of outlierq", hint="move it, or choose another -o"
+        )
 
 
 @contextmanager
@@ -131,7 +136,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise OutputError(
                 f"another outlierq works in {folder}", hint="wait for it, or choose another -o"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def finish(work: Path, out: Path, result: Collection[str]) -> None:

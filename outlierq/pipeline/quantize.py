@@ -21,7 +21,7 @@ from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
 from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
 from outlierq.pipeline.journal import Journal, finish, working
-from outlierq.pipeline.output import Output, as_matrix, from_matrix
+from outlierq.pipeline.output import Output, as_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import method
@@ -127,10 +127,9 @@ class _Run:
         with during("export", block.name), self.clock("export"):
             folded = {name: tensors[name] for row in transforms for name in row.pop("folded")}
             self.output.write(unit, block.tensors, results, self._as_stored(folded), transforms, self.source.notes)
+        del tensors, stats, results
         with self.clock("calibrate"):
-            dense = {s.weight: from_matrix(s, q.dequantize()) for s, (q, _) in results.items()}
-            self.source.finished(block.index, {**tensors, **dense})
-        del tensors, dense, stats, results
+            self.source.finished(block.index, lambda: self.output.written(block))
         return_freed_memory()
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:

@@ -1,0 +1,82 @@
+"""Imports go downwards, stages never meet, and the command line answers without the heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "datasets", "numpy", "compressed_tensors", "gguf", "lm_eval", "huggingface_hub")
+COMMANDS = ("quantize", "calibrate", "plan", "eval", "compare", "inspect", "recipes", "demo")
+
+
+def contracts() -> list[dict]:
+    from importlinter.api import read_configuration
+
+    return read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
+
+
+def heavy_after(code: str) -> list[str]:
+    """The heavy libraries that a fresh interpreter has loaded after running `code`."""
+    ending = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{ending}"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_import_contract_holds(capsys):
+    from importlinter.cli import lint_imports
+
+    failed = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert not failed, capsys.readouterr().out
+
+
+def test_every_part_of_the_package_has_its_place_in_the_layers():
+    (layers,) = [contract["layers"] for contract in contracts() if contract["type"] == "layers"]
+    placed = {module.strip().removeprefix("outlierq.") for layer in layers for module in layer.split("|")}
+    package = ROOT / "outlierq"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert len(folders) > 5
+    assert folders | files <= placed
+
+
+def test_only_the_command_line_may_import_typer_and_rich():
+    (forbidden,) = [contract for contract in contracts() if contract["type"] == "forbidden"]
+    assert set(forbidden["forbidden_modules"]) == {"typer", "rich"}
+    sources = {name.removeprefix("outlierq.") for name in forbidden["source_modules"]}
+    folders = {path.parent.name for path in (ROOT / "outlierq").glob("*/__init__.py")}
+    assert folders - sources <= {"cli", "report"}
+
+
+def test_help_of_no_command_loads_a_heavy_library():
+    calls = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS), ["recipes", "show", "--help"]]
+    code = f"""
+from typer.testing import CliRunner
+from outlierq.cli.main import app
+for call in {calls!r}:
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, (call, result.output)
+"""
+    assert heavy_after(code) == []
+
+
+def test_the_commands_listed_here_are_those_of_the_command_line():
+    from outlierq.cli.main import app
+
+    names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", ["outlierq", "outlierq.registry", "outlierq.recipe", "outlierq.report"])
+def test_modules_that_messages_need_load_no_heavy_library(module):
+    assert heavy_after(f"import {module}") == []
+
+
+def test_core_loads_no_heavy_library():
+    names = sorted(path.stem for path in (ROOT / "outlierq" / "core").glob("*.py"))
+    assert len(names) > 3
+    assert heavy_after("\n".join(f"import outlierq.core.{name}" for name in names)) == []

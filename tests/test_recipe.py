@@ -1,0 +1,420 @@
+"""A recipe is checked as a whole before any work: every fault is named with its line, its key and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from outlierq import recipe
+from outlierq.core.errors import RecipeError
+from outlierq.core.scheme import QuantScheme
+from outlierq.recipe import Calibration, Export, Override, Quantize, Recipe, TextSource, parse, parse_size
+
+GPTQ = "quantize:\n  method: gptq\ncalibration: {}\n"
+RTN = "quantize:\n  method: rtn\n"
+FULL = """\
+description: everything at once
+calibration:
+  text:
+    - path: embedded
+      weight: 2
+  samples: 16
+transform:
+  - method: awq
+    grid_points: 10
+quantize:
+  method: gptq
+  bits: 4
+  damp: 0.02
+  overrides:
+    - match: "*v_proj"
+      bits: 8
+export:
+  format: compressed-tensors
+"""
+
+
+def faults(text: str, **more: Any) -> str:
+    """The message about a faulty recipe."""
+    with pytest.raises(RecipeError) as raised:
+        parse(text, **more)
+    return raised.value.what
+
+
+# Shipped recipes.
+
+
+def test_recipes_are_shipped():
+    assert {"rtn-w4", "rtn-w8", "gptq-w4", "awq-w4", "awq-gptq-w4", "dense"} <= recipe.shipped().keys()
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_a_shipped_recipe_parses_and_says_what_it_is_for(name):
+    loaded, text = recipe.load(name), recipe.shipped()[name].read_text(encoding="utf-8")
+    assert loaded.name == name
+    assert len(loaded.description) > 20
+    assert recipe.description(recipe.shipped()[name]) == loaded.description
+    assert text.startswith("# ")
+    assert yaml.safe_load(text)["export"]["format"] == loaded.export.format
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_the_bits_in_the_name_of_a_shipped_recipe_are_its_bits(name):
+    quantize = recipe.load(name).quantize
+    named = re.search(r"-w(\d)$", name)
+    assert (quantize is None) == (named is None)
+    assert quantize is None or quantize.bits == int(named[1])
+
+
+def test_two_shipped_recipes_never_do_the_same():
+    prints = [recipe.load(name).fingerprint for name in recipe.shipped()]
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_recipe_is_found_by_name_with_ending_or_by_path(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text(RTN, encoding="utf-8")
+    assert recipe.load("rtn-w4") == recipe.load("rtn-w4.yaml")
+    assert recipe.load(str(own)).name == "mine"
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones_and_the_nearest():
+    with pytest.raises(RecipeError, match="no shipped recipe of that name; shipped: .*gptq-w4") as raised:
+        recipe.load("gptq-w44")
+    assert raised.value.hint == "did you mean 'gptq-w4'?"
+    with pytest.raises(RecipeError) as raised:
+        recipe.load("nothing like it")
+    assert "outlierq recipes list" in raised.value.hint
+
+
+# What a good recipe becomes.
+
+
+def test_options_of_a_method_are_told_from_the_keys_of_its_section():
+    full = parse(FULL)
+    assert full.quantize.options == {"damp": 0.02}
+    assert full.transform[0].options == {"grid_points": 10}
+    assert full.quantize.overrides[0].bits == 8
+    assert full.calibration.text == (TextSource(path="embedded", weight=2),)
+
+
+def test_a_method_without_options_may_be_written_as_its_name():
+    assert parse("transform: [awq]\n" + GPTQ) == parse("transform: [{method: awq}]\n" + GPTQ)
+
+
+@pytest.mark.parametrize("text", ["notes.txt", "[notes.txt]", "{path: notes.txt}", "[{path: notes.txt}]"])
+def test_calibration_text_may_be_written_in_short(text):
+    calibration = parse(f"calibration:\n  text: {text}\n{RTN}").calibration
+    assert calibration.text == (TextSource(path="notes.txt"),)
+
+
+def test_a_recipe_cannot_be_changed():
+    full = parse(FULL)
+    with pytest.raises(ValueError, match="frozen"):
+        full.quantize.bits = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [
+        (RTN, set()),
+        (GPTQ, {"hessian"}),
+        ("quantize: {method: rtn, scale_search: mse}", set()),
+        ("quantize: {method: rtn, scale_search: hessian}\ncalibration: {}", {"hessian"}),
+        ("transform: [awq]\ncalibration: {}\n" + RTN, {"hessian", "abs_mean"}),
+        ("export: {format: dense}", set()),
+    ],
+)
+def test_a_recipe_knows_which_statistics_it_needs(text, needs):
+    assert parse(text).needs == needs
+
+
+@pytest.mark.parametrize(
+    ("module", "scheme"),
+    [
+        ("model.layers.0.mlp.up_proj", QuantScheme(4, 64, True, "float16")),
+        ("model.layers.0.self_attn.v_proj", QuantScheme(8, 32, True, "float16")),
+        ("model.layers.0.self_attn.k_proj", QuantScheme(8, None, False, "float16")),
+        ("model.layers.1.mlp.up_proj", None),
+        ("lm_head", None),
+        ("vision.patch", None),
+    ],
+)
+def test_the_last_override_that_matches_a_module_wins(module, scheme):
+    text = """
+quantize:
+  method: rtn
+  group_size: 64
+  ignore: ["*lm_head", "vision.*"]
+  overrides:
+    - {match: "*.[vk]_proj", bits: 8, group_size: 32}
+    - {match: "*.k_proj", group_size: channel, symmetric: false}
+    - {match: "model.layers.1.*", keep: true}
+"""
+    assert parse(text).scheme_for(module, "float16") == scheme
+
+
+def test_without_a_quantize_section_every_linear_is_kept():
+    assert parse("export: {format: dense}").scheme_for("model.layers.0.mlp.up_proj", "bfloat16") is None
+
+
+# Faults.
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("description:", "descripton:", 1, "descripton: unknown key; did you mean 'description'?"),
+        ("  samples:", "  sampels:", 6, "calibration.sampels: unknown key; did you mean 'samples'?"),
+        ("      weight:", "      wieght:", 5, "calibration.text.0.wieght: unknown key; did you mean 'weight'?"),
+        ("    grid_points:", "    gridpoints:", 9, "transform.0.gridpoints: unknown key; did you mean 'grid_points'?"),
+        ("  bits: 4", "  bit: 4", 12, "quantize.bit: unknown key; did you mean 'bits'?"),
+        ("  damp:", "  dampp:", 13, "quantize.dampp: unknown key; did you mean 'damp'?"),
+        ("      bits:", "      bitts:", 16, "quantize.overrides.0.bitts: unknown key; did you mean 'bits'?"),
+        ("  format:", "  fromat:", 18, "export.fromat: unknown key; did you mean 'format'?"),
+        ("export:", "exprt:", 17, "exprt: unknown key; did you mean 'export'?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(old, new, line, message):
+    assert old in FULL
+    assert f"line {line}, {message}" in faults(FULL.replace(old, new, 1))
+
+
+def test_a_key_like_no_other_gets_the_list_of_known_keys():
+    assert "known keys: format, max_shard_size" in faults(RTN + "export:\n  zzz: 1\n")
+    assert re.search(r"known keys: method, bits, .*damp", faults(GPTQ.replace("gptq\n", "gptq\n  zzz: 1\n")))
+
+
+def test_an_option_of_another_method_is_unknown():
+    assert "line 3, quantize.damp: unknown key" in faults(RTN + "  damp: 0.1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RTN + "  bits: 9\n", "line 3, quantize.bits: Input should be less than or equal to 8 (this is 9)"),
+        (RTN + "  bits: 1\n", "line 3, quantize.bits: Input should be greater than or equal to 2"),
+        (RTN + "  bits: four\n", "line 3, quantize.bits: Input should be a valid integer"),
+        (RTN + "  bits: 4.5\n", "line 3, quantize.bits: Input should be a valid integer"),
+        (RTN + "  group_size: 0\n", "line 3, quantize.group_size: must be a positive number of columns, or `channel`"),
+        (RTN + "  group_size: row\n", "Input should be 'channel'"),
+        (RTN + "  symmetric: maybe\n", "line 3, quantize.symmetric: Input should be a valid boolean"),
+        (RTN + "  ignore: lm_head\n", "line 3, quantize.ignore: Input should be a valid tuple"),
+        (RTN + "  overrides:\n    - bits: 4\n", "line 4, quantize.overrides.0.match: Field required"),
+        (RTN + "  scale_search: best\n", "line 3, quantize.scale_search: Input should be 'minmax', 'mse' or 'hessian'"),
+        ("quantize:\n  bits: 4\n", "line 1, quantize.method: Field required"),
+        ("quantize:\n  method: 4\n", "line 2, quantize.method: Input should be a valid string"),
+        ("quantize: rtn\n", "line 1, quantize: Input should be a valid dictionary"),
+        (RTN + "transform: awq\n", "line 3, transform: Input should be a valid tuple"),
+        (RTN + "transform: [{}]\n", "line 3, transform.0.method: Field required"),
+        (RTN + "calibration: {samples: 0}\n", "line 3, calibration.samples: Input should be greater than or equal to 1"),
+        (RTN + "calibration: {mode: fast}\n", "calibration.mode: Input should be 'static' or 'sequential'"),
+        (RTN + "calibration: {text: [{path: a, dataset: b}]}\n", "text.0: give either `path` or `dataset`"),
+        (RTN + "calibration: {text: [{}]}\n", "text.0: give either `path` or `dataset`"),
+        (RTN + "calibration: {text: [{path: a, weight: 0}]}\n", "text.0.weight: Input should be greater than 0"),
+        (RTN + "export: {format: gguf}\n", "export.format: Input should be 'compressed-tensors' or 'dense'"),
+        (RTN + "export: {max_shard_size: 5XB}\n", "'5XB' is not a size; write for example 5GB or 512MiB"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(text, message):
+    assert message in faults(text)
+
+
+def test_all_faults_come_in_one_message_with_their_count():
+    message = faults(
+        "transform: [{method: awq, scaling: duoo}]\n"
+        "quantize:\n  method: gptq\n  damp: x\n  bits: 1\n"
+        "calibration: {sampels: 4}\n"
+        "exprt: 1\n",
+        name="mine",
+    )
+    assert message.startswith("recipe mine: 5 faults\n")
+    for key in ("transform.0.scaling", "quantize.damp", "quantize.bits", "calibration.sampels", "exprt"):
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "a recipe is a mapping of keys to values, this is a list"),
+        ("", "this is a NoneType"),
+        ("quantize: [", "not valid YAML at line 1"),
+        ("a: 1\n\tb: 2\n", "not valid YAML at line 2"),
+    ],
+)
+def test_a_text_that_is_no_mapping_is_refused(text, message):
+    assert message in faults(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quantize: {method: gptq}", "calibration: missing, but the methods need hessian"),
+        ("quantize: {method: rtn, scale_search: hessian}", "calibration: missing, but the methods need hessian"),
+        ("transform: [awq]\n" + RTN, "calibration: missing, but the methods need abs_mean, hessian"),
+        ("transform: [awq]\ncalibration: {}\nexport: {format: dense}", "there is nothing to transform for"),
+        ("calibration: {}", "export.format: without a `quantize` section only `dense` can be written"),
+        ("{}", "export.format: without a `quantize` section only `dense` can be written"),
+        (RTN + "calibration: {skip_first_tokens: 64, sequence_length: 64}", "64 leaves nothing of a sequence_length of 64"),
+    ],
+)
+def test_an_impossible_combination_is_refused(text, message):
+    assert message in faults(text)
+
+
+# Settings from the command line.
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("quantize.bits=3", lambda r: r.quantize.bits == 3),
+        ("quantize.symmetric=false", lambda r: r.quantize.symmetric is False),
+        ("quantize.group_size=channel", lambda r: r.quantize.group_size == "channel"),
+        ("quantize.damp=0.5", lambda r: r.quantize.options["damp"] == 0.5),
+        ("quantize.ignore=['*up_proj', lm_head]", lambda r: r.quantize.ignore == ("*up_proj", "lm_head")),
+        ("quantize.overrides.0.bits=2", lambda r: r.quantize.overrides[0].bits == 2),
+        ("quantize.overrides=[]", lambda r: r.quantize.overrides == ()),
+        ("transform.0.grid_points=5", lambda r: r.transform[0].options["grid_points"] == 5),
+        ("transform.0=awq", lambda r: r.transform[0].options == {}),
+        ("calibration.text=a=b.txt", lambda r: r.calibration.text[0].path == "a=b.txt"),
+        ("calibration.text.0.weight=3", lambda r: r.calibration.text[0].weight == 3),
+        ("calibration.seed=null", lambda r: r.calibration.seed is None),
+        ("export.max_shard_size=2GB", lambda r: r.export.max_shard_size == "2GB"),
+    ],
+)
+def test_a_setting_reaches_its_key(setting, read):
+    assert read(parse(FULL, settings=[setting]))
+
+
+def test_a_setting_may_begin_a_section():
+    assert parse(RTN, settings=["calibration.samples=8"]).calibration.samples == 8
+    assert parse(RTN, settings=["export.max_shard_size=1MiB"]).export.max_shard_size == "1MiB"
+    assert parse(RTN + "calibration:\n", settings=["calibration.samples=8"]).calibration.samples == 8
+
+
+def test_a_fault_in_a_setting_is_told_from_one_in_the_file():
+    message = faults(FULL, settings=["quantize.bits=9"])
+    assert "--set" in message
+    assert "line" not in message
+
+
+def test_of_two_settings_of_one_key_the_later_wins():
+    assert parse(RTN, settings=["quantize.bits=3", "quantize.bits=8"]).quantize.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bits", "--set 'bits' is not of the form key=value"),
+        ("=3", "--set '=3' is not of the form key=value"),
+        ("quantize.bits=[4", "'[4' is not a YAML value"),
+        ("quantize.method.name=3", "there is no 'name' in 'gptq'"),
+        ("quantize.method.name.x=3", "there is no 'name' in 'gptq'"),
+        ("transform.7.grid_points=5", "there is no '7' in a list of 1"),
+        ("transform.7=awq", "there is no '7' in a list of 1"),
+        ("transform.first=awq", "there is no 'first' in a list of 1"),
+        ("quantize.bts=3", "quantize.bts: unknown key; did you mean 'bits'?"),
+        ("quantze.bits=3", "quantze: unknown key; did you mean 'quantize'?"),
+        ("quantize.bits=many", "quantize.bits: Input should be a valid integer"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_is_refused(setting, message):
+    assert message in faults(FULL, settings=[setting])
+
+
+# The fingerprint.
+
+CHANGES = {
+    Calibration: {
+        "text": "calibration.text=other.txt",
+        "samples": "calibration.samples=17",
+        "sequence_length": "calibration.sequence_length=99",
+        "seed": "calibration.seed=1",
+        "chat_template": "calibration.chat_template=true",
+        "skip_first_tokens": "calibration.skip_first_tokens=1",
+        "mode": "calibration.mode=sequential",
+        "batch_size": "calibration.batch_size=1",
+    },
+    TextSource: {
+        "path": "calibration.text.0.path=x",
+        "dataset": "calibration.text=[{dataset: x}]",
+        "column": "calibration.text.0.column=x",
+        "split": "calibration.text.0.split=x",
+        "config": "calibration.text.0.config=x",
+        "weight": "calibration.text.0.weight=5",
+    },
+    Quantize: {
+        "method": "quantize={method: rtn}",
+        "bits": "quantize.bits=3",
+        "group_size": "quantize.group_size=64",
+        "symmetric": "quantize.symmetric=false",
+        "when_indivisible": "quantize.when_indivisible=keep",
+        "ignore": "quantize.ignore=[]",
+        "overrides": "quantize.overrides=[]",
+        "options": "quantize.damp=0.03",
+    },
+    Override: {
+        "match": "quantize.overrides.0.match=x",
+        "keep": "quantize.overrides.0.keep=true",
+        "bits": "quantize.overrides.0.bits=2",
+        "group_size": "quantize.overrides.0.group_size=channel",
+        "symmetric": "quantize.overrides.0.symmetric=false",
+    },
+    recipe.Transform: {"method": "transform=[]", "options": "transform.0.scaling=duo"},
+    Export: {"format": "export.format=dense", "max_shard_size": "export.max_shard_size=1GB"},
+}
+
+
+@pytest.mark.parametrize("setting", [s for settings in CHANGES.values() for s in settings.values()])
+def test_the_fingerprint_changes_with_every_key(setting):
+    assert parse(FULL, settings=[setting]).fingerprint != parse(FULL).fingerprint
+
+
+def test_no_key_is_left_out_of_that_test():
+    for section, settings in CHANGES.items():
+        assert settings.keys() == section.model_fields.keys()
+    assert Recipe.model_fields.keys() == {"description", "calibration", "transform", "quantize", "export", "name"}
+
+
+def test_the_fingerprint_does_not_change_with_words_order_or_file_name():
+    base = parse(FULL)
+    assert parse(FULL, settings=["description=other words"]).fingerprint == base.fingerprint
+    assert parse(FULL, name="other").fingerprint == base.fingerprint
+    assert parse("# a comment\n" + FULL).fingerprint == base.fingerprint
+    head, tail = FULL.split("export:")
+    assert parse("export:" + tail + head).fingerprint == base.fingerprint
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5 GB", 5 * 10**9),
+        ("1.5gb", 1_500_000_000),
+        ("512MiB", 512 * 2**20),
+        ("2GiB", 2 * 2**30),
+        ("10kb", 10_000),
+        ("1KiB", 1024),
+        ("1000", 1000),
+        ("1000B", 1000),
+    ],
+)
+def test_a_size_is_read_with_decimal_and_binary_units(text, size):
+    assert parse_size(text) == size
+
+
+def test_a_bare_number_is_a_size_in_bytes():
+    assert parse(RTN, settings=["export.max_shard_size=5000"]).export.max_shard_size == "5000"
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "5XB", "5TB", "-1GB", "0", "0.1B", "nan", "5 G B B"])
+def test_a_text_that_is_no_positive_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a"):
+        parse_size(text)
