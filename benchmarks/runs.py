@@ -169,5 +169,6 @@ def quantize(recipe: str, symmetric: bool, model: Path, data_dir: Path) -> list[
         settings["calibration.text"] = data_dir / CALIBRATION_TEXT
         settings["calibration.samples"] = CALIBRATION_SAMPLES
         settings["calibration.sequence_length"] = SEQUENCE_LENGTH
+        settings["calibration.seed"] = "null"  # the first windows, as for the peers
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return ["quantize", str(model), "--recipe", recipe, *overrides]

@@ -46,12 +46,13 @@ class TextSource(Section):
 class Calibration(Section):
     """Which tokens the statistics are made of, and how."""
 
-    text: tuple[TextSource, ...] = (TextSource(path="embedded"),)
+    text: tuple[TextSource, ...] = Field((TextSource(path="embedded"),), min_length=1)
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=2)
     seed: int | None = 0
     chat_template: bool = False
     skip_first_tokens: int = Field(0, ge=0)
+    sink_weight: float = Field(16.0, gt=0)
     mode: Literal["static", "sequential"] = "static"
     batch_size: int = Field(4, ge=1)
 
@@ -63,6 +64,13 @@ class Calibration(Section):
         return [{"path": e} if isinstance(e, str) else e for e in entries]
 
 
+def _columns(value: Any) -> Any:
+    """A group size is a positive number of columns or the word `channel`; None where it is left out."""
+    if value is None or value == "channel" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"must be a positive number of columns, or `channel` (this is {value!r})")
+
+
 class Override(Section):
     """Different storage for the linears whose module name matches a glob pattern; later overrides win."""
 
@@ -71,6 +79,8 @@ class Override(Section):
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | Literal["channel"] | None = None
     symmetric: bool | None = None
+
+    _group_size = field_validator("group_size", mode="before")(_columns)
 
 
 class Quantize(Section):
@@ -85,12 +95,7 @@ class Quantize(Section):
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = {}
 
-    @field_validator("group_size")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be a positive number of columns, or `channel`")
-        return value
+    _group_size = field_validator("group_size", mode="before")(_columns)
 
 
 class Transform(Section):
@@ -162,7 +167,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(digits) :].strip().upper()
     try:
         size = int(float(digits) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{text!r} is not a size; write for example 5GB or 512MiB") from None
     if size < 1:
         raise ValueError(f"{text!r} is not a positive size")
@@ -214,8 +219,9 @@ def read(path: Path) -> str:
 
 def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
     """Check the text of a recipe. `settings` are `quantize.group_size=64`, as given to `--set`."""
+    faults: list[str] = []
     try:
-        content, lines = yaml.safe_load(text), _lines(text)
+        content, lines = yaml.safe_load(text), _lines(text, faults)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -223,8 +229,12 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None)
     if not isinstance(content, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values, this is a {type(content).__name__}")
     for setting in settings or []:
-        lines[_apply(content, setting)] = FROM_SETTING
-    faults: list[str] = []
+        path = _apply(content, setting)
+        lines |= {path[: end + 1]: FROM_SETTING for end in range(len(path)) if path[: end + 1] not in lines}
+        lines[path] = FROM_SETTING
+    if "name" in content:
+        faults.append(f"{_at(('name',), lines)}unknown key; a recipe is named after its file")
+        del content["name"]
     for section in _method_sections(content):
         _split_options(content, section, faults, lines)
     try:
@@ -232,7 +242,8 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None)
     except ValidationError as error:
         faults += [_fault(e, lines) for e in error.errors()]
         raise _failure(name, faults) from None
-    faults += _impossible(recipe)
+    if not any("there is no " in fault for fault in faults):
+        faults += _impossible(recipe)
     if faults:
         raise _failure(name, faults)
     return recipe
@@ -246,14 +257,18 @@ def _failure(name: str, faults: list[str]) -> RecipeError:
     )
 
 
-def _lines(text: str) -> dict[tuple, int]:
-    """1-based line of every key path in the YAML text."""
+def _lines(text: str, faults: list[str]) -> dict[tuple, int]:
+    """1-based line of every key path in the YAML text. A key that is given twice is a fault: YAML keeps the last."""
     found: dict[tuple, int] = {}
 
     def walk(node: yaml.Node | None, path: tuple) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                found[(*path, key.value)] = key.start_mark.line + 1
+                line, first = key.start_mark.line + 1, found.get((*path, key.value))
+                if first is not None:
+                    name = ".".join(map(str, (*path, key.value)))
+                    faults.append(f"line {line}, {name}: given twice, first in line {first}")
+                found[(*path, key.value)] = line
                 walk(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):

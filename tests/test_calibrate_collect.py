@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields
-from outlierq.ops.precision import matmul_operands
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import InputGroup, LinearSite
+from outlierq.ops.precision import matmul_operands
 
 CHANNELS, LENGTH = 24, 10
 
@@ -186,3 +186,26 @@ def test_a_site_that_saw_no_tokens_is_named():
 def test_skipping_whole_sequences_is_refused():
     with pytest.raises(StatsError, match="skip_first_tokens=10 must be below the 10"):
         Collector(TwoLinears(), GROUPS, ALL_FIELDS, sequence_length=LENGTH, skip_first_tokens=LENGTH)
+
+
+def test_the_first_token_counts_sink_weight_times_in_the_hessian():
+    x = inputs(3)
+    module = TwoLinears()
+    collector = Collector(module, GROUPS[:1], {"hessian"}, sequence_length=LENGTH, sink_weight=5.0)
+    with collector:
+        module(x)
+    weight = torch.ones(3, LENGTH, 1).double()
+    weight[:, 0] = 5.0
+    rows = x.double()
+    expected = ((rows * weight).flatten(0, 1).T @ rows.flatten(0, 1)) / weight.sum()
+    torch.testing.assert_close(collector.finish()["b.0.wide"].hessian.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wide_gram_matrix_is_summed_by_tiles_and_mirrored():
+    from outlierq.ops.gram import TILE, add_gram, mirror
+
+    width = 2 * TILE + 40
+    rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(width, width)
+    add_gram(total, rows)
+    torch.testing.assert_close(mirror(total), rows.T @ rows, rtol=1e-5, atol=1e-4)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -16,7 +16,7 @@ from reference.statistics import correlated_inputs, random_weight, row_errors, s
 
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import LinearSite
-from outlierq.core.notes import note
+from outlierq.core.notes import collecting, note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
@@ -102,7 +102,7 @@ def test_a_quantizer_keeps_to_the_grid_of_its_scheme(chosen, options, scheme, w,
     assert scheme.symmetric == (result.zero_point is None)
     if result.zero_point is not None:
         assert result.zero_point.shape == (ROWS, groups)
-        assert 0 <= result.zero_point.min() and result.zero_point.max() <= scheme.code_max
+        assert result.zero_point.min() >= 0 and result.zero_point.max() <= scheme.code_max
     assert result.dequantize().isfinite().all()
 
 
@@ -123,7 +123,7 @@ def test_a_quantizer_is_deterministic_and_does_not_write_to_its_inputs(chosen, o
     assert all(torch.equal(value, before[1][name]) for name, value in stats.tensors().items())
 
 
-@every_scheme
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits in (2, 4)], ids=str)
 @every_quantizer
 def test_a_stack_of_linears_is_rounded_as_each_of_them_alone(chosen, options, scheme, w, stats):
     stack = chosen.function(w, stats, scheme, **options)
@@ -166,7 +166,9 @@ def test_weights_of_any_shape_are_rounded(chosen, options, shape):
     assert chosen.function(w, stats, scheme, **options).shape == shape
 
 
-@pytest.mark.parametrize("chosen", [*methods("quantize").values(), *methods("transform").values()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "chosen", [*methods("quantize").values(), *methods("transform").values()], ids=lambda m: m.name
+)
 def test_a_method_names_its_source_and_documents_its_shapes(chosen: Method):
     assert "arXiv:" in chosen.paper or "doi" in chosen.paper
     assert chosen.summary.endswith((".", ";"))
@@ -277,7 +279,9 @@ def test_every_compensated_weight_was_rounded_to_its_nearest_code(order, w, stat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("diagonal", [torch.ones(COLUMNS), torch.linspace(0.1, 50, COLUMNS)], ids=["identity", "diagonal"])
+@pytest.mark.parametrize(
+    "diagonal", [torch.ones(COLUMNS), torch.linspace(0.1, 50, COLUMNS)], ids=["identity", "diagonal"]
+)
 def test_without_correlation_plain_gptq_is_plain_rounding(diagonal, scheme, w):
     stats = InputStats(tokens=1, sequences=1, hessian=torch.diag(diagonal))
     for order in ORDERS:
@@ -329,15 +333,31 @@ def test_gptq_lowers_the_error_of_plain_rounding_many_times(bits, w, stats):
 
 def test_the_first_columns_of_the_activation_order_keep_the_least_error():
     """A column is rounded well when many columns are left to make up for it; loud channels should be among them."""
-    stats, scheme, w = statistics_of(correlated_inputs(512, COLUMNS, outliers=8)), QuantScheme(3, 64), random_weight(64, COLUMNS)
+    stats, scheme, w = (
+        statistics_of(correlated_inputs(512, COLUMNS, outliers=8)),
+        QuantScheme(3, 64),
+        random_weight(64, COLUMNS),
+    )
     by_order = {order: error(w, plain_gptq(w, stats, scheme, order=order), stats) for order in ("none", "activation")}
     assert by_order["activation"] < by_order["none"]
 
 
-def test_gptq_refuses_a_hessian_without_numbers(w):
+def test_a_hopeless_hessian_ends_in_rounding_to_nearest_and_a_note(w):
     hopeless = InputStats(tokens=1, sequences=1, hessian=torch.zeros(COLUMNS, COLUMNS))
-    with pytest.raises(NumbersError, match="not positive definite"):
-        gptq(w, hopeless, QuantScheme(4, 64))
+    with collecting() as notes:
+        rounded = gptq(w, hopeless, QuantScheme(4, 64), scale_search="minmax")
+    assert torch.equal(rounded.codes, rtn(w, None, QuantScheme(4, 64)).codes)
+    assert len(notes) == 1 and "rounded to nearest" in notes[0] and "not positive definite" in notes[0]
+
+
+def test_more_damping_than_asked_for_is_written_down(w):
+    basis = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)))[0]
+    values = torch.ones(COLUMNS)
+    values[0] = -0.03
+    stats = InputStats(tokens=1, sequences=1, hessian=(basis * values) @ basis.T)
+    with collecting() as notes:
+        gptq(w, stats, QuantScheme(4, 64))
+    assert any("damp" in text for text in notes)
 
 
 # AWQ, and what every transform promises.
@@ -423,7 +443,24 @@ def test_a_loud_channel_gets_the_largest_scale_and_the_error_halves(chosen, opti
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(4))
     scale = chosen.function(w, stats, scheme, **options)
     assert scale.argmax() == 37
-    assert scaled_error(w, scale, stats, scheme, "minmax") < 0.5 * scaled_error(w, torch.ones(128), stats, scheme, "minmax")
+    assert scaled_error(w, scale, stats, scheme, "minmax") < 0.5 * scaled_error(
+        w, torch.ones(128), stats, scheme, "minmax"
+    )
+
+
+@every_transform
+def test_a_tall_stack_gets_a_scale_as_good_as_none_or_better(chosen, options, stats):
+    w, scheme = random_weight(1500, COLUMNS), QuantScheme(3, 64)
+    scale = chosen.function(w, stats, scheme, **options)
+    one = torch.ones(COLUMNS)
+    assert scaled_error(w, scale, stats, scheme, "hessian") <= 1.05 * scaled_error(w, one, stats, scheme, "hessian")
+
+
+def test_the_rows_that_judge_a_scale_are_spread_over_the_whole_stack():
+    w = torch.randn(100, 128, generator=torch.Generator().manual_seed(4))
+    w[:64] = 0
+    scale = method("transform", "awq").function(w, with_one_loud_channel(), QuantScheme(3, 128), search_rows=64)
+    assert scale.argmax() == 37 and scale[37] > 1
 
 
 def test_scales_stay_within_a_hundred(w):
@@ -519,7 +556,9 @@ def test_linears_with_one_scheme_are_solved_as_one_stack_and_split_again(stats):
 
 def test_without_statistics_there_is_no_output_error_but_a_weight_error():
     q = site("q", 8)
-    _, row = quantize_group({q: random_weight(8, COLUMNS)}, {q: QuantScheme(4, 64)}, None, method("quantize", "rtn"), {})[q]
+    _, row = quantize_group(
+        {q: random_weight(8, COLUMNS)}, {q: QuantScheme(4, 64)}, None, method("quantize", "rtn"), {}
+    )[q]
     assert row.output_error is None
     assert 0.01 < row.weight_error < 0.3
 
@@ -533,3 +572,14 @@ def test_a_damaged_weight_is_named_with_the_count_of_its_bad_values(bad):
         quantize_group(weights, dict.fromkeys(weights, QuantScheme(4, 64)), None, method("quantize", "rtn"), {})
     assert raised.value.where == "quantize on q_proj, k_proj"
     assert raised.value.hint
+
+
+def test_statistics_that_are_not_finite_are_refused(stats):
+    q, hessian = site("q_proj", 8), stats.hessian.clone()
+    hessian[3, 5] = hessian[5, 3] = float("nan")
+    broken = replace(stats, hessian=hessian)
+    with pytest.raises(NumbersError):
+        options = {"scale_search": "hessian"}
+        quantize_group(
+            {q: random_weight(8, COLUMNS)}, {q: QuantScheme(4, 64)}, broken, method("quantize", "rtn"), options
+        )

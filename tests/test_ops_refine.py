@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import pytest
 import torch
 from reference.statistics import correlated_inputs, random_weight, row_errors, statistics_of
 
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops.grid import Grid, in_groups, minmax_grid
+from outlierq.ops.grid import Grid, in_groups, minmax_grid, stored
 from outlierq.ops.refine import refine, refit_scales
 from outlierq.quantize.gptq import gptq
 
@@ -55,7 +57,7 @@ def test_no_pass_raises_the_error_of_any_row(scheme, hessian):
     w = random_weight(24, 160)
     stats = statistics_of(correlated_inputs(512, 160))
     errors = [row_errors(gptq(w, stats, scheme, refine_passes=n).dequantize() - w, hessian) for n in range(4)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert torch.all(after <= before * NOISE)
     assert errors[1].sum() < errors[0].sum()
 
@@ -107,6 +109,23 @@ def test_refitted_scales_never_err_more_after_rounding_to_storage(symmetric, hes
     assert torch.equal(fitted.scale.bfloat16().float(), fitted.scale)
     after, before = (row_errors(dense(codes, g) - w, hessian) for g in (fitted, grid))
     assert torch.all(after <= before * NOISE)
+
+
+def test_stored_scales_that_err_less_than_the_rounded_solution_are_kept(hessian):
+    """Rounding five solved scales one by one is not the best choice of five stored scales."""
+    w, scheme = random_weight(40, 160), QuantScheme(4, 32)
+    grid = minmax_grid(w, scheme)
+    codes = grid.encode(in_groups(w, scheme)).view(w.shape)
+    rounded = best = refit_scales(w, codes, grid, hessian)
+    for group, factor in product(range(5), (1 - 2**-8, 1 + 2**-8)):
+        scale = best.scale.clone()
+        scale[:, group] *= factor
+        moved = Grid(stored(scale, scheme), None, scheme)
+        errors = [row_errors(dense(codes, g) - w, hessian) for g in (moved, best)]
+        best = best.where((errors[0] < errors[1])[:, None], moved)
+    assert (best.scale != rounded.scale).any(1).sum() > 10
+    after = row_errors(dense(codes, refit_scales(w, codes, best, hessian)) - w, hessian)
+    assert torch.all(after <= row_errors(dense(codes, best) - w, hessian) * NOISE)
 
 
 def test_scales_of_a_row_without_codes_are_kept(hessian):

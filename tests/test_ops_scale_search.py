@@ -64,8 +64,10 @@ def test_symmetric_search_comes_close_to_a_fine_scan_of_all_scales(bits):
     found = errors(search_grid(w, scheme, hessian), w, hessian)
     blocks = diagonal_blocks(hessian, 8)
     plain = errors(minmax_grid(w, scheme), w, hessian)
-    best = torch.tensor([[least_error_by_scan(w[r, g : g + 8], blocks[g // 8], bits) for g in (0, 8)] for r in range(8)])
-    # The twin rounds each weight alone, as the search does, but over 800 scales; few candidates and a refit lose little.
+    best = torch.tensor(
+        [[least_error_by_scan(w[r, g : g + 8], blocks[g // 8], bits) for g in (0, 8)] for r in range(8)]
+    )
+    # The twin rounds each weight alone, as the search does, but tries 800 scales; a few and a refit come close.
     assert found.sum() - best.sum() < 0.25 * (plain.sum() - best.sum())
     assert (found / best).median() < 1.25
 

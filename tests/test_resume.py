@@ -6,12 +6,16 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from outlierq.calibrate import stats_file
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import OutputError, StatsError
+from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
 from outlierq.pipeline import calibration, journal
 from outlierq.pipeline import quantize as run
@@ -53,10 +57,11 @@ def after(calls: int, owner: object, name: str) -> None:
     setattr(owner, name, counted)
 
 
-# Where to die: after the n-th call of a function. Unit 1 is what lies outside of the blocks, unit 2 is block 0.
+# Where to die: after the n-th call of a function. The first unit is what lies outside of the blocks, then block 0.
 MOMENTS = {
     "before anything is written": (1, run, "Journal"),
-    "in the middle of writing the first block": (30, run.Output, None),
+    "while the first block is calibrated": (1, calibration, "prove_folds"),
+    "in the middle of writing the first block": (30, ShardWriter, "write"),
     "after the first block is in the journal": (2, journal.Journal, "add"),
     "after the last block is in the journal": (3, journal.Journal, "add"),
     "during the final verification": (1, Output, "verify"),
@@ -64,16 +69,11 @@ MOMENTS = {
 }
 
 
-def in_child(moment: str, work, *args) -> int:
+def in_child(moment: str, work: Callable[..., object], *args: object) -> int:
     """Run `work` in a child process that dies at the moment; its exit code."""
 
     def body():
-        calls, owner, name = MOMENTS[moment]
-        if name is None:
-            from outlierq.export.writer import ShardWriter
-
-            owner, name = ShardWriter, "write"
-        after(calls, owner, name)
+        after(*MOMENTS[moment])
         work(*args)
 
     child = multiprocessing.get_context("fork").Process(target=body)
@@ -93,6 +93,17 @@ def result(folder: Path) -> tuple[dict[str, bytes], dict]:
     return files, report
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A forked child has no threads of OpenMP, and sums must be added in the same order everywhere."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     """The result of every recipe, run without a stop."""
@@ -103,8 +114,35 @@ def uninterrupted(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.fixture(scope="module")
+def half_done(tiny_llama, tmp_path_factory) -> Path:
+    """The work folder of a static run that was killed after its first block. Read-only."""
+    out = tmp_path_factory.mktemp("half-done") / "out"
+    recipe, settings = RECIPES["static"]
+    assert in_child("after the first block is in the journal", compress, tiny_llama, out, recipe, settings) == KILLED
+    return out.parent / "out.partial"
+
+
+@pytest.fixture
+def unfinished(half_done, tmp_path) -> Path:
+    """A copy of it, to go on from; the final name is `tmp_path / "out"`."""
+    return Path(shutil.copytree(half_done, tmp_path / "out.partial"))
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("static", "before anything is written"),
+        ("static", "while the first block is calibrated"),
+        ("static", "in the middle of writing the first block"),
+        ("static", "during the final verification"),
+        ("sequential", "after the first block is in the journal"),
+        ("sequential", "after the last block is in the journal"),
+        ("data-free", "in the middle of writing the first block"),
+        ("data-free", "after the first block is in the journal"),
+        ("data-free", "after the report is written"),
+    ],
+)
 def test_a_killed_run_started_again_gives_the_same_bytes(name, moment, tiny_llama, uninterrupted, tmp_path):
     recipe, settings = RECIPES[name]
     out = tmp_path / "out"
@@ -113,3 +151,210 @@ def test_a_killed_run_started_again_gives_the_same_bytes(name, moment, tiny_llam
     compress(tiny_llama, out, recipe, settings)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert result(out) == result(uninterrupted[name])
+
+
+@pytest.mark.parametrize("mode", ["static", "sequential"])
+def test_saved_hidden_states_are_taken_up(mode, untied_llama, tmp_path, monkeypatch):
+    settings = [*SMALL, f"calibration.mode={mode}"]
+    monkeypatch.setattr(calibration, "SAVE_EVERY_SECONDS", 0.0)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    compress(untied_llama, whole, "gptq-w4", settings)
+    moment = "after the last block is in the journal"
+    assert in_child(moment, compress, untied_llama, out, "gptq-w4", settings) == KILLED
+    assert (tmp_path / "out.partial" / calibration.SAVED).is_file()
+    ran = []
+    original = calibration.BlockRunner.run
+    monkeypatch.setattr(
+        calibration.BlockRunner,
+        "run",
+        lambda self, module, index, *a, **k: ran.append(index) or original(self, module, index, *a, **k),
+    )
+    compress(untied_llama, out, "gptq-w4", settings)
+    assert 0 not in ran and 2 in ran
+    assert result(out) == result(whole)
+
+
+def test_a_half_precision_model_resumes_to_the_same_bytes(tools, tmp_path):
+    """Blocks run in bfloat16 but are stored in float16: what the next block sees must be what was stored."""
+    source = tools.write_llama(tmp_path / "model", dtype="float16")
+    settings = [*SMALL, "calibration.mode=sequential", "quantize.ignore=['*v_proj']"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    compress(source, whole, "awq-w4", settings)
+    moment = "after the first block is in the journal"
+    assert in_child(moment, compress, source, out, "awq-w4", settings) == KILLED
+    compress(source, out, "awq-w4", settings)
+    assert result(out) == result(whole)
+
+
+def test_another_recipe_source_or_text_in_the_same_place_is_refused(unfinished, tiny_llama, tools, tmp_path):
+    recipe, settings = RECIPES["static"]
+    out = tmp_path / "out"
+    before = tools.folder_hashes(unfinished)
+    before.pop(journal.LOCK)  # left there by the run that was killed, removed by the next one that ends
+    with pytest.raises(OutputError, match=r"unfinished run with another recipe and text \(2 units done\)") as caught:
+        compress(tiny_llama, out, recipe, [*settings, "calibration.seed=1"])
+    assert "--restart" in caught.value.hint
+    with pytest.raises(OutputError, match="another recipe"):
+        compress(tiny_llama, out, recipe, [*settings, "quantize.bits=3"])
+    other = tools.write_llama(tmp_path / "other", seed=9)
+    with pytest.raises(OutputError, match="another source"):
+        compress(other, out, recipe, settings)
+    assert tools.folder_hashes(unfinished) == before
+    assert not out.exists()
+
+
+def test_a_text_file_that_changed_in_between_is_noticed(tiny_llama, tmp_path):
+    text, out = tmp_path / "notes.txt", tmp_path / "out"
+    text.write_text("The sea is calm tonight. " * 100)
+    settings = [*SMALL, f"calibration.text={text}"]
+    moment = "after the first block is in the journal"
+    assert in_child(moment, compress, tiny_llama, out, "gptq-w4", settings) == KILLED
+    text.write_text("The tide is full, the moon lies fair. " * 100)
+    with pytest.raises(OutputError, match="unfinished run with another text"):
+        compress(tiny_llama, out, "gptq-w4", settings)
+
+
+def test_restart_throws_the_unfinished_run_away(unfinished, tiny_llama, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    recipe, settings = RECIPES["data-free"]
+    compress(tiny_llama, out, recipe, settings, restart=True)
+    assert result(out) == result(uninterrupted["data-free"])
+
+
+def test_a_run_that_failed_before_its_first_unit_stands_in_nobodys_way(tiny_llama, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    assert in_child("before anything is written", compress, tiny_llama, out, "rtn-w8", []) == KILLED
+    recipe, settings = RECIPES["data-free"]
+    compress(tiny_llama, out, recipe, settings)
+    assert result(out) == result(uninterrupted["data-free"])
+
+
+def test_a_failure_before_any_work_leaves_no_folder(tiny_llama, tmp_path):
+    with pytest.raises(StatsError, match="holds no statistics"):
+        compress(tiny_llama, tmp_path / "out", "gptq-w4", [], stats=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_in_the_same_place_is_refused(unfinished, tiny_llama, tmp_path):
+    recipe, settings = RECIPES["static"]
+    with open(unfinished / journal.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another outlierq works in"):
+            compress(tiny_llama, tmp_path / "out", recipe, settings, restart=True)
+    assert (unfinished / journal.JOURNAL).is_file()
+
+
+def test_a_folder_that_is_no_run_of_ours_is_left_alone(tiny_llama, tools, tmp_path):
+    for name in ("out.partial", "out"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("mine")
+        with pytest.raises(OutputError, match=r"is in the way: it holds thesis.tex|out exists already"):
+            compress(tiny_llama, tmp_path / "out", "rtn-w4", [], restart=True)
+        assert tools.folder_hashes(folder).keys() == {"thesis.tex"}
+        shutil.rmtree(folder)
+
+
+def test_an_empty_output_folder_is_used(tiny_llama, uninterrupted, tmp_path):
+    recipe, settings = RECIPES["data-free"]
+    (tmp_path / "out").mkdir()
+    compress(tiny_llama, tmp_path / "out", recipe, settings)
+    assert result(tmp_path / "out") == result(uninterrupted["data-free"])
+
+
+def test_changed_bytes_of_a_finished_unit_are_found(unfinished, tiny_llama, tmp_path):
+    recipe, settings = RECIPES["static"]
+    shard = unfinished / "model.safetensors"
+    raw = bytearray(shard.read_bytes())
+    plan = make_plan(open_checkpoint(str(tiny_llama)), load(recipe, settings))
+    raw[plan.layout.places["model.layers.0.mlp.up_proj.weight_packed"].offset + 5] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(OutputError, match="the bytes of block-00000 on disk are not those that were written"):
+        compress(tiny_llama, tmp_path / "out", recipe, settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_journal_is_named_and_restart_helps(unfinished, tiny_llama, tmp_path):
+    recipe, settings = RECIPES["static"]
+    lines = (unfinished / journal.JOURNAL).read_bytes().splitlines(keepends=True)
+    (unfinished / journal.JOURNAL).write_bytes(lines[0] + b"garbage\n" + lines[1])
+    with pytest.raises(OutputError, match="is damaged") as caught:
+        compress(tiny_llama, tmp_path / "out", recipe, settings)
+    assert "--restart" in caught.value.hint
+
+
+def test_a_journal_line_that_was_cut_short_is_done_again(unfinished, tiny_llama, uninterrupted, tmp_path):
+    recipe, settings = RECIPES["static"]
+    raw = (unfinished / journal.JOURNAL).read_bytes()
+    (unfinished / journal.JOURNAL).write_bytes(raw[:-20])
+    compress(tiny_llama, tmp_path / "out", recipe, settings)
+    assert result(tmp_path / "out") == result(uninterrupted["static"])
+
+
+def test_files_named_like_ours_in_the_source_are_carried_over(llama_copy, tmp_path):
+    for name in ("journal.jsonl", "lock"):
+        (llama_copy / name).write_text("part of the checkpoint")
+    compress(llama_copy, tmp_path / "out", "rtn-w4", [])
+    assert (tmp_path / "out" / "lock").read_text() == (tmp_path / "out" / "journal.jsonl").read_text()
+
+
+MOMENTS_OF_CALIBRATION = {
+    "calibrating the first block": (1, calibration, "prove_folds"),
+    "writing the first block": (1, stats_file, "_write_atomically"),
+    "listing the first block": (2, stats_file, "_write_atomically"),
+    "listing the last block": (4, stats_file, "_write_atomically"),
+}
+MOMENTS |= MOMENTS_OF_CALIBRATION
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny_llama, tmp_path_factory) -> Path:
+    """Calibrated without a stop."""
+    folder = tmp_path_factory.mktemp("statistics") / "stats"
+    collect(tiny_llama, folder)
+    return folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS_OF_CALIBRATION)
+def test_a_killed_calibration_started_again_gives_the_same_bytes(moment, tiny_llama, statistics, tools, tmp_path):
+    out = tmp_path / "stats"
+    assert in_child(moment, collect, tiny_llama, out) == KILLED
+    with pytest.raises(StatsError, match=r"unfinished|holds no statistics"):
+        StatsReader(out)
+    collect(tiny_llama, out)
+    assert tools.folder_hashes(out) == tools.folder_hashes(statistics)
+
+
+def test_a_damaged_block_of_an_unfinished_calibration_is_made_again(untied_llama, tools, tmp_path, monkeypatch):
+    """Also when the saved hidden states are past it already."""
+    monkeypatch.setattr(calibration, "SAVE_EVERY_SECONDS", 0.0)
+    whole, out = tmp_path / "whole", tmp_path / "stats"
+    collect(untied_llama, whole)
+    assert in_child("listing the last block", collect, untied_llama, out) == KILLED
+    (out / "block-00000.safetensors").write_bytes(b"damaged")
+    collect(untied_llama, out)
+    assert tools.folder_hashes(out) == tools.folder_hashes(whole)
+
+
+def test_a_calibration_of_another_text_or_model_in_the_same_place_is_refused(
+    tiny_llama, untied_llama, statistics, tools
+):
+    before = tools.folder_hashes(statistics)
+    with pytest.raises(OutputError, match="statistics with another token_fingerprint"):
+        collect(tiny_llama, statistics, "calibration.seed=1")
+    with pytest.raises(OutputError, match="statistics with another model_fingerprint"):
+        collect(untied_llama, statistics)
+    assert tools.folder_hashes(statistics) == before
+
+
+def test_a_calibration_into_a_folder_in_use_or_with_other_files_is_refused(tiny_llama, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="holds 1 other files"):
+        collect(tiny_llama, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    with open(busy / journal.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another outlierq works in"):
+            collect(tiny_llama, busy)

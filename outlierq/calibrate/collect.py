@@ -43,8 +43,9 @@ class Collector:
     module: the block (or model) that holds the sites. needs: `InputStats` fields, or "mean", "abs_mean", "abs_max".
     sequence_length: tokens per sequence, to find positions in inputs that come as [tokens, K].
     skip_first_tokens: positions at the start of each sequence that are left out (they often are attention sinks);
-    first_abs_max is of position 0 all the same. reservoir: rows to keep; each token has the same chance, and
-    all groups keep the same tokens. notes: what could not be done as asked.
+    first_abs_max is of position 0 all the same. sink_weight: how often position 0 counts in the hessian: every later
+    token attends to it, so an error there is paid many times (docs/what-we-learned.md). reservoir: rows to keep; each token has the
+    same chance, and all groups keep the same tokens. notes: what could not be done as asked.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Collector:
         *,
         sequence_length: int,
         skip_first_tokens: int = 0,
+        sink_weight: float = 1.0,
         reservoir: int = 512,
         seed: int = 0,
     ):
@@ -63,7 +65,7 @@ class Collector:
         fields = stored_fields(needs) - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
-            group.name: _GroupSums(group.name, fields, sequence_length, skip_first_tokens, reservoir, seed)
+            group.name: _GroupSums(group.name, fields, sequence_length, skip_first_tokens, sink_weight, reservoir, seed)
             for group in groups
         }
         self._handles: list[Any] = []
@@ -95,8 +97,18 @@ class Collector:
 class _GroupSums:
     """Running sums of one input group."""
 
-    def __init__(self, name: str, fields: frozenset[str], sequence_length: int, skip: int, reservoir: int, seed: int):
-        self.name, self.fields = name, fields
+    def __init__(
+        self,
+        name: str,
+        fields: frozenset[str],
+        sequence_length: int,
+        skip: int,
+        sink_weight: float,
+        reservoir: int,
+        seed: int,
+    ):
+        self.name, self.fields, self.sink_weight = name, fields, sink_weight
+        self.gram_weight = 0.0
         self.sequence_length, self.skip = sequence_length, skip
         self.tokens = self.sequences = 0
         self.routed = False
@@ -133,8 +145,18 @@ class _GroupSums:
             with matmul_operands(rows.dtype):
                 for some in rows.split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
                     add_gram(self.values["hessian"], some.float())
+            self._weigh_sinks(sequences)
         if self.rows:
             self.rows.add(rows)
+
+    def _weigh_sinks(self, sequences: torch.Tensor) -> None:
+        """Let the first token of each sequence count `sink_weight` times in the matrix. [sequences, tokens, K]."""
+        self.gram_weight += sequences.shape[0] * sequences.shape[1]
+        if self.routed or self.skip or self.sink_weight == 1.0:
+            return
+        first = sequences[:, 0].float()
+        self.values["hessian"].addmm_(first.T, first, alpha=self.sink_weight - 1.0)
+        self.gram_weight += len(first) * (self.sink_weight - 1.0)
 
     def _check(self, values: torch.Tensor, inputs: torch.Tensor) -> None:
         """NumbersError when the values, which come from these inputs, are not finite."""
@@ -218,7 +240,7 @@ class _GroupSums:
         if "hessian" in values:
             from outlierq.ops.gram import mirror
 
-            values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
+            values["hessian"] = mirror(values["hessian"]).div_(self.gram_weight)
         if self.rows:
             values["rows"] = self.rows.finish()
         return InputStats(self.tokens, self.sequences, **values)

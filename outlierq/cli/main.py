@@ -11,6 +11,7 @@ from outlierq import __version__
 from outlierq.cli.commands import calibrate, compare, demo, evaluate, inspect, plan, quantize, recipes
 from outlierq.core.errors import EXIT_ERROR, OutlierqError
 
+INTERRUPTED = 130
 EPILOG = "Exit codes: 0 done · 1 an error in the input or in outlierq · 2 wrong usage · 3 a quality gate failed"
 
 app = typer.Typer(
@@ -59,9 +60,11 @@ def run() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; run the same command again to continue", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into this exit code without a word.
+        if stop.code == INTERRUPTED:
+            typer.echo("\nstopped; run the same command again to continue", err=True)
+        raise
     except BrokenPipeError:
         # The reader of our output went away; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,15 +33,30 @@ class QuantTensor:
     def dequantize(self) -> torch.Tensor:
         """Float32 [out, in]: `scale * (codes - zero_point)`, each group with its own scale."""
         rows, columns = self.codes.shape
-        grouped = self.codes.to(self.scale.device).float().view(rows, self.scale.shape[1], -1)
+        grouped = self.codes.float().view(rows, self.scale.shape[1], -1)
         if self.zero_point is not None:
-            grouped = grouped - self.zero_point.float()[..., None]
-        return (grouped * self.scale.float()[..., None]).view(rows, columns)
+            grouped.sub_(self.zero_point.float()[..., None])
+        return grouped.mul_(self.scale.float()[..., None]).view(rows, columns)
 
     def rows(self, start: int, stop: int) -> QuantTensor:
         """The output rows `start:stop`; used to split a stack of linears that were solved together."""
         zero_point = None if self.zero_point is None else self.zero_point[start:stop]
         return QuantTensor(self.codes[start:stop], self.scale[start:stop], zero_point, self.scheme)
+
+    @classmethod
+    def stack(cls, pieces: Sequence[QuantTensor]) -> QuantTensor:
+        """Pieces of one scheme joined along their rows; the inverse of `rows`."""
+        import torch
+
+        if len(pieces) == 1:
+            return pieces[0]
+        zero_points = [p.zero_point for p in pieces if p.zero_point is not None]
+        return cls(
+            codes=torch.cat([p.codes for p in pieces]),
+            scale=torch.cat([p.scale for p in pieces]),
+            zero_point=torch.cat(zero_points) if zero_points else None,
+            scheme=pieces[0].scheme,
+        )
 
     @property
     def bits_per_weight(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from outlierq.core.errors import StatsError
+from outlierq.core.errors import NumbersError, StatsError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,8 @@ class InputStats:
     min, max: [K] float32. sum_x, sum_abs, sum_sq, sum_cube, sum_fourth: [K] float64 power sums.
     count_large: [K] tokens with |x| >= 6; sequence_large: [K] sum over sequences of the share of such positions
     (the LLM.int8() criterion, arXiv:2208.07339 section 3). first_abs_max: [K] largest |x| at position 0 of a sequence.
-    hessian: [K, K] float32, (1 / tokens) * sum of x x^T. rows: [R, K] bfloat16 reservoir of whole tokens.
+    hessian: [K, K] float32, weighted mean of x x^T over tokens (the first token of a sequence may count more often).
+    rows: [R, K] bfloat16 reservoir of whole tokens.
     A field that the recipe did not need is None.
     """
 
@@ -42,12 +43,14 @@ class InputStats:
     rows: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
-        """The field or derived statistic `name`; StatsError when calibration did not keep it."""
+        """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
         value = getattr(self, name)
         if value is None:
             raise StatsError(
                 f"the statistics do not hold `{name}`", hint="calibrate again: `outlierq calibrate` keeps everything"
             )
+        if not value.isfinite().all():
+            raise NumbersError(f"the statistic `{name}` holds a NaN or Inf", hint="calibrate again")
         return value
 
     @property

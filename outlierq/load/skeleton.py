@@ -34,7 +34,7 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=trust_remote_code
             )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
         raise SourceError(
             f"transformers cannot build a causal language model from the config of {checkpoint.source}: {error}",
             hint="only decoder language models can be compressed; check config.json",
@@ -61,7 +61,7 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(content)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"config.json of {checkpoint.source} is not valid: {error}") from error
     for part in (config, config.get_text_config()):
         part.use_cache = False

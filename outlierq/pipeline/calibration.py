@@ -47,8 +47,10 @@ class StatsSource(Protocol):
         """Input groups with their proved folds, and statistics by group name."""
         ...
 
-    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """NumbersError when the block's output with the folded `tensors` differs from the original."""
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
+        """NumbersError when the block's float32 output differs between its tensors `before` and `after` folding."""
         ...
 
     def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -73,8 +75,10 @@ class NoStats:
         """One group per site."""
         return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
 
-    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Nothing is transformed."""
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Without the model there is nothing to run."""
 
     def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Nothing to carry on."""
@@ -135,12 +139,13 @@ class StatsFromRun:
         self.work, self.device, self.listen = work, device, listen
         self.identity: dict[str, Any] = {"text": tokens.fingerprint}
         self.seed, self.remark = settings.seed, ""
+        dtype = _torch_dtype(checkpoint.dtype)
         block_names = [b.name for b in structure.blocks]
 
         def materialise(name: str) -> None:
             part = model.get_submodule(name) if name else model
             skip = () if name else block_names
-            load_tensors_into(part, checkpoint, names, prefix=name, skip=skip, device=device)
+            load_tensors_into(part, checkpoint, names, prefix=name, skip=skip, dtype=dtype, device=device)
 
         self._materialise = materialise
         self._release = lambda name: release(model.get_submodule(name) if name else model)
@@ -150,7 +155,7 @@ class StatsFromRun:
             materialise=materialise,
             release=self._release,
             device=device,
-            dtype=_torch_dtype(checkpoint.dtype),
+            dtype=dtype,
             batch_size=settings.batch_size,
             work_folder=work,
         )
@@ -172,6 +177,14 @@ class StatsFromRun:
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Run one block over all tokens; find its groups, prove their folds, collect their statistics."""
+        try:
+            return self._collect(index)
+        except NumbersError as error:
+            self._blame_weights(index, error)
+            raise
+
+    def _collect(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """The block's groups and statistics."""
         if self.hidden is None:
             self.start()
         block, module = self._enter(index)
@@ -184,23 +197,29 @@ class StatsFromRun:
             self.fields,
             sequence_length=self.settings.sequence_length,
             skip_first_tokens=self.settings.skip_first_tokens,
+            sink_weight=self.settings.sink_weight,
             seed=self.settings.seed or 0,
         )
         self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
         self.notes = collector.notes
         return groups, collector.finish()
 
-    def check_transformed(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
         """Compare the block's float32 output on a probe with and without the folds."""
         block = self.structure.blocks[index]
-        module = self.model.get_submodule(block.name)
         run_once = self.runner.run_once(index, self.hidden)
-        changed = copy.deepcopy(module).float()
-        before = run_once(changed)
-        for name, parameter in tensor_parameters(changed, block).items():
-            parameter.data = tensors[name].to(parameter.device)
-        after = run_once(changed)
-        change = ((after - before).abs().max() / before.abs().max()).item()
+        probe = copy.deepcopy(self.model.get_submodule(block.name)).float()
+        slots = tensor_parameters(probe, block)
+
+        def output(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            for name, parameter in slots.items():
+                parameter.data = tensors[name].to(parameter.device).float()
+            return run_once(probe)
+
+        expected, found = output(before), output(after)
+        change = ((found - expected).abs().max() / expected.abs().max()).item()
         if not change <= FOLD_TOLERANCE:
             raise NumbersError(
                 f"folding changed the float32 output of {block.name} by {change:.2e}, more than {FOLD_TOLERANCE:g}",
@@ -210,7 +229,7 @@ class StatsFromRun:
     def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Carry the hidden states past the block: static did so already, sequential runs the written weights.
 
-        They are read from disk, as `replay` does: weights in memory are not yet rounded to the dtype they are stored in.
+        They are read from disk, as `replay` does: in memory they are not yet rounded to the dtype they are stored in.
         """
         block = self.structure.blocks[index]
         if self.sequential:
@@ -229,6 +248,17 @@ class StatsFromRun:
         else:
             self.runner.run(module, index, self.hidden)
         self._leave(block)
+
+    def _blame_weights(self, index: int, error: NumbersError) -> None:
+        """NumbersError with the name of a weight that is not finite itself, if that is where the trouble comes from."""
+        for name in (*self.structure.outside_tensors, *self.structure.blocks[index].tensors):
+            tensor = self.checkpoint.read(name)
+            bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
+            if bad:
+                raise NumbersError(
+                    f"{name} holds {bad} NaN or Inf among {tensor.numel()} weights",
+                    hint="the source checkpoint is damaged; get it again",
+                ) from error
 
     def _enter(self, index: int) -> tuple[Block, torch.nn.Module]:
         """Give the block its original weights."""

@@ -29,7 +29,7 @@ def transform_group(
 ) -> tuple[InputStats, dict[str, Any]]:
     """Rewrite (weights, statistics) of one group so that its input is divided by a scale; both stay consistent.
 
-    tensors: the block's tensors in float32; the dict gets new tensors for producer and consumers. Returns the new
+    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns the new
     statistics and a row for the report; its "folded" names the producer's tensors.
     """
     import torch
@@ -38,15 +38,15 @@ def transform_group(
     if group.fold is None:
         return stats, {**row, "fold": None, "folded": []}
     fold = group.fold
-    weights = {s: as_matrix(s, tensors[s.weight]) for s in group.sites}
+    weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
     tie = torch.tensor(fold.index, device=next(iter(weights.values())).device)
     scale = choose_scale(torch.cat(list(weights.values())), stats, scheme, tie, steps, group.name)
-    scale = _exact(scale, fold, tensors[fold.weight], tie, torch_dtype(checkpoint.tensors[fold.weight].dtype))
-    names = [n for n in (fold.weight, fold.bias) if n]
-    tensors |= apply_fold({n: tensors[n] for n in names}, fold, scale)
+    producer = {n: tensors[n].float() for n in (fold.weight, fold.bias) if n}
+    scale = _exact(scale, fold, producer[fold.weight], tie, torch_dtype(checkpoint.tensors[fold.weight].dtype))
+    tensors |= apply_fold(producer, fold, scale)
     tensors |= {s.weight: from_matrix(s, w * scale) for s, w in weights.items()}
     spread = {"scale_min": scale.min().item(), "scale_max": scale.max().item()}
-    return stats.scaled(scale), {**row, "fold": fold.weight, "folded": names, **spread}
+    return stats.scaled(scale), {**row, "fold": fold.weight, "folded": list(producer), **spread}
 
 
 def _exact(

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.journal import JOURNAL
 from outlierq.pipeline.plan import REPORT_NAME
@@ -18,7 +19,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
     size = measure_size(logical_tensors(checkpoint))
     config = checkpoint.config
-    report = next((f for f in checkpoint.files if f.name == REPORT_NAME), None)
     return {
         "source": checkpoint.source,
         "kind": checkpoint.kind,
@@ -33,8 +33,24 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
         "files": [f.name for f in checkpoint.files],
         "fingerprint": checkpoint.fingerprint,
-        "report": json.loads(report.read()) if report else None,
+        "report": _report(checkpoint),
     }
+
+
+def _report(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The report of the run that wrote the checkpoint; None when there is none."""
+    found = next((f for f in checkpoint.files if f.name == REPORT_NAME), None)
+    if found is None:
+        return None
+    try:
+        report = json.loads(found.read())
+    except ValueError as error:
+        raise SourceError(
+            f"{REPORT_NAME} of {checkpoint.source} is not JSON: {error}", hint="remove the file"
+        ) from error
+    if not isinstance(report, dict):
+        raise SourceError(f"{REPORT_NAME} of {checkpoint.source} holds no report", hint="remove the file")
+    return report
 
 
 def describe_stats(folder: Path) -> dict[str, Any]:

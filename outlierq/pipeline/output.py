@@ -20,6 +20,10 @@ from outlierq.pipeline.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+# Weights compared at a time, and the rows that share a word when zero points are packed along them.
+PIECE_WEIGHTS = 1 << 18
+ROWS_PER_WORD = 32
+
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
 
 
@@ -54,32 +58,47 @@ class Output:
             else:
                 self.writer.write(name, self.plan.checkpoint.read(name))
         for site, (result, _) in results.items():
-            expected = result.dequantize().cpu()
-            decoded = self.decode(site)
-            compare(site.module, decoded, expected.to(decoded.dtype))
+            self._read_back(site, result)
         self.writer.sync()
         rows = [asdict(row) for _, row in results.values()]
         digest = self.writer.hash(self._tensors_of(unit))
         entry = {"sha256": digest, "rows": rows, "transforms": list(transforms), "notes": list(notes)}
         self.journal.add(unit, entry)
 
-    def decode(self, site: LinearSite) -> torch.Tensor:
-        """One quantized linear as it lies on disk, [out, in]; the decoder shares no code with the writer."""
+    def _read_back(self, site: LinearSite, result: QuantTensor) -> None:
+        """What lies on disk must decode to what was meant, bit for bit; some rows at a time."""
+        stored = self._stored(site)
+        step = max(1, PIECE_WEIGHTS // site.in_features // ROWS_PER_WORD) * ROWS_PER_WORD
+        for start in range(0, site.out_features, step):
+            stop = min(start + step, site.out_features)
+            decoded = self._decode(site, stored, start, stop)
+            compare(site.module, decoded, result.rows(start, stop).dequantize().cpu().to(decoded.dtype))
+
+    def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized linear as they lie on disk, by the last part of their names."""
+        specs = self.form.tensor_specs(site, self.plan.schemes[site])
+        raw = self._from_disk([name for name, _, _ in specs])
+        return {name.rpartition(".")[2]: value for name, value in raw.items()}
+
+    def _decode(self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the weight, by the decoder that shares no code with the writer."""
         import torch
 
         from outlierq.load import decode_pack_quantized
 
-        scheme = self.plan.schemes[site]
-        raw = self._from_disk([name for name, _, _ in self.form.tensor_specs(site, scheme)])
-        if site.weight in raw:
-            return as_matrix(site, raw[site.weight])
-        parts = {name.rpartition(".")[2]: value for name, value in raw.items()}
+        if "weight" in stored:
+            return as_matrix(site, stored["weight"])[start:stop]
+        bits = self.plan.schemes[site].bits
+        zero_point = stored.get("weight_zero_point")
+        if zero_point is not None:  # packed along the rows
+            zero_point = zero_point[start * bits // 32 : -(-stop * bits // 32)]
+        rows, columns = stored["weight_shape"].tolist()
         dense = decode_pack_quantized(
-            parts["weight_packed"],
-            parts["weight_scale"],
-            parts.get("weight_zero_point"),
-            tuple(parts["weight_shape"].tolist()),
-            scheme.bits,
+            stored["weight_packed"][start:stop],
+            stored["weight_scale"][start:stop],
+            zero_point,
+            (min(stop, rows) - start, columns),
+            bits,
         )
         return torch.from_numpy(dense)
 
@@ -87,7 +106,11 @@ class Output:
         """The dense tensors of a block that is already on disk, under their source names."""
         sites = {s.weight: s for s in block.sites if s in self.plan.schemes}
         kept = self._from_disk([name for name in block.tensors if name not in sites])
-        return {**kept, **{weight: from_matrix(site, self.decode(site)) for weight, site in sites.items()}}
+        return {**kept, **{weight: from_matrix(site, self._whole(site)) for weight, site in sites.items()}}
+
+    def _whole(self, site: LinearSite) -> torch.Tensor:
+        """All rows of a quantized linear on disk, [out, in]."""
+        return self._decode(site, self._stored(site), 0, site.out_features)
 
     def verify(self) -> None:
         """Every tensor of the plan is on disk, and every unit's bytes are those the journal recorded."""

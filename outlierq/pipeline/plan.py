@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 OUTSIDE = "outside"
+FLOATS = ("F64", "F32", "F16", "BF16")
 SMALLER_GROUPS = (128, 64, 32)
 REPORT_NAME = "outlierq.json"
 # Resident memory of the process with torch and transformers imported, before any weight is read (measured: 0.45 GB).
@@ -126,6 +127,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
     _check(sites, recipe)
+    _check_dtypes(sites, checkpoint)
     layout = make_layout(
         _output_tensors(checkpoint, structure, sites, recipe), parse_size(recipe.export.max_shard_size)
     )
@@ -178,6 +180,17 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
             f"the recipe quantizes none of the {len(sites)} linears: {'; '.join(reasons)}",
             hint="look at quantize.ignore and quantize.overrides, or write export.format: dense",
         )
+
+
+def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
+    """Refuse to quantize weights that are not plain floating-point numbers, such as codes of another format."""
+    for planned in sites:
+        info = checkpoint.tensors[planned.site.weight]
+        if planned.scheme is not None and info.dtype not in FLOATS:
+            raise SourceError(
+                f"{info.name} is stored as {info.dtype}; only {', '.join(FLOATS)} weights can be quantized",
+                hint="start from the original checkpoint, or add the layer to quantize.ignore",
+            )
 
 
 def _output_tensors(

@@ -21,7 +21,7 @@ from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
 from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
 from outlierq.pipeline.journal import Journal, finish, working
-from outlierq.pipeline.output import Output, as_matrix
+from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import method
@@ -133,11 +133,10 @@ class _Run:
         return_freed_memory()
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
-        """The block's tensors on the device, floating-point ones in float32."""
+        """The block's tensors on the device, as stored."""
         from outlierq.load.skeleton import read_all
 
-        tensors = read_all(self.plan.checkpoint, block.tensors)
-        return {n: t.to(self.device).float() if t.is_floating_point() else t for n, t in tensors.items()}
+        return {name: t.to(self.device) for name, t in read_all(self.plan.checkpoint, block.tensors).items()}
 
     def _as_stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Folded tensors in the dtype that the plan gives them."""
@@ -155,7 +154,7 @@ class _Run:
         from outlierq.pipeline.folding import transform_group
 
         steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.transform]
-        done, rows = dict(stats), []
+        before, done, rows = dict(tensors), dict(stats), []
         for group in groups:
             schemes = [self.schemes[s] for s in group.sites if s in self.schemes]
             if schemes and group.name in stats:
@@ -164,7 +163,7 @@ class _Run:
                     group, stats[group.name], narrowest, tensors, steps, self.plan.checkpoint
                 )
                 rows.append({"block": block.index, **row})
-        self.source.check_transformed(block.index, tensors)
+        self.source.check_transformed(block.index, before, tensors)
         return done, rows
 
     def _quantize(
@@ -186,11 +185,16 @@ class _Run:
 
     def _round(self, site: LinearSite) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """A linear outside of the blocks has no statistics: round it to nearest, and say so."""
-        weight = as_matrix(site, self.plan.checkpoint.read(site.weight).to(self.device).float())
+        weight = as_matrix(site, self.plan.checkpoint.read(site.weight).to(self.device))
         options = {} if not self.plan.recipe.needs else {"scale_search": "mse"}
         done = quantize_group({site: weight}, self.schemes, None, method("quantize", "rtn"), options)
         quantized, row = done[site]
         return {site: (quantized, replace(row, note="outside of the blocks: rounded to nearest, no statistics"))}
+
+
+def _dense(results: Mapping[LinearSite, tuple[QuantTensor, SiteRow]]) -> dict[str, torch.Tensor]:
+    """The quantized linears as the dense tensors they stand for."""
+    return {site.weight: from_matrix(site, quantized.dequantize()) for site, (quantized, _) in results.items()}
 
 
 def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, listen: Listener) -> StatsSource:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt
 
+from outlierq.core.errors import NumbersError
+from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import Grid, minmax_grid, to_quant_tensor
+from outlierq.ops.grid import Grid, in_groups, minmax_grid, to_quant_tensor
 from outlierq.ops.refine import refine
 from outlierq.ops.scale_search import search_grid
 from outlierq.ops.solve import inverse_cholesky
@@ -24,26 +27,41 @@ def gptq(
     stats: InputStats,
     scheme: QuantScheme,
     *,
-    damp: float = 0.01,
+    damp: Annotated[float, Gt(0)] = 0.01,
     order: Literal["none", "activation", "group-aware"] = "activation",
     scale_search: Literal["minmax", "hessian"] = "hessian",
-    refine_passes: int = 2,
+    refine_passes: Annotated[int, Ge(0)] = 2,
 ) -> QuantTensor:
     """Round column by column; push each column's error onto the columns still to come.
 
     Minimises tr((Q - W) H (Q - W)^T) (Eq. 1). U is the upper Cholesky factor of H^-1 (Step 3).
     w: [out, in] float32. stats.hessian: [in, in]. damp: fraction of mean(diag H) added to the diagonal.
     order: `activation` visits columns by falling diag H with the scales of their original groups (static groups: no
-    g_idx); `group-aware` (arXiv:2505.14638) sorts columns inside groups, then the groups. refine_passes: passes of
+    g_idx); `group-aware` (arXiv:2505.14638) sorts columns inside groups, then the groups. scale_search: `hessian` takes
+    for each group the scale with the least output error, `minmax` the one that just holds it. refine_passes: passes of
     coordinate descent and scale refitting after the sweep, each of which can only lower the error; 0 is plain GPTQ.
     """
     hessian = stats.need("hessian")
     grid = search_grid(w, scheme, hessian) if scale_search == "hessian" else minmax_grid(w, scheme)
     permutation = column_order(hessian.diagonal(), order, scheme.columns_per_group(w.shape[1]))
-    upper, _ = inverse_cholesky(hessian[permutation][:, permutation], damp)
+    upper = _factor(hessian[permutation][:, permutation], damp)
+    if upper is None:
+        return to_quant_tensor(grid.encode(in_groups(w, scheme)).view(w.shape), grid)
     codes = sweep(w, grid, upper, permutation)
     codes, grid = refine(w, codes, grid, hessian, permutation, passes=refine_passes)
     return to_quant_tensor(codes, grid)
+
+
+def _factor(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """U of `inverse_cholesky`, or None when no damping helps; anything but the asked damping is noted."""
+    try:
+        upper, level = inverse_cholesky(hessian, damp)
+    except NumbersError as error:
+        note(f"rounded to nearest: {error.what}")
+        return None
+    if level > damp:
+        note(f"damping raised from {damp:g} to {level:g} of the mean diagonal")
+    return upper
 
 
 def column_order(importance: torch.Tensor, order: str, columns: int) -> torch.Tensor:

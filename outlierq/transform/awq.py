@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
@@ -26,20 +27,22 @@ def awq(
     scheme: QuantScheme,
     tie: torch.Tensor | None = None,
     *,
-    grid_points: int = 10,
+    grid_points: Annotated[int, Ge(1)] = 10,
     scaling: Literal["plain", "duo", "both"] = "both",
-    search_rows: int = 1024,
+    search_rows: Annotated[int, Ge(1)] = 1024,
 ) -> torch.Tensor:
     """Scale [in] that minimises the output error tr(D H D^T) of rounding `w * scale` and dividing it out again.
 
     Candidates: s = x^r ("plain", Eq. 5) and s = x^r / m^(1-r) ("duo": m is the mean weight magnitude relative to its
     group's maximum), x the mean |input| of a channel, r on a grid of [0, 1] and then around the best point; always the
-    identity, so the result errs no more than no scaling. w: [out, in] float32, all linears that read the input,
+    identity, so the result errs no more than no scaling. grid_points: steps of r on [0, 1]; scaling: which families to
+    try. w: [out, in] float32, all linears that read the input,
     stacked; at most `search_rows` of its rows, evenly spread, judge the candidates.
     tie: [in] producer channel of every input channel, or None; channels with one producer get one scale (grouped-query
     attention repeats a value channel over query heads).
     """
-    w = w[:: max(1, len(w) // search_rows)][:search_rows] if len(w) > search_rows else w
+    if len(w) > search_rows:
+        w = w[torch.linspace(0, len(w) - 1, search_rows, device=w.device).long()]
     family = Family(w, stats.need("abs_mean"), scheme, tie)
     judge = Judge(w, stats.need("hessian"), scheme)
     best = (judge.error(torch.ones_like(family.activity)), torch.ones_like(family.activity), "", 0.0)

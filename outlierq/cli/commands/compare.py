@@ -22,7 +22,7 @@ def command(
         bool, typer.Option("--quality", help="Also measure B against A: KL, top-1 agreement, perplexity.")
     ] = False,
     text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
-    windows: Annotated[int, typer.Option(help="Number of windows of 512 tokens; 0 takes all.")] = 24,
+    windows: Annotated[int, typer.Option(min=0, help="Number of windows of 512 tokens; 0 takes all.")] = 24,
     device: shared.Device = "auto",
     trust_remote_code: shared.RemoteCode = False,
     as_json: shared.AsJson = False,
@@ -51,7 +51,7 @@ def command(
             )
     if as_json:
         divergence = {"divergence": measured.to_dict()} if measured else {}
-        shared.print_json({"a": a, "b": b, **compared.to_dict(), **divergence})
+        shared.print_json({"models": {"a": a, "b": b}, **compared.to_dict(), **divergence})
         return
     shared.show(terminal.comparison(compared, names=("A", "B")))
     if measured:

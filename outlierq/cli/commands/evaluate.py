@@ -23,11 +23,13 @@ def command(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: wikitext,mmlu.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' data from here instead of the Hub.")] = None,
     text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
-    windows: Annotated[int, typer.Option(help="Number of windows of the text; 0 takes all.")] = 24,
-    window_length: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Samples per task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt; default: the task's own.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time in tasks.")] = 1,
+    windows: Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")] = 24,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples per task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt; default: the task's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in tasks.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when KL per token is above this.")] = None,
     max_perplexity_increase: Annotated[
