@@ -346,7 +346,7 @@ def test_a_hopeless_hessian_ends_in_rounding_to_nearest_and_a_note(w):
     hopeless = InputStats(tokens=1, sequences=1, hessian=torch.zeros(COLUMNS, COLUMNS))
     with collecting() as notes:
         rounded = gptq(w, hopeless, QuantScheme(4, 64), scale_search="minmax")
-    assert torch.equal(rounded.codes, rtn(w, None, QuantScheme(4, 64)).codes)
+    assert torch.equal(rounded.codes, method("quantize", "rtn").function(w, None, QuantScheme(4, 64)).codes)
     assert len(notes) == 1 and "rounded to nearest" in notes[0] and "not positive definite" in notes[0]
 
 

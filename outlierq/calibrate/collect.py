@@ -44,8 +44,8 @@ class Collector:
     sequence_length: tokens per sequence, to find positions in inputs that come as [tokens, K].
     skip_first_tokens: positions at the start of each sequence that are left out (they often are attention sinks);
     first_abs_max is of position 0 all the same. sink_weight: how often position 0 counts in the hessian: every later
-    token attends to it, so an error there is paid many times (docs/what-we-learned.md). reservoir: rows to keep; each token has the
-    same chance, and all groups keep the same tokens. notes: what could not be done as asked.
+    token attends to it, so an error there is paid many times (docs/what-we-learned.md). reservoir: rows to keep; each
+    token has the same chance, and all groups keep the same tokens. notes: what could not be done as asked.
     """
 
     def __init__(

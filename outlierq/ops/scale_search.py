@@ -13,6 +13,12 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, range_grid, stored
 
+# Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
+COARSE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.45, 0.3)
+FINE = (0.04, 0.02)
+BOTH_ENDS = ((1, 1), (-1, -1))
+EACH_END = ((-1, 0), (0, -1), (1, 0), (0, 1))
+
 
 def group_error(change: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
     """d^T H_gg d for every (row, group). change: [out, groups, columns]; blocks: [groups, columns, columns]."""
@@ -22,37 +28,56 @@ def group_error(change: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tens
     return ((by_group @ blocks) * by_group).sum(-1).T
 
 
-def search_grid(
-    w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | None, *, candidates: int = 20, shrink: float = 0.6
-) -> Grid:
-    """The best of `candidates` grids per (row, group), then refitted to its own codes.
+def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | None) -> Grid:
+    """The best grid found per (row, group): never worse than the min-max grid in group error.
 
-    w: [out, in] float32. hessian: [in, in] or None. Candidate ranges run from 1 down to `shrink` of the full range.
+    w: [out, in] float32. hessian: [in, in] or None. Shares of the group's range are tried coarsely, then around the
+    best one (for asymmetric grids each end on its own); the scale is then fitted to its own codes.
     """
     grouped = in_groups(w, scheme)
     blocks = None if hessian is None else diagonal_blocks(hessian, grouped.shape[-1])
-    best = minmax_grid(w, scheme)
-    least = group_error(best.round(grouped) - grouped, blocks)
-    for grid in _candidates(grouped, scheme, candidates, shrink):
-        best, least = _keep_better(best, least, grid, grouped, blocks)
+    search = _Search(grouped, scheme, blocks, minmax_grid(w, scheme))
+    for share in COARSE:
+        search.try_share(torch.full_like(search.low, share), torch.full_like(search.low, share))
+    for step in FINE:
+        for low, high in BOTH_ENDS if scheme.symmetric else EACH_END:
+            search.try_share(search.low_share + step * low, search.high_share + step * high)
     for _ in range(2):
-        best, least = _keep_better(best, least, _refit(best, grouped, blocks), grouped, blocks)
-    return best
+        search.try_grid(_refit(search.best, grouped, blocks))
+    return search.best
 
 
-def _candidates(grouped: torch.Tensor, scheme: QuantScheme, count: int, shrink: float):
-    """Grids over shrunken ranges. Symmetric ones use the full code range, with either sign of the scale:
-    the extreme weight then sits on the code -2^(bits-1) (full-range symmetric, methods sheet 0.2)."""
-    factors = [1 - (1 - shrink) * i / (count - 1) for i in range(count)]
-    if scheme.symmetric:
-        largest = grouped.abs().amax(-1)
-        sign = torch.where(grouped.amax(-1) >= -grouped.amin(-1), -1.0, 1.0)
-        for factor in factors:
-            yield Grid(stored(sign * largest * factor / -scheme.code_min, scheme), None, scheme)
-        return
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    for factor in factors:
-        yield range_grid(low * factor, high * factor, scheme)
+class _Search:
+    """The best grid so far, its error, and the shares of the range it came from; all [out, groups]."""
+
+    def __init__(self, grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid):
+        self.grouped, self.scheme, self.blocks, self.best = grouped, scheme, blocks, start
+        self.low, self.high = grouped.amin(-1), grouped.amax(-1)
+        self.least = group_error(start.round(grouped).sub_(grouped), blocks)
+        self.low_share = torch.ones_like(self.low)
+        self.high_share = torch.ones_like(self.low)
+
+    def try_share(self, low_share: torch.Tensor, high_share: torch.Tensor) -> None:
+        """Take the grid over these shares of the range where it errs less.
+
+        A symmetric grid uses the full code range, with either sign of the scale: the extreme weight then sits on the
+        code -2^(bits-1) (full-range symmetric, methods sheet 0.2).
+        """
+        if self.scheme.symmetric:
+            extreme = torch.where(self.high >= -self.low, self.high, self.low)
+            grid = Grid(stored(extreme * high_share / self.scheme.code_min, self.scheme), None, self.scheme)
+        else:
+            grid = range_grid(self.low * low_share, self.high * high_share, self.scheme)
+        better = self.try_grid(grid)
+        self.low_share = torch.where(better, low_share, self.low_share)
+        self.high_share = torch.where(better, high_share, self.high_share)
+
+    def try_grid(self, grid: Grid) -> torch.Tensor:
+        """Take `grid` where it errs less; returns those places."""
+        error = group_error(grid.round(self.grouped).sub_(self.grouped), self.blocks)
+        better = error < self.least
+        self.best, self.least = self.best.where(better, grid), torch.where(better, error, self.least)
+        return better
 
 
 def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Grid:
@@ -65,10 +90,3 @@ def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Gr
     scale = (weighted * grouped).sum(-1) / torch.where(power > 0, power, torch.ones_like(power))
     scale = torch.where(power > 0, scale, grid.scale)
     return Grid(stored(scale, grid.scheme), grid.zero_point, grid.scheme)
-
-
-def _keep_better(best: Grid, least: torch.Tensor, grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None):
-    """Take `grid` at the places where it errs less than `best`."""
-    error = group_error(grid.round(grouped) - grouped, blocks)
-    better = error < least
-    return best.where(better, grid), torch.where(better, error, least)
