@@ -52,7 +52,7 @@ class Calibration(Section):
     seed: int | None = 0
     chat_template: bool = False
     skip_first_tokens: int = Field(0, ge=0)
-    sink_weight: float = Field(16.0, gt=0)
+    sink_weight: float = Field(4.0, gt=0)
     mode: Literal["static", "sequential"] = "static"
     batch_size: int = Field(4, ge=1)
 

@@ -61,6 +61,7 @@ def reference(x: torch.Tensor, skip: int) -> dict[str, torch.Tensor]:
         "count_large": (rows.abs() >= 6).sum(0).double(),
         "sequence_large": (x.abs() >= 6).double().mean(1).sum(0),
         "first_abs_max": first.abs().amax(0),
+        "first_rows": first,
         "hessian": rows.T @ rows / len(rows),
     }
 
@@ -76,6 +77,8 @@ def test_every_statistic_equals_its_float64_reference(skip, dtype):
     found = collect([x[:4], x[4:]], skip_first_tokens=skip)
     expected = reference(x, skip)
     assert set(expected) | {"rows"} == ALL_FIELDS
+    if skip:  # first tokens are left out
+        del expected["first_rows"]
     for name in ("b.0.wide", "b.0.flat"):
         stats = found[name]
         assert (stats.tokens, stats.sequences) == (7 * (LENGTH - skip), 7)
@@ -105,7 +108,7 @@ def test_only_the_statistics_needed_are_kept():
     stats = collect([inputs(2)], {"mean", "abs_max"})["b.0.wide"]
     assert set(stats.tensors()) == {"sum_x", "min", "max"}
     assert torch.equal(stats.abs_max, inputs(2).abs().amax((0, 1)))
-    assert stored_fields({"abs_mean", "hessian"}) == {"sum_abs", "hessian"}
+    assert stored_fields({"abs_mean", "hessian"}) == {"sum_abs", "hessian", "first_rows"}
     with pytest.raises(StatsError, match=r"unknown statistics \['hesian'\]"):
         stored_fields({"hesian"})
 
@@ -190,15 +193,13 @@ def test_skipping_whole_sequences_is_refused():
 
 def test_the_first_token_counts_sink_weight_times_in_the_hessian():
     x = inputs(3)
-    module = TwoLinears()
-    collector = Collector(module, GROUPS[:1], {"hessian"}, sequence_length=LENGTH, sink_weight=5.0)
-    with collector:
-        module(x)
+    stats = collect([x[:1], x[1:]], {"hessian"})["b.0.wide"].weighing_sinks(5.0)
     weight = torch.ones(3, LENGTH, 1).double()
     weight[:, 0] = 5.0
     rows = x.double()
     expected = ((rows * weight).flatten(0, 1).T @ rows.flatten(0, 1)) / weight.sum()
-    torch.testing.assert_close(collector.finish()["b.0.wide"].hessian.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.hessian.double(), expected, rtol=1e-5, atol=1e-5)
+    assert stats.first_rows is None
 
 
 def test_a_wide_gram_matrix_is_summed_by_tiles_and_mirrored():

@@ -26,6 +26,7 @@ def task(name, value, parent=None):
 REPORT = Report(
     model="org/some-model-instruct",
     recipe="awq-gptq-w4",
+    settings={"quantize": {"bits": 4}},
     out="small",
     fingerprint="ab",
     versions={},

@@ -17,6 +17,7 @@ def report():
     return Report(
         model="tiny",
         recipe="gptq-w4",
+        settings={"quantize": {"bits": 4, "group_size": 64}},
         out="tiny-w4",
         fingerprint="ab" * 32,
         versions={"torch": "2.13.0"},

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 LARGE = 6.0  # the outlier criterion of LLM.int8(), arXiv:2208.07339 section 3.2
 FIELDS = (
     "min", "max", "sum_x", "sum_abs", "sum_sq", "sum_cube", "sum_fourth", "count_large", "sequence_large",
-    "first_abs_max", "hessian", "rows",
+    "first_abs_max", "hessian", "rows", "first_rows",
 )  # fmt: skip
 DERIVED = {"mean": ("sum_x",), "abs_mean": ("sum_abs",), "abs_max": ("min", "max")}
-POSITIONAL = ("sequence_large", "first_abs_max")
+POSITIONAL = ("sequence_large", "first_abs_max", "first_rows")
 ALL_FIELDS = frozenset(FIELDS)
 # Elements handled at a time: 256 KiB in float32 keep the passes over them in the cache of a core (2 MiB take twice the
 # time); a GPU, and the matrix product anywhere, need large pieces instead: 128 MiB.
@@ -31,6 +31,7 @@ CHUNK_ELEMENTS_DEVICE = 1 << 22
 def stored_fields(needs: Iterable[str]) -> frozenset[str]:
     """The `InputStats` fields behind the statistics in `needs`: derived ones ("abs_max") become what they come from."""
     fields = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
+    fields |= {"first_rows"} if "hessian" in fields else set()  # to weigh attention sinks
     unknown = sorted(fields - ALL_FIELDS)
     if unknown:
         raise StatsError(f"unknown statistics {unknown}; there are {[*FIELDS, *DERIVED]}")
@@ -43,9 +44,8 @@ class Collector:
     module: the block (or model) that holds the sites. needs: `InputStats` fields, or "mean", "abs_mean", "abs_max".
     sequence_length: tokens per sequence, to find positions in inputs that come as [tokens, K].
     skip_first_tokens: positions at the start of each sequence that are left out (they often are attention sinks);
-    first_abs_max is of position 0 all the same. sink_weight: how often position 0 counts in the hessian: every later
-    token attends to it, so an error there is paid many times (docs/what-we-learned.md). reservoir: rows to keep; each
-    token has the same chance, and all groups keep the same tokens. notes: what could not be done as asked.
+    first_abs_max is of position 0 all the same. reservoir: rows to keep; each token has the same chance, and all
+    groups keep the same tokens. notes: what could not be done as asked.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class Collector:
         *,
         sequence_length: int,
         skip_first_tokens: int = 0,
-        sink_weight: float = 1.0,
         reservoir: int = 512,
         seed: int = 0,
     ):
@@ -65,7 +64,7 @@ class Collector:
         fields = stored_fields(needs) - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
-            group.name: _GroupSums(group.name, fields, sequence_length, skip_first_tokens, sink_weight, reservoir, seed)
+            group.name: _GroupSums(group.name, fields, sequence_length, skip_first_tokens, reservoir, seed)
             for group in groups
         }
         self._handles: list[Any] = []
@@ -103,12 +102,11 @@ class _GroupSums:
         fields: frozenset[str],
         sequence_length: int,
         skip: int,
-        sink_weight: float,
         reservoir: int,
         seed: int,
     ):
-        self.name, self.fields, self.sink_weight = name, fields, sink_weight
-        self.gram_weight = 0.0
+        self.name, self.fields = name, fields
+        self.first: list[torch.Tensor] = []
         self.sequence_length, self.skip = sequence_length, skip
         self.tokens = self.sequences = 0
         self.routed = False
@@ -124,6 +122,8 @@ class _GroupSums:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add one batch: [..., tokens, K]."""
+        import torch
+
         if not inputs.numel():  # an expert that no token was routed to
             return
         if not self.values:
@@ -131,6 +131,8 @@ class _GroupSums:
         sequences = self._as_sequences(inputs)
         if "first_abs_max" in self.values and not self.routed:
             self._keep("first_abs_max", sequences[:, 0].float().abs().amax(0))
+        if "first_rows" in self.fields and not self.routed and not self.skip:
+            self.first.append(sequences[:, 0].to("cpu", torch.float32, copy=True))
         if self.skip and not self.routed:
             self._check(sequences[:, : self.skip].flatten(0, 1).float(), inputs)
             sequences = sequences[:, self.skip :]
@@ -145,18 +147,8 @@ class _GroupSums:
             with matmul_operands(rows.dtype):
                 for some in rows.split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
                     add_gram(self.values["hessian"], some.float())
-            self._weigh_sinks(sequences)
         if self.rows:
             self.rows.add(rows)
-
-    def _weigh_sinks(self, sequences: torch.Tensor) -> None:
-        """Let the first token of each sequence count `sink_weight` times in the matrix. [sequences, tokens, K]."""
-        self.gram_weight += sequences.shape[0] * sequences.shape[1]
-        if self.routed or self.skip or self.sink_weight == 1.0:
-            return
-        first = sequences[:, 0].float()
-        self.values["hessian"].addmm_(first.T, first, alpha=self.sink_weight - 1.0)
-        self.gram_weight += len(first) * (self.sink_weight - 1.0)
 
     def _check(self, values: torch.Tensor, inputs: torch.Tensor) -> None:
         """NumbersError when the values, which come from these inputs, are not finite."""
@@ -170,7 +162,7 @@ class _GroupSums:
 
         starts = {"min": float("inf"), "max": float("-inf")}
         with torch.inference_mode(False):
-            for name in self.fields - {"rows"} | {"min", "max"}:  # the extremes also show NaN and Inf
+            for name in self.fields - {"rows", "first_rows"} | {"min", "max"}:  # the extremes also show NaN and Inf
                 wide = torch.float32 if name in ("min", "max", "first_abs_max", "hessian") else torch.float64
                 shape = (channels, channels) if name == "hessian" else (channels,)
                 self.values[name] = torch.full(shape, starts.get(name, 0.0), dtype=wide, device=device)
@@ -230,6 +222,8 @@ class _GroupSums:
 
     def finish(self) -> InputStats:
         """The statistics; the running sums must not be used afterwards."""
+        import torch
+
         if not self.tokens:
             raise StatsError(
                 f"{self.name} saw no tokens during calibration",
@@ -240,9 +234,11 @@ class _GroupSums:
         if "hessian" in values:
             from outlierq.ops.gram import mirror
 
-            values["hessian"] = mirror(values["hessian"]).div_(self.gram_weight)
+            values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
         if self.rows:
             values["rows"] = self.rows.finish()
+        if self.first and "first_rows" in kept:
+            values["first_rows"] = torch.cat(self.first)
         return InputStats(self.tokens, self.sequences, **values)
 
 

@@ -36,7 +36,8 @@ class SiteRow:
 class Report:
     """One compression run.
 
-    model, recipe, out: as the user wrote them. fingerprint: of the source checkpoint. versions: package -> version.
+    model, recipe, out: as the user wrote them. settings: every key of the recipe as it was followed.
+    fingerprint: of the source checkpoint. versions: package -> version.
     seeds: what was seeded -> seed. machine: what it ran on ("cpu", "threads", "device", ...).
     transforms: one dict per input group (block, group, method, fold, note). notes: every fallback and warning.
     bits_per_weight: of the whole output; quantized_bits_per_weight: of the quantized weights, None when there is none;
@@ -48,6 +49,7 @@ class Report:
 
     model: str
     recipe: str
+    settings: dict[str, Any]
     out: str
     fingerprint: str
     versions: dict[str, str]

@@ -22,8 +22,8 @@ class InputStats:
     min, max: [K] float32. sum_x, sum_abs, sum_sq, sum_cube, sum_fourth: [K] float64 power sums.
     count_large: [K] tokens with |x| >= 6; sequence_large: [K] sum over sequences of the share of such positions
     (the LLM.int8() criterion, arXiv:2208.07339 section 3). first_abs_max: [K] largest |x| at position 0 of a sequence.
-    hessian: [K, K] float32, weighted mean of x x^T over tokens (the first token of a sequence may count more often).
-    rows: [R, K] bfloat16 reservoir of whole tokens.
+    hessian: [K, K] float32, (1 / tokens) * sum of x x^T. rows: [R, K] bfloat16 reservoir of whole tokens.
+    first_rows: [sequences, K] float32, the first token of every sequence (usually an attention sink).
     A field that the recipe did not need is None.
     """
 
@@ -41,6 +41,7 @@ class InputStats:
     first_abs_max: torch.Tensor | None = None
     hessian: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    first_rows: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
         """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
@@ -99,6 +100,19 @@ class InputStats:
                 merged[name] = torch.cat([mine, theirs])
         return replace(self, tokens=tokens, sequences=self.sequences + other.sequences, **merged)
 
+    def weighing_sinks(self, weight: float) -> InputStats:
+        """The same with the first token of every sequence counted `weight` times in the hessian.
+
+        Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). Statistics
+        without first tokens (routed or skipped ones) are returned as they are.
+        """
+        if self.hessian is None or self.first_rows is None:
+            return self
+        first = self.first_rows.float()
+        total = self.tokens + (weight - 1) * len(first)
+        weighed = (self.hessian * self.tokens).addmm_(first.T, first, alpha=weight - 1).div_(total)
+        return replace(self, hessian=weighed, first_rows=None)
+
     def scaled(self, scale: torch.Tensor) -> InputStats:
         """Statistics of x' = x / scale, for scale [K] > 0. H' = H / (s s^T) (methods sheet, section 0.3)."""
         wide = scale.double()
@@ -111,7 +125,7 @@ class InputStats:
                 changed[name] = value / scale
             elif name == "hessian":
                 changed[name] = value / (scale[:, None] * scale[None, :])
-            elif name == "rows":
+            elif name in ("rows", "first_rows"):
                 changed[name] = (value.float() / scale).to(value.dtype)
         # How often a threshold is passed cannot be derived for the scaled input.
         return replace(self, **changed, count_large=None, sequence_large=None)

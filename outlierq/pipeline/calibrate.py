@@ -37,7 +37,6 @@ def calibrate(
         settings={
             "fields": sorted(ALL_FIELDS),
             "skip_first_tokens": settings.skip_first_tokens,
-            "sink_weight": settings.sink_weight,
             "batch_size": settings.batch_size,
             "dtype": checkpoint.dtype,
             "seed": settings.seed,

@@ -16,7 +16,7 @@ from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, OutputError, StatsError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,7 @@ class StatsFromRun:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
         self.listen(Event("calibrate", 0, len(self.structure.blocks), "reading the text through the embeddings"))
         self.hidden = self.runner.start(self.tokens.ids)
+        return_freed_memory()
         self._at = _load_hidden(self.work / SAVED, self.hidden, self.tokens.fingerprint)
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
@@ -191,13 +192,13 @@ class StatsFromRun:
         run_once = self.runner.run_once(index, self.hidden)
         groups = find_groups(module, block, run_once)
         groups = prove_folds(module, block, groups, run_once, self.model.config)
+        return_freed_memory()
         collector = Collector(
             module,
             [g for g in groups if g.sites],
             self.fields,
             sequence_length=self.settings.sequence_length,
             skip_first_tokens=self.settings.skip_first_tokens,
-            sink_weight=self.settings.sink_weight,
             seed=self.settings.seed or 0,
         )
         self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)

@@ -43,8 +43,7 @@ def measure_text(
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
-    """The text to measure on, and its name. data: a text file, a JSON Lines file with `text` or `page`, or None for the
-    held-out part of the embedded text."""
+    """The text to measure on, and its name. data: a text file, or None for the held-out part of the embedded text."""
     if data is None:
         from outlierq.calibrate.text import embedded_text
 

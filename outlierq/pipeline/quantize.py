@@ -92,6 +92,8 @@ class _Run:
         self.plan, self.source, self.output = plan, source, output
         self.clock, self.device, self.listen = clock, device, listen
         self.schemes = plan.schemes
+        calibration = plan.recipe.calibration
+        self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
 
     def outside(self) -> None:
@@ -118,6 +120,7 @@ class _Run:
             return
         with during("calibrate", block.name), self.clock("calibrate"):
             groups, stats = self.source.block(block.index)
+            stats = {name: kept.weighing_sinks(self.sink_weight) for name, kept in stats.items()}
         return_freed_memory()
         tensors = self._read(block)
         with during("transform", block.name), self.clock("transform"):
@@ -242,6 +245,7 @@ def _report(plan: Plan, out: Path, journal: Journal, clock: Clock, device: str, 
     return Report(
         model=plan.checkpoint.source,
         recipe=plan.recipe.name,
+        settings=plan.recipe.model_dump(mode="json"),
         out=str(out),
         fingerprint=plan.checkpoint.fingerprint,
         versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
