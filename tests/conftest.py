@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# Tiny tensors are slower with several threads; child processes inherit this. The suite itself runs in two processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

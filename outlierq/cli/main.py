@@ -54,7 +54,7 @@ def run() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="outlierq")
     except OutlierqError as error:
         if os.environ.get("OUTLIERQ_DEBUG"):
             raise
