@@ -95,7 +95,6 @@ def plan_view(plan: Plan) -> Any:
 def plan_rows(plan: Plan) -> list[Any]:
     """Tensors that are treated alike, as rows: linears by kind, everything else together."""
     from outlierq.export import exporter
-    from outlierq.export.compressed_tensors import pattern
     from outlierq.report.terminal import PlanRow
 
     form = exporter(plan.recipe.export.format)
@@ -104,7 +103,8 @@ def plan_rows(plan: Plan) -> list[Any]:
     left = dict(tensors)
     for planned in plan.sites:
         site, scheme = planned.site, planned.scheme
-        short = pattern(site.module).removeprefix("re:").removesuffix("$").replace(r"\.", ".").replace(r"\d+", "*")
+        inside = "" if site.block is None else f"{plan.structure.blocks[site.block].name}."
+        short = site.module.removeprefix(inside)
         treatment = planned.reason or "kept" if scheme is None else str(scheme)
         before = left.pop(site.weight).nbytes
         after = before

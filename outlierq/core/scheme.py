@@ -39,5 +39,5 @@ class QuantScheme:
         return in_features if self.group_size is None else self.group_size
 
     def __str__(self) -> str:
-        group = "per channel" if self.group_size is None else f"group {self.group_size}"
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'}, {group}"
+        group = "per channel" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {group}"
