@@ -9,7 +9,20 @@ import protocol
 from measure import measure
 from random_llama import write_random_llama
 from record import write_results
-from runs import OURS, PEERS, RECIPES, RUNS, SCHEME, Setup, add_arguments, execute, quantize, select, setup_from
+from runs import (
+    OURS,
+    PEERS,
+    RECIPES,
+    RUNS,
+    SCHEME,
+    Setup,
+    add_arguments,
+    cost_file,
+    execute,
+    quantize,
+    select,
+    setup_from,
+)
 
 CPU_LIMIT, PEAK_LIMIT, DEPTH_LIMIT = 0.5, 0.75, 1.1
 DEPTH_FACTOR = 4
@@ -38,25 +51,33 @@ def bound(costs: dict[str, dict], ours: str, peers: list[str], figure: str, limi
     return {"bound": figure, "ours": ours, "theirs": rival, "ratio": ratio, "limit": limit, "met": ratio <= limit}
 
 
-def depth_test(setup: Setup, recipe: str) -> dict:
+def depth_test(setup: Setup, recipe: str, samples: int) -> dict:
     """Our peak memory on a random-weight Llama of the model's shape, and on one with DEPTH_FACTOR times the blocks."""
     config = json.loads((setup.model / "config.json").read_text())
     few = config["num_hidden_layers"]
     costs = {
-        blocks: random_cost(setup, recipe, {**config, "num_hidden_layers": blocks})
+        blocks: random_cost(setup, recipe, {**config, "num_hidden_layers": blocks}, samples)
         for blocks in (few, DEPTH_FACTOR * few)
     }
     ratio = costs[DEPTH_FACTOR * few]["peak_bytes"] / costs[few]["peak_bytes"]
-    return {"recipe": recipe, "blocks": costs, "ratio": ratio, "limit": DEPTH_LIMIT, "met": ratio < DEPTH_LIMIT}
+    return {
+        "recipe": recipe,
+        "samples": samples,
+        "blocks": costs,
+        "ratio": ratio,
+        "limit": DEPTH_LIMIT,
+        "met": ratio < DEPTH_LIMIT,
+    }
 
 
-def random_cost(setup: Setup, recipe: str, config: dict) -> dict:
+def random_cost(setup: Setup, recipe: str, config: dict, samples: int) -> dict:
     """What `recipe` costs on a random-weight model."""
     log = setup.outputs / f"random-{config['num_hidden_layers']}-blocks-{recipe}.log"
     with TemporaryDirectory(dir=setup.outputs) as folder:
         source, out = Path(folder, "source"), Path(folder, "out")
         write_random_llama(source, config, tokenizer_from=setup.model)
         arguments = quantize(recipe, True, source, setup.data_dir)
+        arguments += ["--set", f"calibration.samples={samples}"]
         return measure([setup.programs[OURS], *arguments, "-o", str(out)], log, setup.environment)
 
 
@@ -65,13 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--skip-depth", action="store_true", help="leave out the test with more blocks")
+    parser.add_argument("--depth-samples", type=int, default=32, help="calibration samples of that test (default: 32)")
+    parser.add_argument("--depth-recipes", nargs="+", default=["gptq"], help="methods of that test (default: gptq)")
+    parser.add_argument("--keep-ours", action="store_true", help="--reuse keeps our own finished runs, too")
     arguments = parser.parse_args()
     with setup_from(arguments) as setup:
         costs = {}
         for run in select(arguments.only, setup, default=COMPARED):
-            costs[run.name] = execute(run, setup)
+            kept = cost_file(run, setup)
+            keep = arguments.keep_ours and arguments.reuse and kept.exists()
+            costs[run.name] = json.loads(kept.read_text()) if keep else execute(run, setup)
             print(f"{run.name}: {costs[run.name]['cpu_seconds']:.0f} CPU seconds", flush=True)
-        depth = [] if arguments.skip_depth else [depth_test(setup, RECIPES[method]) for method in ("gptq", "awq")]
+        methods = [] if arguments.skip_depth else arguments.depth_recipes
+        depth = [depth_test(setup, RECIPES[method], arguments.depth_samples) for method in methods]
         sections = {
             "protocol": {"scheme": SCHEME, **protocol.describe_calibration(setup.tokens), "threads": setup.threads},
             "bounds": bounds(costs),
