@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.scheme import QuantScheme
-from outlierq.registry import Method, method, methods
+from outlierq.registry import Method, method
 
 FROM_SETTING = 0  # stands for a line number where a value was given with --set
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
@@ -414,8 +414,3 @@ def _impossible(recipe: Recipe) -> list[str]:
             f"sequence_length of {recipe.calibration.sequence_length}"
         )
     return faults
-
-
-def known_methods() -> dict[str, dict[str, Method]]:
-    """Every method by stage and name, for listings."""
-    return {stage: methods(stage) for stage in ("transform", "quantize")}

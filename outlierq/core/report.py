@@ -36,7 +36,7 @@ class SiteRow:
 class Report:
     """One compression run.
 
-    model, recipe, out: as the user wrote them. settings: every key of the recipe as it was followed.
+    model, recipe: as the user wrote them; out: its absolute path. settings: every key of the recipe as it was followed.
     fingerprint: of the source checkpoint. versions: package -> version.
     seeds: what was seeded -> seed. machine: what it ran on ("cpu", "threads", "device", ...).
     transforms: one dict per input group (block, group, method, fold, note). notes: every fallback and warning.
