@@ -1,0 +1,118 @@
+"""`OutlierReport`: where a model's outliers are, what they will cost, and what would help. JSON round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from outlierq.core.errors import OutlierqError
+
+OUTLIER_REPORT_VERSION = 1
+
+Danger = Literal["calm", "watch", "dangerous"]
+
+
+@dataclass(frozen=True)
+class MassiveEntry:
+    """One massive activation in the residual stream (arXiv:2402.17762): where, which token, and how large."""
+
+    block: int
+    sequence: int
+    position: int
+    token: int
+    text: str
+    channel: int
+    value: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class GroupOutliers:
+    """The input of the linears in one group.
+
+    group: its name in the statistics. role: the name without block and numbers ("self_attn.q_proj").
+    sites: the linears that read it. abs_max: [channels] largest |x|. outlier_channels: ascending.
+    measures: name -> value (channel_ratio, top_share, kurtosis, sigma_rate, largest_sigma, iqr_rate, hill_alpha,
+    token_range, log_qsur, ...). weights: site -> name -> value (alpha, stable_rank, ...).
+    errors: scheme -> predicted relative output error, "w8a8", "w4a16", and the same after a remedy
+    ("w8a8 smoothquant"). remedy: the cheapest that helps, "" when none is needed. danger, reasons: in words.
+    missing: measures that could not be computed, each with the reason.
+    """
+
+    group: str
+    block: int
+    role: str
+    sites: tuple[str, ...]
+    tokens: int
+    abs_max: tuple[float, ...]
+    outlier_channels: tuple[int, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    remedy: str = ""
+    danger: Danger = "calm"
+    reasons: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockOutliers:
+    """One decoder block: the OWL outlier ratio of its weights, and its residual stream and attention.
+
+    owl: percent of weights whose |w| * norm(x) is above 5 times the mean. measures: residual_abs_max,
+    residual_median, residual_kurtosis, sink_heads (share of heads), no_op_heads, key_abs_max, value_abs_max, ...
+    """
+
+    block: int
+    owl: float | None
+    measures: Mapping[str, float] = field(default_factory=dict)
+    massive: tuple[MassiveEntry, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutlierReport:
+    """A whole model. outlier_features: LLM.int8() emergence, channel -> (share of layers, share of positions).
+
+    outlier_channels: channels of the residual width that stand out in most blocks. summary: the findings in words.
+    statistics: what the numbers are from. notes: what was not possible.
+    """
+
+    model: str
+    fingerprint: str
+    statistics: str
+    seconds: float
+    groups: tuple[GroupOutliers, ...]
+    blocks: tuple[BlockOutliers, ...]
+    outlier_features: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    outlier_channels: tuple[int, ...] = ()
+    summary: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON can hold, with the version of this layout."""
+        return {"outlier_report_version": OUTLIER_REPORT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OutlierReport:
+        """The report that `to_dict` wrote; OutlierqError when the layout is another one."""
+        values = dict(values)
+        version = values.pop("outlier_report_version", None)
+        if version != OUTLIER_REPORT_VERSION:
+            raise OutlierqError(
+                f"the outlier report has layout version {version}; this program reads {OUTLIER_REPORT_VERSION}",
+                hint="write it again with `outlierq detect`",
+            )
+        groups = tuple(_tuples(GroupOutliers, group) for group in values.pop("groups"))
+        blocks = tuple(
+            _tuples(BlockOutliers, {**block, "massive": [MassiveEntry(**entry) for entry in block["massive"]]})
+            for block in values.pop("blocks")
+        )
+        features = {channel: tuple(shares) for channel, shares in values.pop("outlier_features").items()}
+        return _tuples(cls, {**values, "groups": groups, "blocks": blocks, "outlier_features": features})
+
+
+def _tuples(kind: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass with JSON's lists as tuples."""
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
