@@ -1,4 +1,4 @@
-"""`BlockStats`: what calibration keeps of a block beside its linear inputs: residual stream, attention, keys, values."""
+"""`BlockStats`: what calibration keeps of a block beside its linear inputs: residual stream, attention, cache."""
 
 from __future__ import annotations
 
