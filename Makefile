@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check lint format clean
+.PHONY: setup demo publish-demo test test-slow test-page check lint format clean
 
 setup: $(STAMP)
 
@@ -22,11 +22,22 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/outlierq demo
 
+# Compress, gate and publish to a Hub on loopback: docs/ci.md.
+publish-demo: setup
+	$(BIN)/python scripts/publish_demo.py
+
 test: setup
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The outlier page in a real browser: the system's Chromium if there is one, else one that playwright fetches (as root,
+# because it also installs the libraries that Chromium needs).
+test-page: setup
+	$(BIN)/python -m pip install --quiet -e '.[browser]'
+	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
+	$(BIN)/python -m pytest -m slow tests/test_outlier_page_chromium.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,4 +51,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output demo-output.partial
+	rm -rf $(VENV) build dist *.egg-info demo-output demo-output.partial publish-demo-output

@@ -1,11 +1,13 @@
 """Compare our data-free recipe with `cp`: bytes per second on the same disk, for a bf16 Llama folder of 2 GB or more.
 
 Both read the source from the disk (its pages are dropped from the cache first) and are timed until their output is on
-the disk (fsync of every file). Bytes moved are the bytes read plus the bytes written; we write about a quarter.
+the disk (fsync of every file). Bytes moved are the bytes read plus the bytes written; we write about half with rtn-w8,
+a quarter with rtn-w4. CPU seconds (user and system) are kept beside the rates: they tell a busy machine from slow code.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -62,29 +64,38 @@ def drop_cache(descriptor: int) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def bytes_per_second(command: list[str], source: Path, out: Path) -> float:
-    """Run `command`, which makes `out` from `source`: the bytes read and written per second until fsync."""
+def cpu_seconds() -> float:
+    """User and system seconds of all commands that were run so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measured(command: list[str], source: Path, out: Path) -> tuple[float, float]:
+    """Run `command`, which makes `out` from `source`: bytes read and written per second until fsync, CPU seconds."""
     shutil.rmtree(out, ignore_errors=True)
     with_descriptors(source, drop_cache)
-    start = time.monotonic()
+    before, start = cpu_seconds(), time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with_descriptors(out, os.fsync)
     seconds = time.monotonic() - start
-    return (size_of(source) + size_of(out)) / seconds
+    return (size_of(source) + size_of(out)) / seconds, cpu_seconds() - before
 
 
 def main() -> None:
     """Write the folder, time both by turns, compare the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--disk", type=Path, required=True, help="folder on the disk to measure; about 6 GB are used")
+    parser.add_argument(
+        "--disk", type=Path, required=True, help="folder on the disk to measure; three times the source is used"
+    )
     parser.add_argument("--outlierq", default=str(Path(sys.executable).with_name("outlierq")), help="our command")
     parser.add_argument("--recipe", default="rtn-w4", help="a data-free recipe (default: rtn-w4)")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="blocks (default: 22, 2.2 GB)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default: 3)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     with TemporaryDirectory(dir=arguments.disk) as folder:
         source, copy, packed = (Path(folder, name) for name in ("source", "copy", "packed"))
-        write_random_llama(source, CONFIG)
+        write_random_llama(source, CONFIG | {"num_hidden_layers": arguments.layers})
         commands = {
             "cp": (["cp", "-r", "--reflink=never", str(source), str(copy)], copy),
             "outlierq": (
@@ -92,10 +103,13 @@ def main() -> None:
                 packed,
             ),
         }
-        rates = {name: [] for name in commands}
+        rates: dict[str, list[float]] = {name: [] for name in commands}
+        cpu: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(arguments.repeats):
             for name, (command, out) in commands.items():
-                rates[name].append(bytes_per_second(command, source, out))
+                rate, used = measured(command, source, out)
+                rates[name].append(rate)
+                cpu[name].append(used)
         source_bytes = size_of(source)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = medians["outlierq"] / medians["cp"]
@@ -103,6 +117,8 @@ def main() -> None:
         "recipe": arguments.recipe,
         "source_bytes": source_bytes,
         "bytes_per_second": rates,
+        "cpu_seconds": cpu,
+        "load": os.getloadavg()[0],
         "bound": {"ratio": ratio, "limit": LIMIT, "met": ratio >= LIMIT},
     }
     write_results(arguments.output, sections)

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from outlierq.core.errors import RecipeError, nearest
-from outlierq.core.scheme import QuantScheme
-from outlierq.registry import Method, method
+from outlierq.core.limits import Limits, TaskLimit, share
+from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
+from outlierq.registry import Method, method, transform_method
 
 FROM_SETTING = 0  # stands for a line number where a value was given with --set
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
+# The keys of a `quantize` section, and of an override, that say how numbers are stored.
+SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations")
 
 
 class Section(BaseModel):
@@ -71,25 +83,69 @@ def _columns(value: Any) -> Any:
     raise ValueError(f"must be a positive number of columns, or `channel` (this is {value!r})")
 
 
+class Activations(Section):
+    """8-bit (or, as an experiment, 4-bit) symmetric inputs of the quantized linears (see `ActivationScheme`).
+
+    dynamic: a scale per token (or per group of columns) is computed at run time. Otherwise one scale per tensor is
+    fixed from calibration; clip_search then chooses the one with the least output error (`output`), or the one that
+    just holds the largest input (`none`).
+    """
+
+    kind: Literal["int", "float"] = "int"
+    bits: Literal[4, 8] = 8
+    dynamic: bool = True
+    per: Literal["token", "tensor", "group"] = "token"
+    clip_search: Literal["output", "none"] = "output"
+
+    @property
+    def scheme(self) -> ActivationScheme:
+        """How inputs are stored."""
+        return ActivationScheme(self.kind, self.bits, self.dynamic, self.per)
+
+
+class KVCache(Section):
+    """Calibrated scales for a KV cache in E4M3: one per tensor, or one per key-value head."""
+
+    per: Literal["tensor", "head"] = "tensor"
+
+    @property
+    def scheme(self) -> CacheScheme:
+        """How the cache is stored."""
+        return CacheScheme(self.per)
+
+
 class Override(Section):
-    """Different storage for the linears whose module name matches a glob pattern; later overrides win."""
+    """Different storage for the linears whose module name matches a glob pattern; later overrides win.
+
+    activations: a section of its own, or `none` for inputs in 16 bits.
+    """
 
     match: str
     keep: bool = False
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | Literal["channel"] | None = None
     symmetric: bool | None = None
+    kind: Literal["int", "float"] | None = None
+    block: tuple[PositiveInt, PositiveInt] | None = None
+    activations: Activations | Literal["none"] | None = None
 
     _group_size = field_validator("group_size", mode="before")(_columns)
 
 
 class Quantize(Section):
-    """The scheme and the method. `options` are the method's own keys, written beside the others in YAML."""
+    """The scheme and the method. `options` are the method's own keys, written beside the others in YAML.
+
+    kind: `int`, or `float` for E4M3 weights (8 bits). block: rows and columns of float weights that share a scale,
+    instead of group_size. activations: how inputs are quantized at run time; left out, they stay in 16 bits.
+    """
 
     method: str
+    kind: Literal["int", "float"] = "int"
     bits: int = Field(4, ge=2, le=8)
     group_size: int | Literal["channel"] = 128
+    block: tuple[PositiveInt, PositiveInt] | None = None
     symmetric: bool = True
+    activations: Activations | None = None
     when_indivisible: GroupPolicy = "smaller-group"
     ignore: tuple[str, ...] = ("*lm_head",)
     overrides: tuple[Override, ...] = ()
@@ -108,7 +164,9 @@ class Transform(Section):
 class Export(Section):
     """How the result is written."""
 
-    format: Literal["compressed-tensors", "dense"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "awq", "gptq", "gptq-v2", "dense", "bitsandbytes", "outlierq-split"] = (
+        "compressed-tensors"
+    )
     max_shard_size: str = "5GB"
 
     @field_validator("max_shard_size", mode="before")
@@ -120,6 +178,47 @@ class Export(Section):
         return text
 
 
+class Gate(Section):
+    """What is measured on the result, beside the original, and what it may lose; exit code 3 when a limit is passed.
+
+    max_perplexity_increase: `3%` or 0.03. min_task: `mmlu:-1.0` (points against the original), `mmlu:40` (its own).
+    text: a file, or the word `embedded` for the held-out part of the embedded text. limit: samples per task.
+    """
+
+    max_kl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_perplexity_increase: float | None = None
+    min_top1: float | None = None
+    min_task: tuple[str, ...] = ()
+    text: str = "embedded"
+    windows: int = Field(24, ge=1)
+    window_length: int = Field(512, ge=2)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    batch_size: int = Field(1, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("max_perplexity_increase", "min_top1", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> float | None:
+        """`3%` is 0.03."""
+        return None if value is None else share(value)
+
+    @field_validator("min_task", mode="before")
+    @classmethod
+    def _task_limits(cls, value: Any) -> Any:
+        """One limit may be written without a list."""
+        entries = [value] if isinstance(value, str) else value
+        for entry in entries if isinstance(entries, list | tuple) else ():
+            TaskLimit.parse(str(entry))
+        return entries
+
+    @property
+    def limits(self) -> Limits:
+        """The limits alone."""
+        tasks = tuple(TaskLimit.parse(text) for text in self.min_task)
+        return Limits(self.max_kl, self.max_perplexity_increase, self.min_top1, tasks)
+
+
 class Recipe(Section):
     """Everything a run does, apart from its source and its output folder."""
 
@@ -127,37 +226,94 @@ class Recipe(Section):
     calibration: Calibration | None = None
     transform: tuple[Transform, ...] = ()
     quantize: Quantize | None = None
+    kv_cache: KVCache | None = None
     export: Export = Export()
+    gate: Gate | None = None
     name: str = Field("recipe", exclude=True)
+
+    @property
+    def rewrites(self) -> tuple[Transform, ...]:
+        """The transforms of the whole model; they come first."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage == "rewrite")
+
+    def clip_search_for(self, module: str) -> bool:
+        """Whether the scale of the static input of the linear called `module` is searched."""
+        chosen = None if self.quantize is None else _activations_for(self.quantize, module)
+        return chosen is not None and chosen.clip_search == "output"
+
+    @property
+    def group_transforms(self) -> tuple[Transform, ...]:
+        """The transforms of one input group after another."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage == "transform")
+
+    @property
+    def permutations(self) -> tuple[Transform, ...]:
+        """What brings channels into another order; done last, where that costs nothing."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage == "permute")
 
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the methods of this recipe read; empty for a data-free recipe."""
-        needs = frozenset().union(*(method("transform", t.method).needs for t in self.transform))
+        needs = frozenset().union(*(transform_method(t.method).needs for t in self.transform))
         if self.quantize is not None:
             needs |= method("quantize", self.quantize.method).needs
             if self.quantize.options.get("scale_search") == "hessian":
                 needs |= {"hessian"}
+            activations = [section.activations for section in (self.quantize, *self.quantize.overrides)]
+            if any(isinstance(wanted, Activations) and not wanted.dynamic for wanted in activations):
+                needs |= {"abs_max", "rows", "first_rows"}
+            elif needs and any(activations):
+                needs |= {"rows"}  # so that the report can say what quantized inputs cost
+        if self.kv_cache is not None:
+            needs |= {"key_abs_max", "value_abs_max"}
         return needs
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of everything that decides the result."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"description"}), sort_keys=True)
+        """sha256 hex of everything that decides the result; a gate only judges it."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"description", "gate"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
         """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
         if self.quantize is None or any(fnmatchcase(module, pattern) for pattern in self.quantize.ignore):
             return None
-        wanted = self.quantize.model_dump(include={"bits", "group_size", "symmetric"})
+        wanted = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
         for override in self.quantize.overrides:
             if fnmatchcase(module, override.match):
                 if override.keep:
                     return None
-                wanted |= override.model_dump(include=set(wanted), exclude_none=True)
-        group_size = None if wanted["group_size"] == "channel" else wanted["group_size"]
-        return QuantScheme(wanted["bits"], group_size, wanted["symmetric"], scale_dtype)
+                wanted = _overridden(wanted, override)
+        return _scheme(wanted, scale_dtype)
+
+
+def _activations_for(quantize: Quantize, module: str) -> Activations | None:
+    """The section on inputs that holds for the linear called `module`."""
+    wanted = quantize.activations
+    for override in quantize.overrides:
+        if fnmatchcase(module, override.match) and override.activations is not None:
+            wanted = override.activations
+    return wanted if isinstance(wanted, Activations) else None
+
+
+def _overridden(wanted: dict[str, Any], override: Override) -> dict[str, Any]:
+    """`wanted` with the keys that an override gives. A group size replaces a block."""
+    given = {name: value for name in SCHEME_KEYS if (value := getattr(override, name)) is not None}
+    return wanted | ({"block": None} if "group_size" in given else {}) | given
+
+
+def _scheme(wanted: dict[str, Any], scale_dtype: str) -> QuantScheme:
+    """The scheme of the keys `SCHEME_KEYS`."""
+    activations = wanted["activations"]
+    return QuantScheme(
+        bits=wanted["bits"],
+        group_size=None if wanted["group_size"] == "channel" or wanted["block"] else wanted["group_size"],
+        symmetric=wanted["symmetric"],
+        scale_dtype=scale_dtype,
+        kind=wanted["kind"],
+        block=wanted["block"],
+        activations=activations.scheme if isinstance(activations, Activations) else None,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -337,7 +493,7 @@ def _split_options(content: dict, path: tuple, faults: list[str], lines: dict[tu
     stage, model = path[0], Quantize if path[0] == "quantize" else Transform
     own = [name for name in model.model_fields if name != "options"]
     try:
-        chosen = method(stage, section["method"])
+        chosen = transform_method(section["method"]) if stage == "transform" else method(stage, section["method"])
     except RecipeError as error:
         faults.append(f"{_at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
         parent[key] = {k: v for k, v in section.items() if k in own}
@@ -390,6 +546,9 @@ def _fields_at(path: tuple) -> list[str]:
         "export": Export,
         "text": TextSource,
         "overrides": Override,
+        "activations": Activations,
+        "kv_cache": KVCache,
+        "gate": Gate,
     }
     named = [p for p in path if p in sections]
     model = sections[named[-1]] if named else Recipe
@@ -399,18 +558,95 @@ def _fields_at(path: tuple) -> list[str]:
 def _impossible(recipe: Recipe) -> list[str]:
     """Combinations that cannot work, each as a sentence."""
     faults = []
-    if recipe.quantize is None and recipe.transform:
+    stages = [transform_method(t.method).stage for t in recipe.transform]
+    late = [i for i in range(1, len(stages)) if stages[i] == "rewrite" and "transform" in stages[:i]]
+    if late:
+        name = recipe.transform[late[0]].method
+        faults.append(f"transform.{late[0]}.method: {name} rewrites the whole model; it comes before the others")
+    if recipe.quantize is None and len(stages) > stages.count("rewrite"):
         faults.append("transform: there is nothing to transform for without a `quantize` section")
     if recipe.needs and recipe.calibration is None:
         faults.append(
             f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
             "add a `calibration` section (`calibration: {}` takes the defaults)"
         )
-    if recipe.quantize is None and recipe.export.format != "dense":
+    if recipe.quantize is None and recipe.kv_cache is None and recipe.export.format != "dense":
         faults.append("export.format: without a `quantize` section only `dense` can be written")
+    if recipe.kv_cache is not None and recipe.export.format != "compressed-tensors":
+        faults.append(f"export.format: {recipe.export.format} holds no scales of a KV cache; compressed-tensors does")
+    if recipe.quantize is not None:
+        faults += _unstorable_sections(recipe.quantize, recipe.export.format)
+        faults += _wrong_method_for(recipe.quantize, recipe.export.format)
     if recipe.calibration and recipe.calibration.skip_first_tokens >= recipe.calibration.sequence_length:
         faults.append(
             f"calibration.skip_first_tokens: {recipe.calibration.skip_first_tokens} leaves nothing of a "
             f"sequence_length of {recipe.calibration.sequence_length}"
         )
+    return faults
+
+
+def _unstorable_sections(quantize: Quantize, form: str) -> list[str]:
+    """The faults of the scheme, and those that an override adds to it."""
+    wanted = {name: getattr(quantize, name) for name in SCHEME_KEYS}
+    common = _unstorable(wanted, form)
+    if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
+        common.append("group_size: leave it out where `block` is given")
+    faults = [f"quantize.{fault}" for fault in common]
+    for number, override in enumerate(quantize.overrides):
+        if not override.keep:
+            found = _unstorable(_overridden(wanted, override), form)
+            faults += [f"quantize.overrides.{number}.{fault}" for fault in found if fault not in common]
+    return faults
+
+
+def _wrong_method_for(quantize: Quantize, form: str) -> list[str]:
+    """A method whose result the format cannot hold."""
+    if quantize.method == "int8_split" and form not in ("outlierq-split", "dense"):
+        return [f"export.format: {form} cannot keep outlier columns in 16 bits; outlierq-split can"]
+    if form == "outlierq-split" and quantize.method != "int8_split":
+        return [f"quantize.method: outlierq-split is the format of int8_split (this is {quantize.method})"]
+    searched = quantize.options.get("scale_search", "minmax") != "minmax"
+    if form == "bitsandbytes" and (quantize.method != "rtn" or searched):
+        return ["quantize.method: bitsandbytes scales a row by its largest weight: `rtn`, `scale_search: minmax`"]
+    return []
+
+
+def _unstorable(wanted: dict[str, Any], form: str) -> list[str]:
+    """What no format or client can hold, as "key: reason"."""
+    faults = []
+    if wanted["kind"] == "float":
+        if wanted["bits"] != 8:
+            faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {wanted['bits']})")
+        if not wanted["symmetric"]:
+            faults.append("symmetric: `kind: float` has no zero points")
+        if wanted["block"] is None and wanted["group_size"] != "channel":
+            faults.append("group_size: `kind: float` has one scale per `channel`, or per `block: [128, 128]`")
+    elif wanted["block"] is not None:
+        faults.append("block: only weights of `kind: float` have scales per block")
+    if isinstance(wanted["activations"], Activations):
+        faults += [f"activations.{fault}" for fault in _unstorable_inputs(wanted, wanted["activations"])]
+        if form == "dense":
+            faults.append("activations: `export.format: dense` cannot say that inputs are quantized")
+    return faults
+
+
+def _unstorable_inputs(wanted: dict[str, Any], activations: Activations) -> list[str]:
+    """The same for the inputs of the linears."""
+    faults = []
+    if activations.kind != wanted["kind"]:
+        faults.append(f"kind: must be that of the weights, {wanted['kind']} (this is {activations.kind})")
+    if activations.kind == "float" and activations.bits != 8:
+        faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {activations.bits})")
+    if not wanted["symmetric"]:
+        faults.append("kind: quantized inputs need symmetric weights")
+    if not activations.dynamic and activations.per != "tensor":
+        faults.append("per: a static scale is one per `tensor`; set `dynamic: true` for scales per token")
+    if activations.dynamic and activations.per == "tensor":
+        faults.append("per: scales computed at run time are per `token`; one per tensor is static (`dynamic: false`)")
+    if activations.dynamic and "clip_search" in activations.model_fields_set:
+        faults.append("clip_search: scales computed at run time are not searched; leave it out")
+    if (wanted["block"] is None) == (activations.per == "group"):
+        faults.append("per: `group` belongs to weights with a `block`, and they to it")
+    elif wanted["block"] is not None and wanted["block"][1] != activations.scheme.group_size:
+        faults.append(f"per: groups of inputs have {activations.scheme.group_size} columns, so must the block")
     return faults

@@ -12,14 +12,21 @@ from outlierq.core.errors import RecipeError, nearest
 
 # Modules that hold methods. Imported when a method is first asked for, so that --help stays fast.
 METHOD_MODULES = {
-    "quantize": ("outlierq.quantize.rtn", "outlierq.quantize.gptq"),
-    "transform": ("outlierq.transform.awq",),
+    "quantize": ("outlierq.quantize.rtn", "outlierq.quantize.gptq", "outlierq.quantize.int8_split"),
+    "transform": (
+        "outlierq.transform.awq",
+        "outlierq.transform.smoothquant",
+        "outlierq.transform.os_plus",
+        "outlierq.transform.cheapest_remedy",
+    ),
+    "rewrite": ("outlierq.transform.rotate",),
+    "permute": ("outlierq.transform.gather_outliers",),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function. stage: "quantize" or "transform"; needs: statistics it reads; paper: its source."""
+    """A registered function. stage: "quantize", "transform" or "rewrite"; needs: statistics it reads; paper: source."""
 
     name: str
     stage: str
@@ -32,6 +39,11 @@ class Method:
         """The keyword-only arguments: what a recipe may set."""
         parameters = inspect.signature(self.function, eval_str=True).parameters
         return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a transform wants to know if a shift can be absorbed: its fifth argument, `shiftable`."""
+        return "shiftable" in inspect.signature(self.function).parameters
 
     @property
     def summary(self) -> str:
@@ -58,8 +70,27 @@ def quantizer(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable
 
 
 def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
-    """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`."""
+    """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`.
+
+    A function with a fifth argument `shiftable` may return a `Move` with a shift where that is true.
+    """
     return _register("transform", name, needs, paper)
+
+
+def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+    """Register `function(anatomy, *, options) -> Rewrite` of the whole model as `transform: [{method: name}]`.
+
+    Rewrites come before all other transforms; statistics are those of the rewritten model.
+    """
+    return _register("rewrite", name, needs, paper)
+
+
+def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+    """Register `function(stats, *, options) -> columns [k]` as `transform: [{method: name}]`.
+
+    The channels that shall come last in the input of a group; they are moved there where that costs nothing.
+    """
+    return _register("permute", name, needs, paper)
 
 
 def methods(stage: str) -> dict[str, Method]:
@@ -71,7 +102,16 @@ def methods(stage: str) -> dict[str, Method]:
 
 def method(stage: str, name: str) -> Method:
     """The method called `name`; RecipeError with the nearest name when there is none."""
-    known = methods(stage)
+    return _pick(stage, name, methods(stage))
+
+
+def transform_method(name: str) -> Method:
+    """What `transform:` may name: a transform of an input group, or a rewrite of the whole model; RecipeError."""
+    return _pick("transform", name, methods("rewrite") | methods("permute") | methods("transform"))
+
+
+def _pick(stage: str, name: str, known: dict[str, Method]) -> Method:
+    """The method called `name` among those known."""
     if name not in known:
         close = nearest(name, list(known))
         raise RecipeError(

@@ -81,6 +81,14 @@ def unchanged(folder: Path) -> Iterator[Path]:
     assert folder_hashes(folder) == before, "a test wrote into a shared folder"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def result_cache(tmp_path_factory) -> Path:
+    """Measurements are kept for this test run only."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["OUTLIERQ_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Iterator[Path]:
     """Tied embeddings, bfloat16, one weight file. Read-only."""

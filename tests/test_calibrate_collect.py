@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.statistics import tables_of
 
-from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields, token_stride
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import InputGroup, LinearSite
 from outlierq.ops.precision import matmul_operands
@@ -28,6 +29,7 @@ def group(name: str) -> InputGroup:
     return InputGroup(f"b.0.{name}", (LinearSite(f"b.0.{name}", f"b.0.{name}.weight", None, 4, CHANNELS, 0),))
 
 
+IDS = torch.randint(0, 1000, (7, LENGTH), generator=torch.Generator().manual_seed(3))
 GROUPS = (group("wide"), group("flat"))
 
 
@@ -50,7 +52,11 @@ def reference(x: torch.Tensor, skip: int) -> dict[str, torch.Tensor]:
     """All sums in float64, the plain way. x: [sequences, tokens, K]."""
     x, first = x.double()[:, skip:], x.double()[:, 0]
     rows = x.reshape(-1, CHANNELS)
+    tables = tables_of(x.numpy(), IDS[:, skip:].numpy(), stride=token_stride(LENGTH - skip, 3))
+    tables["top_tokens"][:, 1] += skip
     return {
+        **tables,
+        "count_huge": (rows.abs() >= 20).sum(0).double(),
         "min": rows.amin(0),
         "max": rows.amax(0),
         "sum_x": rows.sum(0),
@@ -74,7 +80,8 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_statistic_equals_its_float64_reference(skip, dtype):
     x = inputs(7).to(dtype)
-    found = collect([x[:4], x[4:]], skip_first_tokens=skip)
+    x[2, 7] = 0  # a token without a logarithm
+    found = collect([x[:4], x[4:]], skip_first_tokens=skip, ids=IDS)
     expected = reference(x, skip)
     assert set(expected) | {"rows"} == ALL_FIELDS
     if skip:  # first tokens are left out
@@ -85,6 +92,33 @@ def test_every_statistic_equals_its_float64_reference(skip, dtype):
         for field, value in expected.items():
             assert relative(stats.need(field), value) < 2e-6, field
         assert stats.sum_x.dtype == torch.float64 and stats.hessian.dtype == torch.float32
+
+
+def test_the_tables_count_exactly_and_tokens_are_named():
+    x = inputs(7)
+    found = collect([x[:4], x[4:]], ids=IDS)["b.0.wide"]
+    for field, expected in tables_of(x.numpy(), IDS.numpy(), stride=3).items():
+        assert torch.equal(found.need(field), expected), field
+    assert (found.log2_histogram.sum(1) == -(-found.tokens // 3)).all() and found.token_histogram.sum() == found.tokens
+    assert (found.top_tokens[:, 4].abs().diff() <= 0).all()
+    assert (collect([x])["b.0.wide"].top_tokens[:, 2] == -1).all()
+
+
+def test_values_beyond_the_histogram_go_into_its_outer_bins(monkeypatch):
+    monkeypatch.setattr("outlierq.calibrate.collect.HISTOGRAM_STRIDE", 1)
+    x = torch.zeros(1, LENGTH, CHANNELS)
+    x[0, :5, 0] = torch.tensor([2.0**-24, 2.0**-25, -(2.0**-23), 2.0**23, -(2.0**40)])
+    found = collect([x])["b.0.wide"]
+    assert found.log2_histogram[0].nonzero().flatten().tolist() == [0, 1, 47]
+    assert found.log2_histogram[0, [0, 1, 47]].tolist() == [LENGTH - 3, 1, 2]
+    assert found.token_histogram[[0, 63]].tolist() == [LENGTH - 2, 2]
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 49, 512, 7 * 8 * 9 * 11])
+def test_a_sample_of_tokens_visits_every_position(length):
+    stride = token_stride(length, 7)
+    assert {(number * stride) % length for number in range(length)} == set(range(length))
+    assert 7 <= stride <= 13
 
 
 def test_long_sequences_are_summed_in_pieces(monkeypatch):
@@ -99,9 +133,13 @@ def test_halves_merge_to_the_whole():
     x = inputs(6)
     whole = collect([x])["b.0.wide"]
     one, two, three = (collect([part])["b.0.wide"] for part in (x[:2], x[2:3], x[3:]))
-    for merged in (one.merge(two).merge(three), one.merge(two.merge(three))):
+    # Each part samples its own tokens, so the histogram of the parts is of other tokens than that of the whole.
+    left, right = one.merge(two).merge(three), one.merge(two.merge(three))
+    assert torch.equal(left.log2_histogram, right.log2_histogram)
+    assert torch.equal(left.log2_histogram, one.log2_histogram + two.log2_histogram + three.log2_histogram)
+    for merged in (left, right):
         assert (merged.tokens, merged.sequences) == (whole.tokens, whole.sequences)
-        assert all(relative(merged.need(f), whole.need(f)) < 1e-6 for f in ALL_FIELDS - {"rows"})
+        assert all(relative(merged.need(f), whole.need(f)) < 1e-6 for f in ALL_FIELDS - {"rows", "log2_histogram"})
 
 
 def test_only_the_statistics_needed_are_kept():
@@ -164,6 +202,7 @@ def test_routed_tokens_are_counted_without_positions():
         module.flat(inputs(1, length=10)[0][:0])
     stats = collector.finish()["b.0.flat"]
     assert stats.tokens == 17 and stats.sequence_large is None and stats.first_abs_max is None
+    assert stats.top_tokens is None and stats.token_histogram.sum() == 17
     assert collector.notes == [
         "b.0.flat: its tokens are routed, so first tokens are not left out and positions are not counted"
     ]
@@ -199,7 +238,6 @@ def test_the_first_token_counts_sink_weight_times_in_the_hessian():
     rows = x.double()
     expected = ((rows * weight).flatten(0, 1).T @ rows.flatten(0, 1)) / weight.sum()
     torch.testing.assert_close(stats.hessian.double(), expected, rtol=1e-5, atol=1e-5)
-    assert stats.first_rows is None
 
 
 def test_a_wide_gram_matrix_is_summed_by_tiles_and_mirrored():

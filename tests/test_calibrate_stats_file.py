@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from outlierq.calibrate.stats_file import StatsIdentity, StatsReader, StatsWriter
+from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
+from outlierq.core.logits import LogitSample
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 
@@ -70,11 +72,67 @@ def test_groups_folds_and_statistics_come_back_as_they_were(tmp_path):
                 assert torch.equal(found[name].need(field), value) and found[name].need(field).dtype == value.dtype
 
 
+def block_stats(block: int) -> BlockStats:
+    return BlockStats(
+        residual_top=torch.full((2, 6), float(block)),
+        key_abs_max=torch.ones(2, 4),
+        expert_tokens=torch.tensor([3, 4]),
+        output_names=("layers.0.k", "layers.0.v"),
+    )
+
+
+SAMPLE = LogitSample(
+    torch.tensor([0, 2]).int(),
+    torch.tensor([4, 1]).int(),
+    torch.tensor([[5, 6], [7, 8]]).int(),
+    torch.tensor([[-0.1, -2.5], [-1.0, -1.5]]),
+    torch.tensor([3.5, 4.5]),
+)
+
+
+def test_block_statistics_notes_and_logits_come_back_as_they_were(tmp_path):
+    writer = StatsWriter(tmp_path, IDENTITY)
+    writer.write(0, groups(0), stats(0), block_stats(0), ["something odd"])
+    writer.write(1, groups(1), stats(1), notes=["something odd", "something else"])
+    writer.write_logits(SAMPLE)
+    writer.finish()
+    reader = StatsReader(tmp_path)
+    assert reader.block_stats(1) is None and reader.notes == ("something odd", "something else")
+    found = reader.block_stats(0)
+    assert found.output_names == ("layers.0.k", "layers.0.v")
+    assert found.tensors().keys() == block_stats(0).tensors().keys()
+    assert all(torch.equal(value, found.need(name)) for name, value in block_stats(0).tensors().items())
+    assert reader.block(0)[1].keys() == stats(0).keys()
+    assert all(torch.equal(value, reader.logits().tensors()[name]) for name, value in SAMPLE.tensors().items())
+    with pytest.raises(StatsError, match="no statistics of block 7"):
+        reader.block_stats(7)
+
+
+def test_damaged_logits_are_made_again_and_refused(tmp_path):
+    writer = write(tmp_path, [0], finish=False)
+    writer.write_logits(SAMPLE)
+    assert StatsWriter(tmp_path, IDENTITY).logits == writer.logits
+    (tmp_path / "logits.safetensors").write_bytes(b"damaged")
+    assert StatsWriter(tmp_path, IDENTITY).logits is None
+    writer.finish()
+    with pytest.raises(StatsError, match=r"logits.safetensors is damaged: sha256"):
+        StatsReader(tmp_path).logits()
+
+
+def test_statistics_of_the_first_format_are_refused(tmp_path):
+    write(tmp_path, [0])
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
+    with pytest.raises(StatsError, match="format version 1; this program reads 2") as caught:
+        StatsReader(tmp_path)
+    assert "calibrate again" in caught.value.hint
+
+
 def test_the_list_names_its_blocks_in_plain_json(tmp_path):
     write(tmp_path, [0])
     values = json.loads((tmp_path / "stats.json").read_text())
     block = values["blocks"][0]
-    assert values["format_version"] == 1 and values["mode"] == "static" and block["file"] == "block-00000.safetensors"
+    assert values["format_version"] == 2 and values["mode"] == "static" and block["file"] == "block-00000.safetensors"
     assert block["groups"][0]["fold"]["index"] == [[4, 2], [4, 2]] and block["groups"][0]["tokens"] == 15
     assert sorted(content(tmp_path)) == ["block-00000.safetensors", "stats.json"]
 
@@ -178,10 +236,10 @@ def test_a_damaged_list_is_refused(tmp_path):
     path.write_text(json.dumps({key: value for key, value in values.items() if key != "mode"}))
     with pytest.raises(StatsError, match="lacks mode"):
         StatsReader(tmp_path)
-    path.write_text(json.dumps({**values, "format_version": 2}))
-    with pytest.raises(StatsError, match="format version 2; this program reads 1"):
+    path.write_text(json.dumps({**values, "format_version": 3}))
+    with pytest.raises(StatsError, match="format version 3; this program reads 2"):
         StatsReader(tmp_path)
-    with pytest.raises(OutputError, match="format version 2"):
+    with pytest.raises(OutputError, match="format version 3"):
         StatsWriter(tmp_path, IDENTITY)
     path.write_text("{")
     with pytest.raises(StatsError, match=r"cannot read .*stats.json"):

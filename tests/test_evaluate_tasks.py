@@ -1,5 +1,6 @@
 """lm-eval tasks run offline from both layouts of local data, and leave nothing changed."""
 
+import copy
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.evaluate.task_data import find_local, leaf_tasks, task_folders, task_manager
-from outlierq.evaluate.tasks import run_tasks
+from outlierq.evaluate.tasks import Served, run_tasks
 
 PAGES = [{"page": " = One = \n \n The cat sat . \n"}, {"page": " = Two = \n \n A dog ran , twice . \n"}]
 SUBJECTS = ("anatomy", "virology")
@@ -249,3 +250,35 @@ def test_data_that_cannot_be_downloaded_is_said_with_a_way_out(model, tokenizer,
     with pytest.raises(SourceError, match="data of piqa cannot be loaded") as raised:
         run_tasks(model, tokenizer, ["piqa"])
     assert "local data" in raised.value.hint
+
+
+def test_a_served_folder_is_handed_to_lm_evals_vllm_model(model, tokenizer, plain, monkeypatch, tmp_path):
+    """vLLM is stood in for by the model in process, so that only the hand-over is seen."""
+    import sys
+    import types
+
+    from lm_eval.models.huggingface import HFLM
+
+    from outlierq.evaluate import tasks
+
+    handed = []
+
+    def stand_in(**arguments):
+        handed.append(arguments)
+        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", max_length=512)
+
+    module = types.ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = stand_in
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(tasks, "find_spec", lambda name: name == "vllm")
+    served = run(Served(tmp_path / "w4"), None, plain, "arc_easy", max_length=512)
+    assert handed == [
+        {"pretrained": str(tmp_path / "w4"), "batch_size": 4, "max_model_len": 512, "trust_remote_code": False}
+    ]
+    assert served["conditions"]["backend"] == "vllm"
+    assert served["rows"] == run(model, tokenizer, plain, "arc_easy", max_length=512)["rows"]
+
+
+def test_a_served_folder_is_refused_without_vllm(plain, tmp_path):
+    with pytest.raises(OutlierqError, match="vllm is not installed"):
+        run(Served(tmp_path), None, plain, "arc_easy")

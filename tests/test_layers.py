@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "compressed_tensors", "gguf", "lm_eval", "huggingface_hub")
-COMMANDS = ("quantize", "calibrate", "plan", "eval", "compare", "inspect", "recipes", "demo")
+COMMANDS = ("quantize", "calibrate", "detect", "plan", "eval", "publish", "compare", "inspect", "recipes", "demo")
 
 
 def contracts() -> list[dict]:

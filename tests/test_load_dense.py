@@ -165,22 +165,29 @@ def change_quantization(folder: Path, **changes) -> None:
     ("changes", "fault"),
     [
         ({"quant_method": "gptq"}, "compressed with gptq, which is not decoded here"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "a quantized KV cache"),
+        (
+            {"kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
+            "a KV cache of 8-bit int numbers per tensor",
+        ),
         (
             {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
             "rotations that run with the model",
         ),
         (
-            {"config_groups": {"g": {"format": "float-quantized", "targets": ["Linear"], "weights": {"num_bits": 8}}}},
-            "format float-quantized",
+            {"config_groups": {"g": {"format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": {}}}},
+            "format nvfp4-pack-quantized",
         ),
         (
             {
                 "config_groups": {
-                    "g": {"format": "pack-quantized", "targets": ["Linear"], "input_activations": {"num_bits": 8}}
+                    "g": {
+                        "format": "pack-quantized",
+                        "targets": ["Linear"],
+                        "input_activations": {"num_bits": 5, "type": "int", "strategy": "token", "dynamic": True},
+                    }
                 }
             },
-            "quantized activations",
+            "inputs of 5-bit int numbers per token",
         ),
         (
             {

@@ -22,7 +22,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import Method, method, methods
-from outlierq.transform.stage import choose_scale, storable_scale
+from outlierq.transform.stage import choose_move, storable_scale
 
 COLUMNS = 192  # more than one block of 128 columns, and not a multiple of it
 ROWS = 24
@@ -483,7 +483,7 @@ def doubling(log: list[tuple[torch.Tensor, InputStats]]) -> Method:
 def test_a_second_transform_sees_what_the_first_left(w, stats):
     log: list[tuple[torch.Tensor, InputStats]] = []
     steps = [(doubling(log), {})] * 2
-    total = choose_scale(w, stats, QuantScheme(4, 64), None, steps, "q_proj")
+    total = choose_move(w, stats, QuantScheme(4, 64), None, steps, "q_proj").scale
     assert torch.all(total == 4)
     assert torch.equal(log[1][0], 2 * w)
     assert torch.allclose(log[1][1].hessian, stats.hessian / 4)
@@ -493,7 +493,7 @@ def test_a_second_transform_sees_what_the_first_left(w, stats):
 def test_a_transform_that_chooses_an_impossible_scale_is_stopped(bad, w, stats):
     broken = Method("broken", "transform", lambda w, *_: torch.full((w.shape[1],), bad), frozenset(), "none")
     with pytest.raises(NumbersError, match="broken chose a scale that is not finite and positive") as raised:
-        choose_scale(w, stats, QuantScheme(4, 64), None, [(broken, {})], "layers.0.q_proj")
+        choose_move(w, stats, QuantScheme(4, 64), None, [(broken, {})], "layers.0.q_proj")
     assert raised.value.where == "transform broken on layers.0.q_proj"
 
 

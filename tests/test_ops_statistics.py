@@ -9,7 +9,7 @@ import torch
 from reference.statistics import correlated_inputs, statistics_of
 
 from outlierq.core.errors import StatsError
-from outlierq.core.stats import InputStats
+from outlierq.core.stats import THRESHOLDED, InputStats
 
 LENGTH = 16
 
@@ -63,7 +63,7 @@ def test_merging_with_statistics_that_lack_a_field_names_it(x):
 def test_scaled_statistics_are_those_of_the_scaled_data(x):
     scale = torch.rand(8, generator=torch.Generator().manual_seed(5)) * 3 + 0.2
     found = statistics_of(x, sequence_length=LENGTH).scaled(scale)
-    counts = ("count_large", "sequence_large")
+    counts = THRESHOLDED
     expected = statistics_of(x / scale, sequence_length=LENGTH)
     close(found, expected, without=(*counts, "rows"))
     assert torch.allclose(found.rows.float(), expected.rows.float(), rtol=2**-7)

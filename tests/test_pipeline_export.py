@@ -44,19 +44,43 @@ def check_loads(folder: Path) -> torch.nn.Module:
     ours = load_model(open_checkpoint(str(folder)), dtype=str(theirs.dtype).removeprefix("torch."))
     with torch.no_grad():
         found, expected = theirs(IDS).logits, ours(IDS).logits
-    # Both decode codes x scales into the checkpoint's own dtype, so that not even rounding differs.
     assert torch.isfinite(found).all()
-    assert torch.equal(found, expected)
+    if rounds_at_run_time(folder):
+        # Inputs are rounded in 16 bits there and in float32 here; test_activation_schemes.py compares in float32.
+        # Four bits hold so few values that the scale matters: max / 7.5 there, max / 7 here (see test_rotate.py).
+        limit = 0.4 if input_bits(folder) == 4 else 0.1
+        assert (found - expected).float().norm() < limit * expected.float().norm()
+    else:
+        # Both decode codes x scales into the checkpoint's own dtype, so that not even rounding differs.
+        assert torch.equal(found, expected)
     generated = theirs.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=4, do_sample=False)
     assert generated.shape[1] > IDS.shape[1]
     return theirs
+
+
+def input_bits(folder: Path) -> int:
+    """Bits of the narrowest inputs, 16 where none are rounded."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    return min(((g["input_activations"] or {}).get("num_bits", 16) for g in groups), default=16)
+
+
+def rounds_at_run_time(folder: Path) -> bool:
+    """Whether inputs or the KV cache are rounded in every forward."""
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    groups = (config.get("config_groups") or {}).values()
+    return bool(config.get("kv_cache_scheme")) or any(group.get("input_activations") for group in groups)
 
 
 def test_there_are_shipped_recipes():
     assert {"rtn-w4", "rtn-w8", "gptq-w4", "gptq-w3", "awq-w4", "awq-gptq-w4", "dense"} <= shipped().keys()
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+# The other formats need clients of their own, and have tests of their own.
+PLAIN_TRANSFORMERS = [name for name in sorted(shipped()) if load(name).export.format in ("compressed-tensors", "dense")]
+
+
+@pytest.mark.parametrize("name", PLAIN_TRANSFORMERS)
 def test_every_shipped_recipe_is_planned_to_the_byte_and_loads_in_transformers(name, tiny_llama, tmp_path):
     out = tmp_path / "out"
     report = compress(tiny_llama, out, name)
@@ -64,7 +88,8 @@ def test_every_shipped_recipe_is_planned_to_the_byte_and_loads_in_transformers(n
     assert report.output_bytes == written
     assert not (tmp_path / "out.partial").exists()
     theirs = check_loads(out)
-    assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    assert tied == (not load(name).rewrites)
 
 
 def test_config_tokenizer_chat_template_and_other_files_are_carried_over(tiny_llama, tmp_path):

@@ -174,17 +174,29 @@ def test_every_fold_leaves_float32_logits_within_the_tolerance(untied_llama, tmp
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
 
 
-def test_a_fold_that_changes_the_function_stops_the_run_with_both_figures(tiny_llama, tmp_path, monkeypatch):
+def wrong_fold(monkeypatch) -> None:
     original = folding.apply_fold
 
-    def wrong(tensors, fold, scale):
-        return {name: value * 1.01 for name, value in original(tensors, fold, scale).items()}
+    def wrong(tensors, fold, scale, shift=None):
+        return {name: value * 1.01 for name, value in original(tensors, fold, scale, shift).items()}
 
     monkeypatch.setattr(folding, "apply_fold", wrong)
+
+
+def test_a_fold_that_changes_the_function_stops_the_run_with_both_figures(tiny_llama, tmp_path, monkeypatch):
+    wrong_fold(monkeypatch)
+    monkeypatch.setattr(folding, "check_move", lambda *_: None)
     with pytest.raises(NumbersError, match=r"output of model.layers.0 by \d.\d\de-\d\d, more than 0.0001") as caught:
         compress(tiny_llama, tmp_path / "out", "awq-w4")
     assert caught.value.where == "transform on model.layers.0"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_fold_is_also_caught_where_no_block_runs(tiny_llama, statistics, tmp_path, monkeypatch):
+    wrong_fold(monkeypatch)
+    with pytest.raises(NumbersError, match=r"changed model.layers.0.input_layernorm.weight by \d.\d\de-\d\d") as caught:
+        compress(tiny_llama, tmp_path / "out", "awq-w4", stats=statistics)
+    assert caught.value.where == "transform on model.layers.0"
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
@@ -225,7 +237,7 @@ def test_a_writer_that_writes_something_else_is_caught(tiny_llama, tmp_path, mon
         self.writer.write = flipped
 
     monkeypatch.setattr(Output, "__init__", tampered)
-    with pytest.raises(OutputError, match=r"o_proj: what is on disk decodes to something else .*largest difference"):
+    with pytest.raises(OutputError, match=r"o_proj: what is on disk decodes to something else .*in its codes"):
         compress(tiny_llama, tmp_path / "out", "rtn-w4")
     assert not (tmp_path / "out").exists()
 

@@ -64,9 +64,9 @@ def test_a_shipped_recipe_parses_and_says_what_it_is_for(name):
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_the_bits_in_the_name_of_a_shipped_recipe_are_its_bits(name):
     quantize = recipe.load(name).quantize
-    named = re.search(r"-w(\d)$", name)
+    named = re.search(r"\bw(\d)|^fp(\d)|int(\d)", name)
     assert (quantize is None) == (named is None)
-    assert quantize is None or quantize.bits == int(named[1])
+    assert quantize is None or str(quantize.bits) in named.groups()
 
 
 def test_two_shipped_recipes_never_do_the_same():
@@ -185,7 +185,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(old, ne
 
 def test_a_key_like_no_other_gets_the_list_of_known_keys():
     assert "known keys: format, max_shard_size" in faults(RTN + "export:\n  zzz: 1\n")
-    assert re.search(r"known keys: method, bits, .*damp", faults(GPTQ.replace("gptq\n", "gptq\n  zzz: 1\n")))
+    assert re.search(r"known keys: method, kind, bits, .*damp", faults(GPTQ.replace("gptq\n", "gptq\n  zzz: 1\n")))
 
 
 def test_an_option_of_another_method_is_unknown():
@@ -221,7 +221,7 @@ def test_an_option_of_another_method_is_unknown():
         (RTN + "calibration: {text: [{path: a, dataset: b}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{path: a, weight: 0}]}\n", "text.0.weight: Input should be greater than 0"),
-        (RTN + "export: {format: gguf}\n", "export.format: Input should be 'compressed-tensors' or 'dense'"),
+        (RTN + "export: {format: gguf}\n", "export.format: Input should be 'compressed-tensors', "),
         (RTN + "export: {max_shard_size: 5XB}\n", "'5XB' is not a size; write for example 5GB or 512MiB"),
     ],
 )
@@ -379,6 +379,12 @@ def test_a_setting_that_cannot_be_followed_is_refused(setting, message):
 
 # The fingerprint.
 
+CHANNEL = "quantize.group_size=channel"
+FP8 = ["quantize.bits=8", CHANNEL, "quantize.kind=float", "quantize.overrides=[]"]
+EIGHT = "quantize.overrides.0={match: '*', bits: 8, group_size: channel}"
+FLOAT = "quantize.overrides.0.kind=float"
+STATIC = "quantize.activations={dynamic: false, per: tensor}"
+# By section and key: one setting that changes the key, or two lists of settings that differ in it.
 CHANGES = {
     Calibration: {
         "text": "calibration.text=other.txt",
@@ -401,6 +407,9 @@ CHANGES = {
     },
     Quantize: {
         "method": "quantize={method: rtn}",
+        "kind": (["quantize.bits=8", CHANNEL], ["quantize.bits=8", CHANNEL, "quantize.kind=float"]),
+        "block": (FP8, [*FP8, "quantize.block=[64,128]"]),
+        "activations": "quantize.activations.kind=int",
         "bits": "quantize.bits=3",
         "group_size": "quantize.group_size=64",
         "symmetric": "quantize.symmetric=false",
@@ -415,26 +424,54 @@ CHANGES = {
         "bits": "quantize.overrides.0.bits=2",
         "group_size": "quantize.overrides.0.group_size=channel",
         "symmetric": "quantize.overrides.0.symmetric=false",
+        "kind": ([EIGHT], [EIGHT, "quantize.overrides.0.kind=float"]),
+        "block": ([EIGHT, FLOAT], [EIGHT, FLOAT, "quantize.overrides.0.block=[128,128]"]),
+        "activations": (
+            ["quantize.activations={}"],
+            ["quantize.activations={}", "quantize.overrides.0.activations=none"],
+        ),
     },
+    recipe.Activations: {
+        "kind": ([*FP8, "quantize.activations={kind: float}"], ["quantize.activations={kind: int}"]),
+        "bits": (["quantize.activations={}"], ["quantize.activations.bits=4"]),
+        "dynamic": (["quantize.activations={}"], ["quantize.activations={dynamic: false, per: tensor}"]),
+        "per": (
+            [*FP8, "quantize.activations={kind: float}"],
+            [*FP8, "quantize.block=[128,128]", "quantize.activations={kind: float, per: group}"],
+        ),
+        "clip_search": ([STATIC], [STATIC, "quantize.activations.clip_search=none"]),
+    },
+    recipe.KVCache: {"per": (["kv_cache={}"], ["kv_cache.per=head"])},
     recipe.Transform: {"method": "transform=[]", "options": "transform.0.scaling=duo"},
     Export: {"format": "export.format=dense", "max_shard_size": "export.max_shard_size=1GB"},
 }
 
 
-@pytest.mark.parametrize("setting", [s for settings in CHANGES.values() for s in settings.values()])
-def test_the_fingerprint_changes_with_every_key(setting):
-    assert parse(FULL, settings=[setting]).fingerprint != parse(FULL).fingerprint
+@pytest.mark.parametrize("change", [s for settings in CHANGES.values() for s in settings.values()])
+def test_the_fingerprint_changes_with_every_key(change):
+    before, after = ([], [change]) if isinstance(change, str) else change
+    assert parse(FULL, settings=after).fingerprint != parse(FULL, settings=before).fingerprint
 
 
 def test_no_key_is_left_out_of_that_test():
     for section, settings in CHANGES.items():
         assert settings.keys() == section.model_fields.keys()
-    assert Recipe.model_fields.keys() == {"description", "calibration", "transform", "quantize", "export", "name"}
+    assert Recipe.model_fields.keys() == {
+        "description",
+        "calibration",
+        "transform",
+        "quantize",
+        "kv_cache",
+        "export",
+        "gate",
+        "name",
+    }
 
 
 def test_the_fingerprint_does_not_change_with_words_order_or_file_name():
     base = parse(FULL)
     assert parse(FULL, settings=["description=other words"]).fingerprint == base.fingerprint
+    assert parse(FULL, settings=["gate.max_kl=0.05"]).fingerprint == base.fingerprint, "a gate only judges"
     assert parse(FULL, name="other").fingerprint == base.fingerprint
     assert parse("# a comment\n" + FULL).fingerprint == base.fingerprint
     head, tail = FULL.split("export:")

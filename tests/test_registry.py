@@ -36,13 +36,15 @@ def test_a_method_is_found_by_its_name():
 
 
 def test_an_unknown_method_gets_the_nearest_name():
-    with pytest.raises(RecipeError, match="there is no quantize method 'gptqq'; known: gptq, rtn") as raised:
+    with pytest.raises(
+        RecipeError, match="there is no quantize method 'gptqq'; known: gptq, int8_split, rtn"
+    ) as raised:
         registry.method("quantize", "gptqq")
     assert raised.value.hint == "did you mean 'gptq'?"
 
 
 def test_a_name_like_no_other_gets_the_list_alone():
-    with pytest.raises(RecipeError, match="known: gptq, rtn") as raised:
+    with pytest.raises(RecipeError, match="known: gptq, int8_split, rtn") as raised:
         registry.method("quantize", "zzzzzz")
     assert raised.value.hint is None
 
@@ -81,7 +83,7 @@ def test_every_option_of_every_method_has_a_type_and_a_default(stage):
 def test_no_option_hides_a_key_of_its_section(stage):
     from outlierq.recipe import Quantize, Transform
 
-    own = {"quantize": Quantize, "transform": Transform}[stage].model_fields
+    own = {"quantize": Quantize}.get(stage, Transform).model_fields
     for chosen in registry.methods(stage).values():
         assert not chosen.options.keys() & own.keys()
 
@@ -105,8 +107,11 @@ def test_a_new_method_is_known_to_recipes_at_once(own_methods):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_registers_a_method_is_listed(stage):
-    package = import_module(f"outlierq.{stage}")
-    for module in iter_modules(package.__path__, f"outlierq.{stage}."):
+    decorators = {"quantize": "quantizer", "transform": "transform", "rewrite": "rewriter", "permute": "permuter"}
+    decorator = f"@{decorators[stage]}("
+    folder = "quantize" if stage == "quantize" else "transform"
+    package = import_module(f"outlierq.{folder}")
+    for module in iter_modules(package.__path__, f"outlierq.{folder}."):
         source = inspect.getsource(import_module(module.name))
-        registers = "@quantizer(" in source or "@transform(" in source
+        registers = decorator in source
         assert registers == (module.name in registry.METHOD_MODULES[stage]), module.name

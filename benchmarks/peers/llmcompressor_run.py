@@ -1,4 +1,7 @@
-"""Quantize MODEL with llm-compressor: 4-bit weights, groups of 64. Run by the Python of llm-compressor's environment.
+"""Quantize MODEL with llm-compressor. Run by the Python of llm-compressor's environment.
+
+4-bit weights in groups of 64, or w8a8: the recipe of its documentation for int8 weights and activations (SmoothQuant
+of strength 0.8, then GPTQ).
 
 All settings but the scheme and the calibration tokens are the peer's defaults: GPTQ with static activation order and
 damping 0.01, AWQ with duo scaling and 20 grid points, the sequential pipeline, one sample per batch.
@@ -14,6 +17,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 GROUP_SIZE = 64
@@ -27,6 +31,11 @@ def scheme(symmetric: bool) -> dict:
 
 def modifiers(method: str, symmetric: bool) -> list:
     """The recipe of `method`; awq-both is the setting of the peer's own AWQ example."""
+    if method == "w8a8":
+        return [
+            SmoothQuantModifier(smoothing_strength=0.8),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ]
     if method == "gptq":
         return [GPTQModifier(**scheme(symmetric))]
     if method == "awq":
@@ -54,7 +63,7 @@ def main() -> None:
     parser.add_argument("model", help="Hugging Face folder")
     parser.add_argument("tokens", type=Path, help="JSON file of calibration windows")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--method", choices=["gptq", "awq", "awq-both", "rtn"], required=True)
+    parser.add_argument("--method", choices=["gptq", "awq", "awq-both", "rtn", "w8a8"], required=True)
     parser.add_argument("--asymmetric", action="store_true")
     arguments = parser.parse_args()
     skip_pinning()

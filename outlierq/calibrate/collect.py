@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.extremes import Places, add_to_top, top_tokens
 from outlierq.calibrate.trace import first_input, submodule
+from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import NumbersError, StatsError
-from outlierq.core.stats import InputStats
+from outlierq.core.stats import LOG2_BINS, LOG2_LOWEST, TOKEN_BINS, TOP_TOKENS, InputStats
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +19,16 @@ if TYPE_CHECKING:
     from outlierq.core.model import InputGroup
 
 LARGE = 6.0  # the outlier criterion of LLM.int8(), arXiv:2208.07339 section 3.2
-FIELDS = (
-    "min", "max", "sum_x", "sum_abs", "sum_sq", "sum_cube", "sum_fourth", "count_large", "sequence_large",
-    "first_abs_max", "hessian", "rows", "first_rows",
-)  # fmt: skip
+HUGE = 20.0  # far beyond it: what no scale of a whole token survives
+FIELDS = tuple(field.name for field in fields(InputStats) if field.name not in ("tokens", "sequences"))
 DERIVED = {"mean": ("sum_x",), "abs_mean": ("sum_abs",), "abs_max": ("min", "max")}
-POSITIONAL = ("sequence_large", "first_abs_max", "first_rows")
+POSITIONAL = ("sequence_large", "first_abs_max", "first_rows", "top_tokens")
 ALL_FIELDS = frozenset(FIELDS)
+BLOCK_FIELDS = frozenset(field.name for field in fields(BlockStats)) - {"output_names"}
+# Fields that are not running sums of one shape.
+APART = frozenset({"rows", "first_rows", "top_tokens"})
+NEED_ABSOLUTE = frozenset({"sum_abs", "token_histogram", "top_tokens"})
+HISTOGRAM_STRIDE = 3  # counting every value would take as long as all power sums together
 # Elements handled at a time: 256 KiB in float32 keep the passes over them in the cache of a core (2 MiB take twice the
 # time); a GPU, and the matrix product anywhere, need large pieces instead: 128 MiB.
 CHUNK_ELEMENTS = 1 << 16
@@ -29,13 +36,32 @@ CHUNK_ELEMENTS_DEVICE = 1 << 22
 
 
 def stored_fields(needs: Iterable[str]) -> frozenset[str]:
-    """The `InputStats` fields behind the statistics in `needs`: derived ones ("abs_max") become what they come from."""
-    fields = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
-    fields |= {"first_rows"} if "hessian" in fields else set()  # to weigh attention sinks
-    unknown = sorted(fields - ALL_FIELDS)
+    """The `InputStats` and `BlockStats` fields behind `needs`: derived ones ("abs_max") become what they come from."""
+    wanted = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
+    wanted |= {"first_rows"} if "hessian" in wanted else set()  # to weigh attention sinks
+    unknown = sorted(wanted - ALL_FIELDS - BLOCK_FIELDS)
     if unknown:
-        raise StatsError(f"unknown statistics {unknown}; there are {[*FIELDS, *DERIVED]}")
-    return fields
+        raise StatsError(f"unknown statistics {unknown}; there are {[*FIELDS, *DERIVED, *sorted(BLOCK_FIELDS)]}")
+    return wanted
+
+
+def pieces(sequences: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """[sequences, tokens, K] in float32 pieces that fit a cache: which sequences, which tokens, and their values."""
+    count, length, channels = sequences.shape
+    elements = CHUNK_ELEMENTS if sequences.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
+    many, tokens = max(1, elements // (length * channels)), max(1, elements // channels)
+    for first in range(0, count, many):
+        for start in range(0, length, tokens):
+            rows, columns = slice(first, min(first + many, count)), slice(start, min(start + tokens, length))
+            yield rows, columns, sequences[rows, columns].float()
+
+
+def token_stride(sequence_length: int, least: int) -> int:
+    """Every how many tokens one is sampled: `least` or a little more, without a common divisor with the length.
+
+    So every position of a sequence, the first one too, has its fair share over the sequences.
+    """
+    return next(n for n in range(least, least + sequence_length + 1) if math.gcd(n, sequence_length) == 1)
 
 
 class Collector:
@@ -45,7 +71,8 @@ class Collector:
     sequence_length: tokens per sequence, to find positions in inputs that come as [tokens, K].
     skip_first_tokens: positions at the start of each sequence that are left out (they often are attention sinks);
     first_abs_max is of position 0 all the same. reservoir: rows to keep; each token has the same chance, and all
-    groups keep the same tokens. notes: what could not be done as asked.
+    groups keep the same tokens. ids: of the whole token set [sequences, tokens], to name tokens by. notes: what could
+    not be done as asked.
     """
 
     def __init__(
@@ -58,13 +85,14 @@ class Collector:
         skip_first_tokens: int = 0,
         reservoir: int = 512,
         seed: int = 0,
+        ids: torch.Tensor | None = None,
     ):
         if not 0 <= skip_first_tokens < sequence_length:
             raise StatsError(f"skip_first_tokens={skip_first_tokens} must be below the {sequence_length} of a sequence")
-        fields = stored_fields(needs) - (frozenset() if reservoir else {"rows"})
+        kept = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
-            group.name: _GroupSums(group.name, fields, sequence_length, skip_first_tokens, reservoir, seed)
+            group.name: _GroupSums(group.name, kept, sequence_length, skip_first_tokens, reservoir, seed, ids)
             for group in groups
         }
         self._handles: list[Any] = []
@@ -99,19 +127,22 @@ class _GroupSums:
     def __init__(
         self,
         name: str,
-        fields: frozenset[str],
+        kept: frozenset[str],
         sequence_length: int,
         skip: int,
         reservoir: int,
         seed: int,
+        ids: torch.Tensor | None,
     ):
-        self.name, self.fields = name, fields
+        self.name, self.fields = name, kept
         self.first: list[torch.Tensor] = []
-        self.sequence_length, self.skip = sequence_length, skip
+        self.sequence_length, self.skip, self.ids = sequence_length, skip, ids
+        self.stride = token_stride(sequence_length - skip, HISTOGRAM_STRIDE)
+        self.top: torch.Tensor | None = None
         self.tokens = self.sequences = 0
         self.routed = False
         self.values: dict[str, torch.Tensor] = {}
-        self.rows = _Reservoir(reservoir, seed) if "rows" in fields else None
+        self.rows = _Reservoir(reservoir, seed) if "rows" in kept else None
 
     def hook(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the group's first site."""
@@ -161,11 +192,19 @@ class _GroupSums:
         import torch
 
         starts = {"min": float("inf"), "max": float("-inf")}
+        shapes = {
+            "hessian": (channels, channels),
+            "log2_histogram": (channels, LOG2_BINS),
+            "token_histogram": (TOKEN_BINS,),
+        }
         with torch.inference_mode(False):
-            for name in self.fields - {"rows", "first_rows"} | {"min", "max"}:  # the extremes also show NaN and Inf
+            for name in self.fields - APART | {"min", "max"}:  # the extremes also show NaN and Inf
                 wide = torch.float32 if name in ("min", "max", "first_abs_max", "hessian") else torch.float64
-                shape = (channels, channels) if name == "hessian" else (channels,)
-                self.values[name] = torch.full(shape, starts.get(name, 0.0), dtype=wide, device=device)
+                wide = torch.int64 if name in ("log2_histogram", "token_histogram") else wide
+                shape = shapes.get(name, (channels,))
+                self.values[name] = torch.full(shape, starts.get(name, 0), dtype=wide, device=device)
+            if "log2_histogram" in self.fields:
+                self.offsets = torch.arange(channels, dtype=torch.int32, device=device) * LOG2_BINS
 
     def _as_sequences(self, inputs: torch.Tensor) -> torch.Tensor:
         """[sequences, tokens, K]; a flat input is cut at `sequence_length`, and if that does not fit it is routed."""
@@ -185,33 +224,62 @@ class _GroupSums:
 
     def _add_sequences(self, sequences: torch.Tensor) -> None:
         """Add everything but the matrix, over [sequences, tokens, K], piece by piece."""
-        count, length, channels = sequences.shape
+        import torch
+
+        count, length, _ = sequences.shape
+        token_max = torch.zeros(count, length, device=sequences.device)
+        for rows, columns, piece in pieces(sequences):
+            self._add_piece(piece, length, token_max[rows, columns])
+        if "token_histogram" in self.fields:
+            bins = (2 * token_max.flatten().clamp_min(2.0**-20).log2()).floor().long() + TOKEN_BINS // 2
+            self.values["token_histogram"] += bins.clamp_(0, TOKEN_BINS - 1).bincount(minlength=TOKEN_BINS)
+        if "top_tokens" in self.fields and not self.routed:
+            found = top_tokens(sequences, token_max, Places(self.ids, self.sequences, self.skip), TOP_TOKENS)
+            self.top = add_to_top(self.top, found, TOP_TOKENS)
+        if "log2_histogram" in self.fields:
+            sample = sequences.flatten(0, 1)[-self.tokens % self.stride :: self.stride]
+            for _, _, piece in pieces(sample[None]):
+                self._add_histogram(piece[0].abs())
         self.tokens += count * length
         self.sequences += 0 if self.routed else count
-        elements = CHUNK_ELEMENTS if sequences.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
-        for some in sequences.split(max(1, elements // (length * channels))):
-            for piece in some.split(max(1, elements // channels), dim=1):
-                self._add_piece(piece.float(), length)
 
-    def _add_piece(self, x: torch.Tensor, length: int) -> None:
-        """Add [S, T, K] float32: some sequences, or a piece of one that has `length` tokens."""
+    def _add_piece(self, x: torch.Tensor, length: int, token_max: torch.Tensor) -> None:
+        """Add [S, T, K] float32: some sequences, or a piece of one that has `length` tokens. token_max is filled."""
         rows = x.flatten(0, 1)
         low, high = rows.amin(0), rows.amax(0)  # aminmax along the rows is 5 times slower than both
         self._keep("min", low)
         self._keep("max", high)
-        self._add_powers(rows)
-        if self.fields & {"count_large", "sequence_large"} and float((-low).maximum(high).max()) >= LARGE:
-            hits = (x.abs() >= LARGE).sum(1).double().sum(0)
-            for name, per in (("count_large", 1), ("sequence_large", length)):
-                if name in self.fields:
-                    self.values[name] += hits / per
+        absolute = rows.abs() if self.fields & NEED_ABSOLUTE else rows
+        self._add_powers(rows, absolute)
+        self._add_counts(rows, (-low).maximum(high), length)
+        if self.fields & {"token_histogram", "top_tokens"}:
+            token_max.copy_(absolute.amax(1).view(token_max.shape))
 
-    def _add_powers(self, x: torch.Tensor) -> None:
+    def _add_counts(self, rows: torch.Tensor, largest: torch.Tensor, length: int) -> None:
+        """Count thresholds passed in [N, K], in the channels whose `largest` |x| passes one: mostly few."""
+        for threshold, names in ((LARGE, {"count_large": 1, "sequence_large": length}), (HUGE, {"count_huge": 1})):
+            channels = (largest >= threshold).nonzero()[:, 0] if self.fields & names.keys() else largest[:0]
+            if len(channels):
+                hits = (rows[:, channels].abs() >= threshold).float().sum(0).double()
+                for name in self.fields & names.keys():
+                    self.values[name].index_add_(0, channels, hits / names[name])
+
+    def _add_histogram(self, absolute: torch.Tensor) -> None:
+        """Count |x| [N, K] float32 by its exponent bits, which are floor(log2 |x|) + 127 (subnormals and 0: 0)."""
+        import torch
+
+        lowest = 127 + LOG2_LOWEST
+        bins = (absolute.view(torch.int32) >> 23).clamp_(lowest, lowest + LOG2_BINS - 1)
+        flat = bins.add_(self.offsets - lowest).flatten()
+        histogram = self.values["log2_histogram"]
+        histogram += flat.bincount(minlength=histogram.numel()).view_as(histogram)
+
+    def _add_powers(self, x: torch.Tensor, absolute: torch.Tensor) -> None:
         """Power sums of [N, K] float32."""
         square = x * x if self.fields & {"sum_sq", "sum_cube", "sum_fourth"} else None
         terms = {
             "sum_x": lambda: x,
-            "sum_abs": x.abs,
+            "sum_abs": lambda: absolute,
             "sum_sq": lambda: square,
             "sum_cube": lambda: square * x,
             "sum_fourth": lambda: square * square,
@@ -239,6 +307,10 @@ class _GroupSums:
             values["rows"] = self.rows.finish()
         if self.first and "first_rows" in kept:
             values["first_rows"] = torch.cat(self.first)
+        if self.top is not None and "top_tokens" in kept:
+            values["top_tokens"] = self.top.clone()
+        if "log2_histogram" in values:
+            values["log2_histogram"] = values["log2_histogram"].int()
         return InputStats(self.tokens, self.sequences, **values)
 
 

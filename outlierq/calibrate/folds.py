@@ -82,9 +82,23 @@ def _first_admitted(trial: Trial, group: InputGroup, candidates: list[tuple[str,
             note = (
                 f"{producer} absorbs the scale: output changed by {proof.error:.1g}, by {proof.control:.1g} without it"
             )
-            return replace(group, fold=fold, fold_note=note)
+            return replace(group, fold=_with_shift(trial, group, fold), fold_note=note)
         rejected.append((proof.error, producer, proof))
     return replace(group, fold=None, fold_note=_rejection(group, rejected))
+
+
+def _with_shift(trial: Trial, group: InputGroup, fold: Fold) -> Fold:
+    """The fold, and whether a shift of the input can be absorbed beside the scale: proved in the same way."""
+    without = [site.module for site in group.sites if site.bias is None]
+    if fold.bias is None:
+        return replace(fold, shift_note=f"no shift: there is no bias beside {fold.weight} to take it off")
+    if without:
+        return replace(fold, shift_note=f"no shift: {without[0]} has no bias to put it back")
+    proof = trial.check_shift(group, fold)
+    if not proof.admitted:
+        return replace(fold, shift_note=f"no shift: {fold.bias} would change the output by {proof.error:.1g}")
+    note = f"{fold.bias} absorbs a shift: output changed by {proof.error:.1g}, by {proof.control:.1g} without it"
+    return replace(fold, shift=True, shift_note=note)
 
 
 def _rejection(group: InputGroup, rejected: list[tuple[float, str, Proof]]) -> str:
@@ -128,8 +142,29 @@ class Trial:
         names = [name for name in (fold.weight, fold.bias) if name]
         producer = apply_fold({name: self.parameters[name].detach() for name in names}, fold, scale)
         consumers = {site.weight: self._unscaled(site, scale) for site in group.sites}
+        return self._proof(producer, consumers)
+
+    def check_shift(self, group: InputGroup, fold: Fold) -> Proof:
+        """Error and control of a random shift: the producer's bias takes it off, the sites' biases put it back."""
+        import torch
+
+        index = torch.tensor(fold.index)
+        shift = torch.randn(int(index.max()) + 1, generator=torch.Generator().manual_seed(self.seed))[index]
+        names = [fold.weight, fold.bias]
+        tensors = {name: self.parameters[name].detach() for name in names}
+        producer = apply_fold(tensors, fold, torch.ones_like(shift), shift)
+        return self._proof(producer, {site.bias: self._with_shift(site, shift) for site in group.sites})
+
+    def _proof(self, producer: Mapping[str, torch.Tensor], consumers: Mapping[str, torch.Tensor]) -> Proof:
+        """The change of the output with both replaced, and with the consumers alone."""
         error = self._change({**producer, **consumers})
         return Proof(error, self._change(consumers) if error <= MAX_ERROR else None)
+
+    def _with_shift(self, site: LinearSite, shift: torch.Tensor) -> torch.Tensor:
+        """The site's bias plus the site's answer to the shift."""
+        weight, bias = self.parameters[site.weight].detach(), self.parameters[site.bias].detach()
+        shift = shift.to(weight.device)
+        return bias + (shift @ weight if site.transposed else weight @ shift)
 
     def _unscaled(self, site: LinearSite, scale: torch.Tensor) -> torch.Tensor:
         """The site's weight with input columns multiplied by the scale."""
@@ -260,28 +295,38 @@ def _heads(config: Any) -> list[tuple[int, int]]:
 
 
 def producer_scale(fold: Fold, scale: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    """The scale by producer channel, [rows], 1 where a channel does not feed the group.
+    """The scale by producer channel, [rows], 1 where a channel does not feed the group; see `_by_producer`."""
+    return _by_producer(fold, scale, rows, 1.0, "scale")
 
-    scale: [K]. rows: output channels of the producer, by default as many as the map reaches. ValueError when input
-    channels that share a producer channel have different scales.
+
+def _by_producer(fold: Fold, values: torch.Tensor, rows: int | None, rest: float, what: str) -> torch.Tensor:
+    """Values of the group's channels by producer channel, [rows], `rest` where a channel does not feed the group.
+
+    values: [K]. rows: output channels of the producer, by default as many as the map reaches. ValueError when input
+    channels that share a producer channel have different values.
     """
     import torch
 
-    index = torch.tensor(fold.index, device=scale.device)
-    if scale.shape != index.shape:
-        raise ValueError(f"the scale has {scale.numel()} channels, the fold {index.numel()}")
-    by_row = torch.ones(rows or int(index.max()) + 1, dtype=scale.dtype, device=scale.device)
-    by_row[index] = scale
-    if not torch.equal(by_row[index], scale):
-        differing = int((by_row[index] != scale).sum())
-        raise ValueError(f"{differing} of {scale.numel()} channels differ in scale from one they share a producer with")
+    index = torch.tensor(fold.index, device=values.device)
+    if values.shape != index.shape:
+        raise ValueError(f"the {what} has {values.numel()} channels, the fold {index.numel()}")
+    by_row = torch.full((rows or int(index.max()) + 1,), rest, dtype=values.dtype, device=values.device)
+    by_row[index] = values
+    if not torch.equal(by_row[index], values):
+        differing = int((by_row[index] != values).sum())
+        raise ValueError(
+            f"{differing} of {values.numel()} channels differ in {what} from one they share a producer with"
+        )
     return by_row
 
 
-def apply_fold(tensors: Mapping[str, torch.Tensor], fold: Fold, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The producer's changed tensors, so that each channel j of the group's input comes out divided by scale[j].
+def apply_fold(
+    tensors: Mapping[str, torch.Tensor], fold: Fold, scale: torch.Tensor, shift: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The producer's changed tensors, so that channel j of the group's input comes out as (x_j - shift[j]) / scale[j].
 
-    tensors: float32, with at least the fold's weight and bias. scale: [K] > 0. Nothing is changed in place.
+    tensors: float32, with at least the fold's weight and bias. scale: [K] > 0. shift: [K], only for a producer with a
+    bias. Nothing is changed in place.
     """
     weight = tensors[fold.weight]
     rows = weight.shape[-1] if fold.transposed else weight.shape[0]
@@ -295,6 +340,9 @@ def apply_fold(tensors: Mapping[str, torch.Tensor], fold: Fold, scale: torch.Ten
     else:
         raise ValueError(f"unknown kind of fold: {fold.kind}")
     result = {fold.weight: changed}
+    if shift is not None and not fold.bias:
+        raise ValueError(f"{fold.weight} has no bias to take a shift off")
     if fold.bias:
-        result[fold.bias] = tensors[fold.bias] / divisor
+        offset = 0 if shift is None else _by_producer(fold, shift.to(weight.device), rows, 0.0, "shift")
+        result[fold.bias] = (tensors[fold.bias] - offset) / divisor
     return result

@@ -66,7 +66,7 @@ class Call:
             output = module(hidden, *after, **keyword)
         else:
             output = module(*after, **{self.name: hidden}, **keyword)
-        return _hidden_of(output, module)
+        return hidden_of(output, module)
 
 
 class HiddenStates:
@@ -172,6 +172,7 @@ class BlockRunner:
         self._records: list[_Record] = []
         self._known: dict[tuple, list[torch.Tensor]] = {}
         self._probe_tokens = PROBE_TOKENS
+        self._wrap = Wrap()
 
     def start(self, ids: torch.Tensor, *, progress: Progress | None = None) -> HiddenStates:
         """Record what every block receives and return the hidden states that enter the first one.
@@ -189,9 +190,9 @@ class BlockRunner:
         try:
             # Not inference_mode: recorded arguments may later take part in a forward with gradients.
             with torch.no_grad(), self._stubs() as stubs:
-                wrap = self._probe(ids[:1, :PROBE_TOKENS], stubs)
+                self._wrap = self._probe(ids[:1, :PROBE_TOKENS], stubs)
                 for number, batch in enumerate(batches):
-                    first = self._record(batch, stubs, wrap)
+                    first = self._record(batch, stubs, self._wrap)
                     if hidden is None:
                         hidden = self._hidden_states((*ids.shape, first.shape[-1]))
                     hidden.write(number, first)
@@ -262,6 +263,38 @@ class BlockRunner:
                 return call.run(module, noise.to(self.device, dtype, copy=True), dtype)
 
         return run
+
+    @contextmanager
+    def tail(self, ids: torch.Tensor, hidden: HiddenStates) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
+        """Inside, what follows the blocks can be run: a function from a batch and places in it to logits [n, vocab].
+
+        ids: [sequences, tokens] of the token set. hidden: the outputs of the last block. places: [n, 2], sequence in
+        the batch and position; only they go through the output head. `start` must have run. SourceError when the model
+        has no logits.
+        """
+        import torch
+
+        batches = ids.split(self.batch_size)
+        self.materialise("")
+        try:
+            with self._stubs() as stubs:
+                stubs[-1].is_last = False
+                for stub in stubs:
+                    stub.reset(self._wrap)
+
+                def logits_at(batch: int, places: torch.Tensor) -> torch.Tensor:
+                    stubs[0].given = hidden[batch].to(self.device, self.dtype, copy=True)
+                    rows, columns = places.to(self.device).unbind(1)
+                    with torch.inference_mode(), _heads_input_at(self.model, rows, columns):
+                        output = self.model(input_ids=batches[batch].to(self.device), use_cache=False)
+                    logits = getattr(output, "logits", None)
+                    if logits is None:
+                        raise SourceError(f"{type(self.model).__name__} returns no logits")
+                    return logits[rows, columns] if logits.shape[:2] == batches[batch].shape else logits[0]
+
+                yield logits_at
+        finally:
+            self.release("")
 
     def _hidden_states(self, shape: tuple[int, int, int]) -> HiddenStates:
         """Room for the hidden states of the whole token set."""
@@ -366,13 +399,14 @@ class Wrap:
 
 
 class _Stub:
-    """Stands for a block's forward: notes its arguments and returns the hidden states it was given."""
+    """Stands for a block's forward: notes its arguments and returns the hidden states it got, or those in `given`."""
 
     def __init__(self, module: torch.nn.Module):
         self.forward = module.forward
         self.is_last = self.run_real = False
         self.wrap = Wrap()
         self.received: torch.Tensor | None = None
+        self.given: torch.Tensor | None = None
         self.call: Call | None = None
 
     def reset(self, wrap: Wrap) -> None:
@@ -387,7 +421,23 @@ class _Stub:
             raise StopForward
         if self.is_last:
             raise StopForward
-        return self.wrap.put(self.received)
+        return self.wrap.put(self.received if self.given is None else self.given)
+
+
+@contextmanager
+def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """Inside, the output head gets only these tokens, as [1, n, channels]; a model without one runs as it is."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+    def chosen(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0][rows, columns][None], *args[1:]
+
+    handle = None if head is None else head.register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
@@ -400,7 +450,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     return kwargs[name], Call((), {key: value for key, value in kwargs.items() if key != name}, name)
 
 
-def _hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
+def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     """The hidden states in what a block returned."""
     import torch
 

@@ -1,4 +1,4 @@
-"""The statistics folder: `stats.json` and one safetensors file a block, written so that a killed run can go on.
+"""The statistics folder: `stats.json`, a safetensors file a block, and one of final logits; a killed run can go on.
 
 Until `finish`, the list of blocks is in `unfinished.json`; its last act is to give that file its final name.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from outlierq import __version__
+from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
+from outlierq.core.logits import LogitSample
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: histograms, top tokens, block statistics and logits
 FINISHED = "stats.json"
 UNFINISHED = "unfinished.json"
+LOGITS = "logits.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class StatsWriter:
     def __init__(self, folder: str | Path, identity: StatsIdentity):
         self.folder, self.identity = Path(folder), identity
         self.blocks: dict[int, dict[str, Any]] = {}
+        self.logits: dict[str, str] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,21 +66,43 @@ class StatsWriter:
         """Indices of the blocks that are written and verified."""
         return frozenset(self.blocks)
 
-    def write(self, index: int, groups: Sequence[InputGroup], stats: Mapping[str, InputStats]) -> None:
-        """Write one block. stats: by group name; a group may have none (a site that is never called)."""
-        from safetensors.torch import save
+    def write(
+        self,
+        index: int,
+        groups: Sequence[InputGroup],
+        stats: Mapping[str, InputStats],
+        block_stats: BlockStats | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Write one block. stats: by group name; a group may have none (a site that is never called).
 
+        notes: what was unusual about it. Tensors are named "group/field"; those of the block itself "/field".
+        """
         tensors = {f"{name}/{field}": value for name, kept in stats.items() for field, value in kept.tensors().items()}
-        content = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
-        name = f"block-{index:05d}.safetensors"
-        _write_atomically(self.folder / name, content)
+        if block_stats:
+            tensors |= {f"/{field}": value for field, value in block_stats.tensors().items()}
+        file = self._write_tensors(f"block-{index:05d}.safetensors", tensors)
         self.blocks[index] = {
             "index": index,
-            "file": name,
-            "sha256": hashlib.sha256(content).hexdigest(),
+            **file,
             "groups": [_group_to_json(group, stats.get(group.name)) for group in groups],
+            "output_names": block_stats.output_names if block_stats else (),
+            "notes": list(notes),
         }
         self._write_list()
+
+    def write_logits(self, sample: LogitSample) -> None:
+        """Write the final logits."""
+        self.logits = self._write_tensors(LOGITS, sample.tensors())
+        self._write_list()
+
+    def _write_tensors(self, name: str, tensors: Mapping[str, Any]) -> dict[str, str]:
+        """Write a file; its name and hash for the list."""
+        from safetensors.torch import save
+
+        content = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+        _write_atomically(self.folder / name, content)
+        return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
     def finish(self) -> None:
         """Declare the statistics complete."""
@@ -91,6 +117,7 @@ class StatsWriter:
             "format_version": FORMAT_VERSION,
             "outlierq": __version__,
             **self.identity.to_json(),
+            "logits": self.logits,
             "blocks": [self.blocks[index] for index in sorted(self.blocks)],
         }
         _write_atomically(self.folder / UNFINISHED, json.dumps(values, indent=1).encode())
@@ -115,9 +142,15 @@ class StatsWriter:
                     hint="give another folder, or delete this one",
                 )
         for block in values["blocks"]:
-            path = self.folder / block["file"]
-            if path.is_file() and _sha256(path) == block["sha256"]:
+            if self._is_intact(block):
                 self.blocks[block["index"]] = block
+        if values["logits"] and self._is_intact(values["logits"]):
+            self.logits = values["logits"]
+
+    def _is_intact(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the file of an entry is there as it was written."""
+        path = self.folder / entry["file"]
+        return path.is_file() and _sha256(path) == entry["sha256"]
 
 
 class StatsReader:
@@ -129,11 +162,13 @@ class StatsReader:
             raise self._missing()
         values = _read_list(self.folder / FINISHED, StatsError)
         names = StatsIdentity.__dataclass_fields__
-        absent = [name for name in (*names, "blocks") if name not in values]
+        absent = [name for name in (*names, "blocks", "logits") if name not in values]
         if absent:
             raise StatsError(f"{self.folder / FINISHED} lacks {', '.join(absent)}", hint="calibrate again")
         self.identity = StatsIdentity(**{name: values[name] for name in names})
         self._blocks = {block["index"]: block for block in values["blocks"]}
+        self._logits = values["logits"]
+        self._verified: set[str] = set()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -151,23 +186,9 @@ class StatsReader:
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Groups and statistics of one block, the latter by group name."""
-        from safetensors.torch import load
-
-        if index not in self._blocks:
-            raise StatsError(f"{self.folder} holds no statistics of block {index}; it holds {len(self._blocks)} blocks")
-        block = self._blocks[index]
-        path = self.folder / block["file"]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise StatsError(f"cannot read {path}: {error.strerror or error}", hint="calibrate again") from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != block["sha256"]:
-            raise StatsError(
-                f"{path} is damaged: sha256 {found[:12]}..., expected {block['sha256'][:12]}...", hint="calibrate again"
-            )
+        block = self._block(index)
         tensors: dict[str, dict[str, Any]] = {}
-        for key, value in load(content).items():
+        for key, value in self._read(block, lambda key: not key.startswith("/")).items():
             name, _, field = key.rpartition("/")
             tensors.setdefault(name, {})[field] = value
         groups = [_group_from_json(values) for values in block["groups"]]
@@ -178,6 +199,51 @@ class StatsReader:
             if group.name in tensors
         }
         return groups, stats
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """Statistics of the block itself; None when none were kept."""
+        block = self._block(index)
+        tensors = self._read(block, lambda key: key.startswith("/"))
+        if not tensors:
+            return None
+        return BlockStats(
+            **{key.removeprefix("/"): value for key, value in tensors.items()},
+            output_names=tuple(block["output_names"]),
+        )
+
+    def logits(self) -> LogitSample | None:
+        """Final logits of the original model at a sample of positions; None when none were kept."""
+        return LogitSample(**self._read(self._logits, lambda key: True)) if self._logits else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was unusual during calibration, each sentence once."""
+        return tuple(dict.fromkeys(text for index in self.indices for text in self._blocks[index]["notes"]))
+
+    def _block(self, index: int) -> dict[str, Any]:
+        """The entry of a block."""
+        if index not in self._blocks:
+            raise StatsError(f"{self.folder} holds no statistics of block {index}; it holds {len(self._blocks)} blocks")
+        return self._blocks[index]
+
+    def _read(self, entry: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+        """The wanted tensors of a file, which is verified when it is read first."""
+        from safetensors import safe_open
+
+        path = self.folder / entry["file"]
+        if entry["file"] not in self._verified:
+            try:
+                found = _sha256(path)
+            except OSError as error:
+                raise StatsError(f"cannot read {path}: {error.strerror or error}", hint="calibrate again") from error
+            if found != entry["sha256"]:
+                raise StatsError(
+                    f"{path} is damaged: sha256 {found[:12]}..., expected {entry['sha256'][:12]}...",
+                    hint="calibrate again",
+                )
+            self._verified.add(entry["file"])
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118, not a dict
 
     def _missing(self) -> StatsError:
         """Why there is no finished list of blocks."""
@@ -194,7 +260,7 @@ class StatsReader:
 
 def _is_ours(name: str) -> bool:
     """Whether a file may be left of our own killed run."""
-    return name.startswith(("block-", "hidden-states-", ".lock")) or name.endswith(".part")
+    return name.startswith(("block-", "hidden-states-", ".lock")) or name == LOGITS or name.endswith(".part")
 
 
 def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[str, Any]:

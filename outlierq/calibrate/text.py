@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.block_stats import MASS_COLUMNS
 from outlierq.core.errors import StatsError, during, nearest
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
+DELIMITERS = frozenset(".,;:!?\n")  # tokens made of these are where attention sinks are found (arXiv:2402.17762)
 HELD_OUT = 4  # every 4th topic of the embedded text is kept for evaluation
 ROW_FILES = (".jsonl", ".ndjson", ".parquet")
 # Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
@@ -121,6 +123,28 @@ def token_windows(
     names = " + ".join(source.name for source in chosen)
     form = "chats" if chat_template else "text"
     return TokenSet(ids, digest, f"{samples} x {sequence_length} tokens of {form}: {names}")
+
+
+def token_classes(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The class of every token [sequences, tokens] as its column in `MASS_COLUMNS`, uint8.
+
+    The first position of a sequence; special tokens; tokens of nothing but . , ; : ! ? newlines and spaces around
+    them; the rest.
+    """
+    import torch
+
+    first, special, delimiter, rest = range(len(MASS_COLUMNS))
+    known, special_ids = ids.unique(), frozenset(tokenizer.all_special_ids)
+    by_token = torch.full((int(known.max()) + 1,), rest, dtype=torch.uint8)
+    for token in known.tolist():
+        text = tokenizer.decode([token]).strip(" ")
+        if token in special_ids:
+            by_token[token] = special
+        elif text and DELIMITERS.issuperset(text):
+            by_token[token] = delimiter
+    classes = by_token[ids]
+    classes[:, 0] = first
+    return classes
 
 
 def shares(samples: int, weights: Sequence[float]) -> list[int]:

@@ -8,7 +8,20 @@ import sys
 import typer
 
 from outlierq import __version__
-from outlierq.cli.commands import calibrate, compare, demo, evaluate, inspect, plan, quantize, recipes
+from outlierq.cli.commands import (
+    calibrate,
+    compare,
+    demo,
+    detect,
+    diff,
+    evaluate,
+    inspect,
+    plan,
+    publish,
+    quantize,
+    recipes,
+    verify,
+)
 from outlierq.core.errors import EXIT_ERROR, OutlierqError
 
 INTERRUPTED = 130
@@ -26,8 +39,12 @@ app = typer.Typer(
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.command)
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.command)
 app.command("plan", epilog=plan.EXAMPLES)(plan.command)
+app.command("detect", epilog=detect.EXAMPLES)(detect.command)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("publish", epilog=publish.EXAMPLES)(publish.command)
 app.command("compare", epilog=compare.EXAMPLES)(compare.command)
+app.command("diff", epilog=diff.EXAMPLES)(diff.command)
+app.command("verify", epilog=verify.EXAMPLES)(verify.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.add_typer(recipes.app, name="recipes")
 app.command("demo", epilog=demo.EXAMPLES)(demo.command)

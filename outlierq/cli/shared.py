@@ -14,7 +14,9 @@ import typer
 from outlierq.core.errors import OutlierqError
 
 if TYPE_CHECKING:
+    from outlierq.core.limits import Limits
     from outlierq.core.model import Checkpoint
+    from outlierq.evaluate.gate import GateRow
     from outlierq.pipeline.events import Event, Listener
     from outlierq.pipeline.plan import Plan
     from outlierq.recipe import Recipe
@@ -31,6 +33,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, or cuda; auto takes a GPU 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables on stderr.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+MaxKl = Annotated[float | None, typer.Option(min=0, help="Exit with 3 when KL per token is above this (nats).")]
+MaxPerplexityIncrease = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Exit with 3 when perplexity rises by more: 3% or 0.03.")
+]
+MinTop1 = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Exit with 3 when top-1 agreement is below this: 90% or 0.9.")
+]
+MinTask = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK:POINTS",
+        help="Exit with 3 when a task scores less: mmlu:-1.0 against the original, mmlu:40 by itself. May be repeated.",
+    ),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Read the tasks' data from here instead of the Hub.")]
+Junit = Annotated[Path | None, typer.Option(help="Write what the gate says as JUnit XML, for CI servers.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again even if the same was measured before.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along. Read it first.")
 ]
@@ -118,6 +137,78 @@ def plan_rows(plan: Plan) -> list[Any]:
     return [*listed, PlanRow("embeddings, norms, biases", len(left), "as stored", others, others)]
 
 
+def gate_limits(
+    max_kl: float | None, max_perplexity_increase: str | None, min_top1: str | None, min_task: list[str] | None
+) -> Limits:
+    """The limits given on the command line."""
+    from outlierq.core.limits import Limits, TaskLimit, share
+
+    def read(parse: Any, text: str | None, option: str) -> Any:
+        try:
+            return None if text is None else parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from None
+
+    return Limits(
+        max_kl,
+        read(share, max_perplexity_increase, "--max-perplexity-increase"),
+        read(share, min_top1, "--min-top1"),
+        tuple(read(TaskLimit.parse, text, "--min-task") for text in min_task or ()),
+    )
+
+
+def gate_settings(
+    max_kl: float | None, max_perplexity_increase: str | None, min_top1: str | None, min_task: list[str] | None
+) -> list[str]:
+    """The same as settings of a recipe: a limit given here replaces the recipe's own."""
+    limits = gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
+    values = {name: getattr(limits, name) for name in ("max_kl", "max_perplexity_increase", "min_top1")}
+    values["min_task"] = [str(limit) for limit in limits.min_task] or None
+    return [f"gate.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def show_results(results: dict[str, Any], quiet: bool = False) -> None:
+    """What was measured, and the gate when there is one."""
+    from outlierq.report import terminal
+
+    show(terminal.divergence(results["divergence"]))
+    if "tasks" in results:
+        show(terminal.tasks(results["tasks"], results.get("reference_tasks")))
+    if results["gate"]:
+        show(terminal.gate(gate_rows(results)))
+    if results["from_cache"]:
+        names = ", ".join(results["from_cache"])
+        say(f"measured before and taken from the cache: {names} (--no-cache measures again)", quiet)
+
+
+def gate_rows(results: dict[str, Any]) -> list[GateRow]:
+    """The rows of a gate as they were judged."""
+    from outlierq.evaluate.gate import GateRow
+
+    return [GateRow(row["name"], row["value"], row["relation"], row["limit"]) for row in results["gate"]]
+
+
+def finish_gate(results: dict[str, Any], junit: Path | None) -> None:
+    """Write the JUnit file that was asked for; GateError when a limit was passed."""
+    from outlierq.evaluate.gate import raise_if_failed
+
+    rows = gate_rows(results)
+    if junit is not None:
+        from outlierq.report.junit import junit_xml
+
+        write_file(junit, junit_xml(rows, results["model"], results["divergence"]["seconds"]))
+    raise_if_failed(rows)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A file the user asked for, whole; OutlierqError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutlierqError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Listener]:
     """A listener that draws a progress bar on a terminal, and prints a line now and then elsewhere."""
@@ -176,6 +267,13 @@ def _lines() -> Listener:
         typer.echo(f"{event.stage} {event.done}/{event.total}{error}, peak {human_bytes(peak_bytes())}", err=True)
 
     return listen
+
+
+def command_line() -> str:
+    """What the user typed, so that a result says how to repeat it."""
+    import shlex
+
+    return shlex.join(["outlierq", *sys.argv[1:]])
 
 
 def out_path(text: str) -> Path:

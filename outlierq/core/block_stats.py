@@ -23,13 +23,16 @@ class BlockStats:
     residual_top: [n, 6] float32, the entries with the largest |h| of the block's output (`TOP_COLUMNS`).
     residual_first: [sequences, 6], the largest entry of every sequence, to see what repeats.
     residual_abs_max: [H]. residual_median: [] median over a sample of tokens of median |h|.
-    residual_kurtosis: [2], mean and largest over tokens of E[(h - mean)^4] / var^2.
+    residual_kurtosis: [2], mean over that sample and largest (over it and the token of each sequence with the largest
+    |h|) of E[(h - mean)^4] / var^2 over the channels.
     query_abs_max: [heads, D], key_abs_max, value_abs_max: [kv heads, D], all as attention sees them (keys and queries
     after RoPE). output_min, output_max: [outputs], output_sum, output_sum_sq: [outputs] float64: of the linears that
     may feed keys and values (before RoPE), concatenated in the order of `output_names`.
-    attention_mass: [heads, 4] mean probability by class of key position (`MASS_COLUMNS`); sink_value_norm: [kv heads],
-    norm of the value at position 0 over the median norm of the others.
-    expert_tokens: [experts], tokens routed to each expert. A field that could not be observed is None.
+    attention_mass: [heads, 4] mean probability by class of key position (`MASS_COLUMNS`), over a sample of queries;
+    sink_value_norm: [kv heads], mean over sequences of the norm of the value at position 0 over the median norm of the
+    others. expert_tokens: [experts] int64, tokens routed to each expert.
+    All tokens count, position 0 too. Medians are the lower one of two middle values. A field that could not be observed
+    is None.
     """
 
     residual_top: torch.Tensor | None = None

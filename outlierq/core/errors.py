@@ -52,6 +52,10 @@ class OutputError(OutlierqError):
     """The output folder cannot be written, is in use, or failed its verification."""
 
 
+class PublishError(OutlierqError):
+    """A checkpoint is not fit to be published, or the Hub did not take it."""
+
+
 class GateError(OutlierqError):
     """A quality gate failed."""
 

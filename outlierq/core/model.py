@@ -115,6 +115,8 @@ class Fold:
     (output rows / s, and the bias with them). weight, bias: tensor names of the producer.
     index: [K] tuple, producer channel (row) that feeds each input channel of the group; channels that share a producer
     channel must share their scale. transposed: the producer's weight is stored [in, out].
+    shift: a shift of the input can be absorbed, too: the producer's bias takes it off, the bias of every site of the
+    group puts it back. shift_note: how that was proved, or why not.
     """
 
     kind: str
@@ -122,6 +124,8 @@ class Fold:
     bias: str | None
     index: tuple[int, ...]
     transposed: bool = False
+    shift: bool = False
+    shift_note: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,32 @@ class MassiveEntry:
 
 
 @dataclass(frozen=True)
+class ChannelOutliers:
+    """One channel of an input. ratio: of its largest |x| to the median channel's. sigma_rate, iqr_rate: shares of the
+    sampled tokens; hill_alpha: exponent of their tail. None where the channel has no such figure (it is constant).
+    """
+
+    channel: int
+    abs_max: float
+    ratio: float | None = None
+    kurtosis: float | None = None
+    sigma_rate: float | None = None
+    iqr_rate: float | None = None
+    hill_alpha: float | None = None
+
+
+@dataclass(frozen=True)
 class GroupOutliers:
     """The input of the linears in one group.
 
     group: its name in the statistics. role: the name without block and numbers ("self_attn.q_proj").
     sites: the linears that read it. abs_max: [channels] largest |x|. outlier_channels: ascending.
+    top_channels: the channels with the largest |x|, largest first, with every measure.
     measures: name -> value (channel_ratio, top_share, kurtosis, sigma_rate, largest_sigma, iqr_rate, hill_alpha,
     token_range, log_qsur, ...). weights: site -> name -> value (alpha, stable_rank, ...).
     errors: scheme -> predicted relative output error, "w8a8", "w4a16", and the same after a remedy
-    ("w8a8 smoothquant"). remedy: the cheapest that helps, "" when none is needed. danger, reasons: in words.
+    ("w8a8 smoothquant", "w8a8 split", "w8a8 rotation", "w4a16 awq"); weights hold the errors of single sites, too.
+    remedy: the cheapest that helps W8A8, "16 bits" when none does, "" when none is needed. danger, reasons: in words.
     missing: measures that could not be computed, each with the reason.
     """
 
@@ -47,6 +64,7 @@ class GroupOutliers:
     tokens: int
     abs_max: tuple[float, ...]
     outlier_channels: tuple[int, ...] = ()
+    top_channels: tuple[ChannelOutliers, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -104,7 +122,13 @@ class OutlierReport:
                 f"the outlier report has layout version {version}; this program reads {OUTLIER_REPORT_VERSION}",
                 hint="write it again with `outlierq detect`",
             )
-        groups = tuple(_tuples(GroupOutliers, group) for group in values.pop("groups"))
+        groups = tuple(
+            _tuples(
+                GroupOutliers,
+                {**group, "top_channels": [ChannelOutliers(**channel) for channel in group.get("top_channels", ())]},
+            )
+            for group in values.pop("groups")
+        )
         blocks = tuple(
             _tuples(BlockOutliers, {**block, "massive": [MassiveEntry(**entry) for entry in block["massive"]]})
             for block in values.pop("blocks")

@@ -15,7 +15,8 @@ REPORT_VERSION = 1
 class SiteRow:
     """One quantized linear site.
 
-    bits: 2..8. group_size: None is per channel. output_error: tr(dW H dW^T) / tr(W H W^T), None when data-free.
+    bits: 2..8. group_size: None is per channel. output_error: tr(dW H dW^T) / tr(W H W^T), None when data-free; where
+    inputs are quantized as well, the same for both operands on the kept rows: ||Q(x) Q(W)^T - x W^T||^2 / ||x W^T||^2.
     weight_error: ||dW|| / ||W|| (Frobenius). bits_per_weight: stored, with scales and zero points.
     note: a fallback or anything unusual at this site.
     """

@@ -10,7 +10,7 @@ FP8_MAX = 448.0  # largest finite E4M3 value
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """8-bit symmetric numbers for the input of a linear.
+    """8-bit (int: also 4-bit) symmetric numbers for the input of a linear.
 
     kind: "int" (-128..127, or -127..127 where rounding keeps it there) or "float" (E4M3, saturating at 448).
     dynamic: scales are computed at run time from the values themselves; otherwise one scale is fixed from calibration.
@@ -49,7 +49,7 @@ class QuantScheme:
     bits: 2..8. group_size: input columns that share a scale; None means the whole row (per channel).
     symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
     scale_dtype: name of the torch dtype in which scales are stored ("bfloat16", "float16", "float32").
-    Every method rounds its scales to this dtype before it derives codes (methods sheet, section 0.2).
+    Every method rounds its scales to this dtype before it derives codes.
     kind: "int", or "float" (E4M3 values; 8 bits, symmetric). block: (rows, columns) that share a scale instead of
     group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16 bits.
     """
@@ -77,18 +77,20 @@ class QuantScheme:
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def groups(self, in_features: int) -> int:
-        """Number of groups in a row of `in_features` columns; the width must be divisible."""
+        """Number of groups in a row of `in_features` columns; the width must be divisible, but not by blocks."""
+        if self.block is not None:
+            return -(-in_features // self.block[1])
         return 1 if self.group_size is None else in_features // self.group_size
 
     def columns_per_group(self, in_features: int) -> int:
-        """Width of one group: `group_size`, or the whole row when scales are per channel."""
+        """Width of one group: `group_size`, that of a block, or the whole row when scales are per channel."""
+        if self.block is not None:
+            return self.block[1]
         return in_features if self.group_size is None else self.group_size
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Shape of the scales of a weight [rows, columns]."""
-        if self.block is not None:
-            return -(-rows // self.block[0]), -(-columns // self.block[1])
-        return rows, self.groups(columns)
+        return rows if self.block is None else -(-rows // self.block[0]), self.groups(columns)
 
     def __str__(self) -> str:
         group = "per channel" if self.group_size is None else f"g{self.group_size}"

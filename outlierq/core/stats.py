@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from outlierq.core.block_stats import TOP_COLUMNS
 from outlierq.core.errors import NumbersError, StatsError
 
 if TYPE_CHECKING:
     import torch
 
-SUMS = ("sum_x", "sum_abs", "sum_sq", "sum_cube", "sum_fourth", "count_large", "sequence_large")
+SUMS = (
+    "sum_x", "sum_abs", "sum_sq", "sum_cube", "sum_fourth", "count_large", "sequence_large", "count_huge",
+    "log2_histogram", "token_histogram",
+)  # fmt: skip
+# What cannot be derived for a scaled input: how often a threshold is passed, and which channel of a token is largest.
+THRESHOLDED = ("count_large", "sequence_large", "count_huge", "log2_histogram", "token_histogram", "top_tokens")
+TABLES = ("log2_histogram", "token_histogram", "top_tokens")  # those whose last axis is not the channels
+LOG2_BINS, LOG2_LOWEST = 48, -24
+TOKEN_BINS = 64
+TOP_TOKENS = 20
+SEQUENCE, VALUE = TOP_COLUMNS.index("sequence"), TOP_COLUMNS.index("value")
 EXTREMES = {"min": "minimum", "max": "maximum", "first_abs_max": "maximum"}
 
 
@@ -24,6 +35,12 @@ class InputStats:
     (the LLM.int8() criterion, arXiv:2208.07339 section 3). first_abs_max: [K] largest |x| at position 0 of a sequence.
     hessian: [K, K] float32, (1 / tokens) * sum of x x^T. rows: [R, K] bfloat16 reservoir of whole tokens.
     first_rows: [sequences, K] float32, the first token of every sequence (usually an attention sink).
+    count_huge: [K] tokens with |x| >= 20. log2_histogram: [K, 48] int32, bin b counts |x| in [2^(b-24), 2^(b-23)); what
+    is below (zeros, too) is in bin 0, what is above in bin 47. It is of a sample of the tokens, about every third; a
+    row's sum is their number. token_histogram: [64] int64, tokens by floor(2 log2(max over channels of |x|)) + 32,
+    clipped to the bins. top_tokens: [<= 20, 6] float32, the tokens with the largest |x|, largest first, a row a token
+    (columns: `TOP_COLUMNS` of core/block_stats.py, where the median is the lower one of two middle values; the token
+    id is -1 where it is not known).
     A field that the recipe did not need is None.
     """
 
@@ -42,6 +59,10 @@ class InputStats:
     hessian: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     first_rows: torch.Tensor | None = None
+    count_huge: torch.Tensor | None = None
+    log2_histogram: torch.Tensor | None = None
+    token_histogram: torch.Tensor | None = None
+    top_tokens: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
         """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
@@ -50,14 +71,15 @@ class InputStats:
             raise StatsError(
                 f"the statistics do not hold `{name}`", hint="calibrate again: `outlierq calibrate` keeps everything"
             )
-        if not value.isfinite().all():
+        # A sum is read several times faster than every value; it is not finite when a value is not, or on overflow.
+        if not (value.sum().isfinite() or value.isfinite().all()):
             raise NumbersError(f"the statistic `{name}` holds a NaN or Inf", hint="calibrate again")
         return value
 
     @property
     def channels(self) -> int:
         """Number of input channels K."""
-        return next(t.shape[-1] for t in self.tensors().values())
+        return next(t.shape[-1] for name, t in self.tensors().items() if name not in TABLES)
 
     @property
     def mean(self) -> torch.Tensor | None:
@@ -82,7 +104,7 @@ class InputStats:
     def merge(self, other: InputStats) -> InputStats:
         """Statistics of both halves of the data. Associative up to floating-point rounding.
 
-        Both sides must hold the same fields. The reservoirs are concatenated.
+        Both sides must hold the same fields. The reservoirs are concatenated; the sequences of `other` come after ours.
         """
         import torch
 
@@ -96,6 +118,8 @@ class InputStats:
                 merged[name] = getattr(torch, EXTREMES[name])(mine, theirs)
             elif name == "hessian":
                 merged[name] = mine * (self.tokens / tokens) + theirs * (other.tokens / tokens)
+            elif name == "top_tokens":
+                merged[name] = largest_entries(torch.cat([mine, _later(theirs, self.sequences)]), TOP_TOKENS)
             else:
                 merged[name] = torch.cat([mine, theirs])
         return replace(self, tokens=tokens, sequences=self.sequences + other.sequences, **merged)
@@ -103,18 +127,22 @@ class InputStats:
     def weighing_sinks(self, weight: float) -> InputStats:
         """The same with the first token of every sequence counted `weight` times in the hessian.
 
-        Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). Statistics
-        without first tokens (routed or skipped ones) are returned as they are.
+        Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). `sum_x` is
+        weighed alike, so that `shifted` fits the hessian. Statistics without first tokens (routed or skipped ones) are
+        returned as they are.
         """
         if self.hessian is None or self.first_rows is None:
             return self
         first = self.first_rows.float()
         total = self.tokens + (weight - 1) * len(first)
         weighed = (self.hessian * self.tokens).addmm_(first.T, first, alpha=weight - 1).div_(total)
-        return replace(self, hessian=weighed, first_rows=None)
+        sums = self.sum_x
+        if sums is not None:
+            sums = (sums + (weight - 1) * first.double().sum(0)) * (self.tokens / total)
+        return replace(self, hessian=weighed, sum_x=sums)
 
     def scaled(self, scale: torch.Tensor) -> InputStats:
-        """Statistics of x' = x / scale, for scale [K] > 0. H' = H / (s s^T) (methods sheet, section 0.3)."""
+        """Statistics of x' = x / scale, for scale [K] > 0. H' = H / (s s^T)."""
         wide = scale.double()
         powers = {"sum_x": 1, "sum_abs": 1, "sum_sq": 2, "sum_cube": 3, "sum_fourth": 4}
         changed: dict[str, torch.Tensor] = {}
@@ -127,5 +155,36 @@ class InputStats:
                 changed[name] = value / (scale[:, None] * scale[None, :])
             elif name in ("rows", "first_rows"):
                 changed[name] = (value.float() / scale).to(value.dtype)
-        # How often a threshold is passed cannot be derived for the scaled input.
-        return replace(self, **changed, count_large=None, sequence_large=None)
+        return replace(self, **changed, **dict.fromkeys(THRESHOLDED))
+
+    def shifted(self, shift: torch.Tensor) -> InputStats:
+        """Statistics of x' = x - shift, for shift [K]. H' = H - z m^T - m z^T + z z^T with m the mean of x."""
+        mean, wide, count = self.need("sum_x") / self.tokens, shift.double(), self.tokens
+        changed: dict[str, torch.Tensor | None] = dict.fromkeys(("sum_abs", "sum_sq", "sum_cube", "sum_fourth"))
+        changed["sum_x"] = self.sum_x - count * wide
+        for name in ("min", "max", "rows", "first_rows"):
+            value = getattr(self, name)
+            changed[name] = None if value is None else (value.float() - shift).to(value.dtype)
+        if self.hessian is not None:
+            cross = wide[:, None] * mean
+            moved = self.hessian.double() - cross - cross.T + wide[:, None] * wide
+            changed["hessian"] = moved.to(self.hessian.dtype)
+        first = changed["first_rows"]
+        changed["first_abs_max"] = None if first is None else first.float().abs().amax(0)
+        return replace(self, **changed, **dict.fromkeys(THRESHOLDED))
+
+
+def largest_entries(table: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` rows of a table of extreme entries (`TOP_COLUMNS`) with the largest |value|, largest first.
+
+    Of equal ones the earlier row comes first, so that the result does not depend on how the data was cut.
+    """
+    order = table[:, VALUE].abs().argsort(descending=True, stable=True)
+    return table[order[:count]]
+
+
+def _later(table: torch.Tensor, sequences: int) -> torch.Tensor:
+    """The table with its sequences counted from `sequences` on."""
+    moved = table.clone()
+    moved[:, SEQUENCE] += sequences
+    return moved

@@ -24,6 +24,7 @@ COMPANIONS = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}
     | {"input_scale", "input_zero_point", "input_global_scale"}
     | {"scales", "qzeros", "g_idx"}
+    | {"SCB", "weight_format", "outlier_columns", "outlier_weight"}
 )
 
 

@@ -1,15 +1,16 @@
-"""The quality gate: limits on a measured divergence, and exit code 3 when one is passed."""
+"""The quality gate: limits on what was measured, and exit code 3 when one is passed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from outlierq.core.errors import GateError, OutlierqError
+from outlierq.core.limits import Limits, TaskLimit
 
-if TYPE_CHECKING:
-    from outlierq.evaluate.divergence import Divergence
+# What a task is judged by when the limit names no metric: the first of these that it has.
+USUAL_METRICS = ("acc_norm", "acc", "exact_match (strict-match)", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,29 @@ class GateRow:
         verdict = "passed" if self.passed else "FAILED"
         return f"{verdict}  {self.name:<34} {self.value:>10.5g} {self.relation} {self.limit:<10.5g}".rstrip()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report, with the verdict."""
+        return vars(self) | {"passed": self.passed}
 
-def check_gate(
-    divergence: Divergence,
-    *,
-    max_kl: float | None = None,
-    max_perplexity_increase: float | None = None,
-    min_top1: float | None = None,
-) -> list[GateRow]:
+
+def check_gate(results: Mapping[str, Any], limits: Limits) -> list[GateRow]:
     """One row for every limit that is given.
 
-    max_kl: nats per token. max_perplexity_increase: relative, 0.05 allows 5 % over the reference.
-    min_top1: share of positions, 0..1. Raises when the divergence was measured without a reference.
+    results: "divergence" holds `Divergence.to_dict()`, "tasks" and "reference_tasks" what `run_tasks` returned for the
+    model and for the original. OutlierqError names a figure that a limit needs and that was not measured.
     """
-    limits = (
-        ("KL divergence per token (nats)", divergence.kl_per_token, "<=", max_kl),
-        ("perplexity increase (relative)", _perplexity_increase(divergence), "<=", max_perplexity_increase),
-        ("top-1 agreement (share)", divergence.top1_agreement, ">=", min_top1),
+    divergence = results.get("divergence") or {}
+    on_text = (
+        ("KL divergence per token (nats)", divergence.get("kl_per_token"), "<=", limits.max_kl),
+        ("perplexity increase (relative)", _perplexity_increase(divergence), "<=", limits.max_perplexity_increase),
+        ("top-1 agreement (share)", divergence.get("top1_agreement"), ">=", limits.min_top1),
     )
-    return [
+    rows = [
         GateRow(name, _known(name, value), relation, limit)
-        for name, value, relation, limit in limits
+        for name, value, relation, limit in on_text
         if limit is not None
     ]
+    return rows + [_task_row(limit, results) for limit in limits.min_task]
 
 
 def raise_if_failed(rows: Sequence[GateRow]) -> None:
@@ -66,11 +67,45 @@ def raise_if_failed(rows: Sequence[GateRow]) -> None:
         )
 
 
-def _perplexity_increase(divergence: Divergence) -> float | None:
+def _task_row(limit: TaskLimit, results: Mapping[str, Any]) -> GateRow:
+    """The row of one task, in points of 100."""
+    metric, score = _score(limit, results.get("tasks"), "the model")
+    name = f"{limit.task} {metric} (points)"
+    if not limit.relative:
+        return GateRow(name, score, ">=", limit.points)
+    _, before = _score(limit, results.get("reference_tasks"), "the original")
+    # Scores are fractions of whole samples; float noise must not fail a limit that is just kept.
+    return GateRow(f"{name}, change", round(score - before, 9), ">=", limit.points)
+
+
+def _score(limit: TaskLimit, measured: Mapping[str, Any] | None, whose: str) -> tuple[str, float]:
+    """The metric that counts, and its value in points of 100."""
+    rows = {row["metric"]: row["value"] for row in (measured or {}).get("rows", ()) if row["task"] == limit.task}
+    if not rows:
+        raise OutlierqError(
+            f"the gate needs task `{limit.task}` of {whose}, which was not run",
+            hint=f"measure with --tasks {limit.task}" + (" and --reference" if whose == "the original" else ""),
+        )
+    wanted = (limit.metric,) if limit.metric else USUAL_METRICS
+    chosen = next((metric for metric in wanted if metric in rows), None)
+    if chosen is None:
+        raise OutlierqError(
+            f"task `{limit.task}` has no metric {' or '.join(wanted)}; it has {', '.join(rows)}",
+            hint=f"name one that is a share, larger is better: {limit.task}/METRIC:{limit.points:g}",
+        )
+    if not 0 <= rows[chosen] <= 1:
+        raise OutlierqError(
+            f"{chosen} of task `{limit.task}` is {rows[chosen]:g}, which is no share of right answers",
+            hint="limit a perplexity with max_perplexity_increase",
+        )
+    return chosen, 100 * rows[chosen]
+
+
+def _perplexity_increase(divergence: Mapping[str, Any]) -> float | None:
     """Relative increase over the reference, None without one."""
-    if divergence.reference_perplexity is None:
+    if divergence.get("reference_perplexity") is None:
         return None
-    return divergence.perplexity / divergence.reference_perplexity - 1
+    return divergence["perplexity"] / divergence["reference_perplexity"] - 1
 
 
 def _known(name: str, value: float | None) -> float:

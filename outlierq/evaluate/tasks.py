@@ -10,7 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from outlierq.evaluate.task_data import leaf_tasks, task_manager, write_overlay
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
 CONTEXT_LIMIT = 2048  # a rolling task at a model's full 128 k would hold 64 GB of logits
@@ -29,8 +32,16 @@ BOOTSTRAP_ITERATIONS = 1000  # for metrics without a closed standard error; lm-e
 SEED = 1234  # lm-eval's own
 
 
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint folder that vLLM loads itself."""
+
+    folder: Path
+    trust_remote_code: bool = False
+
+
 def run_tasks(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Served,
     tokenizer: Any,
     tasks: Sequence[str],
     *,
@@ -45,6 +56,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run lm-eval tasks, groups or tags by name; nothing global is left changed.
 
+    model: a module, or the folder that vLLM is to serve (then it brings its own tokenizer).
     data_dir: folder of local data (see `task_data.find_local`); then the network is not touched. limit: samples per
     single task. num_fewshot: None follows each task. max_length: tokens of context, default the model's own up to
     2048. chat: apply the chat template. progress: called with the number of sequences evaluated so far.
@@ -54,10 +66,16 @@ def run_tasks(
     tasks = list(dict.fromkeys(tasks))
     if not tasks:
         raise OutlierqError("no tasks were named", hint="for example wikitext, arc_easy or mmlu")
-    length = max_length or _default_length(model)
+    served = isinstance(model, Served)
+    if served:
+        need_vllm()
+    length = max_length or (CONTEXT_LIMIT if served else _default_length(model))
     with ExitStack() as stack:
-        for guard in (_quiet(), _random_state_kept(seed), evaluating(model), _counting(model, progress)):
+        for guard in (_quiet(), _random_state_kept(seed)):
             stack.enter_context(guard)
+        if not served:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(_counting(model, progress))
         if data_dir is None:
             manager = task_manager(tasks)
         else:
@@ -67,10 +85,12 @@ def run_tasks(
             manager = task_manager(tasks, overlay)
         _refuse_overlap(manager, tasks)
         loaded = _load(manager, tasks, num_fewshot, seed)
-        results = _evaluate(model, tokenizer, loaded, limit, batch_size, length, chat)
+        answering = (_in_vllm if served else _in_process)(model, tokenizer, batch_size, length)
+        results = _evaluate(answering, loaded, limit, chat)
     rows = _rows(results, tasks)
     top = {row["task"] for row in rows if row["parent"] is None}
     conditions = {"limit": limit, "batch_size": batch_size, "max_length": length, "chat": chat, "seed": seed}
+    conditions["backend"] = "vllm" if served else "transformers"
     return {
         "rows": rows,
         "versions": {"lm_eval": version("lm_eval"), **_only(top, results["versions"])},
@@ -116,30 +136,12 @@ def _load(manager: TaskManager, tasks: list[str], num_fewshot: int | None, seed:
     return loaded
 
 
-def _evaluate(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    loaded: dict[str, Any],
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-    chat: bool,
-) -> dict[str, Any]:
-    """lm-eval's result dictionary. The tokenizer is copied: lm-eval gives it a padding token."""
-    from copy import deepcopy
-
+def _evaluate(answering: LM, loaded: dict[str, Any], limit: int | None, chat: bool) -> dict[str, Any]:
+    """lm-eval's result dictionary."""
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(
-        pretrained=model,
-        tokenizer=deepcopy(tokenizer),
-        backend="causal",
-        batch_size=batch_size,
-        max_length=max_length,
-    )
     return evaluate(
-        lm=wrapped,
+        lm=answering,
         task_dict=loaded,
         limit=limit,
         bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -147,6 +149,42 @@ def _evaluate(
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
+
+
+def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_length: int) -> LM:
+    """The model as lm-eval asks it. The tokenizer is copied: lm-eval gives it a padding token."""
+    from copy import deepcopy
+
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=model,
+        tokenizer=deepcopy(tokenizer),
+        backend="causal",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+
+
+def _in_vllm(served: Served, _tokenizer: Any, batch_size: int, max_length: int) -> LM:
+    """The folder in vLLM, as a client would load it."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(
+        pretrained=str(served.folder),
+        batch_size=batch_size,
+        max_model_len=max_length,
+        trust_remote_code=served.trust_remote_code,
+    )
+
+
+def need_vllm() -> None:
+    """OutlierqError where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise OutlierqError(
+            "the backend vllm is not installed here",
+            hint="pip install vllm in an environment of its own, or leave --backend out: outlierq then loads it",
+        )
 
 
 def _rows(results: Mapping[str, Any], tasks: list[str]) -> list[dict[str, Any]]:

@@ -1,20 +1,27 @@
-"""compressed-tensors `pack-quantized`: the format vLLM and transformers load without a plug-in."""
+"""compressed-tensors: the formats that vLLM and transformers load without a plug-in.
+
+`pack-quantized` for integer weights, `int-quantized` for integer weights with int8 inputs, `float-quantized` for E4M3.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
+from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import CacheScheme, QuantScheme
+from outlierq.export.ct_config import format_of, quantization_config
 from outlierq.ops.packing import pack, words_for
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["clients", "encode", "obstacle", "quantization_config", "tensor_specs"]
+
 SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+KERNEL_BLOCK = (128, 128)  # the only block that vLLM's kernels know
 
 
 def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
@@ -28,40 +35,96 @@ def clients(schemes: Collection[QuantScheme]) -> list[str]:
     """One line per client: does it load these schemes? Facts of 2026-11 (transformers 5.23, vLLM 0.32)."""
     asymmetric = any(not scheme.symmetric for scheme in schemes)
     transformers = "loads (dequantized at load, as its config asks)" if asymmetric else "loads"
+    if any(scheme.activations for scheme in schemes):
+        transformers = "loads (rounds inputs and weights, computes in 16 bits)"
     if asymmetric and len(schemes) > 1:
         # Its dequantizing loader decodes every linear with the first config group.
         transformers = (
             f"does not load {len(schemes)} schemes of which some are asymmetric; "
             "use one group_size that divides all widths and no overrides, or symmetric: true"
         )
-    odd = sorted({scheme.bits for scheme in schemes} - {4, 8})
-    widths = " and ".join(f"{bits}-bit" for bits in odd)
+    vllm = list(dict.fromkeys(note for scheme in sorted(schemes, key=str) for note in _vllm(scheme)))
     return [
         f"transformers 5.23 with compressed-tensors 0.20: {transformers}",
-        "vLLM 0.32: " + (f"has no kernel for {widths} weights; use 4 or 8 bits" if odd else "loads"),
+        f"vLLM 0.32: {'; '.join(vllm) or 'loads'}",
+    ]
+
+
+def _vllm(scheme: QuantScheme) -> list[str]:
+    """What is special about a scheme in vLLM; nothing when it just loads."""
+    inputs = scheme.activations
+    if scheme.kind == "float":
+        if scheme.block not in (None, KERNEL_BLOCK):
+            return [f"has no kernel for blocks of {scheme.block[0]} x {scheme.block[1]}; use 128 x 128"]
+        if inputs is None:
+            return ["fp8 weights with 16-bit inputs: not tried"]
+        if not inputs.dynamic:
+            return ["has no CPU kernel for fp8 inputs with static scales; GPU not tried"]
+        return ["fp8 is meant for GPUs; its CPU build loads it, but is slow without AMX-FP8"]
+    if inputs is None:
+        odd = f"has no kernel for {scheme.bits}-bit weights; use 4 or 8 bits"
+        return [] if scheme.bits in (4, 8) else [odd]
+    if inputs.bits != 8:
+        return [f"has no kernel for {inputs.bits}-bit inputs"]
+    if scheme.bits == 8 and scheme.group_size is None:
+        return [] if inputs.dynamic else ["loads, but on CPUs with AMX it computes scales per token instead"]
+    if scheme.bits == 4 and inputs.dynamic:
+        return []
+    return [f"{scheme}: not tried"]
+
+
+def cache_clients(cache: CacheScheme) -> list[str]:
+    """What clients do with the scales of the KV cache."""
+    backend = "" if cache.per == "tensor" else " and the Flash-Attention backend"
+    return [
+        f"vLLM 0.32, KV cache: uses the scales with `--kv-cache-dtype fp8`{backend}; a k_scale of exactly 1.0 in its "
+        "log means that they were not loaded",
+        "transformers 5.23, KV cache: rounds keys and values",
     ]
 
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor that replaces the site's weight."""
     rows, columns = site.out_features, site.in_features
-    groups = scheme.groups(columns)
+    scale_dtype, scales = SAFETENSORS_DTYPE[scheme.scale_dtype], scheme.scale_shape(rows, columns)
+    if format_of(scheme) != "pack-quantized":
+        specs = [
+            (site.weight, "F8_E4M3" if scheme.kind == "float" else "I8", (rows, columns)),
+            (f"{stem(site)}.weight_scale", scale_dtype, scales),
+        ]
+        static = scheme.activations is not None and not scheme.activations.dynamic
+        return [*specs, (f"{stem(site)}.input_scale", scale_dtype, (1,))] if static else specs
     specs = [
         (f"{stem(site)}.weight_packed", "I32", (rows, words_for(columns, scheme.bits))),
-        (f"{stem(site)}.weight_scale", SAFETENSORS_DTYPE[scheme.scale_dtype], (rows, groups)),
+        (f"{stem(site)}.weight_scale", scale_dtype, scales),
         (f"{stem(site)}.weight_shape", "I64", (2,)),
     ]
     if not scheme.symmetric:
-        specs.append((f"{stem(site)}.weight_zero_point", "I32", (words_for(rows, scheme.bits), groups)))
+        specs.append((f"{stem(site)}.weight_zero_point", "I32", (words_for(rows, scheme.bits), scales[1])))
     return specs
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`: unsigned codes packed along columns, zero points packed along rows."""
+    """The tensors of `tensor_specs`."""
+    if quantized.outlier_columns is not None:
+        raise OutputError(f"{site.module}: compressed-tensors has no place for outlier columns")
+    if format_of(quantized.scheme) == "pack-quantized":
+        return _packed(site, quantized)
+    tensors = {site.weight: quantized.codes, f"{stem(site)}.weight_scale": quantized.scale}
+    if quantized.input_scale is not None:
+        tensors[f"{stem(site)}.input_scale"] = quantized.input_scale
+    return tensors
+
+
+def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+    """Unsigned codes packed along columns, zero points packed along rows."""
     import torch
 
     scheme = quantized.scheme
-    codes = quantized.codes + (1 << (scheme.bits - 1)) if scheme.symmetric else quantized.codes
+    codes = quantized.codes
+    if scheme.symmetric:
+        # Wraps at 256: signed codes become unsigned.
+        codes = codes.to(torch.int8).view(torch.uint8) + (1 << (scheme.bits - 1))
     tensors = {
         f"{stem(site)}.weight_packed": pack(codes.to(torch.uint8), scheme.bits),
         f"{stem(site)}.weight_scale": quantized.scale,
@@ -78,53 +141,3 @@ def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
 def stem(site: LinearSite) -> str:
     """Tensor name without its last part: the module's name as the checkpoint spells it."""
     return site.weight.removesuffix(".weight")
-
-
-def quantization_config(
-    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json, built and checked by the compressed-tensors package.
-
-    sites: every linear with its scheme, None when kept. One scheme targets all `Linear` modules; several name theirs.
-    also_kept: modules without a tensor of their own (a tied head).
-    """
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-
-    by_scheme: dict[QuantScheme, list[str]] = {}
-    for site, scheme in sites:
-        if scheme is not None:
-            by_scheme.setdefault(scheme, []).append(site.module)
-    kept = [site.module for site, scheme in sites if scheme is None and site.kind == "Linear"]
-    kept += [module for module in also_kept if module not in kept]
-    groups = {}
-    for number, (scheme, modules) in enumerate(by_scheme.items()):
-        weights = QuantizationArgs(
-            num_bits=scheme.bits,
-            type="int",
-            symmetric=scheme.symmetric,
-            strategy="channel" if scheme.group_size is None else "group",
-            group_size=scheme.group_size,
-        )
-        targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
-        group = QuantizationScheme(targets=targets, weights=weights, format="pack-quantized")
-        groups[f"group_{number}"] = group
-    config = QuantizationConfig(
-        config_groups=groups, ignore=kept, format="pack-quantized", quantization_status="compressed"
-    ).model_dump(mode="json")
-    if len(by_scheme) == 1 and not next(iter(by_scheme)).symmetric:
-        # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense. Not
-        # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
-        config["dequantize"] = True
-    return config
-
-
-def _targets(modules: list[str], by_scheme: dict[QuantScheme, list[str]], scheme: QuantScheme) -> list[str]:
-    """Patterns over block numbers where they are unambiguous, full names otherwise."""
-    others = {pattern(m) for s, names in by_scheme.items() if s != scheme for m in names}
-    named = [pattern(m) if pattern(m) not in others else m for m in modules]
-    return list(dict.fromkeys(named))
-
-
-def pattern(module: str) -> str:
-    """ "model.layers.3.mlp.up_proj" as a pattern that matches it in every block."""
-    return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"

@@ -78,7 +78,7 @@ def make_layout(tensors: Iterable[OutputTensor], max_shard_bytes: int) -> Layout
     places: dict[str, Place] = {}
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
-    for number, content in enumerate(shards, 1):
+    for number, content in enumerate(map(_aligned, shards), 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         headers[name] = _header(content)
         offset = len(headers[name])
@@ -87,6 +87,16 @@ def make_layout(tensors: Iterable[OutputTensor], max_shard_bytes: int) -> Layout
             offset += tensor.nbytes
         sizes[name] = offset
     return Layout(places, headers, sizes)
+
+
+def _aligned(tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """The same tensors, those of odd length last, wide dtypes first: each then starts at a multiple of its width.
+
+    A file may have no holes, and readers that map it cannot view bytes at an odd place as wider numbers.
+    """
+    odd = [tensor for tensor in tensors if tensor.nbytes % 8]
+    even = [tensor for tensor in tensors if not tensor.nbytes % 8]
+    return even + sorted(odd, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
 
 
 def _header(tensors: list[OutputTensor]) -> bytes:

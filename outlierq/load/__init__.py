@@ -9,14 +9,21 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "attention_names": "attention",
+    "stored_prefix": "attention",
     "open_checkpoint": "sources",
     "build_skeleton": "skeleton",
     "checkpoint_names": "names",
     "find_structure": "skeleton",
     "load_tensors_into": "skeleton",
+    "reading_ahead": "read_ahead",
     "release": "skeleton",
+    "rows_of": "sources",
     "decode_codes": "decoders",
+    "decode_float_quantized": "decoders",
+    "decode_int_quantized": "decoders",
     "decode_pack_quantized": "decoders",
+    "decode_rows": "decoders",
     "load_model": "dense",
     "load_tokenizer": "dense",
     "unpacked": "packed",

@@ -20,12 +20,16 @@ def load_model(
 ) -> torch.nn.Module:
     """The model with every parameter from the checkpoint, in eval mode.
 
-    Packed weights (compressed-tensors `pack-quantized`) are decoded. dtype: torch dtype name of the floating-point
-    parameters. SourceError for compression formats that cannot be decoded.
+    Compressed weights are decoded; inputs of linears and the KV cache are rounded in every forward where the checkpoint
+    says so, so that the model computes what a server does. dtype: torch dtype name of the floating-point parameters.
+    SourceError for compression formats that cannot be decoded.
     """
     plain = unpacked(checkpoint)
     skeleton = build_skeleton(plain, trust_remote_code=trust_remote_code)
-    load_tensors_into(skeleton, plain, checkpoint_names(plain, skeleton), dtype=dtype, device=device)
+    names = checkpoint_names(plain, skeleton)
+    load_tensors_into(skeleton, plain, names, dtype=dtype, device=device)
+    if hasattr(plain, "install"):  # what else the format means: rounded inputs and cache, outlier columns
+        plain.install(skeleton, names)
     return skeleton
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.load.fingerprint import fingerprint
-from outlierq.load.shards import DTYPES, StoredTensor, lookup, read_header, read_stored, sample
+from outlierq.load.shards import DTYPES, StoredTensor, lookup, read_header, read_rows, read_stored, sample
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,11 @@ class FolderCheckpoint:
         """Sha256 hex, see `outlierq.load.fingerprint`."""
         return fingerprint([self._config_bytes], self.tensors, self._sample)
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in the order of the tensors."""
+        return list(dict.fromkeys(stored.path for stored in self._stored.values()))
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, in fresh memory on the CPU."""
         return self.read_many([name])[name]
@@ -77,6 +82,10 @@ class FolderCheckpoint:
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors; each shard is opened once."""
         return dict(read_stored(self._stored, names))
+
+    def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
+        """The tensor `count` rows at a time; a piece is valid until the next is asked for."""
+        return read_rows(lookup(self._stored, name), count)
 
     def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
         found = sorted((lookup(self._stored, name) for name in names), key=lambda stored: (stored.path, stored.start))

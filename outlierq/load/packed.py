@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
-from outlierq.load.decoders import decode_pack_quantized
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.load.activations import input_scheme, round_inputs
+from outlierq.load.attention import attention_names, round_cache, stored_prefix
+from outlierq.load.decoders import (
+    decode_float_quantized,
+    decode_int_quantized,
+    decode_pack_quantized,
+    decode_rows,
+)
 from outlierq.load.shards import lookup
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from outlierq.core.model import Checkpoint
 
-PACKED = ".weight_packed"
+SCALE, PACKED = ".weight_scale", ".weight_packed"
+KEY_SCALE, VALUE_SCALE = ".k_scale", ".v_scale"
 
-# Everything that pack-quantized stores for one weight.
-MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+# Everything that a format stores for one weight and for its input. The first one holds the codes.
+PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
+MEMBERS = {"pack-quantized": PACKED_MEMBERS, "int-quantized": BYTE_MEMBERS, "float-quantized": BYTE_MEMBERS}
 
 # Rotations at these places are already inside the stored weights; others would have to run with the model.
 FUSED = ("weight_input", "weight_output")
@@ -28,40 +41,72 @@ FUSED = ("weight_input", "weight_output")
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """How one weight is stored. shape: (out, in). members: stored tensor names by role."""
+    """How one weight is stored. shape: (out, in). members: stored tensor names by role.
+
+    form: name of the compressed-tensors format. block: rows and columns that share a scale. inputs: how the input of
+    the linear is rounded at run time, None for 16 bits.
+    """
 
     shape: tuple[int, int]
     bits: int
     symmetric: bool
     group_size: int | None
     members: dict[str, str]
+    form: str = "pack-quantized"
+    block: tuple[int, int] | None = None
+    inputs: ActivationScheme | None = None
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself when it is plain; otherwise the same checkpoint with packed weights decoded to float32.
+    """The checkpoint itself when it is plain; otherwise the same checkpoint with its weights decoded to float32.
 
-    SourceError when the compression is not compressed-tensors `pack-quantized` of weights alone.
+    What else the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model
+    by the result's `install`. SourceError when the compression cannot be decoded and run here.
     """
     found = checkpoint.config.get("quantization_config")
     if not found:
         return checkpoint
+    if found.get("quant_method") == "bitsandbytes":
+        from outlierq.load.bitsandbytes import int8_checkpoint
+
+        return int8_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "gptq":
+        from outlierq.load.gptq import gptq_checkpoint
+
+        return gptq_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "awq":
+        from outlierq.load.awq import awq_checkpoint
+
+        return awq_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "outlierq":
+        from outlierq.load.outlier_split import split_checkpoint
+
+        return split_checkpoint(checkpoint, found)
     _check_method(checkpoint, found)
-    modules = [name.removesuffix(PACKED) for name in checkpoint.tensors if name.endswith(PACKED)]
-    if not modules:
-        raise SourceError(f"{checkpoint.source} says pack-quantized, but holds no packed weight")
-    shapes = _shapes(checkpoint, modules)
-    return UnpackedCheckpoint(checkpoint, {f"{m}.weight": _packed(checkpoint, found, m, shapes[m]) for m in modules})
+    ends = (SCALE, PACKED)
+    modules = list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.tensors if n.endswith(ends)))
+    if not modules and _groups(found):
+        raise SourceError(f"{checkpoint.source} says that it is compressed, but holds no compressed weight")
+    groups = {module: _group_of(checkpoint, found, module) for module in modules}
+    packed = [m for m in modules if _form(groups[m], found) == "pack-quantized"]
+    shapes = _shapes(checkpoint, packed)
+    weights = {f"{m}.weight": _packed(checkpoint, found, m, groups[m], shapes.get(m)) for m in modules}
+    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, found))
 
 
 class UnpackedCheckpoint:
-    """A checkpoint whose packed weights are presented as float32 tensors. Satisfies `Checkpoint`."""
+    """A checkpoint whose packed weights are presented as float32 tensors. Satisfies `Checkpoint`.
 
-    def __init__(self, packed: Checkpoint, weights: dict[str, PackedWeight]):
-        self._packed, self._weights = packed, weights
+    cache: stored prefix of an attention module -> names of its scales for keys and values.
+    """
+
+    def __init__(self, packed: Checkpoint, weights: dict[str, PackedWeight], cache: dict[str, tuple[str, str]]):
+        self._packed, self._weights, self._cache = packed, weights, cache
         self.source, self.kind, self.dtype = packed.source, packed.kind, packed.dtype
         self.path, self.revision = packed.path, packed.revision
         self.config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         members = {name for weight in weights.values() for name in weight.members.values()}
+        members |= {name for names in cache.values() for name in names}
         self.tensors: dict[str, TensorInfo] = {
             name: info for name, info in packed.tensors.items() if name not in members
         }
@@ -87,22 +132,81 @@ class UnpackedCheckpoint:
         if name not in self._weights:
             return self._packed.read(name)
         weight = self._weights[name]
-        parts = {role: self._packed.read(stored) for role, stored in weight.members.items() if role != "weight_shape"}
-        return torch.from_numpy(
-            decode_pack_quantized(
-                parts["weight_packed"],
-                parts["weight_scale"],
-                None if weight.symmetric else parts["weight_zero_point"],
-                weight.shape,
-                weight.bits,
-                group_size=weight.group_size,
-                group_index=parts.get("weight_g_idx"),
-            )
-        )
+        unread = ("weight_shape", "input_scale")
+        parts = {role: self._packed.read(stored) for role, stored in weight.members.items() if role not in unread}
+        return torch.from_numpy(_decode(weight, parts))
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors."""
         return {name: self.read(name) for name in names}
+
+    @property
+    def linears(self) -> Mapping[str, PackedWeight]:
+        """How each packed weight is stored, by the name of the weight."""
+        return self._weights
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes, scales and zero points of a packed weight. SourceError when they are not in groups of columns."""
+        weight = self._weights[name]
+        if "weight_g_idx" in weight.members:
+            raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
+        parts = {role: self._packed.read(stored) for role, stored in weight.members.items()}
+        scale_dtype = str(parts["weight_scale"].dtype).removeprefix("torch.")
+        scheme = QuantScheme(
+            weight.bits,
+            weight.group_size,
+            weight.symmetric,
+            scale_dtype,
+            kind="float" if weight.form == "float-quantized" else "int",
+            block=weight.block,
+            activations=weight.inputs,
+        )
+        scale, wanted = parts["weight_scale"], scheme.scale_shape(*weight.shape)
+        if scale.numel() == 1:
+            parts["weight_scale"] = scale = scale.reshape(1, 1).expand(wanted).contiguous()
+        if tuple(scale.shape) != wanted:
+            raise SourceError(f"{name} of {self.source} has scales {list(scale.shape)}; {scheme} needs {list(wanted)}")
+        if weight.form == "pack-quantized":
+            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
+        return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
+
+    def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
+        """Let a model with the decoded weights round inputs and cache as the checkpoint says.
+
+        names: parameter -> stored tensor. SourceError when the cache scales fit no attention module.
+        """
+        inputs = {}
+        for slot, tensor in names.items():
+            weight = self._weights.get(tensor)
+            if weight is not None and weight.inputs is not None:
+                static = weight.members.get("input_scale")
+                scale = None if weight.inputs.dynamic else self._packed.read(static)
+                inputs[slot.removesuffix(".weight")] = (weight.inputs, scale)
+        round_inputs(model, inputs)
+        if self._cache:
+            attention = {stored_prefix(name, names): name for name in attention_names(model)}
+            lost = sorted(self._cache.keys() - attention.keys())
+            if lost:
+                raise SourceError(f"{self.source} has cache scales for {lost[0]}, which is no attention of the model")
+            read = self._packed.read
+            round_cache(model, {attention[p]: (read(key), read(value)) for p, (key, value) in self._cache.items()})
+
+
+def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
+    """Float32 [out, in] by the decoder of the format."""
+    if weight.form == "int-quantized":
+        return decode_int_quantized(parts["weight"], parts["weight_scale"])
+    if weight.form == "float-quantized":
+        return decode_float_quantized(parts["weight"], parts["weight_scale"], block=weight.block)
+    return decode_pack_quantized(
+        parts["weight_packed"],
+        parts["weight_scale"],
+        None if weight.symmetric else parts["weight_zero_point"],
+        weight.shape,
+        weight.bits,
+        group_size=weight.group_size,
+        group_index=parts.get("weight_g_idx"),
+    )
 
 
 def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
@@ -113,15 +217,20 @@ def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     if method != "compressed-tensors":
         raise SourceError(
             f"{checkpoint.source} is compressed with {method}, which is not decoded here",
-            hint="compressed-tensors pack-quantized is; evaluate other formats with their own runtime",
+            hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
         )
-    formats = sorted({group.get("format") or config.get("format") or "none" for group in groups})
-    if formats != ["pack-quantized"]:
-        faults.append(f"format {', '.join(formats) or 'none'}")
-    if any(group.get("input_activations") or group.get("output_activations") for group in groups):
-        faults.append("quantized activations")
-    if config.get("kv_cache_scheme"):
-        faults.append("a quantized KV cache")
+    forms = sorted({_form(group, config) for group in groups} - MEMBERS.keys())
+    if forms or not (groups or config.get("kv_cache_scheme")):
+        faults.append(f"format {', '.join(forms) or 'none'}")
+    inputs = [input_scheme(group.get("input_activations")) for group in groups]
+    faults += sorted({fault for fault in inputs if isinstance(fault, str)})
+    if any(group.get("output_activations") for group in groups):
+        faults.append("quantized outputs")
+    if any(
+        _form(g, config) != "pack-quantized" and not (g.get("weights") or {}).get("symmetric", True) for g in groups
+    ):
+        faults.append("unpacked weights with zero points")
+    faults += _cache_faults(config.get("kv_cache_scheme"))
     if _online_transforms(config):
         faults.append("rotations that run with the model")
     if faults:
@@ -134,6 +243,32 @@ def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
 def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config groups, in their order."""
     return list((config.get("config_groups") or {}).values())
+
+
+def _form(group: dict[str, Any], config: dict[str, Any]) -> str:
+    """The format of a config group; its own wins over that of the whole checkpoint."""
+    return group.get("format") or config.get("format") or "none"
+
+
+def _cache_faults(cache: dict[str, Any] | None) -> list[str]:
+    """Why the KV cache cannot be rounded here."""
+    if not cache:
+        return []
+    known = cache.get("strategy") in ("tensor", "attn_head") and cache.get("symmetric", True)
+    if known and (cache.get("num_bits"), cache.get("type"), bool(cache.get("dynamic"))) == (8, "float", False):
+        return []
+    return [f"a KV cache of {cache.get('num_bits')}-bit {cache.get('type')} numbers per {cache.get('strategy')}"]
+
+
+def _cache_scales(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Stored prefix of each attention module -> names of its two scales; SourceError when one is missing."""
+    if not config.get("kv_cache_scheme"):
+        return {}
+    prefixes = [name.removesuffix(KEY_SCALE) for name in checkpoint.tensors if name.endswith(KEY_SCALE)]
+    lost = [f"{p}{VALUE_SCALE}" for p in prefixes if f"{p}{VALUE_SCALE}" not in checkpoint.tensors]
+    if lost or not prefixes:
+        raise SourceError(f"{checkpoint.source} has a quantized KV cache, but no {lost[0] if lost else 'k_scale'}")
+    return {prefix: (f"{prefix}{KEY_SCALE}", f"{prefix}{VALUE_SCALE}") for prefix in prefixes}
 
 
 def _online_transforms(config: dict[str, Any]) -> bool:
@@ -151,17 +286,30 @@ def _shapes(checkpoint: Checkpoint, modules: list[str]) -> dict[str, tuple[int, 
     return {names[name]: tuple(value.tolist()) for name, value in checkpoint.read_many(names).items()}
 
 
-def _packed(checkpoint: Checkpoint, config: dict[str, Any], module: str, shape: tuple[int, int]) -> PackedWeight:
-    """How one module's weight is stored, after its config group."""
-    weights = _group_of(checkpoint, config, module)["weights"]
-    stored = {role: f"{module}.{role}" for role in MEMBERS}
+def _packed(
+    checkpoint: Checkpoint, config: dict[str, Any], module: str, group: dict[str, Any], shape: tuple[int, int] | None
+) -> PackedWeight:
+    """How one module's weight is stored, after its config group. shape: (out, in) where it is packed."""
+    weights, form = group["weights"], _form(group, config)
+    inputs = input_scheme(group.get("input_activations"))
+    stored = {role: f"{module}.{role}" for role in MEMBERS[form]}
     members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
-    needed = ["weight_scale"] + ([] if weights.get("symmetric", True) else ["weight_zero_point"])
+    needed = [MEMBERS[form][0], "weight_scale"]
+    needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
+    needed += ["input_scale"] if inputs is not None and not inputs.dynamic else []
     for role in needed:
         if role not in members:
             raise SourceError(f"{checkpoint.source} has no {module}.{role}")
-    size = weights.get("group_size") if weights.get("strategy") == "group" else None
-    return PackedWeight(shape, weights["num_bits"], weights.get("symmetric", True), size, members)
+    return PackedWeight(
+        shape or checkpoint.tensors[members["weight"]].shape,
+        weights["num_bits"],
+        weights.get("symmetric", True),
+        weights.get("group_size") if weights.get("strategy") == "group" else None,
+        members,
+        form,
+        tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
+        inputs,
+    )
 
 
 def _group_of(checkpoint: Checkpoint, config: dict[str, Any], module: str) -> dict[str, Any]:

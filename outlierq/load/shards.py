@@ -156,6 +156,24 @@ def read_stored(tensors: dict[str, StoredTensor], names: Iterable[str]) -> Itera
                 yield stored.info.name, _read_one(file, stored)
 
 
+def read_rows(stored: StoredTensor, count: int) -> Iterator[torch.Tensor]:
+    """A tensor `count` rows at a time, in one buffer: a piece is valid until the next is asked for.
+
+    Fresh memory for every tensor would cost more than reading it: the system clears each page before it is filled.
+    """
+    import torch
+
+    rows = stored.info.shape[0]
+    row_bytes = stored.info.nbytes // max(1, rows)
+    raw = torch.empty(min(count, rows) * row_bytes, dtype=torch.uint8)
+    with stored.path.open("rb", buffering=0) as file:
+        for first in range(0, rows, count):
+            part = raw[: min(count, rows - first) * row_bytes]
+            start = stored.start + first * row_bytes
+            read_exactly(file, start, memoryview(part.numpy()), stored.info.name, stored.path)
+            yield part.view(torch_dtype(stored.info.dtype)).view(-1, *stored.info.shape[1:])
+
+
 def lookup(tensors: dict[str, Any], name: str) -> Any:
     """The entry of a tensor; SourceError with the nearest name when there is none."""
     if name in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from outlierq.core.errors import SourceError, nearest
 from outlierq.load.folder import PICKLES, FolderCheckpoint, pickle_refusal
 
 if TYPE_CHECKING:
+    import torch
+
     from outlierq.core.model import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,6 +41,13 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
     if not trust_remote_code:
         _refuse_remote_code(checkpoint)
     return checkpoint
+
+
+def rows_of(checkpoint: Checkpoint, name: str, count: int) -> Iterator[torch.Tensor]:
+    """A tensor `count` rows at a time; a piece is valid until the next is asked for. Other sources read it whole."""
+    if isinstance(checkpoint, FolderCheckpoint):
+        return checkpoint.read_rows(name, count)
+    return iter(checkpoint.read(name).split(count))
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:

@@ -1,8 +1,11 @@
-"""Output error of a changed weight, from the hessian of its input alone."""
+"""Output error of a changed weight, from the hessian of its input; with quantized inputs, from kept rows of it."""
 
 from __future__ import annotations
 
 import torch
+
+from outlierq.core.scheme import ActivationScheme
+from outlierq.ops.activations import fake_quantize
 
 
 def output_error(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -14,6 +17,29 @@ def relative_output_error(w: torch.Tensor, approximation: torch.Tensor, hessian:
     """Output error of `approximation` divided by the mean squared output of `w`; 0 for an all-zero output."""
     power = output_error(w, hessian).item()
     return output_error(approximation - w, hessian).item() / power if power > 0 else 0.0
+
+
+def relative_error_of_both(
+    w: torch.Tensor,
+    approximation: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    scheme: ActivationScheme,
+    input_scale: torch.Tensor | None,
+    columns: torch.Tensor | None = None,
+) -> float:
+    """The same with quantized inputs: sum of ||Q(x) A^T - x W^T||^2 over sum of ||x W^T||^2; 0 for an all-zero output.
+
+    rows: [n, in] inputs x; counts: [n] how many tokens each stands for. input_scale: of a static scheme.
+    columns: [k] channels that stay in 16 bits, outside of the scale (`QuantTensor.outlier_columns`).
+    """
+    expected = rows @ w.T
+    power = (expected.square().sum(1) * counts).sum().item()
+    inputs = fake_quantize(rows if columns is None else rows.index_fill(1, columns, 0.0), scheme, input_scale)
+    if columns is not None:
+        inputs[:, columns] = rows[:, columns]
+    found = inputs @ approximation.T
+    return (found.sub_(expected).square_().sum(1) * counts).sum().item() / power if power > 0 else 0.0
 
 
 def relative_weight_error(w: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -1,4 +1,8 @@
-"""Integer grids: scales, zero points and rounding, defined once for every method (methods sheet, section 0.2)."""
+"""Grids of integers or of E4M3 floats: scales, zero points and rounding, defined once for every method.
+
+A scheme with two-dimensional blocks is handled as groups of columns whose scale is the same in all rows of a block, so
+that every method works with it; `over_blocks` is what makes the rows of a block agree.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from outlierq.core.scheme import QuantScheme
 class Grid:
     """One scale and zero point per (row, group). scale: [out, groups] float32, already rounded to the storage dtype.
 
-    zero_point: [out, groups] float32 integers, or None when the scheme is symmetric.
+    zero_point: [out, groups] float32 integers, or None when the scheme is symmetric. With blocks, the rows of a block
+    hold the same scale.
     """
 
     scale: torch.Tensor
@@ -23,10 +28,8 @@ class Grid:
 
     def encode(self, grouped: torch.Tensor) -> torch.Tensor:
         """Float32 codes of `grouped` [out, groups, columns]: nearest code, clamped to the range."""
-        codes = (grouped / self.scale[..., None]).round_()
-        if self.zero_point is not None:
-            codes += self.zero_point[..., None]
-        return codes.clamp_(self.scheme.code_min, self.scheme.code_max)
+        zero_point = None if self.zero_point is None else self.zero_point[..., None]
+        return nearest_code(grouped / self.scale[..., None], zero_point, self.scheme)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Float32 weights of `codes` [out, groups, columns]."""
@@ -47,14 +50,47 @@ class Grid:
 
     def per_column(self, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point of every weight, [out, in]."""
-        repeat = columns // self.scale.shape[1]
+        repeat = self.scheme.columns_per_group(columns)
         zero_point = None if self.zero_point is None else self.zero_point.repeat_interleave(repeat, dim=1)
-        return self.scale.repeat_interleave(repeat, dim=1), zero_point
+        return self.scale.repeat_interleave(repeat, dim=1)[:, :columns], zero_point
+
+
+def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme) -> torch.Tensor:
+    """The code nearest to `ratio` = weight / scale, in float32 and in place: round to even, saturate at the range."""
+    if scheme.kind == "float":
+        # Clamped first: the cast has no infinity to saturate to, it would give NaN.
+        return ratio.copy_(ratio.clamp_(scheme.code_min, scheme.code_max).to(torch.float8_e4m3fn))
+    ratio.round_()
+    if zero_point is not None:
+        ratio.add_(zero_point)
+    return ratio.clamp_(scheme.code_min, scheme.code_max)
 
 
 def in_groups(w: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """View [out, in] as [out, groups, columns]; the width must be divisible by the group size."""
+    """[out, in] as [out, groups, columns]: a view; the width must be divisible by the group size.
+
+    Blocks may be narrower at the right edge: the last one is then filled up with zeros, in a copy.
+    """
+    missing = -w.shape[1] % scheme.block[1] if scheme.block is not None else 0
+    if missing:
+        w = torch.nn.functional.pad(w, (0, missing))
     return w.view(w.shape[0], scheme.groups(w.shape[1]), -1)
+
+
+def from_groups(grouped: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `in_groups`: [out, groups, columns of a group] as [out, columns]."""
+    return grouped.flatten(1)[:, :columns].contiguous()
+
+
+def over_blocks(values: torch.Tensor, scheme: QuantScheme, reduction: str) -> torch.Tensor:
+    """`values` [out, groups]; with blocks, every row of a block holds the "sum" or "amax" of its rows instead."""
+    if scheme.block is None:
+        return values
+    rows = len(values)
+    block = torch.arange(rows, device=values.device) // scheme.block[0]
+    index = block[:, None].expand_as(values)
+    blocks = values.new_zeros(int(block[-1]) + 1, values.shape[1])
+    return blocks.scatter_reduce_(0, index, values, reduction, include_self=False)[block]
 
 
 def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
@@ -66,12 +102,13 @@ def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
 def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     """The grid that just holds every weight of its group. w: [out, in] float32.
 
-    Symmetric: scale = max|w| / (2^(bits-1) - 1). Asymmetric: the range is extended to hold 0,
+    Symmetric: scale = max|w| / (2^(bits-1) - 1), for E4M3 max|w| / 448. Asymmetric: the range is extended to hold 0,
     scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale).
     """
     grouped = in_groups(w, scheme)
     if scheme.symmetric:
-        return Grid(stored(grouped.abs().amax(-1) / scheme.code_max, scheme), None, scheme)
+        largest = over_blocks(grouped.abs().amax(-1), scheme, "amax")
+        return Grid(stored(largest / scheme.code_max, scheme), None, scheme)
     return range_grid(grouped.amin(-1), grouped.amax(-1), scheme)
 
 
@@ -83,12 +120,13 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme) -> Gr
 
 
 def to_quant_tensor(codes: torch.Tensor, grid: Grid) -> QuantTensor:
-    """Pack float codes [out, in] and their grid into a `QuantTensor` with integer codes."""
+    """Float32 codes [out, in] and their grid as a `QuantTensor`, with codes of 8 bits."""
     scheme = grid.scheme
     integer = torch.int8 if scheme.symmetric else torch.uint8
+    scale = grid.scale if scheme.block is None else grid.scale[:: scheme.block[0]]
     return QuantTensor(
-        codes=codes.to(integer),
-        scale=grid.scale.to(getattr(torch, scheme.scale_dtype)),
+        codes=codes.to(torch.float8_e4m3fn if scheme.kind == "float" else integer),
+        scale=scale.to(getattr(torch, scheme.scale_dtype)),
         zero_point=None if grid.zero_point is None else grid.zero_point.to(torch.uint8),
         scheme=scheme,
     )

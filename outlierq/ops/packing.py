@@ -38,6 +38,8 @@ def _pack_bytes(values: torch.Tensor, bits: int) -> torch.Tensor:
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
     values = values.to(torch.uint8)
+    if per_byte == 1:
+        return values.contiguous().view(torch.int32)
     packed = values[:, 0::per_byte].clone()
     for i in range(1, per_byte):
         packed |= values[:, i::per_byte] << (bits * i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from outlierq.ops.grid import Grid, in_groups, stored
+from outlierq.ops.grid import Grid, in_groups, nearest_code, stored
 
 BLOCK = 128
 ROWS = 256
@@ -23,7 +23,8 @@ def refine(
     w: [out, in]; codes: [out, in] float; hessian: [in, in]; order: [in] in which columns are visited.
     """
     for _ in range(passes):
-        grid = refit_scales(w, codes, grid, hessian)
+        if grid.scheme.block is None:  # the scales of a block belong to many rows, which are not solved together here
+            grid = refit_scales(w, codes, grid, hessian)
         codes = descend(w, codes, grid, hessian, order)
     return codes, grid
 
@@ -80,13 +81,10 @@ def descend(
         stop = min(start + BLOCK, len(code))
         moved = torch.empty_like(code[start:stop])
         for i in range(start, stop):
-            wanted = torch.add(value[i], residual[i], alpha=1 / curvature[i]).div_(scale[i]).round_()
-            if zero_point is None:
-                code[i] = wanted.clamp_(scheme.code_min, scheme.code_max)
-                new = wanted.mul_(scale[i])
-            else:
-                code[i] = wanted.add_(zero_point[i]).clamp_(scheme.code_min, scheme.code_max)
-                new = wanted.sub_(zero_point[i]).mul_(scale[i])
+            zero = None if zero_point is None else zero_point[i]
+            wanted = torch.add(value[i], residual[i], alpha=1 / curvature[i]).div_(scale[i])
+            code[i] = nearest_code(wanted, zero, scheme)
+            new = (wanted if zero is None else wanted.sub_(zero)).mul_(scale[i])
             step = torch.sub(new, value[i], out=moved[i - start])
             residual[i + 1 : stop].addr_(ordered[i, i + 1 : stop], step, alpha=-1)
         if stop < len(code):

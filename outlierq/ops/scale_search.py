@@ -1,7 +1,7 @@
 """Scale search: for every (row, group) the grid with the least output error, not the least weight error.
 
 Inside one group the output error of a rounding error d is d^T H_gg d, with H_gg the group's diagonal block of the
-hessian (methods sheet, section 0.3: equal to the sampled form). Clipping thresholds are a special case: a smaller
+hessian (equal to the sampled form). Clipping thresholds are a special case: a smaller
 scale clips. Without a hessian the block is the identity and the search minimises the weight error.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
-from outlierq.ops.grid import Grid, in_groups, minmax_grid, range_grid, stored
+from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid, stored
 
 # Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
 COARSE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.45, 0.3)
@@ -35,7 +35,7 @@ def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | No
     best one (for asymmetric grids each end on its own); the scale is then fitted to its own codes.
     """
     grouped = in_groups(w, scheme)
-    blocks = None if hessian is None else diagonal_blocks(hessian, grouped.shape[-1])
+    blocks = None if hessian is None else _group_blocks(hessian, grouped)
     search = _Search(grouped, scheme, blocks, minmax_grid(w, scheme))
     for share in COARSE:
         search.try_share(torch.full_like(search.low, share), torch.full_like(search.low, share))
@@ -47,23 +47,36 @@ def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | No
     return search.best
 
 
+def _group_blocks(hessian: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
+    """The diagonal blocks of `hessian` for weights [out, groups, columns]; the last group may be filled up."""
+    groups, columns = grouped.shape[1:]
+    missing = groups * columns - hessian.shape[0]
+    if missing:
+        hessian = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
+    return diagonal_blocks(hessian, columns)
+
+
 class _Search:
     """The best grid so far, its error, and the shares of the range it came from; all [out, groups]."""
 
     def __init__(self, grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid):
         self.grouped, self.scheme, self.blocks, self.best = grouped, scheme, blocks, start
-        self.low, self.high = grouped.amin(-1), grouped.amax(-1)
-        self.least = group_error(start.round(grouped).sub_(grouped), blocks)
+        self.low = -over_blocks(-grouped.amin(-1), scheme, "amax")
+        self.high = over_blocks(grouped.amax(-1), scheme, "amax")
+        self.least = self._error(start)
         self.low_share = torch.ones_like(self.low)
         self.high_share = torch.ones_like(self.low)
 
     def try_share(self, low_share: torch.Tensor, high_share: torch.Tensor) -> None:
         """Take the grid over these shares of the range where it errs less.
 
-        A symmetric grid uses the full code range, with either sign of the scale: the extreme weight then sits on the
-        code -2^(bits-1) (full-range symmetric, methods sheet 0.2).
+        A symmetric grid of integers uses the full code range, with either sign of the scale: the extreme weight then
+        sits on the code -2^(bits-1) (full-range symmetric). E4M3 has as many negative values as positive ones.
         """
-        if self.scheme.symmetric:
+        if self.scheme.kind == "float":
+            largest = self.high.maximum(-self.low)
+            grid = Grid(stored(largest * high_share / self.scheme.code_max, self.scheme), None, self.scheme)
+        elif self.scheme.symmetric:
             extreme = torch.where(self.high >= -self.low, self.high, self.low)
             grid = Grid(stored(extreme * high_share / self.scheme.code_min, self.scheme), None, self.scheme)
         else:
@@ -74,10 +87,15 @@ class _Search:
 
     def try_grid(self, grid: Grid) -> torch.Tensor:
         """Take `grid` where it errs less; returns those places."""
-        error = group_error(grid.round(self.grouped).sub_(self.grouped), self.blocks)
+        error = self._error(grid)
         better = error < self.least
         self.best, self.least = self.best.where(better, grid), torch.where(better, error, self.least)
         return better
+
+    def _error(self, grid: Grid) -> torch.Tensor:
+        """[out, groups] error of the whole block, or of the row's group, that shares a scale."""
+        error = group_error(grid.round(self.grouped).sub_(self.grouped), self.blocks)
+        return over_blocks(error, self.scheme, "sum")
 
 
 def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Grid:
@@ -86,7 +104,8 @@ def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Gr
     if grid.zero_point is not None:
         codes = codes - grid.zero_point[..., None]
     weighted = codes if blocks is None else (codes.transpose(0, 1) @ blocks).transpose(0, 1)
-    power = (weighted * codes).sum(-1)
-    scale = (weighted * grouped).sum(-1) / torch.where(power > 0, power, torch.ones_like(power))
+    power = over_blocks((weighted * codes).sum(-1), grid.scheme, "sum")
+    fitted = over_blocks((weighted * grouped).sum(-1), grid.scheme, "sum")
+    scale = fitted / torch.where(power > 0, power, torch.ones_like(power))
     scale = torch.where(power > 0, scale, grid.scale)
     return Grid(stored(scale, grid.scheme), grid.zero_point, grid.scheme)

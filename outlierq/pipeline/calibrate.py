@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from outlierq.calibrate.collect import ALL_FIELDS
+from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
 from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
@@ -24,7 +24,7 @@ def calibrate(
     trust_remote_code: bool = False,
     listen: Listener = silent,
 ) -> StatsIdentity:
-    """Write `InputStats` of every input group to the folder `out`, block by block; a stopped run continues."""
+    """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues."""
     from outlierq.load import build_skeleton, checkpoint_names, find_structure
 
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
@@ -35,7 +35,7 @@ def calibrate(
         token_fingerprint=tokens.fingerprint,
         token_description=tokens.description,
         settings={
-            "fields": sorted(ALL_FIELDS),
+            "fields": sorted(ALL_FIELDS | BLOCK_FIELDS),
             "skip_first_tokens": settings.skip_first_tokens,
             "batch_size": settings.batch_size,
             "dtype": checkpoint.dtype,
@@ -47,7 +47,16 @@ def calibrate(
     with locked(out):
         writer = StatsWriter(out, identity)
         source = StatsFromRun(
-            skeleton, checkpoint, structure, names, tokens, settings, work=out, device=device, listen=listen
+            skeleton,
+            checkpoint,
+            structure,
+            names,
+            tokens,
+            settings,
+            fields=ALL_FIELDS | BLOCK_FIELDS,
+            work=out,
+            device=device,
+            listen=listen,
         )
         _write_missing(writer, source, structure.blocks, listen)
         writer.finish()
@@ -56,10 +65,10 @@ def calibrate(
 
 
 def _write_missing(writer: StatsWriter, source: StatsFromRun, blocks: Sequence[Block], listen: Listener) -> None:
-    """Run the model and write every block that is not there yet."""
+    """Run the model and write every block that is not there yet, and the logits."""
     missing = [block.index for block in blocks if block.index not in writer.done]
-    if missing:
-        forget_hidden_beyond(source.work, missing[0])
+    if missing or not writer.logits:
+        forget_hidden_beyond(source.work, min(missing, default=len(blocks)))
         for block in blocks:
             listen(Event("calibrate", block.index, len(blocks), block.name))
             if block.index in writer.done:
@@ -67,7 +76,10 @@ def _write_missing(writer: StatsWriter, source: StatsFromRun, blocks: Sequence[B
                 continue
             with during("calibrate", block.name):
                 groups, stats = source.block(block.index)
-            writer.write(block.index, groups, stats)
+            writer.write(block.index, groups, stats, source.block_stats(block.index), source.notes)
             source.finished(block.index, dict)
             return_freed_memory()
+        if not writer.logits:
+            with during("calibrate", "logits"):
+                writer.write_logits(source.logits())
     listen(Event("calibrate", len(blocks), len(blocks)))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields
+from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, stored_fields
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
+from outlierq.calibrate.logits import sample_logits
+from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
 from outlierq.calibrate.stats_file import StatsReader
+from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import NumbersError, OutputError, StatsError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.calibrate.text import TokenSet
+    from outlierq.core.logits import LogitSample
     from outlierq.recipe import Calibration
 
 SAVED = "hidden.safetensors"
@@ -45,6 +50,10 @@ class StatsSource(Protocol):
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Input groups with their proved folds, and statistics by group name."""
+        ...
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """Statistics of the block itself, once `block` has given its groups; None when none were asked for."""
         ...
 
     def check_transformed(
@@ -74,6 +83,10 @@ class NoStats:
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """One group per site."""
         return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """There are none."""
+        return None
 
     def check_transformed(
         self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
@@ -110,12 +123,16 @@ class StatsFromFile(NoStats):
         """Read one block's file."""
         return self.reader.block(index)
 
+    def block_stats(self, index: int) -> BlockStats | None:
+        """As they were kept."""
+        return self.reader.block_stats(index)
+
 
 class StatsFromRun:
     """Statistics of the model run block by block.
 
     static: hidden states come from the original blocks; sequential: from the blocks as they were written.
-    fields: what to keep (see InputStats). work: folder for spilled and saved hidden states.
+    fields: what to keep (see InputStats and BlockStats). work: folder for spilled and saved hidden states.
     """
 
     def __init__(
@@ -163,6 +180,9 @@ class StatsFromRun:
         self._at = 0  # index of the block whose inputs `hidden` holds
         self._saved_at = time.monotonic()
         self.notes: list[str] = []
+        self._block_stats: tuple[int, BlockStats] | None = None
+        self._classes: torch.Tensor | None = None
+        self._said: set[str] = set()  # what is true of the whole model is said once
 
     @property
     def sequential(self) -> bool:
@@ -184,6 +204,19 @@ class StatsFromRun:
             self._blame_weights(index, error)
             raise
 
+    def block_stats(self, index: int) -> BlockStats | None:
+        """Statistics of the block that was given last, when `fields` asked for any."""
+        held = self._block_stats
+        return held[1] if held and held[0] == index else None
+
+    def logits(self) -> LogitSample:
+        """Final logits at a sample of positions, after the last block has finished."""
+        try:
+            return sample_logits(self.runner, self.tokens.ids, self.hidden, seed=self.settings.seed or 0)
+        except NumbersError as error:
+            self._blame_weights(None, error)
+            raise
+
     def _collect(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """The block's groups and statistics."""
         if self.hidden is None:
@@ -195,15 +228,40 @@ class StatsFromRun:
         return_freed_memory()
         collector = Collector(
             module,
-            [g for g in groups if g.sites],
+            [g for g in groups if g.sites and self.fields & ALL_FIELDS],
             self.fields,
             sequence_length=self.settings.sequence_length,
             skip_first_tokens=self.settings.skip_first_tokens,
             seed=self.settings.seed or 0,
+            ids=self.tokens.ids,
         )
-        self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
+        observer = self._observer(module, block)
+        with observer or nullcontext():
+            self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
         self.notes = collector.notes
+        if observer:
+            self._block_stats = index, observer.finish()
+            self.notes += [text for text in observer.notes if text not in self._said]
+            self._said.update(observer.notes)
         return groups, collector.finish()
+
+    def _observer(self, module: torch.nn.Module, block: Block) -> BlockObserver | None:
+        """Watches what was asked of the block itself, if anything was."""
+        if not self.fields & BLOCK_FIELDS:
+            return None
+        if "attention_mass" in self.fields and self._classes is None:
+            from outlierq.calibrate.text import token_classes
+            from outlierq.load import load_tokenizer
+
+            self._classes = token_classes(load_tokenizer(self.checkpoint), self.tokens.ids)
+        return BlockObserver(
+            module,
+            block,
+            self.fields,
+            sequence_length=self.settings.sequence_length,
+            ids=self.tokens.ids,
+            classes=self._classes,
+        )
 
     def check_transformed(
         self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
@@ -250,9 +308,14 @@ class StatsFromRun:
             self.runner.run(module, index, self.hidden)
         self._leave(block)
 
-    def _blame_weights(self, index: int, error: NumbersError) -> None:
-        """NumbersError with the name of a weight that is not finite itself, if that is where the trouble comes from."""
-        for name in (*self.structure.outside_tensors, *self.structure.blocks[index].tensors):
+    def _blame_weights(self, index: int | None, error: NumbersError) -> None:
+        """NumbersError with the name of a weight that is not finite itself, if that is where the trouble comes from.
+
+        index: of the block that was running, None for what follows the blocks.
+        """
+        structure = self.structure
+        inside = structure.blocks[index].tensors if index is not None else [s.weight for s in structure.outside_sites]
+        for name in (*structure.outside_tensors, *inside):
             tensor = self.checkpoint.read(name)
             bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
             if bad:

@@ -1,22 +1,29 @@
-"""One input group's transform: choose a scale, make it storable, fold its inverse into the producer."""
+"""One input group's transform: choose a move, make it storable, fold its inverse into the producer, and check."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.folds import apply_fold
+from outlierq.core.errors import NumbersError
 from outlierq.core.model import Checkpoint, Fold, InputGroup
+from outlierq.core.move import Move
+from outlierq.core.notes import collecting
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.load.shards import torch_dtype
 from outlierq.pipeline.output import as_matrix, from_matrix
-from outlierq.transform.stage import choose_scale, storable_scale
+from outlierq.transform.stage import choose_move, storable_scale, storable_shift
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.registry import Method
+
+# Largest relative difference, in float32, between a weight and what its moved form stands for.
+MOVE_TOLERANCE = 1e-4
 
 
 def transform_group(
@@ -27,10 +34,10 @@ def transform_group(
     steps: Sequence[tuple[Method, dict[str, Any]]],
     checkpoint: Checkpoint,
 ) -> tuple[InputStats, dict[str, Any]]:
-    """Rewrite (weights, statistics) of one group so that its input is divided by a scale; both stay consistent.
+    """Rewrite (weights, statistics) of one group so that its input is moved; both stay consistent.
 
     tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns the new
-    statistics and a row for the report; its "folded" names the producer's tensors.
+    statistics and a row for the report; its "folded" names every tensor that changed.
     """
     import torch
 
@@ -40,20 +47,77 @@ def transform_group(
     fold = group.fold
     weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
     tie = torch.tensor(fold.index, device=next(iter(weights.values())).device)
-    scale = choose_scale(torch.cat(list(weights.values())), stats, scheme, tie, steps, group.name)
+    stack = torch.cat(list(weights.values()))
+    with collecting() as notes:
+        move = choose_move(stack, stats, scheme, tie, steps, group.name, shiftable=fold.shift)
     producer = {n: tensors[n].float() for n in (fold.weight, fold.bias) if n}
-    scale = _exact(scale, fold, producer[fold.weight], tie, torch_dtype(checkpoint.tensors[fold.weight].dtype))
-    tensors |= apply_fold(producer, fold, scale)
-    tensors |= {s.weight: from_matrix(s, w * scale) for s, w in weights.items()}
-    spread = {"scale_min": scale.min().item(), "scale_max": scale.max().item()}
-    return stats.scaled(scale), {**row, "fold": fold.weight, "folded": list(producer), **spread}
+    move = _storable(move, fold, producer, tie, torch_dtype(checkpoint.tensors[fold.weight].dtype))
+    changed = apply_fold(producer, fold, move.scale, move.shift)
+    changed |= {s.weight: from_matrix(s, w * move.scale) for s, w in weights.items()}
+    if move.shift is not None:
+        changed |= {s.bias: tensors[s.bias].float() + w @ move.shift for s, w in weights.items()}
+    check_move(group, move, tensors, changed)
+    tensors |= changed
+    if any(method.shifts for method, _ in steps):
+        row["note"] += f"; {fold.shift_note}"
+    spread = {"scale_min": move.scale.min().item(), "scale_max": move.scale.max().item()}
+    if move.shift is not None:
+        stats, spread = stats.shifted(move.shift), {**spread, "shift_max": move.shift.abs().max().item()}
+    choice = {"choice": "; ".join(notes)} if notes else {}
+    return stats.scaled(move.scale), {**row, "fold": fold.weight, "folded": list(changed), **choice, **spread}
 
 
-def _exact(
-    scale: torch.Tensor, fold: Fold, weight: torch.Tensor, tie: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """For a norm, the nearby scale that its 16-bit weight can hold without rounding; linears are rounded anyway."""
-    if fold.kind == "linear":
-        return scale
+def _storable(
+    move: Move, fold: Fold, producer: Mapping[str, torch.Tensor], tie: torch.Tensor, dtype: torch.dtype
+) -> Move:
+    """The nearby move that the producer's 16-bit gain and bias can hold without rounding.
+
+    The weight of a linear is rounded anyway: its scale is taken as it is.
+    """
+    if fold.kind != "linear":
+        offset = 1.0 if fold.kind == "offset-norm" else 0.0
+        gain = (producer[fold.weight] + offset)[tie]
+        move = replace(move, scale=storable_scale(gain, move.scale, dtype, offset))
+    if move.shift is not None:
+        move = replace(move, shift=storable_shift(producer[fold.bias][tie], move.shift, move.scale, dtype))
+    return move
+
+
+def check_move(
+    group: InputGroup, move: Move, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> None:
+    """NumbersError unless producer and consumers, moved back in float32, are what they were.
+
+    This needs no forward pass: that the fold itself changes nothing was proved when the statistics were made.
+    """
+    fold = group.fold
     offset = 1.0 if fold.kind == "offset-norm" else 0.0
-    return storable_scale((weight + offset)[tie], scale, dtype, offset)
+    rows, scale = list(fold.index), move.scale
+    shift = 0 if move.shift is None else move.shift
+
+    def fed(tensor: torch.Tensor) -> torch.Tensor:
+        """The producer's rows as the group's channels see them."""
+        return (tensor.float().T if fold.transposed else tensor.float())[rows]
+
+    found = fed(after[fold.weight]) + offset
+    found = found * (scale[:, None] if found.dim() == 2 else scale)
+    _compare(group, fold.weight, found, fed(before[fold.weight]) + offset)
+    if fold.bias:
+        back = after[fold.bias].float()[rows] * scale + shift
+        _compare(group, fold.bias, back, before[fold.bias].float()[rows])
+    for site in group.sites:
+        weight = as_matrix(site, before[site.weight].float())
+        _compare(group, site.weight, as_matrix(site, after[site.weight]) / scale, weight)
+        if move.shift is not None:
+            _compare(group, site.bias, after[site.bias] - weight @ shift, before[site.bias].float())
+
+
+def _compare(group: InputGroup, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """NumbersError when the largest difference is not small beside the largest value."""
+    largest = max(expected.abs().max().item(), 1e-30)
+    change = (found - expected).abs().max().item() / largest
+    if not change <= MOVE_TOLERANCE:
+        raise NumbersError(
+            f"moving the input of {group.name} changed {name} by {change:.2e}, more than {MOVE_TOLERANCE:g}",
+            hint="this is a fault of outlierq; remove the `transform` section and report it",
+        )

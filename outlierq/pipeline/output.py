@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from math import lcm
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,20 +22,29 @@ from outlierq.pipeline.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+    from outlierq.load.shards import StoredTensor
+
 # Weights compared at a time, and the rows that share a word when zero points are packed along them.
-PIECE_WEIGHTS = 1 << 18
+PIECE_WEIGHTS = 1 << 19
 ROWS_PER_WORD = 32
 
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
+# XXH3-128 of the bytes on disk by tensor name.
+Digests = dict[str, bytes]
 
 
 class Output:
-    """The shards of a run in its work folder, and the journal of what is in them."""
+    """The shards of a run in its work folder, and the journal of what is in them.
+
+    `put_linear` and `put_tensor` may be called from several threads at once, `commit` from one.
+    """
 
     def __init__(self, plan: Plan, work: Path, journal: Journal):
         self.plan, self.work, self.journal = plan, work, journal
+        self.schemes = plan.schemes
         self.form = exporter(plan.recipe.export.format)
         self.writer = ShardWriter(work, plan.layout)
+        self.committed: set[str] = set()
 
     def write(
         self,
@@ -49,58 +60,82 @@ class Output:
         transforms, notes: for the report; they go into the journal, so that a resumed run still knows them.
         """
         quantized = {site.weight: (site, result) for site, (result, _) in results.items()}
+        digests: Digests = {}
         for name in names:
             if name in quantized:
-                for part, value in self.form.encode(*quantized[name]).items():
-                    self.writer.write(part, value)
+                digests |= self.put_linear(*quantized[name])
             elif name in folded:
-                self.writer.write(name, folded[name])
+                digests |= self.put_tensor(name, folded[name])
             else:
-                self.writer.write(name, self.plan.checkpoint.read(name))
-        for site, (result, _) in results.items():
-            self._read_back(site, result)
-        self.writer.sync()
-        rows = [asdict(row) for _, row in results.values()]
-        digest = self.writer.hash(self._tensors_of(unit))
-        entry = {"sha256": digest, "rows": rows, "transforms": list(transforms), "notes": list(notes)}
-        self.journal.add(unit, entry)
+                digests |= self.put_tensor(name, self.plan.checkpoint.read(name))
+        self.commit(unit, digests, [row for _, row in results.values()], transforms, notes)
 
-    def _read_back(self, site: LinearSite, result: QuantTensor) -> None:
-        """What lies on disk must decode to what was meant, bit for bit; some rows at a time."""
+    def put_linear(self, site: LinearSite, result: QuantTensor) -> Digests:
+        """Write a quantized linear and read it back: the bytes must be those that were written, and decode to what was
+        meant, bit for bit.
+        """
+        parts = self.form.encode(site, result)
+        for name, value in parts.items():
+            self.writer.write(name, value)
         stored = self._stored(site)
-        step = max(1, PIECE_WEIGHTS // site.in_features // ROWS_PER_WORD) * ROWS_PER_WORD
+        step = max(1, PIECE_WEIGHTS // site.in_features // self._aligned(result)) * self._aligned(result)
         for start in range(0, site.out_features, step):
             stop = min(start + step, site.out_features)
-            decoded = self._decode(site, stored, start, stop)
-            compare(site.module, decoded, result.rows(start, stop).dequantize().cpu().to(decoded.dtype))
+            compare(site.module, self._decode(site, stored, start, stop), result.rows(start, stop))
+        return {name: self.writer.confirm(name, value) for name, value in parts.items()}
+
+    def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
+        """Write a tensor as it is, and read it back."""
+        self.writer.write(name, tensor)
+        return {name: self.writer.confirm(name, tensor)}
+
+    def commit(
+        self,
+        unit: str,
+        digests: Digests,
+        rows: Sequence[SiteRow],
+        transforms: Sequence[Mapping[str, Any]] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """End a unit that is written and read back: force it onto the disk, then enter it in the journal."""
+        self.writer.sync()
+        self.committed.add(unit)
+        entry = {
+            "xxh3_128": self._digest_of_unit(unit, digests),
+            "rows": [asdict(row) for row in rows],
+            "transforms": list(transforms),
+            "notes": list(notes),
+        }
+        self.journal.add(unit, entry)
+
+    def _digest_of_unit(self, unit: str, digests: Digests) -> str:
+        """One digest of the digests of a unit's tensors, in file order."""
+        import xxhash
+
+        return xxhash.xxh3_128(b"".join(digests[name] for name in self._tensors_of(unit))).hexdigest()
+
+    def _aligned(self, result: QuantTensor) -> int:
+        """Rows that can be decoded only together."""
+        block = result.scheme.block
+        return ROWS_PER_WORD if block is None else lcm(ROWS_PER_WORD, block[0])
 
     def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
-        """The tensors of a quantized linear as they lie on disk, by the last part of their names."""
-        specs = self.form.tensor_specs(site, self.plan.schemes[site])
+        """The tensors of a quantized linear as they lie on disk, by the last part of their names; weights [out, in]."""
+        specs = self.form.tensor_specs(site, self.schemes[site])
         raw = self._from_disk([name for name, _, _ in specs])
-        return {name.rpartition(".")[2]: value for name, value in raw.items()}
-
-    def _decode(self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the weight, by the decoder that shares no code with the writer."""
-        import torch
-
-        from outlierq.load import decode_pack_quantized
-
+        stored = {name.rpartition(".")[2]: value for name, value in raw.items()}
         if "weight" in stored:
-            return as_matrix(site, stored["weight"])[start:stop]
-        bits = self.plan.schemes[site].bits
-        zero_point = stored.get("weight_zero_point")
-        if zero_point is not None:  # packed along the rows
-            zero_point = zero_point[start * bits // 32 : -(-stop * bits // 32)]
-        rows, columns = stored["weight_shape"].tolist()
-        dense = decode_pack_quantized(
-            stored["weight_packed"][start:stop],
-            stored["weight_scale"][start:stop],
-            zero_point,
-            (min(stop, rows) - start, columns),
-            bits,
-        )
-        return torch.from_numpy(dense)
+            stored["weight"] = as_matrix(site, stored["weight"])
+        return stored
+
+    def _decode(
+        self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int
+    ) -> QuantTensor | torch.Tensor:
+        """Rows [start, stop), by a decoder that shares no code with the writer."""
+        from outlierq.load import decode_rows
+
+        form, shape = self.plan.recipe.export.format, (site.out_features, site.in_features)
+        return decode_rows(stored, self.schemes[site], shape, start, stop, form=form)
 
     def written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block that is already on disk, under their source names."""
@@ -110,13 +145,20 @@ class Output:
 
     def _whole(self, site: LinearSite) -> torch.Tensor:
         """All rows of a quantized linear on disk, [out, in]."""
-        return self._decode(site, self._stored(site), 0, site.out_features)
+        decoded = self._decode(site, self._stored(site), 0, site.out_features)
+        return decoded.dequantize() if isinstance(decoded, QuantTensor) else decoded
 
     def verify(self) -> None:
-        """Every tensor of the plan is on disk, and every unit's bytes are those the journal recorded."""
+        """Every tensor of the plan is on disk, and every unit's bytes are those the journal recorded.
+
+        What this process wrote, it has read back already; units of an earlier one are read again.
+        """
         check_complete(self.work, self.plan.layout)
         for unit, entry in self.journal.entries.items():
-            if self.writer.hash(self._tensors_of(unit)) != entry["sha256"]:
+            if unit in self.committed:
+                continue
+            digests = {name: self.writer.digest(name) for name in self._tensors_of(unit)}
+            if self._digest_of_unit(unit, digests) != entry["xxh3_128"]:
                 raise OutputError(
                     f"the bytes of {unit} on disk are not those that were written",
                     hint="the disk is faulty or something else wrote there; run again with --restart",
@@ -126,19 +168,31 @@ class Output:
         """Close the shards."""
         self.writer.close()
 
+    @cached_property
+    def _by_unit(self) -> dict[str, list[str]]:
+        """Output tensors by unit, in file order."""
+        units: dict[str, list[str]] = {}
+        for name, place in self.plan.layout.places.items():
+            units.setdefault(place.tensor.unit, []).append(name)
+        return units
+
     def _tensors_of(self, unit: str) -> list[str]:
         """Output tensors of a unit, in file order."""
-        return [name for name, place in self.plan.layout.places.items() if place.tensor.unit == unit]
+        return self._by_unit.get(unit, [])
+
+    @cached_property
+    def _headers(self) -> dict[str, StoredTensor]:
+        """Every tensor of the unfinished shards, by the headers as they lie on disk (they are written first)."""
+        from outlierq.load.shards import read_header
+
+        shards = (read_header(self.work / name) for name in self.plan.layout.sizes)
+        return {name: stored for shard in shards for name, stored in shard.items()}
 
     def _from_disk(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors as they lie in the unfinished shards, found by the header that was read back."""
-        from outlierq.load.shards import read_header, read_stored
+        """Tensors as they lie in the unfinished shards."""
+        from outlierq.load.shards import read_stored
 
-        found: dict[str, torch.Tensor] = {}
-        for shard in {self.plan.layout.places[name].shard for name in names}:
-            stored = read_header(self.work / shard)
-            found |= dict(read_stored(stored, [name for name in names if name in stored]))
-        return found
+        return dict(read_stored(self._headers, names))
 
 
 def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:

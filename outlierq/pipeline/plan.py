@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import RecipeError, SourceError
@@ -14,6 +14,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.layout import INDEX_NAME, Layout, OutputTensor, make_layout
+from outlierq.pipeline.rewriting import original_of, rewrite_notes, rewritten
 from outlierq.recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 OUTSIDE = "outside"
 FLOATS = ("F64", "F32", "F16", "BF16")
 SMALLER_GROUPS = (128, 64, 32)
+CACHE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 REPORT_NAME = "outlierq.json"
 # Resident memory of the process with torch and transformers imported, before any weight is read (measured: 0.45 GB).
 BASE_BYTES = 450_000_000
@@ -39,10 +41,24 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class CachePlan:
+    """The scales of one block's KV cache. prefix: the attention module as the checkpoint spells it. shape: of each."""
+
+    prefix: str
+    shape: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Tensor names of the scales of keys and values."""
+        return f"{self.prefix}.k_scale", f"{self.prefix}.v_scale"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is decided before work starts.
 
     small_files: everything but weights, by name, without the report. names: parameter of the model class -> tensor.
+    caches: by block index, for blocks whose KV cache gets scales.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +69,7 @@ class Plan:
     sites: tuple[SitePlan, ...]
     layout: Layout
     small_files: Mapping[str, bytes]
+    caches: Mapping[int, CachePlan] = field(default_factory=dict)
 
     @property
     def schemes(self) -> dict[LinearSite, QuantScheme]:
@@ -76,12 +93,29 @@ class Plan:
         overrides = self.recipe.quantize.overrides if self.recipe.quantize else ()
         modules = [planned.site.module for planned in self.sites]
         unused = [o.match for o in overrides if not any(fnmatchcase(module, o.match) for module in modules)]
+        noted = rewrite_notes(self.checkpoint) + noted + self._limits
         return noted + [f"the override {match!r} matches no linear" for match in unused]
+
+    @property
+    def _limits(self) -> list[str]:
+        """What is left out of a run as a whole."""
+        said = []
+        without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
+        if without:
+            said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
+        calibration = self.recipe.calibration
+        rounded = self.caches or any(scheme.activations for scheme in self.schemes.values())
+        if rounded and calibration is not None and calibration.mode == "sequential":
+            said.append(
+                "calibration.mode sequential: later blocks see the quantized weights of earlier ones, but inputs and "
+                "cache in 16 bits"
+            )
+        return said
 
     @property
     def source_bytes(self) -> int:
         """Bytes of all source tensors, as stored."""
-        return sum(t.nbytes for t in self.checkpoint.tensors.values())
+        return sum(t.nbytes for t in original_of(self.checkpoint).tensors.values())
 
     @property
     def output_bytes(self) -> int:
@@ -91,7 +125,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of logical parameters (a tied tensor counts once)."""
-        return sum(prod(t.shape) for t in self.checkpoint.tensors.values())
+        return sum(prod(t.shape) for t in original_of(self.checkpoint).tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -111,7 +145,8 @@ class Plan:
     @property
     def clients(self) -> list[str]:
         """Which programs load the result, one line each."""
-        return exporter(self.recipe.export.format).clients(set(self.schemes.values()))
+        form, cache = exporter(self.recipe.export.format), self.recipe.kv_cache
+        return form.clients(set(self.schemes.values())) + (form.cache_clients(cache.scheme) if cache else [])
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
@@ -123,30 +158,37 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
         raise SourceError(
             f"{checkpoint.source} is already compressed with {method}", hint="start from the original checkpoint"
         )
+    checkpoint = rewritten(checkpoint, recipe, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
     _check(sites, recipe)
+    _check_together(sites, recipe)
     _check_dtypes(sites, checkpoint)
+    names = checkpoint_names(checkpoint, skeleton)
+    caches = _caches(skeleton, structure, names, recipe)
     layout = make_layout(
-        _output_tensors(checkpoint, structure, sites, recipe), parse_size(recipe.export.max_shard_size)
+        _output_tensors(checkpoint, structure, sites, recipe, caches), parse_size(recipe.export.max_shard_size)
     )
     small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
     small["config.json"] = config_json(checkpoint, structure, sites, recipe)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
-    names = checkpoint_names(checkpoint, skeleton)
-    return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small)
+    return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
 
 
 def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
     """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
-    wanted = recipe.scheme_for(site.module, dtype)
+    wanted = recipe.scheme_for(site.module, getattr(exporter(recipe.export.format), "SCALE_DTYPE", dtype))
     if wanted is None:
         return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
     obstacle = exporter(recipe.export.format).obstacle(site, wanted)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
+    if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
+        return SitePlan(site, None, "kept in 16 bits: outside of the blocks nothing is known of its inputs")
+    if wanted.block is not None:
+        return _in_blocks(site, wanted, recipe.quantize.when_indivisible)
     if wanted.group_size is None or site.in_features % wanted.group_size == 0:
         return SitePlan(site, wanted)
     return _indivisible(site, wanted, recipe.quantize.when_indivisible)
@@ -161,8 +203,55 @@ def _indivisible(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan
         return SitePlan(site, wanted, f"error: {fault}")
     smaller = [g for g in SMALLER_GROUPS if g < wanted.group_size and site.in_features % g == 0]
     group_size = smaller[0] if smaller and policy == "smaller-group" else None
-    scheme = QuantScheme(wanted.bits, group_size, wanted.symmetric, wanted.scale_dtype)
+    scheme = replace(wanted, group_size=group_size)
     return SitePlan(site, scheme, f"{'per channel' if group_size is None else f'group {group_size}'}: {fault}")
+
+
+def _in_blocks(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
+    """What the policy makes of a shape that the blocks do not divide; clients run no ragged blocks.
+
+    There are no kernels for other blocks either, so "smaller-group" means one scale per channel, too.
+    """
+    height, width = wanted.block
+    if site.out_features % height == 0 and site.in_features % width == 0:
+        return SitePlan(site, wanted)
+    fault = f"{site.out_features} x {site.in_features} weights are not a multiple of blocks {height} x {width}"
+    if policy == "keep":
+        return SitePlan(site, None, f"kept in 16 bits: {fault}")
+    if policy == "error":
+        return SitePlan(site, wanted, f"error: {fault}")
+    inputs = None if wanted.activations is None else replace(wanted.activations, per="token")
+    return SitePlan(site, replace(wanted, block=None, activations=inputs), f"per channel: {fault}")
+
+
+def _caches(
+    skeleton: torch.nn.Module, structure: Structure, names: Mapping[str, str], recipe: Recipe
+) -> dict[int, CachePlan]:
+    """The scales of every block's KV cache. RecipeError when no attention, or more than one in a block, is found."""
+    from outlierq.load import attention_names, stored_prefix
+
+    if recipe.kv_cache is None:
+        return {}
+    config = skeleton.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = (1,) if recipe.kv_cache.per == "tensor" else (heads, 1, 1)
+    caches = {}
+    for block in structure.blocks:
+        found = attention_names(skeleton.get_submodule(block.name))
+        if len(found) > 1:
+            raise RecipeError(
+                f"{block.name} has {len(found)} attention modules ({', '.join(found)}); cache scales are for one",
+                hint="leave kv_cache out for this model",
+            )
+        if found:
+            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{found[0]}", names), shape)
+    if not caches:
+        raise RecipeError(
+            f"no block of {type(skeleton).__name__} calls transformers' attention interface, so the keys and values "
+            "that a cache holds are not known",
+            hint="leave kv_cache out for this model",
+        )
+    return caches
 
 
 def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
@@ -182,6 +271,17 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
         )
 
 
+def _check_together(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
+    """Refuse schemes that the format can hold one by one, but not in one checkpoint."""
+    conflict = getattr(exporter(recipe.export.format), "conflict", None)
+    fault = conflict({p.scheme for p in sites if p.scheme is not None}) if conflict else None
+    if fault:
+        widths = gcd(*(p.site.in_features for p in sites if p.scheme is not None))
+        common = [size for size in SMALLER_GROUPS if widths % size == 0]
+        fitting = f"quantize.group_size={common[0]} fits all of its widths; " if common else ""
+        raise RecipeError(fault, hint=f"{fitting}compressed-tensors can hold several schemes")
+
+
 def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
     """Refuse to quantize weights that are not plain floating-point numbers, such as codes of another format."""
     for planned in sites:
@@ -194,7 +294,11 @@ def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe
+    checkpoint: Checkpoint,
+    structure: Structure,
+    sites: tuple[SitePlan, ...],
+    recipe: Recipe,
+    caches: Mapping[int, CachePlan],
 ) -> list[OutputTensor]:
     """Every tensor to be written, in file order: what is outside of the blocks first, then block by block."""
     form = exporter(recipe.export.format)
@@ -214,8 +318,13 @@ def _output_tensors(
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
     tensors = of(structure.outside_tensors + outside_sites, OUTSIDE)
+    scale_dtype = CACHE_DTYPES[checkpoint.dtype] if caches else ""
     for block in structure.blocks:
-        tensors += of(block.tensors, unit_name(block.index))
+        unit = unit_name(block.index)
+        tensors += of(block.tensors, unit)
+        if block.index in caches:
+            cache = caches[block.index]
+            tensors += [OutputTensor(name, scale_dtype, cache.shape, unit) for name in cache.names]
     return tensors
 
 
@@ -227,10 +336,11 @@ def unit_name(block: int) -> str:
 def config_json(checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
     """The source's config with the quantization config added."""
     config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if recipe.quantize is not None:
+    if recipe.quantize is not None or recipe.kv_cache is not None:
         shared = [slot.removesuffix(".weight") for slot, _ in structure.tied]
         form = exporter(recipe.export.format)
-        added = form.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared)
+        cache = {"cache": recipe.kv_cache.scheme} if recipe.kv_cache else {}  # not every format has one
+        added = form.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, **cache)
         if added is not None:
             config["quantization_config"] = added
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

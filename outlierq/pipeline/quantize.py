@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +21,12 @@ from outlierq.core.report import Report, SiteRow
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
+from outlierq.pipeline.data_free import Unit, done_in_order, is_data_free, rounder
 from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
 from outlierq.pipeline.journal import Journal, finish, working
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
+from outlierq.pipeline.rewriting import original_of, prove_rewrite
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import method
 
@@ -47,21 +51,21 @@ def quantize(
     """
     with working(out, restart=restart) as work:
         clock = Clock()
+        with during("transform", "the whole model"), clock("transform"):
+            rewrite_error = prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
         with clock("calibrate"):
             source = _stats_source(plan, work, stats, device, listen)
         journal = Journal(work, _identity(plan, source))
         output = Output(plan, work, journal)
         try:
             run = _Run(plan, source, output, clock, device, listen)
-            run.outside()
-            for block in plan.structure.blocks:
-                run.block(block)
+            run.data_free() if is_data_free(plan) else run.in_order()
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
         finally:
             output.close()
-        report = _report(plan, out, journal, clock, device, source)
+        report = _report(plan, out, journal, clock, device, source, rewrite_error)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     return report
@@ -77,6 +81,12 @@ class Clock:
     def __call__(self, stage: str) -> Clock:
         self._stage = stage
         return self
+
+    def share(self, seconds: float, work: Mapping[str, float]) -> None:
+        """Add wall seconds in which several stages ran at once, in proportion to the work of each."""
+        total = sum(work.values()) or 1.0
+        for stage, part in work.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds * part / total
 
     def __enter__(self) -> None:
         self._since = time.perf_counter()
@@ -96,19 +106,53 @@ class _Run:
         self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
 
+    def data_free(self) -> None:
+        """All units, several at once; each goes into the journal in its turn."""
+        blocks, journal = self.plan.structure.blocks, self.output.journal
+        rounded = rounder(self.plan, self.device)
+        outside = {site: lambda site: self._round(site)[site] for site in self._outside_sites()}
+        units = [Unit(OUTSIDE, "what is outside of the blocks", self._outside_names(), outside)]
+        for block in blocks:
+            linears = {site: rounded for site in block.sites if site in self.schemes}
+            units.append(Unit(unit_name(block.index), block.name, block.tensors, linears))
+        places = {unit_name(block.index): block for block in blocks}
+        waiting = [unit for unit in units if unit.name not in journal.entries]
+        started, work = time.perf_counter(), Counter()
+        # Closed before the output is: no thread may write to a file that is closed.
+        with closing(done_in_order(waiting, self.output, self.device)) as results:
+            for done in results:
+                if done.unit.name in places:
+                    block = places[done.unit.name]
+                    self.listen(Event("quantize", block.index, len(blocks), block.name))
+                self.output.commit(done.unit.name, done.digests, done.rows)
+                work.update(done.seconds)
+        self.clock.share(time.perf_counter() - started, work)
+
+    def in_order(self) -> None:
+        """All units, one after another: each block may see what was made of those before it."""
+        self.outside()
+        for block in self.plan.structure.blocks:
+            self.block(block)
+
+    def _outside_sites(self) -> list[LinearSite]:
+        """Linears outside of the blocks that are quantized."""
+        return [site for site in self.plan.structure.outside_sites if site in self.schemes]
+
+    def _outside_names(self) -> tuple[str, ...]:
+        """Every tensor outside of the blocks."""
+        structure = self.plan.structure
+        of_sites = (name for site in structure.outside_sites for name in (site.weight, site.bias))
+        return structure.outside_tensors + tuple(name for name in of_sites if name is not None)
+
     def outside(self) -> None:
         """Write what lies outside of the blocks; linears there are rounded without statistics when they are asked."""
         if OUTSIDE in self.output.journal.entries:
             return
-        structure = self.plan.structure
-        sites = structure.outside_sites
-        names = structure.outside_tensors + tuple(n for s in sites for n in (s.weight, s.bias) if n is not None)
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
-        for site in sites:
-            if site in self.schemes:
-                results |= self._round(site)
+        for site in self._outside_sites():
+            results |= self._round(site)
         with self.clock("export"):
-            self.output.write(OUTSIDE, names, results)
+            self.output.write(OUTSIDE, self._outside_names(), results)
 
     def block(self, block: Block) -> None:
         """Calibrate, transform, quantize, write and verify one block, or carry on past a finished one."""
@@ -123,14 +167,20 @@ class _Run:
             stats = {name: kept.weighing_sinks(self.sink_weight) for name, kept in stats.items()}
         return_freed_memory()
         tensors = self._read(block)
+        before = dict(tensors)
         with during("transform", block.name), self.clock("transform"):
             stats, transforms = self._transform(block, groups, stats, tensors)
+            stats, moved = self._gather(block, groups, stats, tensors)
+            transforms += moved
         with self.clock("quantize"):
             results = self._quantize(groups, stats, tensors)
         with during("export", block.name), self.clock("export"):
-            folded = {name: tensors[name] for row in transforms for name in row.pop("folded")}
-            self.output.write(unit, block.tensors, results, self._as_stored(folded), transforms, self.source.notes)
-        del tensors, stats, results
+            quantized = {site.weight for site in results}
+            folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
+            added = self._cache_scales(block, groups, before, tensors)
+            names, changed = (*block.tensors, *added), self._as_stored(folded) | added
+            self.output.write(unit, names, results, changed, transforms, self.source.notes)
+        del tensors, before, stats, results
         with self.clock("calibrate"):
             self.source.finished(block.index, lambda: self.output.written(block))
         return_freed_memory()
@@ -152,11 +202,11 @@ class _Run:
         self, block: Block, groups: list[InputGroup], stats: dict[str, InputStats], tensors: dict[str, torch.Tensor]
     ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
         """Scale each group's input and fold the inverse into its producer; `tensors` get the new values."""
-        if not self.plan.recipe.transform:
+        if not self.plan.recipe.group_transforms:
             return stats, []
         from outlierq.pipeline.folding import transform_group
 
-        steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.transform]
+        steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.group_transforms]
         before, done, rows = dict(tensors), dict(stats), []
         for group in groups:
             schemes = [self.schemes[s] for s in group.sites if s in self.schemes]
@@ -169,6 +219,26 @@ class _Run:
         self.source.check_transformed(block.index, before, tensors)
         return done, rows
 
+    def _gather(
+        self, block: Block, groups: list[InputGroup], stats: dict[str, InputStats], tensors: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
+        """Bring outlier channels to the end of the inputs whose order is free; `tensors` get the new values."""
+        rows: list[dict[str, Any]] = []
+        for step in self.plan.recipe.permutations:
+            from outlierq.pipeline.gathering import gather
+
+            config = self.plan.skeleton.config.get_text_config()
+            heads = getattr(config, "num_attention_heads", None)
+            head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+
+            def check(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+                self.source.check_transformed(block.index, before, after)
+
+            chosen = method("permute", step.method), step.options
+            stats, found = gather(block, groups, stats, tensors, chosen, head_dim, check)
+            rows += found
+        return stats, rows
+
     def _quantize(
         self, groups: list[InputGroup], stats: Mapping[str, InputStats], tensors: Mapping[str, torch.Tensor]
     ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
@@ -180,11 +250,34 @@ class _Run:
         for group in groups:
             weights = {s: as_matrix(s, tensors[s.weight]) for s in group.sites}
             results |= quantize_group(
-                weights, self.schemes, stats.get(group.name), method("quantize", chosen.method), chosen.options
+                weights,
+                self.schemes,
+                stats.get(group.name),
+                method("quantize", chosen.method),
+                chosen.options,
+                clip_search=self.plan.recipe.clip_search_for(group.name),
             )
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
         self.error = sum(errors) / len(errors) if errors else None
         return results
+
+    def _cache_scales(
+        self,
+        block: Block,
+        groups: list[InputGroup],
+        before: Mapping[str, torch.Tensor],
+        after: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The scales of the block's KV cache by tensor name, when the plan has some."""
+        cache, chosen = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
+        if cache is None:
+            return {}
+        from outlierq.load.shards import torch_dtype
+        from outlierq.pipeline.cache import cache_tensors
+
+        dtype = torch_dtype(self.plan.layout.places[cache.names[0]].tensor.dtype)
+        stats = self.source.block_stats(block.index)
+        return cache_tensors(cache, chosen.scheme, stats, groups, before, after, dtype)
 
     def _round(self, site: LinearSite) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """A linear outside of the blocks has no statistics: round it to nearest, and say so."""
@@ -212,6 +305,17 @@ def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, liste
                 f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
                 hint="leave --stats out, or --set calibration.mode=static",
             )
+        if recipe.permutations:
+            raise RecipeError(
+                f"{recipe.permutations[0].method} tries its permutations on the model, which --stats does not run",
+                hint="leave --stats out",
+            )
+        if recipe.rewrites:
+            raise RecipeError(
+                f"{recipe.rewrites[0].method} rewrites the whole model; the statistics in {stats} are of another one",
+                hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
+                "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
+            )
         return StatsFromFile(stats, plan.checkpoint, plan.structure, needs)
     from outlierq.calibrate.collect import stored_fields
 
@@ -236,20 +340,31 @@ def _identity(plan: Plan, source: StatsSource) -> dict[str, Any]:
     return made_with | source.identity
 
 
-def _report(plan: Plan, out: Path, journal: Journal, clock: Clock, device: str, source: StatsSource) -> Report:
+def _report(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    clock: Clock,
+    device: str,
+    source: StatsSource,
+    rewrite_error: float | None,
+) -> Report:
     """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
     rows = tuple(SiteRow(**row) for entry in journal.entries.values() for row in entry["rows"])
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
     noted += [f"{row.site}: {row.note}" for row in rows if row.note]
+    if rewrite_error is not None:
+        noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
     return Report(
         model=plan.checkpoint.source,
         recipe=plan.recipe.name,
         settings=plan.recipe.model_dump(mode="json"),
         out=str(out),
-        fingerprint=plan.checkpoint.fingerprint,
+        fingerprint=original_of(plan.checkpoint).fingerprint,
         versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        seeds={} if source.seed is None else {"calibration": source.seed},
+        seeds=({} if source.seed is None else {"calibration": source.seed})
+        | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
         machine=_machine(device),
         rows=rows,
         transforms=transforms,

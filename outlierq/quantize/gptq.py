@@ -12,7 +12,7 @@ from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import Grid, in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, nearest_code, to_quant_tensor
 from outlierq.ops.refine import refine
 from outlierq.ops.scale_search import search_grid
 from outlierq.ops.solve import inverse_cholesky
@@ -46,7 +46,7 @@ def gptq(
     permutation = column_order(hessian.diagonal(), order, scheme.columns_per_group(w.shape[1]))
     upper = _factor(hessian[permutation][:, permutation], damp)
     if upper is None:
-        return to_quant_tensor(grid.encode(in_groups(w, scheme)).view(w.shape), grid)
+        return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)
     codes = sweep(w, grid, upper, permutation)
     codes, grid = refine(w, codes, grid, hessian, permutation, passes=refine_passes)
     return to_quant_tensor(codes, grid)
@@ -92,13 +92,9 @@ def sweep(w: torch.Tensor, grid: Grid, upper: torch.Tensor, permutation: torch.T
         stop = min(start + BLOCK, len(work))
         errors = torch.empty_like(work[start:stop])
         for i in range(start, stop):
-            code = torch.div(work[i], scale[i]).round_()
-            if zero_point is None:
-                code.clamp_(scheme.code_min, scheme.code_max)
-                value = code * scale[i]
-            else:
-                code.add_(zero_point[i]).clamp_(scheme.code_min, scheme.code_max)
-                value = (code - zero_point[i]).mul_(scale[i])
+            zero = None if zero_point is None else zero_point[i]
+            code = nearest_code(torch.div(work[i], scale[i]), zero, scheme)
+            value = code * scale[i] if zero is None else (code - zero).mul_(scale[i])
             codes[i] = code
             error = torch.sub(work[i], value, out=errors[i - start]).div_(diagonal[i])
             if i + 1 < stop:

@@ -9,7 +9,7 @@ import torch
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
 from outlierq.ops.scale_search import search_grid
 from outlierq.registry import quantizer
 
@@ -32,4 +32,4 @@ def rtn(
     else:
         hessian = stats.need("hessian") if scale_search == "hessian" else None
         grid = search_grid(w, scheme, hessian)
-    return to_quant_tensor(grid.encode(in_groups(w, scheme)).view(w.shape), grid)
+    return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)

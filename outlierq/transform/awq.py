@@ -9,18 +9,16 @@ from annotated_types import Ge
 
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import Grid, in_groups, minmax_grid, stored
+from outlierq.ops.grid import in_groups
 from outlierq.ops.precision import matmul_operands
 from outlierq.ops.scale_search import search_grid
+from outlierq.ops.site_error import judging_grid
 from outlierq.registry import transform
 
 # Scales outside this range push outliers into the weights and into the 16-bit norm (methods sheet 1.e).
 LARGEST_SCALE = 100.0
 # Rows on which the winner must also beat no scaling when every group's scale is searched.
 CONFIRMING_ROWS = 256
-# Share of the range that the judging grid covers. Symmetric: KL 0.1435 at 0.9 against 0.1470 for the min-max grid;
-# asymmetric grids are best judged at their full range: 0.1318 against 0.1482 at 0.9 (AWQ, SmolLM2-135M, group 64).
-SYMMETRIC_RANGE = 0.9
 
 
 @transform("awq", needs=("hessian", "abs_mean"), paper="arXiv:2306.00978")
@@ -90,14 +88,6 @@ class Judge:
         grid = search_grid(scaled, self.scheme, self.hessian / (scale[:, None] * scale))
         change = grid.round(in_groups(scaled, self.scheme)).view_as(scaled).sub_(scaled).div_(scale)
         return (change @ self.hessian).mul_(change).sum().item()
-
-
-def judging_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
-    """A grid close to the one that a scale search would end at, without searching."""
-    if not scheme.symmetric:
-        return minmax_grid(w, scheme)
-    largest = in_groups(w, scheme).abs().amax(-1)
-    return Grid(stored(SYMMETRIC_RANGE * largest / (scheme.code_max + 0.5), scheme), None, scheme)
 
 
 class Family:

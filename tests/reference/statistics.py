@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from outlierq.core.stats import InputStats
@@ -27,7 +28,35 @@ def statistics_of(x: torch.Tensor, *, sequence_length: int | None = None) -> Inp
         first_abs_max=sequences[:, 0].abs().amax(0),
         hessian=(wide.T @ wide / len(x)).float(),
         rows=x[:32].bfloat16(),
+        count_huge=(sequences.abs() >= 20).sum((0, 1)).double(),
+        **tables_of(sequences.numpy()),
     )
+
+
+def tables_of(x: np.ndarray, ids: np.ndarray | None = None, *, stride: int = 1) -> dict[str, torch.Tensor]:
+    """The tables of [sequences, tokens, K] one token after another; values of every `stride`th go into the histogram.
+
+    ids: [sequences, tokens].
+    """
+    channels = x.shape[-1]
+    log2, tokens = np.zeros((channels, 48), np.int32), np.zeros(64, np.int64)
+    entries = []
+    for sequence, position in np.ndindex(x.shape[:2]):
+        token = np.abs(x[sequence, position].astype(np.float64))
+        with np.errstate(divide="ignore"):
+            bins = np.clip(np.floor(np.log2(token)) + 24, 0, 47).astype(int)
+            tokens[int(np.clip(np.floor(2 * np.log2(token.max())) + 32, 0, 63))] += 1
+        if (sequence * x.shape[1] + position) % stride == 0:
+            log2[np.arange(channels), bins] += 1
+        channel, median = int(token.argmax()), np.sort(token)[(channels - 1) // 2]
+        number = -1 if ids is None else int(ids[sequence, position])
+        entries.append((sequence, position, number, channel, float(x[sequence, position, channel]), median))
+    top = sorted(entries, key=lambda entry: -abs(entry[4]))[:20]
+    return {
+        "log2_histogram": torch.from_numpy(log2),
+        "token_histogram": torch.from_numpy(tokens),
+        "top_tokens": torch.tensor(top, dtype=torch.float32),
+    }
 
 
 def correlated_inputs(tokens: int, channels: int, *, seed: int = 0, outliers: int = 2) -> torch.Tensor:

@@ -40,6 +40,7 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
+    from outlierq.calibrate.stats_file import StatsReader
     from outlierq.pipeline.calibrate import calibrate
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
@@ -56,12 +57,15 @@ def command(
             listen=listen,
         )
     size = sum(path.stat().st_size for path in folder.iterdir())
+    notes = StatsReader(folder).notes
     if as_json:
-        shared.print_json({"stats": str(folder), "bytes": size, **identity.to_json()})
+        shared.print_json({"stats": str(folder), "bytes": size, "notes": notes, **identity.to_json()})
     else:
         from outlierq.report.terminal import human_bytes
 
         typer.echo(f"{identity.token_description}\nstatistics written: {out} ({human_bytes(size)})")
+        for text in notes:
+            typer.echo(f"note: {text}")
         typer.echo(f"use them with: outlierq quantize {model} --recipe NAME --stats {out} -o OUT")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,19 +10,23 @@ import typer
 
 from outlierq.cli import shared
 
+BACKENDS = ("transformers", "vllm")
 EXAMPLES = (
     "Examples:\n\n"
     "  outlierq eval ./SmolLM2-135M-W4 --reference ./SmolLM2-135M\n\n"
     "  outlierq eval ./out --reference ./original --text wiki.test.raw --windows 64 --max-kl 0.05\n\n"
-    "  outlierq eval ./out --tasks wikitext,mmlu --data-dir ./data --limit 20"
+    "  outlierq eval ./out --tasks wikitext,mmlu --data-dir ./data --limit 20\n\n"
+    "  outlierq eval ./out --reference ./original --tasks mmlu --min-task mmlu:-1.0 -o results.json --junit gate.xml"
 )
 
 
 def command(
     model: shared.Model,
-    reference: Annotated[str | None, typer.Option(help="The original, for KL, top-1 agreement and flips.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The original, for KL, top-1 agreement, flips, and the tasks before and after.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: wikitext,mmlu.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' data from here instead of the Hub.")] = None,
+    data_dir: shared.DataDir = None,
     text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
     windows: Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")] = 24,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 512,
@@ -30,12 +35,20 @@ def command(
         int | None, typer.Option(min=0, help="Examples in the prompt; default: the task's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in tasks.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="Who answers the tasks: transformers (outlierq loads the model) or vllm.")
+    ] = "transformers",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when KL per token is above this.")] = None,
-    max_perplexity_increase: Annotated[
-        float | None, typer.Option(help="Exit with 3 when perplexity rises by more; 0.03 is 3 %.")
-    ] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Exit with 3 when top-1 agreement is below this.")] = None,
+    max_kl: shared.MaxKl = None,
+    max_perplexity_increase: shared.MaxPerplexityIncrease = None,
+    min_top1: shared.MinTop1 = None,
+    min_task: shared.MinTask = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the results as JSON.")] = None,
+    junit: shared.Junit = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the results in MODEL's outlierq.json, where `publish` reads them.")
+    ] = False,
+    no_cache: shared.NoCache = False,
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -43,55 +56,48 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Perplexity of MODEL; with --reference also KL divergence per token, top-1 agreement and flips."""
-    from outlierq.evaluate.gate import check_gate, raise_if_failed
-    from outlierq.load import load_tokenizer
-    from outlierq.pipeline import evaluation
-    from outlierq.report import terminal
+    from outlierq.pipeline import results as measuring
 
-    limits = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase, "min_top1": min_top1}
-    if any(limit is not None for limit in limits.values()) and reference is None:
+    limits = shared.gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
+    if limits.needs_reference and reference is None:
         raise typer.BadParameter("quality gates compare with an original; give --reference", param_hint="--reference")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}; choose float32, bfloat16 or float16", param_hint="--dtype")
-    where = shared.choose_device(device)
-    content, text_name = evaluation.evaluation_text(text)
+    if backend not in BACKENDS:
+        raise typer.BadParameter(f"{backend!r}; choose {' or '.join(BACKENDS)}", param_hint="--backend")
+    if backend == "vllm":
+        from outlierq.evaluate.tasks import need_vllm
+
+        need_vllm()
+    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    wanted = measuring.Measurement(
+        text=text,
+        windows=windows or None,
+        window_length=window_length,
+        tasks=tuple(dict.fromkeys([*named, *limits.tasks])),
+        data_dir=data_dir,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=shared.choose_device(device),
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+    )
     checkpoint = shared.open_model(model, revision, trust_remote_code)
     original = shared.open_model(reference, None, trust_remote_code) if reference else None
-    loading = {"dtype": dtype, "device": where, "trust_remote_code": trust_remote_code}
-    loaded = evaluation.load_for_evaluation(checkpoint, **loading)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    result: dict = {"model": model, "reference": reference, "text": text_name, "dtype": dtype}
+    if record:
+        measuring.read_report(checkpoint.path)  # before hours of work, not after
     with shared.progress(quiet) as listen:
-        measured = evaluation.measure_text(
-            loaded,
-            tokenizer,
-            content,
-            reference=evaluation.load_for_evaluation(original, **loading) if original else None,
-            window_length=window_length,
-            windows=windows or None,
-            listen=listen,
-        )
-    result["divergence"] = measured.to_dict()
-    if tasks:
-        shared.say(f"running {tasks} ...", quiet)
-        named = [name.strip() for name in tasks.split(",") if name.strip()]
-        result["tasks"] = evaluation.run_tasks(
-            loaded,
-            tokenizer,
-            named,
-            data_dir=data_dir,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-        )
-    gate = check_gate(measured, **limits)
+        found = measuring.measure(checkpoint, original, wanted, cached=not no_cache, listen=listen)
+    found = measuring.judge(found, limits) | {"command": shared.command_line()}
+    if record:
+        measuring.record(checkpoint.path, found)
+    if out is not None:
+        shared.write_file(out, (json.dumps(found, indent=1) + "\n").encode())
     if as_json:
-        shared.print_json(result | {"gate": [vars(row) | {"passed": row.passed} for row in gate]})
+        shared.print_json(found)
     else:
-        typer.echo(f"{model} on {text_name}")
-        shared.show(terminal.divergence(measured))
-        if tasks:
-            shared.show(terminal.tasks(result["tasks"]))
-        if gate:
-            shared.show(terminal.gate(gate))
-    raise_if_failed(gate)
+        typer.echo(f"{model} on {found['text']}")
+        shared.show_results(found, quiet)
+    shared.finish_gate(found, junit)

@@ -13,7 +13,8 @@ EXAMPLES = (
     "Examples:\n\n"
     "  outlierq quantize ./SmolLM2-135M --recipe awq-gptq-w4 -o ./SmolLM2-135M-W4\n\n"
     "  outlierq quantize meta-llama/Llama-3.1-8B -r gptq-w4 --set quantize.group_size=64 -o out\n\n"
-    "  outlierq quantize model.gguf -r my-recipe.yaml --stats ./stats -o out"
+    "  outlierq quantize model.gguf -r my-recipe.yaml --stats ./stats -o out\n\n"
+    "  outlierq quantize ./SmolLM2-135M -o out --max-kl 0.05 --max-perplexity-increase 3% --junit gate.xml"
 )
 
 
@@ -25,6 +26,12 @@ def command(
     stats: Annotated[
         Path | None, typer.Option(help="Reuse the statistics that `outlierq calibrate` wrote; no forward pass runs.")
     ] = None,
+    max_kl: shared.MaxKl = None,
+    max_perplexity_increase: shared.MaxPerplexityIncrease = None,
+    min_top1: shared.MinTop1 = None,
+    min_task: shared.MinTask = None,
+    data_dir: shared.DataDir = None,
+    junit: shared.Junit = None,
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -35,27 +42,46 @@ def command(
     """Compress MODEL with a recipe and write a verified checkpoint to OUT.
 
     The plan is printed first. An interrupted run continues where it stopped when the same command is given again.
+    With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit is passed.
     """
+    from outlierq.load import reading_ahead
     from outlierq.pipeline.plan import make_plan
     from outlierq.pipeline.quantize import quantize
+    from outlierq.pipeline.results import Measurement, judge, measure, record
     from outlierq.report import terminal
 
-    chosen = shared.load_recipe(recipe, settings)
+    asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
+    chosen = shared.load_recipe(recipe, [*(settings or []), *asked])
+    if junit is not None and chosen.gate is None:
+        raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
     checkpoint = shared.open_model(model, revision, trust_remote_code)
-    plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
+    with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
+        plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
     if not quiet:
         shared.show(shared.plan_view(plan), stderr=True)
+    where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
         report = quantize(
             plan,
             shared.out_path(out),
             stats=stats,
-            device=shared.choose_device(device),
+            device=where,
             restart=restart,
             listen=listen,
         )
+        results = None
+        if chosen.gate is not None:
+            wanted = Measurement.of_gate(
+                chosen.gate, device=where, data_dir=data_dir, trust_remote_code=trust_remote_code
+            )
+            results = judge(measure(shared.open_model(out), checkpoint, wanted, listen=listen), chosen.gate.limits)
+            report = record(shared.out_path(out), results | {"command": shared.command_line()})
     if as_json:
         shared.print_json(report.to_dict())
     else:
         shared.show(terminal.summary(report))
         typer.echo(f"written and verified: {out}")
+        if results and results["gate"]:
+            shared.show(terminal.gate(shared.gate_rows(results)))
+    if results:
+        shared.finish_gate(results, junit)

@@ -1,0 +1,48 @@
+"""Which tensors two checkpoints do not share, and by how much the others differ."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+
+EXAMPLES = "Examples:\n\n  outlierq diff ./SmolLM2-135M ./SmolLM2-135M-W4\n\n  outlierq diff a.gguf ./b --json"
+SHOWN = 20  # changed tensors printed; JSON has all
+
+
+def command(
+    a: Annotated[str, typer.Argument(help="A checkpoint: folder, Hub id or GGUF file.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Tensors added, removed and changed from A to B, by decoded values, with the error of each."""
+    from outlierq.pipeline.diff import diff
+
+    first, second = (shared.open_model(source, None, trust_remote_code) for source in (a, b))
+    with shared.progress(quiet) as listen:
+        found = diff(first, second, listen)
+    if as_json:
+        shared.print_json({"a": a, "b": b, **found.to_dict()})
+        return
+    for line in lines(found):
+        typer.echo(line)
+
+
+def lines(found: object) -> list[str]:
+    """The differences, one a line."""
+    shown = [f"- {name}" for name in found.removed] + [f"+ {name}" for name in found.added]
+    for change in found.changed[:SHOWN]:
+        how = f"{' -> '.join(str(list(shape)) for shape in change.shapes)}"
+        if change.relative_error is not None:
+            how = f"relative error {change.relative_error:.3%}, largest {change.largest:.3g}"
+        shown.append(f"~ {change.name}: {how}")
+    if len(found.changed) > SHOWN:
+        shown.append(f"~ and {len(found.changed) - SHOWN} more (--json lists all)")
+    if found.config:
+        shown.append(f"config.json differs in {', '.join(found.config)}")
+    counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed"
+    return [*shown, f"{counts}, {found.equal} equal"]

@@ -1,0 +1,62 @@
+"""Say whether a checkpoint is whole and consistent, and what became of its source."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+from outlierq.core.errors import EXIT_ERROR
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  outlierq verify ./SmolLM2-135M-W4\n\n"
+    "  outlierq verify ./made-by-another-program --source ./SmolLM2-135M --json"
+)
+SHOWN = 20  # faults printed; JSON has all
+
+
+def command(
+    target: Annotated[str, typer.Argument(help="A checkpoint: folder, Hub id or GGUF file, of any program.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="The checkpoint it was made from, for the error of each weight.")
+    ] = None,
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Decode every tensor of TARGET and report what is wrong; exit code 1 when something is.
+
+    Checked: files and shapes, every tensor accounted for, finite numbers, config.json against the tensors, tied
+    weights, zero points, and with --source the error of every quantized weight.
+    """
+    from outlierq.pipeline.verify import verify
+
+    with shared.progress(quiet) as listen:
+        found = verify(target, source, trust_remote_code=trust_remote_code, listen=listen)
+    if as_json:
+        shared.print_json(found.to_dict())
+    else:
+        for line in lines(found):
+            typer.echo(line)
+    if not found.sound:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def lines(found: object) -> list[str]:
+    """The findings, one a line."""
+    what = f"{found.quantization} " if found.quantization else ""
+    shown = [f"{found.source}: {what}checkpoint of {found.tensors} tensors, {found.linears} quantized weights"]
+    if found.errors:
+        ordered = sorted(found.errors, key=found.errors.get)
+        middle, worst = ordered[len(ordered) // 2], ordered[-1]
+        shown.append(
+            f"relative error against {found.original}: median {found.errors[middle]:.2%}, largest "
+            f"{found.errors[worst]:.2%} ({worst})"
+        )
+    shown += [f"note: {note}" for note in found.notes]
+    shown += [f"fault: {f.tensor + ': ' if f.tensor else ''}{f.what} [{f.check}]" for f in found.faults[:SHOWN]]
+    if len(found.faults) > SHOWN:
+        shown.append(f"and {len(found.faults) - SHOWN} more faults (--json lists all)")
+    return [*shown, "sound: no fault found" if found.sound else f"{len(found.faults)} fault(s) found"]

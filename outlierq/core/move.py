@@ -1,0 +1,28 @@
+"""`Move`: what a transform does to one linear input, x' = (x - shift) / scale, per channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Move:
+    """The input of a group of linears becomes (x - shift) / scale; the linears become W * scale and b + W shift.
+
+    scale: [in] > 0. shift: [in], or None where nothing can carry one.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
+
+    def then(self, later: Move) -> Move:
+        """This move and `later`, which was chosen for what this one leaves, as one."""
+        shift = self.shift
+        if later.shift is not None:
+            moved = later.shift * self.scale
+            shift = moved if shift is None else shift + moved
+        return Move(self.scale * later.scale, shift)

@@ -1,0 +1,94 @@
+"""`awq`: the GEMM layout of AutoAWQ, for 4-bit weights with zero points. vLLM and transformers load it by default.
+
+For a linear called P with out rows, in columns and G groups: `P.qweight` I32 [in, out / 8], `P.qzeros` I32 [G, out / 8]
+and `P.scales` F16 [G, out]; the weight is (code - zero point) * scale. A word holds eight neighbouring output rows in
+the order `ORDER`, lowest bits first. The config has one group size for the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.model import LinearSite
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.export.clients import client_facts, one_scheme, unsigned
+from outlierq.ops.packing import pack
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_DTYPE = "float16"  # what its readers expect, whatever the model's dtype
+BITS = 4
+PER_WORD = 8
+# Nibble k of a word is output row 8 * c + ORDER[k] (AutoAWQ, awq/utils/packing_utils.py).
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
+    """Why this format cannot hold the site, or None when it can."""
+    if site.kind != "Linear":
+        return f"awq has no {site.kind} layer"
+    if (scheme.kind, scheme.bits) != ("int", BITS) or scheme.activations is not None:
+        return f"awq stores int4 weights with 16-bit inputs, not {scheme}"
+    if site.block is None:
+        return "the readers of awq expect linears outside of the blocks in 16 bits"
+    if site.out_features % PER_WORD:
+        return f"awq packs {PER_WORD} output rows into a word, and {site.out_features} is no multiple of it"
+    return None
+
+
+def conflict(schemes: Collection[QuantScheme]) -> str | None:
+    """Why these schemes cannot stand in one checkpoint; symmetric and asymmetric ones can."""
+    return one_scheme("awq", {scheme.group_size for scheme in schemes}, "group_size")
+
+
+def clients(schemes: Collection[QuantScheme]) -> list[str]:
+    """Which programs load it, one line each."""
+    return client_facts("awq", schemes)
+
+
+def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor that replaces the site's weight."""
+    stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
+    groups = scheme.groups(columns)
+    return [
+        (f"{stem}.qweight", "I32", (columns, rows // PER_WORD)),
+        (f"{stem}.qzeros", "I32", (groups, rows // PER_WORD)),
+        (f"{stem}.scales", "F16", (groups, rows)),
+    ]
+
+
+def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere."""
+    stem = site.weight.removesuffix(".weight")
+    codes, zero_point = unsigned(site, quantized)
+    return {
+        f"{stem}.qweight": _words(codes),
+        f"{stem}.qzeros": _words(zero_point),
+        f"{stem}.scales": quantized.scale.T.contiguous(),
+    }
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    """Uint8 [out, n] as int32 [n, out / 8]."""
+    rows, count = values.shape
+    ordered = values.T.reshape(count, rows // PER_WORD, PER_WORD)[..., list(ORDER)]
+    return pack(ordered.reshape(count, rows), BITS)
+
+
+def quantization_config(
+    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
+    kept = [site.module for site, scheme in sites if scheme is None]
+    sizes = {scheme.group_size for _, scheme in sites if scheme is not None}
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": BITS,
+        "group_size": next(iter(sizes)) or -1,
+        "zero_point": True,
+        "modules_to_not_convert": list(dict.fromkeys([*kept, *also_kept])),
+    }

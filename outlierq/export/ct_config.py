@@ -1,0 +1,111 @@
+"""The `quantization_config` of compressed-tensors checkpoints, built and checked by the compressed-tensors package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.model import LinearSite
+from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
+
+MIXED = "mixed-precision"
+
+
+def format_of(scheme: QuantScheme) -> str:
+    """The compressed-tensors format that holds a scheme.
+
+    Integers are packed into words where inputs stay in 16 bits; kernels for int8 inputs want plain int8 weights.
+    """
+    if scheme.kind == "float":
+        return "float-quantized"
+    return "pack-quantized" if scheme.activations is None else "int-quantized"
+
+
+def quantization_config(
+    sites: Sequence[tuple[LinearSite, QuantScheme | None]],
+    *,
+    also_kept: Sequence[str] = (),
+    cache: CacheScheme | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    sites: every linear with its scheme, None when kept. One scheme targets all `Linear` modules; several name theirs.
+    also_kept: modules without a tensor of their own (a tied head). cache: of the KV cache, None for 16 bits.
+    """
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    by_scheme: dict[QuantScheme, list[str]] = {}
+    for site, scheme in sites:
+        if scheme is not None:
+            by_scheme.setdefault(scheme, []).append(site.module)
+    kept = [site.module for site, scheme in sites if scheme is None and site.kind == "Linear"]
+    kept += [module for module in also_kept if module not in kept]
+    groups = {}
+    for number, (scheme, modules) in enumerate(by_scheme.items()):
+        targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=targets, weights=_weights(scheme), input_activations=_inputs(scheme), format=format_of(scheme)
+        )
+    formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
+    config = QuantizationConfig(
+        config_groups=groups,
+        ignore=kept,
+        format=formats.pop() if len(formats) == 1 else MIXED,
+        quantization_status="compressed",
+        kv_cache_scheme=None if cache is None else _cache(cache),
+    ).model_dump(mode="json")
+    if len(by_scheme) == 1 and not next(iter(by_scheme)).symmetric:
+        # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense. Not
+        # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
+        config["dequantize"] = True
+    return config
+
+
+def _weights(scheme: QuantScheme) -> QuantizationArgs:
+    """How weights are stored."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if scheme.block is not None:
+        where = {"strategy": "block", "block_structure": list(scheme.block)}
+    elif scheme.group_size is not None:
+        where = {"strategy": "group", "group_size": scheme.group_size}
+    else:
+        where = {"strategy": "channel"}
+    return QuantizationArgs(num_bits=scheme.bits, type=scheme.kind, symmetric=scheme.symmetric, **where)
+
+
+def _inputs(scheme: QuantScheme) -> QuantizationArgs | None:
+    """How inputs are quantized at run time."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    inputs: ActivationScheme | None = scheme.activations
+    if inputs is None:
+        return None
+    group = {"group_size": inputs.group_size} if inputs.per == "group" else {}
+    return QuantizationArgs(
+        num_bits=inputs.bits, type=inputs.kind, symmetric=True, strategy=inputs.per, dynamic=inputs.dynamic, **group
+    )
+
+
+def _cache(cache: CacheScheme) -> QuantizationArgs:
+    """How keys and values are stored."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    strategy = "tensor" if cache.per == "tensor" else "attn_head"
+    return QuantizationArgs(num_bits=cache.bits, type="float", symmetric=True, strategy=strategy, dynamic=False)
+
+
+def _targets(modules: list[str], by_scheme: dict[QuantScheme, list[str]], scheme: QuantScheme) -> list[str]:
+    """Patterns over block numbers where they are unambiguous, full names otherwise."""
+    others = {pattern(m) for s, names in by_scheme.items() if s != scheme for m in names}
+    named = [pattern(m) if pattern(m) not in others else m for m in modules]
+    return list(dict.fromkeys(named))
+
+
+def pattern(module: str) -> str:
+    """ "model.layers.3.mlp.up_proj" as a pattern that matches it in every block."""
+    return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"

@@ -1,0 +1,110 @@
+"""`gptq`: the layout of AutoGPTQ and GPTQModel, version 1 ("gptq"); `gptq_v2.py` is version 2.
+
+For a linear called P with out rows, in columns, G groups and b bits: `P.qweight` I32 [in * b / 32, out], packed along
+the input columns; `P.qzeros` I32 [G, out * b / 32], packed along the output rows; `P.scales` F16 [G, out]; `P.g_idx`
+I32 [in], the group of each input column. The weight is (code - zero point) * scale.
+
+Version 1 stores every zero point less one, version 2 as it is. Readers undo that by adding 1 to every field of a word
+in a single addition, so a zero point of 0 borrows from its neighbour, and is written by a single subtraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.model import LinearSite
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.export.clients import client_facts, one_scheme, unsigned
+from outlierq.ops.packing import WORD, pack
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_DTYPE = "float16"  # what its readers expect, whatever the model's dtype
+WIDTHS = (2, 3, 4, 8)
+VERSION_NAMES = {1: "gptq", 2: "gptq_v2"}
+
+
+def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
+    """Why this format cannot hold the site, or None when it can."""
+    if site.kind != "Linear":
+        return f"gptq is written for Linear layers only, this is a {site.kind}"
+    if scheme.kind != "int" or scheme.bits not in WIDTHS or scheme.activations is not None:
+        return f"gptq stores int weights of 2, 3, 4 or 8 bits with 16-bit inputs, not {scheme}"
+    for name, count in (("columns", site.in_features), ("output rows", site.out_features)):
+        if count * scheme.bits % WORD:
+            return f"gptq packs {name} into whole words, and {count} of {scheme.bits} bits do not fill them"
+    return None
+
+
+def conflict(schemes: Collection[QuantScheme]) -> str | None:
+    """Why these schemes cannot stand in one checkpoint."""
+    for key in ("bits", "symmetric", "group_size"):
+        fault = one_scheme("gptq", {getattr(scheme, key) for scheme in schemes}, key)
+        if fault:
+            return fault
+    return None
+
+
+def clients(schemes: Collection[QuantScheme]) -> list[str]:
+    """Which programs load it, one line each."""
+    return client_facts("gptq", schemes)
+
+
+def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor that replaces the site's weight."""
+    stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
+    groups = scheme.groups(columns)
+    return [
+        (f"{stem}.qweight", "I32", (columns * scheme.bits // WORD, rows)),
+        (f"{stem}.qzeros", "I32", (groups, rows * scheme.bits // WORD)),
+        (f"{stem}.scales", "F16", (groups, rows)),
+        (f"{stem}.g_idx", "I32", (columns,)),
+    ]
+
+
+def encode(site: LinearSite, quantized: QuantTensor, *, version: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 2^(bits - 1) everywhere."""
+    import torch
+
+    stem, bits = site.weight.removesuffix(".weight"), quantized.scheme.bits
+    codes, zero_point = unsigned(site, quantized)
+    zeros = pack(zero_point.T.clone(memory_format=torch.contiguous_format), bits)
+    if version == 1:
+        ones = torch.ones(1, site.out_features, dtype=torch.uint8, device=codes.device)
+        zeros = zeros - pack(ones, bits)  # int32 wraps, as the readers' addition does
+    width = quantized.scheme.columns_per_group(site.in_features)
+    return {
+        f"{stem}.qweight": pack(codes, bits).T.contiguous(),
+        f"{stem}.qzeros": zeros,
+        f"{stem}.scales": quantized.scale.T.contiguous(),
+        f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32, device=codes.device) // width,
+    }
+
+
+def quantization_config(
+    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = (), version: int = 1
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept.
+
+    Linears of blocks that are kept are named in `dynamic`, the only place that vLLM and GPTQModel both read. Without
+    it both take every linear in a block for a quantized one.
+    """
+    scheme = next(scheme for _, scheme in sites if scheme is not None)
+    head = [site for site, chosen in sites if site.block is None and chosen is not None]
+    kept = [site.module for site, chosen in sites if chosen is None and site.block is not None]
+    config = {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": bool(head),
+        "pack_dtype": "int32",
+        "checkpoint_format": VERSION_NAMES[version],
+    }
+    if kept:
+        config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in kept}
+    return config

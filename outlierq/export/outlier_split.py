@@ -1,0 +1,79 @@
+"""`outlierq-split`: int8 weights with the columns of outlier channels beside them in 16 bits. Only outlierq runs it.
+
+No format of vLLM, compressed-tensors or bitsandbytes can keep some columns of a linear in 16 bits. For a linear called
+P: `P.weight` I8 [out, in] with 0 in the outlier columns, `P.weight_scale` [out, 1], `P.outlier_columns` I32 [k]
+ascending and `P.outlier_weight` [out, k]; floats in the model's dtype. Inputs are rounded to int8 with one scale per
+token that leaves the outlier columns out; see `ops/int8_split.py` for what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import OutputError
+from outlierq.core.model import LinearSite
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.export.bitsandbytes import int8_obstacle
+from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
+from outlierq.ops.int8_split import column_budget
+
+if TYPE_CHECKING:
+    import torch
+
+
+def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
+    """Why this format cannot hold the site, or None when it can."""
+    if site.kind != "Linear":
+        return f"outlierq-split is written for Linear layers only, this is a {site.kind}"
+    return int8_obstacle("outlierq-split", scheme)
+
+
+def clients(schemes: Collection[QuantScheme]) -> list[str]:
+    """What runs it, said plainly."""
+    return [
+        "outlierq: runs it (`outlierq eval`, reference speed)",
+        "every other client: does not load it; use recipe llm-int8 for transformers with bitsandbytes",
+    ]
+
+
+def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor that replaces the site's weight."""
+    stem, kept = site.weight.removesuffix(".weight"), column_budget(site.in_features)
+    dtype = SAFETENSORS_DTYPE[scheme.scale_dtype]
+    return [
+        (site.weight, "I8", (site.out_features, site.in_features)),
+        (f"{stem}.weight_scale", dtype, (site.out_features, 1)),
+        (f"{stem}.outlier_columns", "I32", (kept,)),
+        (f"{stem}.outlier_weight", dtype, (site.out_features, kept)),
+    ]
+
+
+def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+    """The tensors of `tensor_specs`."""
+    import torch
+
+    if quantized.outlier_columns is None:
+        raise OutputError(f"{site.module}: this format needs outlier columns; use method int8_split")
+    stem = site.weight.removesuffix(".weight")
+    return {
+        site.weight: quantized.codes.to(torch.int8),
+        f"{stem}.weight_scale": quantized.scale,
+        f"{stem}.outlier_columns": quantized.outlier_columns.to(torch.int32),
+        f"{stem}.outlier_weight": quantized.outlier_weight.contiguous(),
+    }
+
+
+def quantization_config(
+    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
+    kept = [site.module for site, scheme in sites if scheme is None]
+    return {
+        "quant_method": "outlierq",
+        "format": "outlierq-split",
+        "weights": "int8 symmetric per output row",
+        "input_activations": "int8 symmetric per token, without the outlier columns",
+        "modules_to_not_convert": list(dict.fromkeys([*kept, *also_kept])),
+    }

@@ -1,0 +1,91 @@
+"""Which module of a block is its attention, and rounding the keys and values that it sees, as an fp8 cache would."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.scheme import ActivationScheme
+
+if TYPE_CHECKING:
+    import torch
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+CACHE_ELEMENTS = ActivationScheme("float", dynamic=False, per="tensor")
+
+
+def attention_names(module: torch.nn.Module) -> list[str]:
+    """Names, within `module`, of the parts that call transformers' attention interface and hold linears.
+
+    No table of architectures: the code of a part's `forward` names the interface or it does not. Parts of a part that
+    was found are not looked at.
+    """
+    found: list[str] = []
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if not inside and _calls_interface(part) and any(True for _ in part.parameters()):
+            found.append(name)
+    return found
+
+
+def _calls_interface(part: torch.nn.Module) -> bool:
+    """Whether the code of the part's own `forward` looks up an attention function."""
+    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+    return code is not None and INTERFACE in code.co_names
+
+
+def stored_prefix(module: str, names: Mapping[str, str]) -> str:
+    """How the checkpoint spells the name of a module: that of a parameter inside, less what the two have in common.
+
+    names: parameter -> stored tensor. SourceError when the module has no parameter in the checkpoint.
+    """
+    for slot, tensor in names.items():
+        inside = slot.removeprefix(f"{module}.")
+        if inside != slot and tensor.endswith(f".{inside}"):
+            return tensor.removesuffix(f".{inside}")
+    raise SourceError(f"no tensor of {module} is stored under its name, so its cache scales have no name")
+
+
+def round_cache(model: torch.nn.Module, scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Round keys (after RoPE) and values to E4M3 just before attention. scales: attention module -> its (k, v) scales.
+
+    A scale is [1] or [kv heads, 1, 1]; it broadcasts against [sequences, kv heads, tokens, head size]. The model's
+    attention function stays the one that it was, with its masks.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    name = f"outlierq_fp8_cache_{implementation}"
+    AttentionInterface.register(name, _rounding(implementation))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    for module, (key, value) in scales.items():
+        part = model.get_submodule(module)
+        part.register_buffer("k_scale", key.float(), persistent=False)
+        part.register_buffer("v_scale", value.float(), persistent=False)
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "_attn_implementation", None) == implementation:
+            part.config._attn_implementation = name
+
+
+def _rounding(implementation: str) -> Callable[..., Any]:
+    """An attention function that rounds keys and values of modules with scales and goes on with `implementation`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from outlierq.ops.activations import fake_quantize
+
+    def attention(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if "k_scale" in module._buffers:
+            key = fake_quantize(key, CACHE_ELEMENTS, module.k_scale)
+            value = fake_quantize(value, CACHE_ELEMENTS, module.v_scale)
+        # The plain function is that of the model's own file, as its module would have taken it.
+        plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain)(module, query, key, value, *args, **kwargs)
+
+    return attention

@@ -1,0 +1,29 @@
+"""The text of single tokens, for reports that show where something happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
+
+TOKENIZER = "tokenizer.json"
+
+
+def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]:
+    """Token id -> its text, special tokens included. SourceError when there is no tokenizer.
+
+    A tokenizer.json is read with the tokenizers library alone: importing transformers for a dozen tokens takes seconds.
+    """
+    wanted = sorted({token for token in tokens if token >= 0})
+    path = checkpoint.path / TOKENIZER
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        return {token: tokenizer.decode([token], skip_special_tokens=False) for token in wanted}
+    from outlierq.load.dense import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    return {token: tokenizer.decode([token]) for token in wanted}

@@ -1,0 +1,158 @@
+"""GPTQ and AWQ checkpoints presented as plain ones: what both layouts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.shards import DTYPES, lookup
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+CODES = ".qweight"
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """How one linear is stored. shape: (out, in). scheme: with zero points. members: stored names by role."""
+
+    shape: tuple[int, int]
+    scheme: QuantScheme
+    members: Mapping[str, str]
+
+
+Parts = Mapping[str, "torch.Tensor"]
+
+
+class WordPackedCheckpoint:
+    """A checkpoint whose packed weights are presented as float32 tensors. Satisfies `Checkpoint`.
+
+    linears: by the name of their weight. codes: stored tensors -> `QuantTensor`. dense: stored tensors -> float32
+    [out, in]; left out, what the codes mean.
+    """
+
+    def __init__(
+        self,
+        stored: Checkpoint,
+        linears: Mapping[str, StoredLinear],
+        codes: Callable[[Parts, StoredLinear], QuantTensor],
+        dense: Callable[[Parts, StoredLinear], np.ndarray] | None = None,
+    ):
+        self._stored, self.linears, self._codes, self._dense = stored, dict(linears), codes, dense
+        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
+        self.path, self.revision = stored.path, stored.revision
+        self.config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+        members = {name for linear in self.linears.values() for name in linear.members.values()}
+        self.tensors: dict[str, TensorInfo] = {n: info for n, info in stored.tensors.items() if n not in members}
+        for name, linear in self.linears.items():
+            self.tensors[name] = TensorInfo(name, "F32", linear.shape, linear.shape[0] * linear.shape[1] * 4)
+
+    @property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """The files of the stored checkpoint."""
+        return self._stored.files
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the stored checkpoint."""
+        return self._stored.fingerprint
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, or decoded to float32."""
+        import torch
+
+        lookup(self.tensors, name)
+        if name not in self.linears:
+            return self._stored.read(name)
+        linear, parts = self.linears[name], self._parts(name)
+        if self._dense is not None:
+            return torch.from_numpy(self._dense(parts, linear))
+        return self._codes(parts, linear).dequantize()
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes, scales and zero points of a packed weight; symmetric when every zero point is the middle one."""
+        return as_symmetric(self._codes(self._parts(name), self.linears[name]))
+
+    def _parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a packed weight, by role."""
+        members = self.linears[name].members
+        return {role: self._stored.read(member) for role, member in members.items()}
+
+
+def stems_of(stored: Checkpoint) -> list[str]:
+    """Every module that is stored packed; SourceError when there is none."""
+    stems = [name.removesuffix(CODES) for name in stored.tensors if name.endswith(CODES)]
+    if not stems:
+        raise SourceError(f"{stored.source} says that it is compressed, but holds no compressed weight")
+    return stems
+
+
+def members_of(stored: Checkpoint, stem: str, roles: Iterable[str]) -> dict[str, str]:
+    """Stored names by role; SourceError when one is missing."""
+    members = {role: f"{stem}.{role}" for role in roles}
+    lost = [name for name in members.values() if name not in stored.tensors]
+    if lost:
+        raise SourceError(f"{stored.source} has no {lost[0]}")
+    return members
+
+
+def scheme_of(bits: int, group_size: int, dtype: str) -> QuantScheme:
+    """The scheme of stored weights. Zero points are stored even where the config says `sym`, so they are read."""
+    size = None if group_size in (None, -1) else group_size
+    return QuantScheme(bits, size, symmetric=False, scale_dtype=DTYPES[dtype][0])
+
+
+def finished(codes: np.ndarray, zero_point: np.ndarray, scales: Any, scheme: QuantScheme) -> QuantTensor:
+    """A `QuantTensor` of uint8 codes [out, in], uint8 zero points [out, groups] and stored scales [groups, out].
+
+    SourceError when the scheme is symmetric and a zero point is not the middle one.
+    """
+    import numpy as np
+    import torch
+
+    scale = scales.T.clone(memory_format=torch.contiguous_format)
+    middle = 1 << (scheme.bits - 1)
+    if not scheme.symmetric:
+        return QuantTensor(_tensor(codes), scale, _tensor(zero_point), scheme)
+    if not (zero_point == middle).all():
+        raise SourceError(f"a symmetric weight of {scheme.bits} bits has zero points other than {middle}")
+    return QuantTensor(_tensor((codes - np.uint8(middle)).view(np.int8)), scale, None, scheme)  # wraps below 0
+
+
+def as_symmetric(found: QuantTensor) -> QuantTensor:
+    """The same numbers without zero points where each of them is the middle one, else as they are."""
+    import torch
+
+    middle = 1 << (found.scheme.bits - 1)
+    if found.zero_point is None or not bool((found.zero_point == middle).all()):
+        return found
+    codes = (found.codes.to(torch.uint8) - middle).view(torch.int8)  # wraps below 0, as two's complement does
+    return QuantTensor(codes, found.scale, None, replace(found.scheme, symmetric=True))
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A torch tensor or an array, as an array."""
+    import numpy as np
+
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    """A contiguous torch tensor."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,35 @@
+"""Products of 16-bit inputs with grouped integer weights, in plain torch: the definition of the kernels that do the same.
+
+A weight is rounded to the dtype of the inputs before it is multiplied, as if the checkpoint had been dequantized:
+w = round16(scale * (code - zero_point)); sums are float32, the bias is added to them, and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """[out, in] in `dtype`. codes: [out, in] integers. scale, zero_point: [out, groups], groups of equal width."""
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    if zero_point is not None:
+        grouped = grouped - zero_point.float()[..., None]
+    return (grouped * scale.float()[..., None]).flatten(1).to(dtype)
+
+
+def packed_matmul(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x` [tokens, in] times the weight, [tokens, out] in the dtype of x. bias: [out]."""
+    y = x.float() @ dequantize(codes, scale, zero_point, dtype=x.dtype).float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,0 +1,28 @@
+"""A gate as JUnit XML: one test case per limit, for CI servers that show such files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+if TYPE_CHECKING:
+    from outlierq.evaluate.gate import GateRow
+
+
+def junit_xml(rows: Sequence[GateRow], model: str, seconds: float) -> bytes:
+    """UTF-8 bytes of the file. model: what was judged; seconds: wall time of the measurement."""
+    failures = sum(not row.passed for row in rows)
+    attributes = {"name": "outlierq gate", "tests": str(len(rows)), "failures": str(failures), "time": f"{seconds:.3f}"}
+    root = ElementTree.Element("testsuites", attributes)
+    suite = ElementTree.SubElement(root, "testsuite", attributes | {"errors": "0", "skipped": "0"})
+    for row in rows:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": f"outlierq.{model}", "name": row.name})
+        measured = f"{row.value:.6g} {row.relation} {row.limit:g}"
+        if row.passed:
+            ElementTree.SubElement(case, "system-out").text = measured
+        else:
+            failure = {"type": "limit", "message": f"not kept: {measured}"}
+            ElementTree.SubElement(case, "failure", failure).text = str(row)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
