@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo publish-demo test test-slow test-page check lint format clean
+.PHONY: setup demo publish-demo test test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check lint format clean fuzz
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# 200 kills and power cuts, 100 faults of disk, source, memory and Hub; some ten minutes.
+torture: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py --kills 200 --faults 100 --seed 0
+
 # The outlier page in a real browser: the system's Chromium if there is one, else one that playwright fetches (as root,
 # because it also installs the libraries that Chromium needs).
 test-page: setup
@@ -39,12 +43,38 @@ test-page: setup
 	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
 	$(BIN)/python -m pytest -m slow tests/test_outlier_page_chromium.py
 
+# What we write, loaded and run by real programs: first each in an environment of its own (8 GB below .clients, some 20
+# minutes, most of it compiling llama.cpp), then about 40 minutes of tests on 2 cores.
+clients: setup
+	PYTHON=$(PYTHON) scripts/install_clients.sh
+
+test-clients: clients
+	$(BIN)/python -m pytest -m clients tests/clients
+
+# Every kernel for every architecture; needs nvcc and g++, no GPU.
+test-kernels: setup
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_kernels_*.py --deselect tests/test_kernels_gpu.py
+
+# On a machine with a CUDA device: CuPy, then wrappers, kernels, graphs and sanitizer, then the benchmark.
+test-gpu: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]'
+	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py
+
+bench-gpu: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]'
+	$(BIN)/python benchmarks/gpu_kernels.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 check: lint test
+
+# Every reader of foreign files, 100,000 hostile inputs each (an hour); make fuzz FUZZ='--reader safetensors --count 1000'
+# for less. Findings are kept in tests/corpus.
+fuzz: setup
+	$(BIN)/python scripts/fuzz.py $(FUZZ)
 
 format: setup
 	$(BIN)/ruff check --fix .

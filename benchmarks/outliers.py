@@ -102,11 +102,16 @@ def ours(arguments: argparse.Namespace, models: dict[str, Path]) -> dict[str, di
     for kind in MODELS:
         stats = statistics(models[kind], arguments.reuse / f"{kind}-statistics", arguments)
         reference = load(models[kind])
-        for name in arguments.only or RUNS:
+        for name in RUNS:
             out = arguments.reuse / f"outlierq-{name}-{kind}"
-            cost = quantize(name, models[kind], out, stats, arguments)
-            results[f"{name}/{kind}"] = {**asdict(protocol.compare(reference, load(out), test)), "cost": cost}
-            print(f"{name}/{kind}: KL {results[f'{name}/{kind}']['kl']:.5f}", flush=True)
+            kept = out.with_suffix(f".{arguments.windows}-windows.json")
+            if not kept.exists() and (not arguments.only or f"{name}/{kind}" in arguments.only):
+                cost = quantize(name, models[kind], out, stats, arguments)
+                result = {**asdict(protocol.compare(reference, load(out), test)), "cost": cost}
+                kept.write_text(json.dumps(result, indent=2) + "\n")
+                print(f"{name}/{kind}: KL {result['kl']:.5f}", flush=True)
+            if kept.exists():
+                results[f"{name}/{kind}"] = json.loads(kept.read_text())
     return results
 
 
@@ -170,8 +175,8 @@ def main() -> None:
     parser.add_argument("--outlierq", default=str(Path(sys.executable).with_name("outlierq")), help="our command")
     parser.add_argument("--llmcompressor-python", help="Python of the environment with llm-compressor")
     parser.add_argument("--bitsandbytes-python", help="Python of the environment with bitsandbytes")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"do only these of ours: {' '.join(RUNS)}")
-    parser.add_argument("--reuse", type=Path, required=True, help="folder for models, statistics and outputs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="make only these now: smoothquant/plain ...")
+    parser.add_argument("--reuse", type=Path, required=True, help="folder for outputs; finished runs there are kept")
     parser.add_argument("--windows", type=int, default=16, help="test windows of 512 tokens (default: 16)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of our runs (default: 2)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")

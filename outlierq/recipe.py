@@ -24,8 +24,10 @@ from pydantic import (
 from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
+from outlierq.core.untrusted import brief, yaml_tree
 from outlierq.registry import Method, method, transform_method
 
+WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
 FROM_SETTING = 0  # stands for a line number where a value was given with --set
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
@@ -67,6 +69,8 @@ class Calibration(Section):
     sink_weight: float = Field(4.0, gt=0)
     mode: Literal["static", "sequential"] = "static"
     batch_size: int = Field(4, ge=1)
+    all_experts: bool = False
+    min_expert_tokens: int | None = Field(None, ge=0)
 
     @field_validator("text", mode="before")
     @classmethod
@@ -164,9 +168,9 @@ class Transform(Section):
 class Export(Section):
     """How the result is written."""
 
-    format: Literal["compressed-tensors", "awq", "gptq", "gptq-v2", "dense", "bitsandbytes", "outlierq-split"] = (
-        "compressed-tensors"
-    )
+    format: Literal[
+        "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense", "bitsandbytes", "outlierq-split"
+    ] = "compressed-tensors"
     max_shard_size: str = "5GB"
 
     @field_validator("max_shard_size", mode="before")
@@ -234,7 +238,7 @@ class Recipe(Section):
     @property
     def rewrites(self) -> tuple[Transform, ...]:
         """The transforms of the whole model; they come first."""
-        return tuple(t for t in self.transform if transform_method(t.method).stage == "rewrite")
+        return tuple(t for t in self.transform if transform_method(t.method).stage in WHOLE_MODEL)
 
     def clip_search_for(self, module: str) -> bool:
         """Whether the scale of the static input of the linear called `module` is searched."""
@@ -376,12 +380,8 @@ def read(path: Path) -> str:
 def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
     """Check the text of a recipe. `settings` are `quantize.group_size=64`, as given to `--set`."""
     faults: list[str] = []
-    try:
-        content, lines = yaml.safe_load(text), _lines(text, faults)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+    content, tree = yaml_tree(text, name, RecipeError)
+    lines = _lines(tree, faults)
     if not isinstance(content, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values, this is a {type(content).__name__}")
     for setting in settings or []:
@@ -413,8 +413,8 @@ def _failure(name: str, faults: list[str]) -> RecipeError:
     )
 
 
-def _lines(text: str, faults: list[str]) -> dict[tuple, int]:
-    """1-based line of every key path in the YAML text. A key that is given twice is a fault: YAML keeps the last."""
+def _lines(tree: yaml.Node | None, faults: list[str]) -> dict[tuple, int]:
+    """1-based line of every key path in the YAML tree. A key that is given twice is a fault: YAML keeps the last."""
     found: dict[tuple, int] = {}
 
     def walk(node: yaml.Node | None, path: tuple) -> None:
@@ -431,7 +431,7 @@ def _lines(text: str, faults: list[str]) -> dict[tuple, int]:
                 found[(*path, i)] = value.start_mark.line + 1
                 walk(value, (*path, i))
 
-    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    walk(tree, ())
     return found
 
 
@@ -443,12 +443,7 @@ def _apply(content: dict, setting: str) -> tuple:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {setting!r} is not of the form key=value", hint="e.g. --set quantize.group_size=64")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {setting}: {text!r} is not a YAML value: {getattr(error, 'problem', error)}"
-        ) from error
+    value, _ = yaml_tree(text, f"--set {brief(setting)}: {brief(repr(text))} is not a YAML value", RecipeError)
     path: list[str | int] = []
     node: Any = content
     *parents, last = key.split(".")
@@ -529,7 +524,7 @@ def _fault(error: Any, lines: dict[tuple, int], known: list[str] | None = None) 
     path = error["loc"]
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
-        given = "" if error["type"] in ("missing", "value_error") else f" (this is {error['input']!r})"
+        given = "" if error["type"] in ("missing", "value_error") else f" (this is {brief(repr(error['input']))})"
         return f"{_at(path, lines)}{message}{given}"
     known = known or _fields_at(path[:-1])
     close = nearest(str(path[-1]), known)
@@ -559,11 +554,11 @@ def _impossible(recipe: Recipe) -> list[str]:
     """Combinations that cannot work, each as a sentence."""
     faults = []
     stages = [transform_method(t.method).stage for t in recipe.transform]
-    late = [i for i in range(1, len(stages)) if stages[i] == "rewrite" and "transform" in stages[:i]]
+    late = [i for i in range(1, len(stages)) if stages[i] in WHOLE_MODEL and "transform" in stages[:i]]
     if late:
         name = recipe.transform[late[0]].method
         faults.append(f"transform.{late[0]}.method: {name} rewrites the whole model; it comes before the others")
-    if recipe.quantize is None and len(stages) > stages.count("rewrite"):
+    if recipe.quantize is None and any(stage not in WHOLE_MODEL for stage in stages):
         faults.append("transform: there is nothing to transform for without a `quantize` section")
     if recipe.needs and recipe.calibration is None:
         faults.append(
@@ -572,6 +567,8 @@ def _impossible(recipe: Recipe) -> list[str]:
         )
     if recipe.quantize is None and recipe.kv_cache is None and recipe.export.format != "dense":
         faults.append("export.format: without a `quantize` section only `dense` can be written")
+    if recipe.export.format == "gguf" and recipe.calibration and recipe.calibration.mode == "sequential":
+        faults.append("calibration.mode: sequential reads back what was written, which gguf does not offer; use static")
     if recipe.kv_cache is not None and recipe.export.format != "compressed-tensors":
         faults.append(f"export.format: {recipe.export.format} holds no scales of a KV cache; compressed-tensors does")
     if recipe.quantize is not None:

@@ -21,6 +21,7 @@ METHOD_MODULES = {
     ),
     "rewrite": ("outlierq.transform.rotate",),
     "permute": ("outlierq.transform.gather_outliers",),
+    "prune": ("outlierq.transform.reap",),
 }
 
 
@@ -93,6 +94,14 @@ def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
     return _register("permute", name, needs, paper)
 
 
+def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+    """Register `function(stats, groups, *, options) -> experts to keep` as `transform: [{method: name}]`.
+
+    It sees the `BlockStats` of one block, of an earlier `outlierq calibrate`; what it drops is gone before all else.
+    """
+    return _register("prune", name, needs, paper)
+
+
 def methods(stage: str) -> dict[str, Method]:
     """Every method of a stage, by name, in alphabetical order."""
     for module in METHOD_MODULES[stage]:
@@ -107,7 +116,8 @@ def method(stage: str, name: str) -> Method:
 
 def transform_method(name: str) -> Method:
     """What `transform:` may name: a transform of an input group, or a rewrite of the whole model; RecipeError."""
-    return _pick("transform", name, methods("rewrite") | methods("permute") | methods("transform"))
+    known = methods("prune") | methods("rewrite") | methods("permute") | methods("transform")
+    return _pick("transform", name, known)
 
 
 def _pick(stage: str, name: str, known: dict[str, Method]) -> Method:

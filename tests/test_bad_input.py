@@ -183,7 +183,7 @@ class TestRecipe:
 
     def test_all_faults_are_reported_at_once(self, refused, tmp_path):
         text = "calibration:\n  samples: 0\n  txt: embedded\n"
-        text += "quantize:\n  method: gptk\n  bits: 9\nexport:\n  format: gguf\n"
+        text += "quantize:\n  method: gptk\n  bits: 9\nexport:\n  format: onnx\n"
         said = self.check(refused, tmp_path, text)
         assert "5 faults" in said
         for part in ("line 2, calibration.samples", "line 3, calibration.txt", "line 5, quantize.method", "'gptq'"):
@@ -344,8 +344,7 @@ class TestOptions:
 
         with monkeypatch.context() as patch:
             patch.setattr(quantize, "finish", full)
-            with pytest.raises(OSError):
-                refused.quantize(tiny_llama)
+            assert "No space left on device" in refused.quantize(tiny_llama)
         said = refused.quantize(tiny_llama, "-r", "rtn-w8")
         assert "unfinished run with another recipe (3 units done)" in said and "--restart" in said
 

@@ -70,7 +70,7 @@ def test_everything_is_kept_for_every_group_and_block(folder, ids):
             largest = torch.maximum(-kept.min, kept.max)
             assert kept.top_tokens[0, 4].abs() == largest.max() and largest.argmax() == kept.top_tokens[0, 3]
         block = reader.block_stats(index)
-        assert block.tensors().keys() == BLOCK_FIELDS - {"expert_tokens"}
+        assert block.tensors().keys() == BLOCK_FIELDS - {"expert_tokens", "expert_saliency"}
         assert block.residual_first.shape == (SAMPLES, 6)
         assert torch.allclose(block.attention_mass.sum(1), torch.ones(4), atol=1e-4)
 

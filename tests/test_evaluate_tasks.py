@@ -181,7 +181,7 @@ def test_a_broken_data_file_is_named(model, tokenizer, tmp_path):
     write(tmp_path / "arc/ARC-Easy/test.jsonl", [arc(0)])
     with open(tmp_path / "arc/ARC-Easy/test.jsonl", "a") as file:
         file.write("{")
-    with pytest.raises(SourceError, match=r"ARC-Easy/test\.jsonl is not valid JSON"):
+    with pytest.raises(SourceError, match=r"line 2 of .*ARC-Easy/test\.jsonl is not JSON"):
         run(model, tokenizer, tmp_path, "arc_easy")
 
 

@@ -200,3 +200,17 @@ def test_layouts_that_are_not_known_are_refused_by_name(tiny_llama, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="layout marlin"):
         unpacked(open_checkpoint(str(out)))
+
+
+def test_the_table_of_clients_names_known_formats_and_says_what_was_not_tried():
+    from typing import get_args
+
+    from outlierq.export.clients import client_facts, table
+    from outlierq.recipe import Export
+
+    known = get_args(Export.model_fields["format"].annotation)
+    assert table()["formats"].keys() == {"awq", "gptq", "gguf"} and table()["formats"].keys() <= set(known)
+    assert table()["checked"].startswith("20")
+    said = client_facts("gptq", [QuantScheme(3, 32), QuantScheme(4, 32)])
+    assert "vLLM 0.32: int3 symmetric g32: not tried; loads" in said
+    assert any("use awq" in line for line in client_facts("gptq", [QuantScheme(4, 32, False)]))

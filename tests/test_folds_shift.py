@@ -131,7 +131,8 @@ def moved(tiny: Tiny, methods: list[str]) -> tuple[dict[str, torch.Tensor], list
         tiny.runner.run(tiny.block(index), index, hidden, collector)
         stats, tensors = collector.finish(), {name: parameters[name].data for name in block.tensors}
         for group in groups:
-            after[group.name], row = transform_group(group, stats[group.name], W8A8, tensors, steps, checkpoint)
+            move, row = transform_group(group, stats[group.name], W8A8, tensors, steps, checkpoint)
+            after[group.name] = stats[group.name].moved(move) if move else stats[group.name]
             rows.append(row)
             changed |= {name: tensors[name] for name in row["folded"]}
     return changed, rows, after

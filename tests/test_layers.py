@@ -11,7 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "compressed_tensors", "gguf", "lm_eval", "huggingface_hub")
-COMMANDS = ("quantize", "calibrate", "detect", "plan", "eval", "publish", "compare", "inspect", "recipes", "demo")
+COMMANDS = (
+    "quantize",
+    "calibrate",
+    "detect",
+    "plan",
+    "eval",
+    "publish",
+    "compare",
+    "diff",
+    "verify",
+    "inspect",
+    "recipes",
+    "bench",
+    "demo",
+)
 
 
 def contracts() -> list[dict]:
@@ -45,11 +59,17 @@ def test_every_part_of_the_package_has_its_place_in_the_layers():
 
 
 def test_only_the_command_line_may_import_typer_and_rich():
-    (forbidden,) = [contract for contract in contracts() if contract["type"] == "forbidden"]
+    (forbidden,) = [contract for contract in contracts() if "typer" in contract.get("forbidden_modules", ())]
     assert set(forbidden["forbidden_modules"]) == {"typer", "rich"}
     sources = {name.removeprefix("outlierq.") for name in forbidden["source_modules"]}
     folders = {path.parent.name for path in (ROOT / "outlierq").glob("*/__init__.py")}
     assert folders - sources <= {"cli", "report"}
+
+
+def test_only_the_launcher_of_kernels_may_import_cupy():
+    (forbidden,) = [contract for contract in contracts() if "cupy" in contract.get("forbidden_modules", ())]
+    assert forbidden["source_modules"] == ["outlierq"]
+    assert forbidden["ignore_imports"] == ["outlierq.kernels.launch -> cupy"]
 
 
 def test_help_of_no_command_loads_a_heavy_library():

@@ -164,7 +164,7 @@ def change_quantization(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"quant_method": "gptq"}, "compressed with gptq, which is not decoded here"),
+        ({"quant_method": "hqq"}, "compressed with hqq, which is not decoded here"),
         (
             {"kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
             "a KV cache of 8-bit int numbers per tensor",

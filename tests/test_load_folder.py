@@ -314,7 +314,7 @@ def test_a_broken_index_is_refused(sharded, content):
     assert "model.safetensors.index.json" in refusal(sharded)
 
 
-@pytest.mark.parametrize(("content", "fault"), [("{", "is not JSON"), ("[1]", "holds a list"), ("\xff", "is not JSON")])
+@pytest.mark.parametrize(("content", "fault"), [("{", "is not JSON"), ("[1]", "is a list"), ("\xff", "is not JSON")])
 def test_a_broken_config_is_refused(sharded, content, fault):
     (sharded / "config.json").write_bytes(content.encode("latin-1"))
     assert f"config.json {fault}" in refusal(sharded)

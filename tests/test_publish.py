@@ -181,7 +181,8 @@ class TestCard:
     def test_pictures_of_outliers_are_shown_when_there_is_a_report(self, outlierq, hub, folder):
         from outlier_reports import outlier_report
 
-        (folder / "outliers.json").write_text(json.dumps(outlier_report(blocks=3, hidden=64, intermediate=96).to_dict()))
+        report = outlier_report(blocks=3, hidden=64, intermediate=96)
+        (folder / "outliers.json").write_text(json.dumps(report.to_dict()))
         (folder / "outliers.html").write_text(f"of {folder}")
         assert outlierq("publish", folder, REPO, *BASE, "-q").code == 0
         assert str(folder).encode() not in hub.content(REPO)["outliers.html"]

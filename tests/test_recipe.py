@@ -221,7 +221,7 @@ def test_an_option_of_another_method_is_unknown():
         (RTN + "calibration: {text: [{path: a, dataset: b}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{path: a, weight: 0}]}\n", "text.0.weight: Input should be greater than 0"),
-        (RTN + "export: {format: gguf}\n", "export.format: Input should be 'compressed-tensors', "),
+        (RTN + "export: {format: onnx}\n", "export.format: Input should be 'compressed-tensors', "),
         (RTN + "export: {max_shard_size: 5XB}\n", "'5XB' is not a size; write for example 5GB or 512MiB"),
     ],
 )
@@ -396,6 +396,8 @@ CHANGES = {
         "sink_weight": "calibration.sink_weight=2",
         "mode": "calibration.mode=sequential",
         "batch_size": "calibration.batch_size=1",
+        "all_experts": "calibration.all_experts=true",
+        "min_expert_tokens": "calibration.min_expert_tokens=8",
     },
     TextSource: {
         "path": "calibration.text.0.path=x",

@@ -108,6 +108,7 @@ def test_a_new_method_is_known_to_recipes_at_once(own_methods):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_registers_a_method_is_listed(stage):
     decorators = {"quantize": "quantizer", "transform": "transform", "rewrite": "rewriter", "permute": "permuter"}
+    decorators["prune"] = "pruner"
     decorator = f"@{decorators[stage]}("
     folder = "quantize" if stage == "quantize" else "transform"
     package = import_module(f"outlierq.{folder}")

@@ -147,7 +147,9 @@ def test_a_wrong_group_size_in_the_config_is_found(form, size, damaged):
         described["group_size"] = size
 
     found = verify(str(damaged(form, change)))
-    assert {fault.check for fault in found.faults} == {"layout"} and len(found.faults) == 14
+    assert {fault.check for fault in found.faults} == {"layout"}
+    # 64 does not even divide the columns, and some readers stop at the first such linear.
+    assert len(found.faults) == 14 or (size == 64 and "do not divide" in found.faults[0].what)
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq-v2", "compressed-tensors"])
@@ -155,7 +157,7 @@ def test_a_config_that_calls_zero_points_symmetric_is_found(form, damaged):
     def change(tensors, config):
         described = config["quantization_config"]
         if form == "compressed-tensors":
-            described["config_groups"]["group_0"]["weights"]["symmetric"] = False or True
+            described["config_groups"]["group_0"]["weights"]["symmetric"] = True
         else:
             described["sym"] = True
 
@@ -163,13 +165,16 @@ def test_a_config_that_calls_zero_points_symmetric_is_found(form, damaged):
     assert {fault.check for fault in found.faults} == {"config"} and "symmetric" in said(found)
 
 
-def test_the_other_version_of_gptq_in_the_config_is_found_with_the_source(damaged, tiny_llama):
-    def change(tensors, config):
-        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+@pytest.mark.parametrize(("form", "said_version"), [("gptq", "gptq_v2"), ("gptq-v2", "gptq")])
+def test_the_other_version_of_gptq_in_the_config_is_found(form, said_version, damaged):
+    """Every zero point is then too small, or too large, by one."""
 
-    # Zero points that are all too small by one leave the correlation as it is; so does a shift of one step.
-    found = verify(str(damaged("gptq", change)), str(tiny_llama))
-    assert max(found.errors.values()) > 0.3 or not found.sound
+    def change(tensors, config):
+        config["quantization_config"]["checkpoint_format"] = said_version
+
+    found = verify(str(damaged(form, change)))
+    assert {fault.check for fault in found.faults} == {"zero points"} and len(found.faults) == 14
+    assert "by about one" in found.faults[0].what
 
 
 @pytest.mark.parametrize("form", PACKED)

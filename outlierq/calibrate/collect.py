@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.experts import all_groups
 from outlierq.calibrate.extremes import Places, add_to_top, top_tokens
 from outlierq.calibrate.trace import first_input, submodule
 from outlierq.core.block_stats import BlockStats
@@ -47,6 +48,8 @@ def stored_fields(needs: Iterable[str]) -> frozenset[str]:
 
 def pieces(sequences: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """[sequences, tokens, K] in float32 pieces that fit a cache: which sequences, which tokens, and their values."""
+    if not sequences.numel():  # of an expert's few tokens none may be in a sample
+        return
     count, length, channels = sequences.shape
     elements = CHUNK_ELEMENTS if sequences.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
     many, tokens = max(1, elements // (length * channels)), max(1, elements // channels)
@@ -92,8 +95,10 @@ class Collector:
         kept = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
-            group.name: _GroupSums(group.name, kept, sequence_length, skip_first_tokens, reservoir, seed, ids)
-            for group in groups
+            group.name: _GroupSums(
+                group.name, kept, sequence_length, skip_first_tokens, reservoir, seed, ids, to_expert=group.routed
+            )
+            for group in all_groups(list(groups))
         }
         self._handles: list[Any] = []
 
@@ -109,16 +114,19 @@ class Collector:
 
     @property
     def notes(self) -> list[str]:
-        """One sentence for each group whose tokens had no positions."""
+        """One sentence for each group whose tokens had no positions, unless it is an expert's (`tokens_note`)."""
         return [
             f"{name}: its tokens are routed, so first tokens are not left out and positions are not counted"
             for name, sums in self._sums.items()
-            if sums.routed
+            if sums.routed and not sums.to_expert
         ]
 
     def finish(self) -> dict[str, InputStats]:
-        """The statistics by group name; StatsError names a group that saw no tokens."""
-        return {name: sums.finish() for name, sums in self._sums.items()}
+        """The statistics by group name, those of parts, too; an expert that saw no tokens has none.
+
+        StatsError names any other group that saw no tokens.
+        """
+        return {name: sums.finish() for name, sums in self._sums.items() if sums.tokens or not sums.to_expert}
 
 
 class _GroupSums:
@@ -133,14 +141,15 @@ class _GroupSums:
         reservoir: int,
         seed: int,
         ids: torch.Tensor | None,
+        to_expert: bool = False,
     ):
-        self.name, self.fields = name, kept
+        self.name, self.fields, self.to_expert = name, kept, to_expert
         self.first: list[torch.Tensor] = []
         self.sequence_length, self.skip, self.ids = sequence_length, skip, ids
         self.stride = token_stride(sequence_length - skip, HISTOGRAM_STRIDE)
         self.top: torch.Tensor | None = None
         self.tokens = self.sequences = 0
-        self.routed = False
+        self.routed = to_expert
         self.values: dict[str, torch.Tensor] = {}
         self.rows = _Reservoir(reservoir, seed) if "rows" in kept else None
 

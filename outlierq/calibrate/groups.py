@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from outlierq.calibrate.experts import with_parts
 from outlierq.calibrate.trace import RunOnce, trace_block
 from outlierq.core.model import InputGroup, LinearSite
 
@@ -27,5 +28,5 @@ def find_groups(block_module: torch.nn.Module, block: Block, run_once: RunOnce) 
     groups = []
     for sites in members.values():
         note = "" if sites[0].module in trace.inputs else NOT_CALLED
-        groups.append(InputGroup(sites[0].module, tuple(sites), fold_note=note))
+        groups.append(with_parts(InputGroup(sites[0].module, tuple(sites), fold_note=note)))
     return groups

@@ -22,7 +22,8 @@ TOP_ENTRIES = 20
 SAMPLE_STRIDE = 7
 RESIDUAL = frozenset(name for name in BLOCK_FIELDS if name.startswith("residual_"))
 OUTPUT = frozenset(name for name in BLOCK_FIELDS if name.startswith("output_"))
-ATTENTION = BLOCK_FIELDS - RESIDUAL - {"expert_tokens"}
+EXPERTS = frozenset({"expert_tokens", "expert_saliency"})
+ATTENTION = BLOCK_FIELDS - RESIDUAL - EXPERTS
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 NO_INTERFACE = (
@@ -67,6 +68,9 @@ class BlockObserver:
             if "expert_tokens" in self._fields:
                 for part, hook in self._experts.hooks(self._module):
                     _hook(opening, part.register_forward_pre_hook(hook, with_kwargs=True))
+            if "expert_saliency" in self._fields:
+                for part, hook in self._experts.output_hooks(self._module):
+                    _hook(opening, part.register_forward_hook(hook))
             _hook(opening, self._module.register_forward_hook(self._see_output))
             self._open = opening.pop_all()
         return self
@@ -206,6 +210,7 @@ class _ExpertCounts:
 
     def __init__(self) -> None:
         self.counts: torch.Tensor | None = None
+        self.saliency: torch.Tensor | None = None
 
     def hooks(self, module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
         """The parts to watch, each with its pre-hook."""
@@ -218,6 +223,25 @@ class _ExpertCounts:
                     yield expert, self._one(index, len(part))
             elif number:
                 yield part, self._chosen(number)
+
+    def output_hooks(self, module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
+        """Separate experts, each with a hook for what it adds to the output."""
+        for part in module.modules():
+            if hasattr(part, "routing"):
+                for name, expert in part.named_children():
+                    yield expert, self._added(int(name), part.num_experts)
+
+    def _added(self, index: int, number: int) -> Callable[..., None]:
+        """A hook of one expert, whose output is weighted by the router."""
+
+        def hook(part: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            import torch
+
+            if self.saliency is None:
+                self.saliency = torch.zeros(number, dtype=torch.float64, device=output.device)
+            self.saliency[index] += output.float().norm(dim=-1).double().sum()
+
+        return hook
 
     def _chosen(self, number: int) -> Callable[..., None]:
         """A pre-hook of a module that gets the chosen experts of all tokens."""
@@ -250,8 +274,9 @@ class _ExpertCounts:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def finish(self) -> dict[str, Any]:
-        """The field, when there are experts."""
-        return {} if self.counts is None else {"expert_tokens": self.counts.clone()}
+        """The fields, when there are experts."""
+        found = {"expert_tokens": self.counts, "expert_saliency": self.saliency}
+        return {name: value.clone() for name, value in found.items() if value is not None}
 
 
 def kurtosis(x: torch.Tensor) -> torch.Tensor:

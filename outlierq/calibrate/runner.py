@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, SourceError, during
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ class BlockRunner:
     def run_once(self, index: int, hidden: HiddenStates, *, seed: int = 0) -> RunOnce:
         """A function that runs a module in the place of block `index` on one short random sequence.
 
+        All experts of a mixture take part (`experts.routing`).
         The input is normal noise with the spread of the real hidden states (median of |x|). Noise, because the few huge
         channels of real hidden states would hide the block's own contribution in the relative error of its output.
         """
@@ -259,7 +261,7 @@ class BlockRunner:
 
         def run(module: torch.nn.Module) -> torch.Tensor:
             dtype = next(module.parameters()).dtype
-            with torch.no_grad():
+            with torch.no_grad(), routing(module, "probe"):
                 return call.run(module, noise.to(self.device, dtype, copy=True), dtype)
 
         return run

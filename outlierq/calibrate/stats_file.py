@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from outlierq import __version__
+from outlierq.calibrate.stats_list import check_list, input_stats, value_of
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
+from outlierq.core.untrusted import checked, json_value
 
 FORMAT_VERSION = 2  # 2: histograms, top tokens, block statistics and logits
 FINISHED = "stats.json"
@@ -85,7 +87,7 @@ class StatsWriter:
         self.blocks[index] = {
             "index": index,
             **file,
-            "groups": [_group_to_json(group, stats.get(group.name)) for group in groups],
+            "groups": [_group_to_json(group, stats) for group in groups],
             "output_names": block_stats.output_names if block_stats else (),
             "notes": list(notes),
         }
@@ -106,6 +108,9 @@ class StatsWriter:
 
     def finish(self) -> None:
         """Declare the statistics complete."""
+        for path in self.folder.iterdir():
+            if path.name.endswith(".part") or path.name.startswith("hidden-states-"):  # of a run that was killed
+                path.unlink()
         if (self.folder / UNFINISHED).exists() or not (self.folder / FINISHED).exists():
             self._write_list()
             os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
@@ -141,6 +146,7 @@ class StatsWriter:
                     f"{self.folder} holds statistics with another {key}: {_brief(held)}, not {_brief(wanted)}",
                     hint="give another folder, or delete this one",
                 )
+        check_list(values, str(self.folder / found), OutputError)
         for block in values["blocks"]:
             if self._is_intact(block):
                 self.blocks[block["index"]] = block
@@ -165,6 +171,7 @@ class StatsReader:
         absent = [name for name in (*names, "blocks", "logits") if name not in values]
         if absent:
             raise StatsError(f"{self.folder / FINISHED} lacks {', '.join(absent)}", hint="calibrate again")
+        check_list(values, str(self.folder / FINISHED), StatsError)
         self.identity = StatsIdentity(**{name: values[name] for name in names})
         self._blocks = {block["index"]: block for block in values["blocks"]}
         self._logits = values["logits"]
@@ -192,11 +199,11 @@ class StatsReader:
             name, _, field = key.rpartition("/")
             tensors.setdefault(name, {})[field] = value
         groups = [_group_from_json(values) for values in block["groups"]]
-        counts = {values["name"]: values for values in block["groups"]}
+        listed = [each for values in block["groups"] for each in (values, *values.get("parts", ()))]
         stats = {
-            group.name: InputStats(counts[group.name]["tokens"], counts[group.name]["sequences"], **tensors[group.name])
-            for group in groups
-            if group.name in tensors
+            values["name"]: input_stats(values, tensors[values["name"]])
+            for values in listed
+            if values["name"] in tensors
         }
         return groups, stats
 
@@ -206,14 +213,12 @@ class StatsReader:
         tensors = self._read(block, lambda key: key.startswith("/"))
         if not tensors:
             return None
-        return BlockStats(
-            **{key.removeprefix("/"): value for key, value in tensors.items()},
-            output_names=tuple(block["output_names"]),
-        )
+        named = {key.removeprefix("/"): value for key, value in tensors.items()}
+        return value_of(BlockStats, named, output_names=tuple(block["output_names"]))
 
     def logits(self) -> LogitSample | None:
         """Final logits of the original model at a sample of positions; None when none were kept."""
-        return LogitSample(**self._read(self._logits, lambda key: True)) if self._logits else None
+        return value_of(LogitSample, self._read(self._logits, lambda key: True)) if self._logits else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -228,7 +233,7 @@ class StatsReader:
 
     def _read(self, entry: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
         """The wanted tensors of a file, which is verified when it is read first."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self.folder / entry["file"]
         if entry["file"] not in self._verified:
@@ -242,20 +247,29 @@ class StatsReader:
                     hint="calibrate again",
                 )
             self._verified.add(entry["file"])
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118, not a dict
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118, not a dict
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise StatsError(f"{path} cannot be read: {error}", hint="calibrate again") from error
 
     def _missing(self) -> StatsError:
         """Why there is no finished list of blocks."""
         if (self.folder / UNFINISHED).is_file():
-            count = len(_read_list(self.folder / UNFINISHED, StatsError)["blocks"])
             return StatsError(
-                f"the statistics in {self.folder} are unfinished: {count} blocks are written",
+                f"the statistics in {self.folder} are unfinished: {blocks_written(self.folder)} blocks are written",
                 hint="run the same `outlierq calibrate` again; it goes on where it stopped",
             )
         return StatsError(
             f"{self.folder} holds no statistics ({FINISHED})", hint="write them with `outlierq calibrate`"
         )
+
+
+def blocks_written(folder: Path) -> int:
+    """How many blocks unfinished statistics hold."""
+    values = _read_list(folder / UNFINISHED, StatsError)
+    check_list(values, str(folder / UNFINISHED), StatsError)
+    return len(values["blocks"])
 
 
 def _is_ours(name: str) -> bool:
@@ -266,8 +280,10 @@ def _is_ours(name: str) -> bool:
 def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[str, Any]:
     """The list of blocks; its layout must be ours."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        values = json_value(
+            path.read_bytes(), f"cannot read {path}: it", kind, hint="calibrate again into another folder"
+        )
+    except OSError as error:
         raise kind(f"cannot read {path}: {error}", hint="calibrate again into another folder") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
@@ -313,12 +329,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _group_to_json(group: InputGroup, stats: InputStats | None) -> dict[str, Any]:
+def _group_to_json(group: InputGroup, stats: Mapping[str, InputStats]) -> dict[str, Any]:
     """A group as plain values; the fold's channel map as runs [first producer channel, length]."""
-    values = asdict(group)
+    values = asdict(group) | {"parts": [_group_to_json(part, stats) for part in group.parts]}
     if group.fold:
         values["fold"]["index"] = _runs(group.fold.index)
-    counts = {"tokens": stats.tokens, "sequences": stats.sequences} if stats else {}
+    kept = stats.get(group.name)
+    counts = {"tokens": kept.tokens, "sequences": kept.sequences} if kept else {}
     return {**values, **counts}
 
 
@@ -327,9 +344,10 @@ def _group_from_json(values: Mapping[str, Any]) -> InputGroup:
     fold = values["fold"]
     if fold:
         index = tuple(i for first, length in fold["index"] for i in range(first, first + length))
-        fold = Fold(**{**fold, "index": index})
-    sites = tuple(LinearSite(**site) for site in values["sites"])
-    return InputGroup(values["name"], sites, fold, values["fold_note"])
+        fold = checked(Fold, {**fold, "index": index}, "fold in the statistics", StatsError)
+    sites = tuple(checked(LinearSite, site, "linear in the statistics", StatsError) for site in values["sites"])
+    parts = tuple(_group_from_json(part) for part in values.get("parts", ()))
+    return InputGroup(values["name"], sites, fold, values["fold_note"], values.get("routed", False), parts)
 
 
 def _runs(index: Sequence[int]) -> list[list[int]]:

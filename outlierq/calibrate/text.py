@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.block_stats import MASS_COLUMNS
 from outlierq.core.errors import StatsError, during, nearest
+from outlierq.core.untrusted import json_object
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,8 @@ POOL_FACTOR = 8
 # Tokenizing one long string takes some 150 bytes of memory a character, so long texts go in pieces, a few at a time.
 PIECE_CHARACTERS = 1 << 15
 DOCUMENTS_AT_A_TIME = 16
+SECONDS_PER_CHAT = 3.0
+TEMPLATE_FAULTS = (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -270,16 +274,41 @@ def _unreadable(source: TextSource, error: OSError) -> StatsError:
     return StatsError(f"cannot read {source.path}: {error.strerror or error}", hint="check the path of the text")
 
 
+def within(seconds: float, call: Callable[[], str]) -> str:
+    """What `call` returns; TimeoutError when it takes longer. It then goes on in a thread that ends with the process:
+    a template is a program, and its sandbox knows no time.
+    """
+    results: list[str] = []
+    faults: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:  # raised again below, in the thread that asked
+            faults.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+    if faults:
+        raise faults[0]
+    return results[0]
+
+
 def _rendered(tokenizer: Any, value: Any, number: int) -> str:
     """One chat in the tokenizer's own template; plain text is one turn of the user."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise StatsError("the tokenizer has no chat template", hint="leave chat_template out")
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    if not isinstance(value, str | list):
+        raise StatsError(f"row {number} holds {type(value).__name__} where text or messages are needed")
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, KeyError) as error:
+        return within(SECONDS_PER_CHAT, lambda: tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
         raise StatsError(f"the chat template does not accept the messages of row {number}: {error}") from error
 
 
@@ -320,13 +349,7 @@ def _jsonl_column(source: TextSource, chat: bool) -> Iterator[Any]:
 
 def _json_row(source: TextSource, number: int, line: str) -> dict[str, Any]:
     """One line of a JSONL file."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise StatsError(f"line {number} of {source.name} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise StatsError(f"line {number} of {source.name} is a {type(row).__name__}, not an object")
-    return row
+    return json_object(line, f"line {number} of {source.name}", StatsError)
 
 
 def _parquet_column(source: TextSource, chat: bool) -> Iterator[Any]:
@@ -340,10 +363,10 @@ def _parquet_column(source: TextSource, chat: bool) -> Iterator[Any]:
             column = _choose_column(source, table.schema_arrow.names, chat)
             for batch in table.iter_batches(columns=[column]):
                 yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise StatsError(f"{source.name} is not a Parquet file: {error}") from error
-    except OSError as error:
+    except OSError as error:  # Parquet's own faults are OSErrors, too
         raise _unreadable(source, error) from error
+    except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
+        raise StatsError(f"{source.name} is not a Parquet file: {error}") from error
 
 
 def _dataset_column(source: TextSource, chat: bool) -> Iterator[Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Any
 
 import typer
 
 from outlierq import __version__
 from outlierq.cli.commands import (
+    bench,
     calibrate,
     compare,
     demo,
@@ -24,8 +27,17 @@ from outlierq.cli.commands import (
 )
 from outlierq.core.errors import EXIT_ERROR, OutlierqError
 
-INTERRUPTED = 130
-EPILOG = "Exit codes: 0 done · 1 an error in the input or in outlierq · 2 wrong usage · 3 a quality gate failed"
+INTERRUPTED, TERMINATED = 130, 143
+# What torch, C++, Python and oneDNN (the last) say when memory is not enough.
+NO_MEMORY = (
+    "not enough memory",
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
+    "could not create a primitive",
+)
+EPILOG = "Exit codes: 0 done · 1 an error, or SIGTERM · 2 wrong usage · 3 a quality gate failed · 130 Ctrl-C"
 
 app = typer.Typer(
     name="outlierq",
@@ -47,6 +59,7 @@ app.command("diff", epilog=diff.EXAMPLES)(diff.command)
 app.command("verify", epilog=verify.EXAMPLES)(verify.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.add_typer(recipes.app, name="recipes")
+app.command("bench", epilog=bench.EXAMPLES)(bench.command)
 app.command("demo", epilog=demo.EXAMPLES)(demo.command)
 
 
@@ -70,6 +83,7 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="outlierq")
     except OutlierqError as error:
@@ -77,12 +91,41 @@ def run() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except SystemExit as stop:
-        # Typer turns Ctrl-C into this exit code without a word.
-        if stop.code == INTERRUPTED:
+    except (SystemExit, KeyboardInterrupt) as stop:
+        # Typer turns Ctrl-C into this exit code without a word, once it has begun.
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in (INTERRUPTED, TERMINATED):
             typer.echo("\nstopped; run the same command again to continue", err=True)
-        raise
+        sys.exit(EXIT_ERROR if code == TERMINATED else code)
     except BrokenPipeError:
         # The reader of our output went away; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
+    except (OSError, MemoryError, RuntimeError) as error:
+        said = _of_the_machine(error)
+        if said is None or os.environ.get("OUTLIERQ_DEBUG"):
+            raise
+        typer.echo(f"error: {said}", err=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _terminate(*_: Any) -> None:
+    """SIGTERM: leave as Ctrl-C does, so that files are closed and time spent is recorded."""
+    raise SystemExit(TERMINATED)
+
+
+def _of_the_machine(error: OSError | MemoryError | RuntimeError) -> OutlierqError | None:
+    """What the machine could not do, and what to try; None when it is no fault of the machine."""
+    if isinstance(error, MemoryError) or any(part in str(error).lower() for part in NO_MEMORY):
+        return OutlierqError(
+            f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
+            hint="free some, or lower calibration.batch_size, and run the same command again; it continues where it "
+            "stopped",
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return OutlierqError(
+            f"{where}{error.strerror or error}",
+            hint="when the cause is gone, run the same command again; --debug shows where it happened",
+        )
+    return None

@@ -25,6 +25,16 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (own
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).")
 ]
+DEFAULT_RECIPE = "gptq-w4"
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).",
+        show_default=DEFAULT_RECIPE,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override a key of the recipe: quantize.group_size=64. May be repeated."),
@@ -49,6 +59,14 @@ MinTask = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Read the tasks' data from here instead of the Hub.")]
 Junit = Annotated[Path | None, typer.Option(help="Write what the gate says as JUnit XML, for CI servers.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="The format to write, instead of the recipe's export.format. Alone, with a MODEL that is compressed "
+        "already: convert it without loss.",
+    ),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again even if the same was measured before.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along. Read it first.")
@@ -67,6 +85,28 @@ def load_recipe(reference: str, settings: list[str] | None) -> Recipe:
     from outlierq import recipe
 
     return recipe.load(reference, settings)
+
+
+def conversion_wanted(checkpoint: Checkpoint, form: str | None, recipe: str | None, settings: list[str] | None) -> bool:
+    """Whether a compressed checkpoint is to be converted: `--format` is all that was said."""
+    return bool(form and checkpoint.config.get("quantization_config")) and recipe is None and not settings
+
+
+def with_format(settings: list[str] | None, form: str | None) -> list[str]:
+    """The settings, with `--format` among them."""
+    return [*(settings or []), *([f"export.format={form}"] if form else [])]
+
+
+def known_format(form: str) -> str:
+    """The name of a format; a usage error with the known names otherwise."""
+    from typing import get_args
+
+    from outlierq.recipe import Export
+
+    names = get_args(Export.model_fields["format"].annotation)
+    if form not in names:
+        raise typer.BadParameter(f"{form!r} is not a format; choose one of {', '.join(names)}", param_hint="--format")
+    return form
 
 
 def choose_device(wanted: str) -> str:
@@ -124,6 +164,9 @@ def plan_rows(plan: Plan) -> list[Any]:
         site, scheme = planned.site, planned.scheme
         inside = "" if site.block is None else f"{plan.structure.blocks[site.block].name}."
         short = site.module.removeprefix(inside)
+        if site.expert is not None:  # one row for all experts
+            experts, _, number = site.expert.removeprefix(inside).rpartition(".")
+            short = short.replace(f"{experts}.{number}.", f"{experts}.*.")
         treatment = planned.reason or "kept" if scheme is None else str(scheme)
         before = left.pop(site.weight).nbytes
         after = before

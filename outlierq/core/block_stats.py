@@ -30,7 +30,8 @@ class BlockStats:
     may feed keys and values (before RoPE), concatenated in the order of `output_names`.
     attention_mass: [heads, 4] mean probability by class of key position (`MASS_COLUMNS`), over a sample of queries;
     sink_value_norm: [kv heads], mean over sequences of the norm of the value at position 0 over the median norm of the
-    others. expert_tokens: [experts] int64, tokens routed to each expert.
+    others. expert_tokens: [experts] int64, tokens routed to each expert. expert_saliency: [experts] float64, the sum
+    over those tokens of the norm of what the expert adds to the output, g ||f(x)||, with g the router's weight.
     All tokens count, position 0 too. Medians are the lower one of two middle values. A field that could not be observed
     is None.
     """
@@ -50,6 +51,7 @@ class BlockStats:
     attention_mass: torch.Tensor | None = None
     sink_value_norm: torch.Tensor | None = None
     expert_tokens: torch.Tensor | None = None
+    expert_saliency: torch.Tensor | None = None
     output_names: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, torch.Tensor]:

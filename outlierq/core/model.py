@@ -66,7 +66,8 @@ class LinearSite:
     module: full module name ("model.layers.0.self_attn.q_proj"). weight, bias: tensor names in the checkpoint
     (bias None when there is none). transposed: the checkpoint stores [in, out] (GPT-2's Conv1D).
     out_features, in_features: of the logical [out, in] weight. block: index of its block, None outside of all blocks.
-    kind: class name of the module ("Linear", "Conv1D").
+    kind: class name of the module ("Linear", "Conv1D"), or "Router" for what weighs experts: that is never quantized.
+    expert: full name of the expert that it is a part of ("model.layers.0.mlp.experts.3"), None outside of mixtures.
     """
 
     module: str
@@ -77,6 +78,7 @@ class LinearSite:
     block: int | None
     kind: str = "Linear"
     transposed: bool = False
+    expert: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,14 @@ class InputGroup:
 
     name: module name of the first site; statistics are keyed by it.
     fold_note: one sentence, why the fold was admitted or rejected, for the report.
+    routed: only the tokens that a router sends to an expert reach the sites; there may be none.
+    parts: the sites of each expert among the group's, as routed groups: they get only some of the tokens that the group
+    gets, and have statistics of their own beside those of the group.
     """
 
     name: str
     sites: tuple[LinearSite, ...]
     fold: Fold | None = None
     fold_note: str = ""
+    routed: bool = False
+    parts: tuple[InputGroup, ...] = ()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.untrusted import checked
 
 OUTLIER_REPORT_VERSION = 1
 
@@ -122,21 +123,4 @@ class OutlierReport:
                 f"the outlier report has layout version {version}; this program reads {OUTLIER_REPORT_VERSION}",
                 hint="write it again with `outlierq detect`",
             )
-        groups = tuple(
-            _tuples(
-                GroupOutliers,
-                {**group, "top_channels": [ChannelOutliers(**channel) for channel in group.get("top_channels", ())]},
-            )
-            for group in values.pop("groups")
-        )
-        blocks = tuple(
-            _tuples(BlockOutliers, {**block, "massive": [MassiveEntry(**entry) for entry in block["massive"]]})
-            for block in values.pop("blocks")
-        )
-        features = {channel: tuple(shares) for channel, shares in values.pop("outlier_features").items()}
-        return _tuples(cls, {**values, "groups": groups, "blocks": blocks, "outlier_features": features})
-
-
-def _tuples(kind: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with JSON's lists as tuples."""
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return checked(cls, values, "outlier report")

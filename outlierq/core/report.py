@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.untrusted import checked
 
 REPORT_VERSION = 1
 
@@ -95,12 +96,11 @@ class Report:
                 hint="write the report again with this version of outlierq",
             )
         _check_keys(cls, values, "report")
-        for row in values["rows"]:
-            _check_keys(SiteRow, row, "report row")
-        rows = tuple(SiteRow(**row) for row in values["rows"])
-        return cls(
-            **{**values, "rows": rows, "transforms": tuple(values["transforms"]), "notes": tuple(values["notes"])}
-        )
+        rows = values["rows"] if isinstance(values["rows"], list | tuple) else ()
+        for row in rows:
+            if isinstance(row, Mapping):
+                _check_keys(SiteRow, row, "report row")
+        return checked(cls, values, "report")
 
 
 def _check_keys(kind: type, values: Mapping[str, Any], what: str) -> None:

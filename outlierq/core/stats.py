@@ -11,6 +11,8 @@ from outlierq.core.errors import NumbersError, StatsError
 if TYPE_CHECKING:
     import torch
 
+    from outlierq.core.move import Move
+
 SUMS = (
     "sum_x", "sum_abs", "sum_sq", "sum_cube", "sum_fourth", "count_large", "sequence_large", "count_huge",
     "log2_histogram", "token_histogram",
@@ -140,6 +142,10 @@ class InputStats:
         if sums is not None:
             sums = (sums + (weight - 1) * first.double().sum(0)) * (self.tokens / total)
         return replace(self, hessian=weighed, sum_x=sums)
+
+    def moved(self, move: Move) -> InputStats:
+        """Statistics of x' = (x - shift) / scale."""
+        return (self if move.shift is None else self.shifted(move.shift)).scaled(move.scale)
 
     def scaled(self, scale: torch.Tensor) -> InputStats:
         """Statistics of x' = x / scale, for scale [K] > 0. H' = H / (s s^T)."""

@@ -9,7 +9,6 @@ prefilled caches (rely on internals of `datasets`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError, SourceError, nearest
+from outlierq.core.untrusted import json_value
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -212,21 +212,35 @@ def _rows(path: str) -> list[dict[str, Any]]:
 @lru_cache(maxsize=4)
 def _parse(path: str, _modified: int, _size: int) -> list[dict[str, Any]]:
     """Rows of a file of this age and size."""
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.endswith(".csv"):
-        import pyarrow.csv
-
-        return pyarrow.csv.read_csv(path).to_pylist()
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        if path.endswith(".json"):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path} is not valid JSON: {error}") from error
+        if path.endswith((".parquet", ".csv")):
+            return _table_rows(path)
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    if path.endswith(".json"):
+        rows = json_value(text, path, SourceError)
+    else:
+        lines = (line for line in enumerate(text.split("\n"), start=1) if line[1].strip())
+        rows = [json_value(line, f"line {number} of {path}", SourceError) for number, line in lines]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SourceError(f"{path} is not a list of rows", hint="each row is a JSON object")
+    return rows
+
+
+def _table_rows(path: str) -> list[dict[str, Any]]:
+    """Rows of a Parquet or CSV file."""
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if path.endswith(".csv"):
+            return pyarrow.csv.read_csv(path).to_pylist()
+        with open(path, "rb") as file:
+            return pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
+        raise SourceError(f"{path} is no table that can be read: {error}") from error
 
 
 def _roots(places: Iterable[set[Path]]) -> list[Path]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Mapping
+from typing import Any
 
 
-def exporter(name: str) -> ModuleType:
+def exporter(name: str, config: Mapping[str, Any] | None = None) -> Any:
     """The format module: `obstacle`, `clients`, `tensor_specs`, `encode`, `quantization_config`.
 
-    Where it has them: `SCALE_DTYPE`, and `conflict`, why schemes that it can hold cannot stand in one checkpoint.
+    Where it has them: `SCALE_DTYPE`; `conflict`, why schemes that it can hold cannot stand in one checkpoint;
+    `approximation`, what of a scheme it rounds. A format that is not a folder of safetensors (`gguf`) is an object made
+    of the model's config, and brings `plain_spec`, `plain`, `row_order`, `make_layout` and `keeps_file`.
     """
+    if name == "gguf":
+        from outlierq.export.gguf import GgufFormat
+
+        return GgufFormat(config or {})
     from outlierq.export import awq, bitsandbytes, compressed_tensors, dense, gptq, gptq_v2, outlier_split
 
     return {

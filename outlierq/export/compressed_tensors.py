@@ -50,6 +50,22 @@ def clients(schemes: Collection[QuantScheme]) -> list[str]:
     ]
 
 
+def expert_clients(schemes: Collection[QuantScheme | None]) -> list[str]:
+    """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
+    if len(schemes) > 1:
+        return ["experts: transformers 5.23 does not load experts of different schemes; vLLM not tried"]
+    (scheme,) = schemes
+    if scheme.kind == "float":
+        wrong = "" if scheme.block is None else "does not load experts with scales per block"
+        loads = "loads; the inputs of experts stay in 16 bits" if scheme.activations else "loads"
+        return [f"experts: transformers 5.23 {wrong or loads}; vLLM not tried"]
+    if scheme.activations is not None:
+        return ["experts: transformers 5.23 does not load experts with int8 inputs; vLLM not tried"]
+    if not scheme.symmetric:
+        return ["experts: transformers 5.23 does not load experts with zero points; set quantize.symmetric: true"]
+    return ["experts: transformers 5.23 loads (decoded, and merged into its own layout); vLLM not tried"]
+
+
 def _vllm(scheme: QuantScheme) -> list[str]:
     """What is special about a scheme in vLLM; nothing when it just loads."""
     inputs = scheme.activations
@@ -62,14 +78,15 @@ def _vllm(scheme: QuantScheme) -> list[str]:
             return ["has no CPU kernel for fp8 inputs with static scales; GPU not tried"]
         return ["fp8 is meant for GPUs; its CPU build loads it, but is slow without AMX-FP8"]
     if inputs is None:
-        odd = f"has no kernel for {scheme.bits}-bit weights; use 4 or 8 bits"
-        return [] if scheme.bits in (4, 8) else [odd]
+        if scheme.bits == 8:
+            return ["loads, but its CPU build has no kernel for 8-bit weights with 16-bit inputs"]
+        return [] if scheme.bits == 4 else [f"has no kernel for {scheme.bits}-bit weights; use 4 or 8 bits"]
     if inputs.bits != 8:
         return [f"has no kernel for {inputs.bits}-bit inputs"]
     if scheme.bits == 8 and scheme.group_size is None:
         return [] if inputs.dynamic else ["loads, but on CPUs with AMX it computes scales per token instead"]
     if scheme.bits == 4 and inputs.dynamic:
-        return []
+        return ["loads, but its CPU build has a fast kernel for it on Arm only"]
     return [f"{scheme}: not tried"]
 
 

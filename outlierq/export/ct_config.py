@@ -41,9 +41,9 @@ def quantization_config(
     by_scheme: dict[QuantScheme, list[str]] = {}
     for site, scheme in sites:
         if scheme is not None:
-            by_scheme.setdefault(scheme, []).append(site.module)
-    kept = [site.module for site, scheme in sites if scheme is None and site.kind == "Linear"]
-    kept += [module for module in also_kept if module not in kept]
+            by_scheme.setdefault(scheme, []).extend(_names(site))
+    kept = [n for site, scheme in sites if scheme is None and site.kind in ("Linear", "Router") for n in _names(site)]
+    kept = list(dict.fromkeys([*kept, *also_kept]))
     groups = {}
     for number, (scheme, modules) in enumerate(by_scheme.items()):
         targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
@@ -63,6 +63,11 @@ def quantization_config(
         # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
         config["dequantize"] = True
     return config
+
+
+def _names(site: LinearSite) -> list[str]:
+    """Names of a linear: in transformers, and where it differs on disk, as other runtimes build their models by it."""
+    return list(dict.fromkeys([site.module, site.weight.removesuffix(".weight")]))
 
 
 def _weights(scheme: QuantScheme) -> QuantizationArgs:

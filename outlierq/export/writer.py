@@ -31,20 +31,26 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
         self._files: dict[str, int] = {}
-        for name, size in layout.sizes.items():
-            self._files[name] = self._open(name, size)
-
-    def _open(self, name: str, size: int) -> int:
-        path = self.folder / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if os.fstat(fd).st_size != size:
+            for name, size in layout.sizes.items():
+                self._open(name, size)
+            sync_folder(folder)  # else a power cut may leave a journal of units whose shards have no name
+        except OutputError:
+            self.close()
+            raise
+
+    def _open(self, name: str, size: int) -> None:
+        path = self.folder / name
+        try:
+            fd = self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            held = os.fstat(fd).st_size
+            if held > size:  # of another recipe that was stopped before its first unit
+                os.ftruncate(fd, size)
+            if held < size:
                 os.posix_fallocate(fd, 0, size)
             os.pwrite(fd, self.layout.headers[name], 0)
         except OSError as error:
-            os.close(fd)
             raise disk_error(error, path, size) from error
-        return fd
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor; its dtype and shape must be the planned ones, its numbers finite."""
@@ -71,7 +77,10 @@ class ShardWriter:
         offset, left = place.offset, place.tensor.nbytes
         buffer = memoryview(bytearray(min(CHUNK, left)))
         while left:
-            count = os.preadv(self._files[place.shard], [buffer[: min(CHUNK, left)]], offset)
+            try:
+                count = os.preadv(self._files[place.shard], [buffer[: min(CHUNK, left)]], offset)
+            except OSError as error:
+                raise disk_error(error, self.folder / place.shard, left) from error
             if not count:
                 raise OutputError(f"{place.shard} ends before {name} does, at byte {offset}")
             yield buffer[:count]
@@ -143,13 +152,25 @@ def check_complete(folder: Path, layout: Layout) -> None:
 
 
 def publish(work: Path, out: Path) -> None:
-    """Give the finished folder its final name."""
-    os.rename(work, out)
-    directory = os.open(out.parent, os.O_RDONLY)
+    """Give the finished folder its final name, once all that is in it is on the disk."""
+    sync_folder(work)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        os.rename(work, out)
+    except OSError as error:
+        raise disk_error(error, out, 0) from error
+    sync_folder(out.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder onto the disk: a power cut leaves them as they are now."""
+    try:
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise disk_error(error, folder, 0) from error
 
 
 def compare(name: str, decoded: QuantTensor | torch.Tensor, meant: QuantTensor) -> None:

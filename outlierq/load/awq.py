@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.word_packed import StoredLinear, WordPackedCheckpoint, as_array, finished, members_of, scheme_of, stems_of
+from outlierq.load.word_packed import (
+    StoredLinear,
+    WordPackedCheckpoint,
+    as_array,
+    finished,
+    members_of,
+    scheme_of,
+    stems_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,9 +72,10 @@ def awq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedC
     size = config.get("group_size", config.get("q_group_size", 128))
 
     def linear(stem: str) -> StoredLinear:
+        members = members_of(stored, stem, ROLES)
         columns, words = stored.tensors[f"{stem}.qweight"].shape
-        scheme = scheme_of(4, size, stored.tensors[f"{stem}.scales"].dtype)
-        return StoredLinear((8 * words, columns), scheme, members_of(stored, stem, ROLES))
+        scheme = scheme_of(stem, 4, size, stored.tensors[f"{stem}.scales"].dtype, columns)
+        return StoredLinear((8 * words, columns), scheme, members)
 
     def rows(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> QuantTensor:
         return awq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0])

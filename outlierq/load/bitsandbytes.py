@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
 from outlierq.load.outlier_split import DynamicSplitLinear, SplitCheckpoint, SplitWeight, linears_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Int8Checkpoint(SplitCheckpoint):
                 hint="save the model again with bitsandbytes 0.45 or later",
             )
         return decode_int8(parts["weight"], parts["SCB"])
+
+    def quantized(self, name: str) -> QuantTensor:
+        """SourceError: which columns are multiplied in 16 bits is found in each call."""
+        raise SourceError(f"{name} of {self.source} is LLM.int8(), which finds its outlier columns in each call")
 
     def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
         """LLM.int8() with the checkpoint's threshold."""

@@ -86,6 +86,13 @@ def _awq_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start
     return awq_rows(stored, scheme, shape, start, stop)
 
 
+def _gguf_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
+    """The blocks of a GGUF file."""
+    from outlierq.load.gguf_blocks import gguf_rows
+
+    return gguf_rows(stored, scheme, shape, start, stop)
+
+
 def _llm_int8_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """LLM.int8() as bitsandbytes stores it."""
     import torch
@@ -129,6 +136,7 @@ ROW_DECODERS: tuple[tuple[frozenset[str], RowDecoder], ...] = (
     (frozenset({"weight_packed", "weight_scale", "weight_shape"}), _pack_quantized_rows),
     (frozenset({"qweight", "qzeros", "scales", "g_idx"}), _gptq_rows),
     (frozenset({"qweight", "qzeros", "scales"}), _awq_rows),
+    (frozenset({"weight", "heads"}), _gguf_rows),
     (frozenset({"weight", "SCB"}), _llm_int8_rows),
     (frozenset({"weight", "weight_scale", "outlier_columns", "outlier_weight"}), _split_rows),
     (frozenset({"weight", "weight_scale"}), _byte_rows),
@@ -158,6 +166,8 @@ def decode_pack_quantized(
     rows, columns = shape
     packed = _checked_words(weight_packed, rows, columns, bits)
     scale = _floats(weight_scale)
+    if scale.size != 1 and (rows < 1 or scale.size % rows):
+        raise SourceError(f"scales {list(scale.shape)} do not fit weights {rows} x {columns}")
     scale = np.broadcast_to(scale.reshape(rows if scale.size > 1 else 1, -1), (rows, max(1, scale.size // rows)))
     groups = scale.shape[1]
     if group_index is None and columns % groups == 0 and group_size in (None, columns // groups):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import SourceError
+from outlierq.load.foreign import tokenizer_faults
 from outlierq.load.names import checkpoint_names
 from outlierq.load.packed import unpacked
 from outlierq.load.skeleton import build_skeleton, load_tensors_into
@@ -40,10 +40,5 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     path = checkpoint.path.resolve()
     place = {"gguf_file": path.name} if checkpoint.kind == "gguf" else {}
     folder = path.parent if place else checkpoint.path
-    try:
+    with tokenizer_faults(checkpoint.source):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **place)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise SourceError(
-            f"the tokenizer of {checkpoint.source} cannot be loaded: {error}",
-            hint="the source must hold its tokenizer files (tokenizer.json or tokenizer.model)",
-        ) from error

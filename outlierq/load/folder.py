@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.untrusted import LARGEST_JSON, json_object
 from outlierq.load.fingerprint import fingerprint
-from outlierq.load.shards import DTYPES, StoredTensor, lookup, read_header, read_rows, read_stored, sample
+from outlierq.load.shards import AGAIN, DTYPES, StoredTensor, lookup, read_header, read_rows, read_stored, sample
+from outlierq.load.unchanged import stamps_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ WEIGHTS = (
     ".ot",
 )
 
+LARGEST_CONFIG = 10_000_000  # bytes; real ones have a few thousand
+
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -54,8 +57,9 @@ class FolderCheckpoint:
         self.path, self.revision = path, revision
         self.source = source or str(path)
         self._config_bytes = _config_bytes(path)
-        self.config: dict[str, Any] = _json_object(path / "config.json", self._config_bytes)
+        self.config: dict[str, Any] = json_object(self._config_bytes, "config.json", SourceError, hint=AGAIN)
         self._stored = _stored_tensors(path)
+        self.stamps = stamps_of(self.weight_files)
         self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
         self.dtype = _dtype(self.config, self.tensors.values())
 
@@ -97,12 +101,14 @@ def inside(folder: Path, name: str) -> Path:
 
     In a Hub cache the files of a snapshot are links to the blobs of the same repository; those are let through.
     """
-    path = folder / name
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    real = path.resolve()
+    try:
+        real = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name with a NUL or too long, a link in a circle
+        raise SourceError(f"{name!r} is no file name in the checkpoint folder: {error}") from error
     if Path(name).is_absolute() or not any(real.is_relative_to(home) for home in allowed):
         raise SourceError(
             f"{name} lies outside of the checkpoint folder: it leads to {real}",
@@ -119,7 +125,19 @@ def _config_bytes(folder: Path) -> bytes:
             f"{folder} has no config.json",
             hint="this is an adapter: merge it into its base model first" if adapter else _folder_hint(folder),
         )
-    return inside(folder, "config.json").read_bytes()
+    return small_bytes(folder, "config.json", LARGEST_CONFIG)
+
+
+def small_bytes(folder: Path, name: str, largest: int) -> bytes:
+    """The bytes of a file that should not be large."""
+    path = inside(folder, name)
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise SourceError(f"{name} has {size} bytes; more than {largest} are not read")
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def _folder_hint(folder: Path) -> str:
@@ -133,17 +151,6 @@ def _folder_hint(folder: Path) -> str:
     return "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id owner/name"
 
 
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`; SourceError with the position of the fault."""
-    try:
-        value = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path.name} is not JSON: {error}", hint="download or copy the file again") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path.name} holds a {type(value).__name__}, not an object")
-    return value
-
-
 def _carried(name: str) -> bool:
     """Whether a file goes unchanged into the output."""
     lower = name.lower()
@@ -155,18 +162,26 @@ def _carried(name: str) -> bool:
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder. One file wins over an index, as in transformers."""
     if (folder / SINGLE).exists():
-        return read_header(inside(folder, SINGLE))
+        return read_header(_regular(folder, SINGLE))
     if (folder / INDEX).exists():
         return _indexed(folder)
     lone = sorted(entry.name for entry in folder.glob("*.safetensors"))
     if len(lone) == 1 and not lone[0].startswith("adapter"):
-        return read_header(inside(folder, lone[0]))
+        return read_header(_regular(folder, lone[0]))
     if lone:
         raise SourceError(
             f"{folder} holds {len(lone)} safetensors files ({', '.join(lone[:3])}) but no {INDEX} to say which belong",
             hint="restore the index, or merge an adapter into its base model",
         )
     raise _no_weights(folder)
+
+
+def _regular(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; a pipe would be waited for without end."""
+    path = inside(folder, name)
+    if not path.is_file():
+        raise SourceError(f"{name} in {folder} is not a file")
+    return path
 
 
 def _no_weights(folder: Path) -> SourceError:
@@ -212,13 +227,14 @@ def _indexed(folder: Path) -> dict[str, StoredTensor]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index's map from tensor name to shard name."""
-    index = _json_object(folder / INDEX, inside(folder, INDEX).read_bytes())
+    _regular(folder, INDEX)
+    index = json_object(small_bytes(folder, INDEX, LARGEST_JSON), INDEX, SourceError, hint=AGAIN)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{INDEX} has no weight_map", hint="download or copy the file again")
+        raise SourceError(f"{INDEX} has no weight_map", hint=AGAIN)
     strange = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
     if strange:
-        raise SourceError(f"{INDEX} gives no file name for {strange[0]}", hint="download or copy the file again")
+        raise SourceError(f"{INDEX} gives no file name for {strange[0]}", hint=AGAIN)
     wrong = sorted(shard for shard in set(weight_map.values()) if not shard.endswith(".safetensors"))
     if wrong:
         raise pickle_refusal(wrong[0]) if wrong[0].endswith(PICKLES) else SourceError(f"{INDEX} names {wrong[0]}")

@@ -21,6 +21,7 @@ from outlierq.load.fingerprint import fingerprint
 from outlierq.load.gguf_file import GgufHeader, dequantized, read_gguf_header
 from outlierq.load.gguf_rope import ROPE_FACTORS, restore_rope
 from outlierq.load.shards import lookup, sample
+from outlierq.load.unchanged import stamps_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,12 @@ class GgufCheckpoint:
     def __init__(self, path: Path, *, source: str | None = None):
         self.path, self.source = path, source or str(path)
         self._header = read_gguf_header(path)
+        self.stamps = stamps_of([path])
         self.dtype = _dtype(self._header)
         self._parsed_config = _parsed_config(self._header)
         self.config: dict[str, Any] = _full_config(self._header, self._parsed_config, self.dtype)
+        # Until the names are known, which takes the skeleton, the tensors are those of the file.
+        self.tensors = {t.name: TensorInfo(t.name, t.type, t.shape, t.nbytes) for t in self._header.tensors.values()}
         self._parts, self.tensors = self._named_tensors()
 
     @cached_property
@@ -77,6 +81,12 @@ class GgufCheckpoint:
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors."""
         return {name: self.read(name) for name in names}
+
+    @property
+    def packed(self) -> dict[str, str]:
+        """The ggml type of every tensor that is stored quantized, by its Hugging Face name."""
+        types = {name: self._header.tensors[parts[0]].type for name, parts in self._parts.items()}
+        return {name: kind for name, kind in types.items() if kind not in ("F32", "F16", "BF16")}
 
     def _processed(self, name: str, parts: tuple[str, ...]) -> torch.Tensor:
         """Float32 values after transformers' per-architecture processing; several parts are merged by the processor."""

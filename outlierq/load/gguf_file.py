@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.untrusted import brief
 from outlierq.load.shards import AGAIN, read_exactly
 
 if TYPE_CHECKING:
     import torch
+
+# A vocabulary of 256,000 tokens with scores, types and merges has about a million; the format has 4 dimensions.
+MOST_ARRAY_ITEMS, MOST_DIMENSIONS = 1 << 22, 8
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -50,25 +54,30 @@ class GgufHeader:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Metadata and tensor headers; SourceError when the file is not GGUF, damaged, cut off or one part of several."""
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise SourceError(f"{path.name} cannot be read: {error.strerror or error}") from error
     if magic != b"GGUF":
         raise SourceError(f"{path.name} is not a GGUF file: it begins with {magic!r}, not b'GGUF'", hint=AGAIN)
     try:
         reader = _headers_only()(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if field.data}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        entries, byte_order, data_start = reader.entries, reader.byte_order, int(reader.data_offset)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise SourceError(f"the header of {path.name} cannot be read: {error}", hint=AGAIN) from error
-    if reader.byte_order != "I":
+    if byte_order != "I":
         raise SourceError(f"{path.name} is a big-endian GGUF file", hint="convert it to little-endian")
-    if fields.get("split.count", 1) > 1:
+    parts = fields.get("split.count", 1)
+    if not isinstance(parts, int) or parts > 1:
         raise SourceError(
-            f"{path.name} is one of {fields['split.count']} parts of a GGUF file",
+            f"{path.name} is one of {parts} parts of a GGUF file",
             hint="join the parts first: llama-gguf-split --merge FIRST_PART OUTPUT",
         )
-    tensors = {entry[0]: _tensor(path, *entry) for entry in reader.entries}
-    _check_bounds(path, tensors)
-    return GgufHeader(path, fields, tensors, int(reader.data_offset))
+    tensors = {entry[0]: _tensor(path, *entry) for entry in entries}
+    _check_bounds(path, tensors, data_start)
+    return GgufHeader(path, fields, tensors, data_start)
 
 
 def _headers_only() -> type:
@@ -81,25 +90,36 @@ def _headers_only() -> type:
 
     class HeaderReader(GGUFReader):
         entries: list[tuple[str, int, tuple[int, ...], int]]
+        items = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            # The slice of a number that the file does not hold is empty, and gguf would go on reading nothing.
+            self._need(offset + int(count) * np.dtype(dtype).itemsize)
+            return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
             if raw_type != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             items, count = GGUFValueType(self._number(orig_offs, 4)), self._number(orig_offs + 4, 8)
+            self.items += count
+            if items == GGUFValueType.ARRAY or self.items > MOST_ARRAY_ITEMS:
+                # transformers makes several objects of every item, and recurses into arrays of arrays.
+                raise ValueError(f"its metadata has arrays in arrays, or more than {MOST_ARRAY_ITEMS} items in arrays")
             end = orig_offs + 12
             if items == GGUFValueType.STRING:
                 for _ in range(count):
                     end += 8 + self._number(end, 8)
-            elif items == GGUFValueType.ARRAY:
-                for _ in range(count):
-                    end += self._get_field_parts(end, items)[0]
             else:
                 end += count * np.dtype(self.gguf_scalar_to_np[items]).itemsize
+            self._need(end)
             return end - orig_offs, [], [], [GGUFValueType.ARRAY, items]
 
-        def _number(self, start: int, width: int) -> int:
-            if start + width > len(self.data):
+        def _need(self, end: int) -> None:
+            if end > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data)}, inside its metadata")
+
+        def _number(self, start: int, width: int) -> int:
+            self._need(start + width)
             return int.from_bytes(self.data[start : start + width].tobytes(), "little")
 
         def _build_tensors(self, start_offs: int, fields: list) -> None:
@@ -126,15 +146,17 @@ def _tensor(path: Path, name: str, kind: int, shape: tuple[int, ...], start: int
             hint="take a file of a supported type; the less compressed, the better the result",
         )
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    if not shape or shape[-1] % block:
-        raise SourceError(f"tensor {name} in {path.name}: rows of shape {shape} are no multiple of {block} values")
+    if not 1 <= len(shape) <= MOST_DIMENSIONS or min(shape) < 1 or shape[-1] % block:
+        raise SourceError(
+            f"tensor {name} in {path.name}: rows of shape {brief(shape)} are no multiple of {block} values"
+        )
     row_bytes = shape[-1] // block * block_bytes
     return GgufTensor(name, type_name, shape, start, prod(shape[:-1]) * row_bytes, row_bytes)
 
 
-def _check_bounds(path: Path, tensors: dict[str, GgufTensor]) -> None:
-    """Tensors must not overlap and must end inside the file."""
-    size, end, previous = path.stat().st_size, 0, None
+def _check_bounds(path: Path, tensors: dict[str, GgufTensor], begin: int) -> None:
+    """Tensors must not overlap the header or one another, and must end inside the file."""
+    size, end, previous = path.stat().st_size, begin, "the header"
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
         if tensor.start < end:
             raise SourceError(f"tensor {tensor.name} in {path.name} overlaps {previous}", hint=AGAIN)

@@ -7,14 +7,22 @@ points less one; it is added to all fields of a word at once, so that a borrow o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.word_packed import StoredLinear, WordPackedCheckpoint, as_array, finished, members_of, scheme_of, stems_of
+from outlierq.load.described import fits
+from outlierq.load.word_packed import (
+    StoredLinear,
+    WordPackedCheckpoint,
+    as_array,
+    finished,
+    members_of,
+    scheme_of,
+    stems_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +71,7 @@ def gptq_dense(
     dense = as_array(found.codes).astype(np.float32)
     if found.zero_point is not None:
         dense -= as_array(found.zero_point).astype(np.float32)[:, groups]
-    return dense * as_array(found.scale).astype(np.float32)[:, groups]
+    return dense * found.scale.float().numpy()[:, groups]
 
 
 def _check(stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> None:
@@ -125,7 +133,7 @@ def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedCheckpoint:
-    """A GPTQ folder presented as a plain one. config: its quantization_config. SourceError when it is another layout."""
+    """A GPTQ folder presented as a plain one. config: its quantization_config. SourceError for another layout."""
     name = config.get("checkpoint_format") or config.get("format") or "gptq"
     if name not in VERSIONS or config.get("pack_dtype", "int32") != "int32":
         raise SourceError(
@@ -135,12 +143,16 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
     version = VERSIONS[name]
 
     def linear(stem: str) -> StoredLinear:
+        members = members_of(stored, stem, ROLES)
         own = {**config, **_override(config, stem)}
         if own.get("bits") not in WIDTHS:
             raise SourceError(f"{stored.source} stores {stem} in {own.get('bits')} bits; 2, 3, 4 and 8 are decoded")
         words, rows = stored.tensors[f"{stem}.qweight"].shape
-        scheme = scheme_of(own["bits"], own.get("group_size", -1), stored.tensors[f"{stem}.scales"].dtype)
-        return StoredLinear((rows, words * 32 // own["bits"]), scheme, members_of(stored, stem, ROLES))
+        columns = words * 32 // own["bits"]
+        scheme = scheme_of(
+            stem, own["bits"], own.get("group_size", -1), stored.tensors[f"{stem}.scales"].dtype, columns
+        )
+        return StoredLinear((rows, columns), scheme, members)
 
     def rows(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> QuantTensor:
         return gptq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0], version=version)
@@ -154,6 +166,6 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
 def _override(config: Mapping[str, Any], stem: str) -> Mapping[str, Any]:
     """What GPTQModel's `dynamic` says of one module: the first pattern that fits; "-:" ones say that it is plain."""
     for pattern, own in (config.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), stem):
+        if not pattern.startswith("-:") and fits(pattern.removeprefix("+:"), stem):
             return own or {}
     return {}

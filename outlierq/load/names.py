@@ -121,7 +121,7 @@ def _lack_hint(checkpoint: Checkpoint, lost: list[str]) -> str:
     if method:
         return f"this checkpoint is already compressed ({method}); start from the original model"
     if any(".experts." in name for name in lost):
-        return "the file keeps each expert apart where the model class merges them; such mixtures are not supported"
+        return "the model class merges its experts in a way that is not known here; such mixtures are not supported"
     return "the weights do not belong to this config.json, or a part of them was not downloaded"
 
 

@@ -13,8 +13,11 @@ import torch
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.described import check_member
 from outlierq.load.shards import lookup
-from outlierq.ops.int8_split import dynamic_split_matmul, split_matmul
+from outlierq.ops.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +42,10 @@ def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_w
     kept = _floats(outlier_weight)
     if kept.shape != (rows, columns.size):
         raise SourceError(f"{columns.size} outlier columns of {rows} rows need weights {rows} x {columns.size}")
-    dense = codes.astype(np.float32) * _floats(weight_scale).reshape(rows, 1)
+    scale = _floats(weight_scale)
+    if scale.size != rows:
+        raise SourceError(f"{scale.size} scales do not fit {rows} rows of codes")
+    dense = codes.astype(np.float32) * scale.reshape(rows, 1)
     dense[:, columns] = kept
     return dense
 
@@ -103,6 +109,13 @@ class SplitCheckpoint:
     def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Float32 [out, in]."""
         return decode_split(**parts)
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes, scales and outlier columns of a linear, by the name of its weight."""
+        parts = self.parts(name)
+        scale, columns, kept = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
+        scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
+        return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=kept)
 
     def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
         """The module that computes the linear as it is stored."""
@@ -189,6 +202,8 @@ def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> 
         lost = [name for name in members.values() if name not in stored.tensors]
         if lost:
             raise SourceError(f"{stored.source} has no {lost[0]}")
+        for role, name in members.items():
+            check_member(stored.tensors[name], role)
         weight = stored.tensors[members["weight"]]
         if weight.dtype != "I8" or len(weight.shape) != 2:
             raise SourceError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, not a matrix of int8 codes")

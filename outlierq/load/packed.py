@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from outlierq.load.decoders import (
     decode_pack_quantized,
     decode_rows,
 )
+from outlierq.load.described import check_described, check_member, fits
 from outlierq.load.shards import lookup
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     found = checkpoint.config.get("quantization_config")
     if not found:
         return checkpoint
+    check_described(checkpoint.source, found)
     if found.get("quant_method") == "bitsandbytes":
         from outlierq.load.bitsandbytes import int8_checkpoint
 
@@ -212,13 +213,13 @@ def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
 def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """Refuse what could not be evaluated faithfully, in one message."""
     method = config.get("quant_method")
-    groups = _groups(config)
     faults = []
     if method != "compressed-tensors":
         raise SourceError(
             f"{checkpoint.source} is compressed with {method}, which is not decoded here",
             hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
         )
+    groups = _groups(config)
     forms = sorted({_form(group, config) for group in groups} - MEMBERS.keys())
     if forms or not (groups or config.get("kv_cache_scheme")):
         faults.append(f"format {', '.join(forms) or 'none'}")
@@ -283,6 +284,8 @@ def _shapes(checkpoint: Checkpoint, modules: list[str]) -> dict[str, tuple[int, 
     if lost:
         raise SourceError(f"{checkpoint.source} has no {lost[0]}.weight_shape ({len(lost)} such modules)")
     names = {f"{module}.weight_shape": module for module in modules}
+    for name in names:
+        check_member(checkpoint.tensors[name], "weight_shape")
     return {names[name]: tuple(value.tolist()) for name, value in checkpoint.read_many(names).items()}
 
 
@@ -290,7 +293,11 @@ def _packed(
     checkpoint: Checkpoint, config: dict[str, Any], module: str, group: dict[str, Any], shape: tuple[int, int] | None
 ) -> PackedWeight:
     """How one module's weight is stored, after its config group. shape: (out, in) where it is packed."""
-    weights, form = group["weights"], _form(group, config)
+    weights, form = group.get("weights"), _form(group, config)
+    if not weights or weights.get("num_bits") is None:
+        raise SourceError(f"{checkpoint.source} holds a packed {module}, but its config group says nothing of weights")
+    if weights.get("strategy") == "block" and not weights.get("block_structure"):
+        raise SourceError(f"{checkpoint.source} has no block_structure for the blocks of {module}")
     inputs = input_scheme(group.get("input_activations"))
     stored = {role: f"{module}.{role}" for role in MEMBERS[form]}
     members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
@@ -300,11 +307,19 @@ def _packed(
     for role in needed:
         if role not in members:
             raise SourceError(f"{checkpoint.source} has no {module}.{role}")
+    for role, name in members.items():
+        check_member(checkpoint.tensors[name], role)
+    size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    if weights.get("strategy") == "group" and (size is None or size < 1):
+        raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
+    shape = shape or checkpoint.tensors[members["weight"]].shape
+    if len(shape) != 2 or min(shape) < 1:
+        raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")
     return PackedWeight(
-        shape or checkpoint.tensors[members["weight"]].shape,
+        shape,
         weights["num_bits"],
         weights.get("symmetric", True),
-        weights.get("group_size") if weights.get("strategy") == "group" else None,
+        size,
         members,
         form,
         tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
@@ -318,7 +333,7 @@ def _group_of(checkpoint: Checkpoint, config: dict[str, Any], module: str) -> di
     for group in _groups(config):
         for target in group.get("targets", []):
             pattern = target.removeprefix("re:") if target.startswith("re:") else None
-            if (pattern and re.match(pattern, module)) or target == module:
+            if (pattern and fits(pattern, module)) or target == module:
                 return group
             if pattern is None and "." not in target:
                 by_class = by_class or group

@@ -6,8 +6,9 @@ block by block would then slowly fill the memory. Here a tensor is one `readinto
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outlierq.core.errors import SourceError, nearest
 from outlierq.core.model import TensorInfo
+from outlierq.core.untrusted import brief, json_object
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,9 @@ DTYPES = {
 # The limit of the safetensors library itself; a larger number is a damaged or hostile file, not a header.
 LARGEST_HEADER = 100_000_000
 
+# torch's limits on a tensor: its dimensions, and the bits of its size in bytes.
+MOST_DIMENSIONS, LARGEST_SIZE = 64, 1 << 63
+
 AGAIN = "download or copy the file again"
 
 
@@ -59,8 +64,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     SourceError when the file is shorter than its header says, or the header contradicts itself.
     """
-    size = path.stat().st_size
-    header, begin = _parse(path, size)
+    try:
+        size = path.stat().st_size
+        header, begin = _parse(path, size)
+    except OSError as error:
+        raise SourceError(f"{path.name} cannot be read: {error.strerror or error}") from error
     header.pop("__metadata__", None)
     spans = sorted((_span(path, name, entry) for name, entry in header.items()), key=lambda span: span[:2])
     _check_layout(path, [(first, last, info.name) for first, last, info in spans], size - begin)
@@ -82,21 +90,15 @@ def _parse(path: Path, size: int) -> tuple[dict[str, Any], int]:
         if 8 + length > size:
             raise SourceError(f"{path.name} is cut off: header of {length} bytes, file of {size} bytes", hint=AGAIN)
         text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _no_repeats(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"the header of {path.name} is not JSON: {error}", hint=AGAIN) from error
-    if not isinstance(header, dict):
-        raise SourceError(f"the header of {path.name} is a {type(header).__name__}, not an object", hint=AGAIN)
-    return header, 8 + length
+    name = f"the header of {path.name}"
+    return json_object(text, name, SourceError, hint=AGAIN, pairs=lambda pairs: _no_repeats(path, pairs)), 8 + length
 
 
 def _no_repeats(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refused when a key comes twice (json would silently keep the last)."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise SourceError(f"the header of {path.name} names {twice} twice", hint=AGAIN)
     return found
 
@@ -108,22 +110,27 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
         raise SourceError(f"{where} has no dtype, shape and data_offsets", hint=AGAIN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise SourceError(f"{where} has shape {shape} and data_offsets {offsets}, not counts", hint=AGAIN)
-    if dtype not in DTYPES:
+        said = f"shape {brief(shape)} and data_offsets {brief(offsets)}"
+        raise SourceError(f"{where} has {said}, not counts", hint=AGAIN)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SourceError(
-            f"{where} has dtype {dtype}, which is not supported (supported: {', '.join(DTYPES)})",
+            f"{where} has dtype {brief(dtype)}, which is not supported (supported: {', '.join(DTYPES)})",
             hint="convert the checkpoint to a supported dtype",
         )
     first, last = offsets
     nbytes = prod(shape) * DTYPES[dtype][1]
+    if prod(max(size, 1) for size in shape) * DTYPES[dtype][1] >= LARGEST_SIZE:
+        raise SourceError(f"{where} has shape {brief(shape)}, more than a tensor can have", hint=AGAIN)
     if last - first != nbytes:
         raise SourceError(f"{where}: shape {shape} of {dtype} needs {nbytes} bytes, offsets give {last - first}")
     return first, last, TensorInfo(name, dtype, tuple(shape), nbytes)
 
 
 def _counts(values: Any) -> bool:
-    """Whether this is a list of non-negative integers."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """Whether this is a short list of non-negative integers whose product a tensor can have as its size."""
+    if not isinstance(values, list) or len(values) > MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value < LARGEST_SIZE for value in values)
 
 
 def _check_layout(path: Path, spans: list[tuple[int, int, str]], available: int) -> None:
@@ -151,7 +158,7 @@ def read_stored(tensors: dict[str, StoredTensor], names: Iterable[str]) -> Itera
         stored = lookup(tensors, name)
         wanted.setdefault(stored.path, []).append(stored)
     for path, group in wanted.items():
-        with path.open("rb", buffering=0) as file:
+        with reading(path), path.open("rb", buffering=0) as file:
             for stored in sorted(group, key=lambda stored: stored.start):
                 yield stored.info.name, _read_one(file, stored)
 
@@ -166,7 +173,7 @@ def read_rows(stored: StoredTensor, count: int) -> Iterator[torch.Tensor]:
     rows = stored.info.shape[0]
     row_bytes = stored.info.nbytes // max(1, rows)
     raw = torch.empty(min(count, rows) * row_bytes, dtype=torch.uint8)
-    with stored.path.open("rb", buffering=0) as file:
+    with reading(stored.path), stored.path.open("rb", buffering=0) as file:
         for first in range(0, rows, count):
             part = raw[: min(count, rows - first) * row_bytes]
             start = stored.start + first * row_bytes
@@ -194,6 +201,18 @@ def _read_one(file: BinaryIO, stored: StoredTensor) -> torch.Tensor:
     return raw.view(getattr(torch, DTYPES[stored.info.dtype][0])).reshape(stored.info.shape)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says about a file that cannot be read, as a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}",
+            hint="when the file is there again and sound, run the same command again; it continues where it stopped",
+        ) from error
+
+
 def read_exactly(file: BinaryIO, start: int, target: memoryview, name: str, path: Path) -> None:
     """Fill `target` from the file, from offset `start`; SourceError when the file has become shorter."""
     file.seek(start)
@@ -210,12 +229,13 @@ def sample(stored: Iterable[tuple[str, Path, int, int]], length: int) -> Iterato
     file, opened = None, None
     try:
         for name, path, start, nbytes in stored:
-            if path != opened:
-                if file is not None:
-                    file.close()
-                file, opened = path.open("rb", buffering=0), path
             raw = bytearray(min(nbytes, length))
-            read_exactly(file, start, memoryview(raw), name, path)
+            with reading(path):
+                if path != opened:
+                    if file is not None:
+                        file.close()
+                    file, opened = path.open("rb", buffering=0), path
+                read_exactly(file, start, memoryview(raw), name, path)
             yield name, bytes(raw)
     finally:
         if file is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # Keys of config.json that would change how the skeleton computes, not what it is.
 NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
+
+# Far above any model there is.
+LAYERS, MOST_LAYERS = re.compile(r"(num|n)_\w*(layers?|blocks?)"), 10_000
+MOST_EXPERTS, MOST_LEARNED_POSITIONS = 1 << 16, 1 << 15
 
 
 def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -59,6 +64,9 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Module:
             f"transformers cannot build a causal language model from the config of {checkpoint.source}: {error}",
             hint="only decoder language models can be compressed; check config.json",
         ) from error
+    from outlierq.load.experts import separate_experts
+
+    separate_experts(model, checkpoint)
     return model.eval().requires_grad_(False)
 
 
@@ -70,23 +78,57 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     content = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_THE_SKELETON}
     model_type = content.get("model_type")
     own_code = trust_remote_code and content.get("auto_map")
-    if not own_code and model_type not in CONFIG_MAPPING:
+    if not own_code and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
         close = nearest(str(model_type), list(CONFIG_MAPPING.keys()))
         raise SourceError(
             f"config.json of {checkpoint.source} has model_type {model_type!r}, unknown to transformers",
             hint=f"did you mean {close}?" if close else None,
         )
+    _check_counts(checkpoint, content)
     try:
         if own_code:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(content)
-    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        parts = (config, config.get_text_config())
+    except (
+        StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError
+    ) as error:  # fmt: skip
         raise SourceError(f"config.json of {checkpoint.source} is not valid: {error}") from error
-    for part in (config, config.get_text_config()):
+    _check_sizes(checkpoint, parts)
+    for part in parts:
         part.use_cache = False
         part.__dict__.pop("quantization_config", None)
     return config
+
+
+def _check_counts(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers for which transformers would make endless lists before anybody can look at them."""
+    most = max(MOST_LAYERS, len(checkpoint.tensors))
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_counts(checkpoint, value)
+        elif isinstance(value, int | float) and value > most and LAYERS.fullmatch(key):
+            raise SourceError(f"config.json of {checkpoint.source} asks for {value:,} layers ({key})")
+
+
+def _check_sizes(checkpoint: Checkpoint, parts: Iterable[Any]) -> None:
+    """Refuse a config that asks for so many parts that building the empty model would take hours or all memory."""
+    for part in parts:
+        blocks = getattr(part, "num_hidden_layers", None)
+        if isinstance(blocks, int) and blocks > len(checkpoint.tensors):
+            raise SourceError(
+                f"config.json of {checkpoint.source} asks for {blocks} blocks, more than there are tensors "
+                f"({len(checkpoint.tensors)})"
+            )
+        for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+            experts = getattr(part, key, None)
+            if isinstance(experts, int) and experts > MOST_EXPERTS:
+                raise SourceError(f"config.json of {checkpoint.source} asks for {experts} experts in a block")
+        positions = getattr(part, "max_position_embeddings", None)
+        # Models with learned positions make a causal mask of this width and height, in real memory.
+        if isinstance(positions, int) and positions > MOST_LEARNED_POSITIONS and not hasattr(part, "rope_parameters"):
+            raise SourceError(f"config.json of {checkpoint.source} asks for {positions} learned positions")
 
 
 def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structure:
@@ -124,15 +166,19 @@ def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, st
 
 
 def _sites(module: torch.nn.Module, prefix: str, names: Mapping[str, str], block: int | None) -> list[LinearSite]:
-    """Every linear layer in the module, in the order of definition."""
+    """Every linear layer in the module, and the routers of its experts, in the order of definition."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from outlierq.load.experts import expert_names, router_names
+
+    routers, experts = router_names(module), set(expert_names(module))
     sites = []
     for name, part in module.named_modules():
-        if isinstance(part, torch.nn.Linear | Conv1D):
+        if isinstance(part, torch.nn.Linear | Conv1D) or name in routers:
             full = f"{prefix}{name}".removesuffix(".")
             transposed = isinstance(part, Conv1D)
+            owner = name.rpartition(".")[0]
             rows, columns = reversed(part.weight.shape) if transposed else part.weight.shape
             sites.append(
                 LinearSite(
@@ -142,8 +188,9 @@ def _sites(module: torch.nn.Module, prefix: str, names: Mapping[str, str], block
                     out_features=rows,
                     in_features=columns,
                     block=block,
-                    kind=type(part).__name__,
+                    kind="Router" if name in routers else type(part).__name__,
                     transposed=transposed,
+                    expert=f"{prefix}{owner}" if owner in experts else None,
                 )
             )
     return sites

@@ -86,8 +86,9 @@ def _refuse_remote_code(checkpoint: Checkpoint) -> None:
     # transformers is imported only for the rare config that names code, since it costs seconds.
     from transformers import CONFIG_MAPPING
 
-    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
-        code = sorted({str(name).split(".")[0] + ".py" for name in auto_map.values() if isinstance(name, str)})
+    if str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+        named = auto_map.values() if isinstance(auto_map, dict) else ()
+        code = sorted({str(name).split(".")[0] + ".py" for name in named if isinstance(name, str)}) or ["auto_map"]
         raise SourceError(
             f"{checkpoint.source} brings its own model code ({', '.join(code)}), which is not run unasked",
             hint="read that code; if you trust it, pass --trust-remote-code",

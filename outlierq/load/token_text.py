@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from outlierq.load.folder import small_bytes
+from outlierq.load.foreign import tokenizer_faults
+
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 TOKENIZER = "tokenizer.json"
+LARGEST_TOKENIZER = 300_000_000  # bytes; a vocabulary of 256,000 tokens takes 35 million
 
 
 def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]:
@@ -16,13 +20,15 @@ def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]
 
     A tokenizer.json is read with the tokenizers library alone: importing transformers for a dozen tokens takes seconds.
     """
-    wanted = sorted({token for token in tokens if token >= 0})
+    wanted = sorted({token for token in tokens if 0 <= token < 1 << 32})
     path = checkpoint.path / TOKENIZER
     if path.is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path))
-        return {token: tokenizer.decode([token], skip_special_tokens=False) for token in wanted}
+        raw = small_bytes(checkpoint.path, TOKENIZER, LARGEST_TOKENIZER)
+        with tokenizer_faults(checkpoint.source):
+            tokenizer = Tokenizer.from_buffer(raw)
+            return {token: tokenizer.decode([token], skip_special_tokens=False) for token in wanted}
     from outlierq.load.dense import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)

@@ -10,6 +10,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.described import check_member
 from outlierq.load.shards import DTYPES, lookup
 
 if TYPE_CHECKING:
@@ -106,12 +107,16 @@ def members_of(stored: Checkpoint, stem: str, roles: Iterable[str]) -> dict[str,
     lost = [name for name in members.values() if name not in stored.tensors]
     if lost:
         raise SourceError(f"{stored.source} has no {lost[0]}")
+    for role, name in members.items():
+        check_member(stored.tensors[name], role)
     return members
 
 
-def scheme_of(bits: int, group_size: int, dtype: str) -> QuantScheme:
-    """The scheme of stored weights. Zero points are stored even where the config says `sym`, so they are read."""
+def scheme_of(stem: str, bits: int, group_size: int, dtype: str, columns: int) -> QuantScheme:
+    """The scheme of a stored weight. Zero points are stored even where the config says `sym`, so they are read."""
     size = None if group_size in (None, -1) else group_size
+    if size is not None and (size < 1 or columns % size):
+        raise SourceError(f"groups of {group_size} columns do not divide the {columns} columns of {stem}")
     return QuantScheme(bits, size, symmetric=False, scale_dtype=DTYPES[dtype][0])
 
 

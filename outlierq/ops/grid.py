@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from outlierq.core.errors import NumbersError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 
@@ -94,8 +95,16 @@ def over_blocks(values: torch.Tensor, scheme: QuantScheme, reduction: str) -> to
 
 
 def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """`scale` as it will be read back: rounded to its storage dtype, in float32. Zero becomes 1 (an all-zero group)."""
+    """`scale` as it will be read back: rounded to its storage dtype, in float32. Zero becomes 1 (an all-zero group).
+
+    NumbersError when a finite scale is too large for that dtype.
+    """
     rounded = scale.to(getattr(torch, scheme.scale_dtype)).float()
+    if (rounded.isinf() & scale.isfinite()).any():
+        raise NumbersError(
+            f"a scale of {scale.abs().nan_to_num(posinf=0).max().item():g} is too large for {scheme.scale_dtype}",
+            hint="these weights need a checkpoint in bfloat16 or float32",
+        )
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 

@@ -1,4 +1,4 @@
-"""Products of 16-bit inputs with grouped integer weights, in plain torch: the definition of the kernels that do the same.
+"""Products of 16-bit inputs with grouped integer weights, in plain torch: the definition of the kernels for them.
 
 A weight is rounded to the dtype of the inputs before it is multiplied, as if the checkpoint had been dequantized:
 w = round16(scale * (code - zero_point)); sums are float32, the bias is added to them, and the result is rounded once.

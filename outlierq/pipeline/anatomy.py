@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from outlierq.calibrate.experts import routing
 from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates
@@ -235,7 +236,7 @@ class _Search:
         """The anatomy of one block."""
 
         def run(module: torch.nn.Module) -> torch.Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), routing(module, "probe"):  # every expert reads what the router reads
                 return self.bench.runner.forward(module, block.index, 0, self.hidden)
 
         with self.bench.filled(self.noise, block.index) as module:

@@ -9,6 +9,7 @@ from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
 from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
+from outlierq.load import check_unchanged
 from outlierq.pipeline.calibration import SAVED, StatsFromRun, forget_hidden_beyond, token_set
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 from outlierq.pipeline.journal import locked
@@ -40,6 +41,7 @@ def calibrate(
             "batch_size": settings.batch_size,
             "dtype": checkpoint.dtype,
             "seed": settings.seed,
+            **({"all_experts": True} if settings.all_experts else {}),
         },
         mode="static",
     )
@@ -59,8 +61,8 @@ def calibrate(
             listen=listen,
         )
         _write_missing(writer, source, structure.blocks, listen)
-        writer.finish()
         (out / SAVED).unlink(missing_ok=True)
+        writer.finish()
     return identity
 
 
@@ -76,10 +78,13 @@ def _write_missing(writer: StatsWriter, source: StatsFromRun, blocks: Sequence[B
                 continue
             with during("calibrate", block.name):
                 groups, stats = source.block(block.index)
+            check_unchanged(source.checkpoint)
             writer.write(block.index, groups, stats, source.block_stats(block.index), source.notes)
             source.finished(block.index, dict)
             return_freed_memory()
         if not writer.logits:
             with during("calibrate", "logits"):
-                writer.write_logits(source.logits())
+                sample = source.logits()
+            check_unchanged(source.checkpoint)
+            writer.write_logits(sample)
     listen(Event("calibrate", len(blocks), len(blocks)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, stored_fields
+from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.logits import sample_logits
@@ -225,6 +226,7 @@ class StatsFromRun:
         run_once = self.runner.run_once(index, self.hidden)
         groups = find_groups(module, block, run_once)
         groups = prove_folds(module, block, groups, run_once, self.model.config)
+        groups = seeing_all(groups) if self.settings.all_experts else groups
         return_freed_memory()
         collector = Collector(
             module,
@@ -236,14 +238,15 @@ class StatsFromRun:
             ids=self.tokens.ids,
         )
         observer = self._observer(module, block)
-        with observer or nullcontext():
+        with observer or nullcontext(), routing(module, "all" if self.settings.all_experts else "chosen"):
             self.runner.run(module, index, self.hidden, collector, replace=not self.sequential)
-        self.notes = collector.notes
+        stats = collector.finish()
+        self.notes = collector.notes + tokens_note(groups, stats)
         if observer:
             self._block_stats = index, observer.finish()
             self.notes += [text for text in observer.notes if text not in self._said]
             self._said.update(observer.notes)
-        return groups, collector.finish()
+        return groups, stats
 
     def _observer(self, module: torch.nn.Module, block: Block) -> BlockObserver | None:
         """Watches what was asked of the block itself, if anything was."""

@@ -1,4 +1,4 @@
-"""`outlierq diff`: which tensors two checkpoints do not share, and by how much the others differ. Weights are decoded."""
+"""`outlierq diff`: the tensors that two checkpoints do not share, and by how much the others differ, decoded."""
 
 from __future__ import annotations
 

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
 
 
 def load_for_evaluation(
-    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    runtime: str = "dense",
 ) -> torch.nn.Module:
-    """The whole model; packed weights are decoded."""
-    from outlierq.load import load_model
+    """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are."""
+    if runtime == "packed":
+        from outlierq.pipeline.packed_model import load_packed_model as load
+    else:
+        from outlierq.load import load_model as load
 
-    return load_model(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def measure_text(

@@ -33,17 +33,17 @@ def transform_group(
     tensors: dict[str, torch.Tensor],
     steps: Sequence[tuple[Method, dict[str, Any]]],
     checkpoint: Checkpoint,
-) -> tuple[InputStats, dict[str, Any]]:
-    """Rewrite (weights, statistics) of one group so that its input is moved; both stay consistent.
+) -> tuple[Move | None, dict[str, Any]]:
+    """Rewrite the weights of one group so that its input is moved; `InputStats.moved` keeps statistics consistent.
 
-    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns the new
-    statistics and a row for the report; its "folded" names every tensor that changed.
+    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns the move, None
+    when there is none, and a row for the report; its "folded" names every tensor that changed.
     """
     import torch
 
     row: dict[str, Any] = {"group": group.name, "method": "+".join(m.name for m, _ in steps), "note": group.fold_note}
     if group.fold is None:
-        return stats, {**row, "fold": None, "folded": []}
+        return None, {**row, "fold": None, "folded": []}
     fold = group.fold
     weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
     tie = torch.tensor(fold.index, device=next(iter(weights.values())).device)
@@ -62,9 +62,9 @@ def transform_group(
         row["note"] += f"; {fold.shift_note}"
     spread = {"scale_min": move.scale.min().item(), "scale_max": move.scale.max().item()}
     if move.shift is not None:
-        stats, spread = stats.shifted(move.shift), {**spread, "shift_max": move.shift.abs().max().item()}
+        spread["shift_max"] = move.shift.abs().max().item()
     choice = {"choice": "; ".join(notes)} if notes else {}
-    return stats.scaled(move.scale), {**row, "fold": fold.weight, "folded": list(changed), **choice, **spread}
+    return move, {**row, "fold": fold.weight, "folded": list(changed), **choice, **spread}
 
 
 def _storable(

@@ -82,7 +82,7 @@ def _candidates(
     if producer is None:
         return
     beside = next(g.sites for g in groups if producer in g.sites)
-    together = [site for site in beside if site.out_features == producer.out_features]
+    together = [s for s in beside if (s.out_features, s.expert) == (producer.out_features, producer.expert)]
     for width in dict.fromkeys(w for w in (len(index), head_dim) if w):
         found = last_in_runs(columns, index, width)
         if found is not None:

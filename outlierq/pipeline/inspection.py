@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint
-from outlierq.pipeline.journal import JOURNAL
+from outlierq.core.untrusted import json_object
+from outlierq.pipeline.journal import JOURNAL, read_lines, seconds_of
 from outlierq.pipeline.plan import REPORT_NAME
 
 
@@ -42,15 +42,7 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any] | None:
     found = next((f for f in checkpoint.files if f.name == REPORT_NAME), None)
     if found is None:
         return None
-    try:
-        report = json.loads(found.read())
-    except ValueError as error:
-        raise SourceError(
-            f"{REPORT_NAME} of {checkpoint.source} is not JSON: {error}", hint="remove the file"
-        ) from error
-    if not isinstance(report, dict):
-        raise SourceError(f"{REPORT_NAME} of {checkpoint.source} holds no report", hint="remove the file")
-    return report
+    return json_object(found.read(), f"{REPORT_NAME} of {checkpoint.source}", SourceError, hint="remove the file")
 
 
 def describe_stats(folder: Path) -> dict[str, Any]:
@@ -71,6 +63,14 @@ def describe_stats(folder: Path) -> dict[str, Any]:
 
 def describe_unfinished(folder: Path) -> dict[str, Any]:
     """What an unfinished run has done so far."""
-    lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines() if line.endswith("}")]
+    lines, _ = read_lines(folder / JOURNAL)
     done = [line["unit"] for line in lines if "unit" in line]
-    return {"unfinished": str(folder), "identity": lines[0]["identity"] if lines else {}, "units_done": done}
+    identity, seconds = lines[0].get("identity", {}) if lines else {}, seconds_of(lines)
+    return {"unfinished": str(folder), "identity": identity, "units_done": done, "seconds": sum(seconds.values())}
+
+
+def describe_unfinished_stats(folder: Path) -> dict[str, Any]:
+    """What an unfinished calibration has done so far."""
+    from outlierq.calibrate.stats_file import blocks_written
+
+    return {"unfinished": str(folder), "blocks_done": blocks_written(folder)}

@@ -16,8 +16,10 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.export import exporter
 from outlierq.export.writer import ShardWriter, check_complete, compare
+from outlierq.load import check_unchanged
 from outlierq.pipeline.journal import Journal
 from outlierq.pipeline.plan import Plan
+from outlierq.pipeline.rewriting import original_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ class Output:
     def __init__(self, plan: Plan, work: Path, journal: Journal):
         self.plan, self.work, self.journal = plan, work, journal
         self.schemes = plan.schemes
-        self.form = exporter(plan.recipe.export.format)
+        self.form = exporter(plan.recipe.export.format, plan.checkpoint.config)
         self.writer = ShardWriter(work, plan.layout)
         self.committed: set[str] = set()
 
@@ -85,7 +87,9 @@ class Output:
         return {name: self.writer.confirm(name, value) for name, value in parts.items()}
 
     def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
-        """Write a tensor as it is, and read it back."""
+        """Write a tensor as it is, under the name and in the order of the format, and read it back."""
+        if hasattr(self.form, "plain"):
+            name, tensor = self.form.plain(name, tensor)
         self.writer.write(name, tensor)
         return {name: self.writer.confirm(name, tensor)}
 
@@ -99,6 +103,7 @@ class Output:
     ) -> None:
         """End a unit that is written and read back: force it onto the disk, then enter it in the journal."""
         self.writer.sync()
+        check_unchanged(original_of(self.plan.checkpoint))
         self.committed.add(unit)
         entry = {
             "xxh3_128": self._digest_of_unit(unit, digests),
@@ -126,7 +131,7 @@ class Output:
         stored = {name.rpartition(".")[2]: value for name, value in raw.items()}
         if "weight" in stored:
             stored["weight"] = as_matrix(site, stored["weight"])
-        return stored
+        return stored | (self.form.row_order(site) if hasattr(self.form, "row_order") else {})
 
     def _decode(
         self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int
@@ -153,7 +158,10 @@ class Output:
 
         What this process wrote, it has read back already; units of an earlier one are read again.
         """
-        check_complete(self.work, self.plan.layout)
+        if hasattr(self.form, "make_layout"):
+            self._check_headers()
+        else:
+            check_complete(self.work, self.plan.layout)
         for unit, entry in self.journal.entries.items():
             if unit in self.committed:
                 continue
@@ -163,6 +171,14 @@ class Output:
                     f"the bytes of {unit} on disk are not those that were written",
                     hint="the disk is faulty or something else wrote there; run again with --restart",
                 )
+
+    def _check_headers(self) -> None:
+        """Every planned tensor stands in the file's own header, at its place; for files that are not safetensors."""
+        planned = {(name, p.tensor.dtype, p.tensor.shape, p.offset) for name, p in self.plan.layout.places.items()}
+        found = {(name, t.info.dtype, t.info.shape, t.start) for name, t in self._headers.items()}
+        wrong = sorted(planned ^ found)
+        if wrong:
+            raise OutputError(f"{len(wrong)} tensor headers on disk differ from the plan, first {wrong[0]}")
 
     def close(self) -> None:
         """Close the shards."""
@@ -183,9 +199,11 @@ class Output:
     @cached_property
     def _headers(self) -> dict[str, StoredTensor]:
         """Every tensor of the unfinished shards, by the headers as they lie on disk (they are written first)."""
+        from outlierq.load.gguf_blocks import stored_tensors
         from outlierq.load.shards import read_header
 
-        shards = (read_header(self.work / name) for name in self.plan.layout.sizes)
+        read = {True: stored_tensors, False: read_header}
+        shards = (read[name.endswith(".gguf")](self.work / name) for name in self.plan.layout.sizes)
         return {name: stored for shard in shards for name, stored in shard.items()}
 
     def _from_disk(self, names: list[str]) -> dict[str, torch.Tensor]:

@@ -93,13 +93,26 @@ class Plan:
         overrides = self.recipe.quantize.overrides if self.recipe.quantize else ()
         modules = [planned.site.module for planned in self.sites]
         unused = [o.match for o in overrides if not any(fnmatchcase(module, o.match) for module in modules)]
-        noted = rewrite_notes(self.checkpoint) + noted + self._limits
+        noted = rewrite_notes(self.checkpoint) + noted + self.approximations + self._limits
         return noted + [f"the override {match!r} matches no linear" for match in unused]
+
+    @property
+    def approximations(self) -> list[str]:
+        """What the format rounds beyond what the method decided, by scheme; empty when it holds all codes exactly."""
+        form = self.recipe.export.format
+        rounds = getattr(exporter(form), "approximation", lambda scheme: None)
+        said = {str(scheme): rounds(scheme) for scheme in sorted(set(self.schemes.values()), key=str)}
+        return [f"{scheme} is held approximately by {form}: {how}" for scheme, how in said.items() if how]
 
     @property
     def _limits(self) -> list[str]:
         """What is left out of a run as a whole."""
+        from outlierq.load import fused_experts
+
         said = []
+        fused = fused_experts(self.skeleton, self.names) if self.recipe.quantize else []
+        if fused:
+            said.append(f"{fused[0]} and {len(fused) - 1} more hold all experts at once: kept in 16 bits")
         without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
         if without:
             said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
@@ -146,7 +159,12 @@ class Plan:
     def clients(self) -> list[str]:
         """Which programs load the result, one line each."""
         form, cache = exporter(self.recipe.export.format), self.recipe.kv_cache
-        return form.clients(set(self.schemes.values())) + (form.cache_clients(cache.scheme) if cache else [])
+        said = form.clients(set(self.schemes.values())) + (form.cache_clients(cache.scheme) if cache else [])
+        experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
+        if any(experts):
+            unknown = [f"experts: no client was tried with {self.recipe.export.format}; compressed-tensors loads"]
+            said += form.expert_clients(set(experts)) if hasattr(form, "expert_clients") else unknown
+        return said
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
@@ -156,21 +174,39 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "something")
         raise SourceError(
-            f"{checkpoint.source} is already compressed with {method}", hint="start from the original checkpoint"
+            f"{checkpoint.source} is already compressed with {method}",
+            hint="start from the original checkpoint; with --format alone it is converted without loss",
         )
     checkpoint = rewritten(checkpoint, recipe, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
     _check(sites, recipe)
-    _check_together(sites, recipe)
     _check_dtypes(sites, checkpoint)
     names = checkpoint_names(checkpoint, skeleton)
     caches = _caches(skeleton, structure, names, recipe)
-    layout = make_layout(
-        _output_tensors(checkpoint, structure, sites, recipe, caches), parse_size(recipe.export.max_shard_size)
-    )
+    return assembled(checkpoint, skeleton, structure, names, sites, recipe, caches)
+
+
+def assembled(
+    checkpoint: Checkpoint,
+    skeleton: torch.nn.Module,
+    structure: Structure,
+    names: Mapping[str, str],
+    sites: tuple[SitePlan, ...],
+    recipe: Recipe,
+    caches: Mapping[int, CachePlan],
+) -> Plan:
+    """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
+    _check_together(sites, recipe)
+    tensors = _output_tensors(checkpoint, structure, sites, recipe, caches)
+    form = exporter(recipe.export.format, checkpoint.config)
     small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
+    if hasattr(form, "make_layout"):
+        layout = form.make_layout(tensors, [(p.site, p.scheme) for p in sites if p.scheme is not None], checkpoint)
+        small = {name: content for name, content in small.items() if form.keeps_file(name)}
+        return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
+    layout = make_layout(tensors, parse_size(recipe.export.max_shard_size))
     small["config.json"] = config_json(checkpoint, structure, sites, recipe)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
@@ -182,6 +218,8 @@ def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
     wanted = recipe.scheme_for(site.module, getattr(exporter(recipe.export.format), "SCALE_DTYPE", dtype))
     if wanted is None:
         return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
+    if site.kind == "Router":
+        return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
     obstacle = exporter(recipe.export.format).obstacle(site, wanted)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
@@ -313,7 +351,8 @@ def _output_tensors(
                 tensors += [OutputTensor(n, dtype, shape, unit) for n, dtype, shape in specs]
             else:
                 info = checkpoint.tensors[name]
-                tensors.append(OutputTensor(name, info.dtype, info.shape, unit))
+                spec = form.plain_spec(info) if hasattr(form, "plain_spec") else (name, info.dtype, info.shape)
+                tensors.append(OutputTensor(*spec, unit))
         return tensors
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
@@ -365,15 +404,25 @@ def estimate(plan: Plan) -> Estimate:
     tokens = calibration.samples * calibration.sequence_length
     blocks = plan.structure.blocks
     hidden = max((s.in_features for b in blocks for s in b.sites), default=0)
-    inputs = {(b.index, s.in_features) for b in blocks for s in b.sites}
-    hessians = max((sum(k * k for i, k in inputs if i == b.index) for b in blocks), default=0) * 4
+    inputs = {(b.index, s.expert, s.in_features) for b in blocks for s in b.sites}
+    hessians = max((sum(k * k for i, _, k in inputs if i == b.index) for b in blocks), default=0) * 4
     batch = calibration.batch_size * calibration.sequence_length * hidden * 16
     width = min((s.in_features for b in blocks for s in b.sites), default=0)
     peak = BASE_BYTES + max(outside, widest * 16 + hessians * 3) + tokens * width * 2 + batch
-    products = 2 * tokens * (quantized + sum(k * k for _, k in inputs))
+    share = _share_of_experts(plan)
+    products = 2 * tokens * sum(s.out_features * s.in_features * (share if s.expert else 1) for s in plan.schemes)
+    products += 2 * tokens * sum(k * k * (share if expert else 1) for _, expert, k in inputs)
     solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
     passes = 2 if calibration.mode == "sequential" else 1
     return Estimate(peak, 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops())
+
+
+def _share_of_experts(plan: Plan) -> float:
+    """Which share of the tokens an expert gets on average; 1 when every expert sees all of them."""
+    config, calibration = plan.skeleton.config.get_text_config(), plan.recipe.calibration
+    experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen and not calibration.all_experts else 1.0
 
 
 def _block_weights(plan: Plan, index: int) -> int:

@@ -23,6 +23,7 @@ from outlierq.export.writer import write_small
 from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
 from outlierq.pipeline.data_free import Unit, done_in_order, is_data_free, rounder
 from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
+from outlierq.pipeline.experts import STARVED, check_static, least_tokens, shares, starved_note, tokens_of
 from outlierq.pipeline.journal import Journal, finish, working
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
@@ -33,6 +34,8 @@ from outlierq.registry import method
 if TYPE_CHECKING:
     import torch
 
+# Options of rounding to nearest for a linear whose input is not known, in a recipe that looks at inputs.
+UNKNOWN_INPUT = {"scale_search": "mse"}
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -55,17 +58,14 @@ def quantize(
             rewrite_error = prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
         with clock("calibrate"):
             source = _stats_source(plan, work, stats, device, listen)
-        journal = Journal(work, _identity(plan, source))
-        output = Output(plan, work, journal)
-        try:
+        journal = Journal(work, _identity(plan, source), clock.spent)
+        with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             run = _Run(plan, source, output, clock, device, listen)
             run.data_free() if is_data_free(plan) else run.in_order()
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        finally:
-            output.close()
-        report = _report(plan, out, journal, clock, device, source, rewrite_error)
+        report = make_report(plan, out, journal, clock, device, source, rewrite_error)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     return report
@@ -75,8 +75,9 @@ class Clock:
     """Adds up wall seconds by stage: `with clock("export"): ...`."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stage, self._since = "", 0.0
+        self.seconds: Counter[str] = Counter()
+        self._stage, self._since = "", None
+        self._told: Counter[str] = Counter()
 
     def __call__(self, stage: str) -> Clock:
         self._stage = stage
@@ -85,14 +86,22 @@ class Clock:
     def share(self, seconds: float, work: Mapping[str, float]) -> None:
         """Add wall seconds in which several stages ran at once, in proportion to the work of each."""
         total = sum(work.values()) or 1.0
-        for stage, part in work.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds * part / total
+        self.seconds.update({stage: seconds * part / total for stage, part in work.items()})
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since this was asked last, those of a stage that is not at its end included."""
+        now = Counter(self.seconds)
+        if self._since is not None:
+            now[self._stage] += time.perf_counter() - self._since
+        told, self._told = self._told, now
+        return {stage: now[stage] - told[stage] for stage in now}
 
     def __enter__(self) -> None:
         self._since = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + time.perf_counter() - self._since
+        self.seconds[self._stage] += time.perf_counter() - self._since
+        self._since = None
 
 
 class _Run:
@@ -105,6 +114,8 @@ class _Run:
         calibration = plan.recipe.calibration
         self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
+        chosen = plan.recipe.quantize
+        self._least = least_tokens(calibration, method("quantize", chosen.method).needs if chosen else frozenset())
 
     def data_free(self) -> None:
         """All units, several at once; each goes into the journal in its turn."""
@@ -117,16 +128,17 @@ class _Run:
             units.append(Unit(unit_name(block.index), block.name, block.tensors, linears))
         places = {unit_name(block.index): block for block in blocks}
         waiting = [unit for unit in units if unit.name not in journal.entries]
-        started, work = time.perf_counter(), Counter()
+        since = time.perf_counter()
         # Closed before the output is: no thread may write to a file that is closed.
         with closing(done_in_order(waiting, self.output, self.device)) as results:
             for done in results:
                 if done.unit.name in places:
                     block = places[done.unit.name]
                     self.listen(Event("quantize", block.index, len(blocks), block.name))
+                now = time.perf_counter()
+                self.clock.share(now - since, done.seconds)
+                since = now
                 self.output.commit(done.unit.name, done.digests, done.rows)
-                work.update(done.seconds)
-        self.clock.share(time.perf_counter() - started, work)
 
     def in_order(self) -> None:
         """All units, one after another: each block may see what was made of those before it."""
@@ -179,7 +191,8 @@ class _Run:
             folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
             added = self._cache_scales(block, groups, before, tensors)
             names, changed = (*block.tensors, *added), self._as_stored(folded) | added
-            self.output.write(unit, names, results, changed, transforms, self.source.notes)
+            notes = self.source.notes + starved_note(groups, stats, self._least)
+            self.output.write(unit, names, results, changed, transforms, notes)
         del tensors, before, stats, results
         with self.clock("calibrate"):
             self.source.finished(block.index, lambda: self.output.written(block))
@@ -207,14 +220,19 @@ class _Run:
         from outlierq.pipeline.folding import transform_group
 
         steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.group_transforms]
+        least = least_tokens(self.plan.recipe.calibration, frozenset())
         before, done, rows = dict(tensors), dict(stats), []
         for group in groups:
             schemes = [self.schemes[s] for s in group.sites if s in self.schemes]
-            if schemes and group.name in stats:
+            if schemes and group.routed and tokens_of(group, stats) < least:
+                note = f"{STARVED} got {tokens_of(group, stats)} of the {least} tokens that a scale needs"
+                row = {"group": group.name, "method": "", "note": note, "fold": None, "folded": []}
+                rows.append({"block": block.index, **row})
+            elif schemes and group.name in stats:
                 narrowest = min(schemes, key=lambda scheme: scheme.bits)
-                done[group.name], row = transform_group(
-                    group, stats[group.name], narrowest, tensors, steps, self.plan.checkpoint
-                )
+                move, row = transform_group(group, stats[group.name], narrowest, tensors, steps, self.plan.checkpoint)
+                for each in (group, *group.parts) if move else ():
+                    done |= {each.name: stats[each.name].moved(move)} if each.name in stats else {}
                 rows.append({"block": block.index, **row})
         self.source.check_transformed(block.index, before, tensors)
         return done, rows
@@ -247,16 +265,20 @@ class _Run:
         if chosen is None:
             return {}
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
+        usual, least = method("quantize", chosen.method), self._least
         for group in groups:
-            weights = {s: as_matrix(s, tensors[s.weight]) for s in group.sites}
-            results |= quantize_group(
-                weights,
-                self.schemes,
-                stats.get(group.name),
-                method("quantize", chosen.method),
-                chosen.options,
-                clip_search=self.plan.recipe.clip_search_for(group.name),
-            )
+            for share in shares(group, stats, least):
+                check_static(share, self.schemes)
+                by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, chosen.options)
+                done = quantize_group(
+                    {s: as_matrix(s, tensors[s.weight]) for s in share.sites},
+                    self.schemes,
+                    share.stats,
+                    by,
+                    options,
+                    clip_search=self.plan.recipe.clip_search_for(share.sites[0].module),
+                )
+                results |= {site: noted(found, share.note(least)) for site, found in done.items()}
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
         self.error = sum(errors) / len(errors) if errors else None
         return results
@@ -282,10 +304,16 @@ class _Run:
     def _round(self, site: LinearSite) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """A linear outside of the blocks has no statistics: round it to nearest, and say so."""
         weight = as_matrix(site, self.plan.checkpoint.read(site.weight).to(self.device))
-        options = {} if not self.plan.recipe.needs else {"scale_search": "mse"}
+        options = {} if not self.plan.recipe.needs else UNKNOWN_INPUT
         done = quantize_group({site: weight}, self.schemes, None, method("quantize", "rtn"), options)
         quantized, row = done[site]
         return {site: (quantized, replace(row, note="outside of the blocks: rounded to nearest, no statistics"))}
+
+
+def noted(found: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:
+    """A result with one more note in its row; empty ones are left out."""
+    quantized, row = found
+    return quantized, replace(row, note="; ".join(part for part in (text, row.note) if part))
 
 
 def _dense(results: Mapping[LinearSite, tuple[QuantTensor, SiteRow]]) -> dict[str, torch.Tensor]:
@@ -340,7 +368,7 @@ def _identity(plan: Plan, source: StatsSource) -> dict[str, Any]:
     return made_with | source.identity
 
 
-def _report(
+def make_report(
     plan: Plan,
     out: Path,
     journal: Journal,
@@ -350,10 +378,11 @@ def _report(
     rewrite_error: float | None,
 ) -> Report:
     """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
-    rows = tuple(SiteRow(**row) for entry in journal.entries.values() for row in entry["rows"])
+    rows = journal.rows
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
-    noted += [f"{row.site}: {row.note}" for row in rows if row.note]
+    # What is said of a starved expert's linears is said once for the block, too.
+    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith(STARVED)]
     if rewrite_error is not None:
         noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
     return Report(
@@ -374,7 +403,7 @@ def _report(
         bits_per_weight=plan.bits_per_weight,
         quantized_bits_per_weight=plan.quantized_bits_per_weight,
         source_bits_per_weight=8 * plan.source_bytes / plan.parameters,
-        seconds=dict(clock.seconds),
+        seconds=dict(journal.seconds + clock.seconds),
         peak_bytes=peak_bytes(),
     )
 

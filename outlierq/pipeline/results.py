@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +17,17 @@ from outlierq import __version__
 from outlierq.core.errors import OutlierqError
 from outlierq.core.limits import Limits
 from outlierq.core.model import Checkpoint
+from outlierq.core.notes import collecting
 from outlierq.core.report import Report
+from outlierq.core.untrusted import json_object
+from outlierq.export.writer import disk_error, sync_folder, write_small
+from outlierq.load import check_unchanged
 from outlierq.pipeline import evaluation
 from outlierq.pipeline.events import Listener, silent
-from outlierq.pipeline.plan import REPORT_NAME
+from outlierq.pipeline.packed_model import runtime_summary
+from outlierq.pipeline.plan import REPORT_NAME, Plan
 from outlierq.pipeline.result_cache import content_hash, data_hash, keep, key_of, recall
+from outlierq.pipeline.rewriting import original_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +45,7 @@ class Measurement:
 
     text: a file, or None for the held-out embedded text. windows: None takes all. tasks: of lm-eval, on the model and,
     when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`.
+    runtime: "packed" multiplies the model's packed weights as they are; the reference is always dense.
     """
 
     text: str | None = None
@@ -52,6 +60,7 @@ class Measurement:
     device: str = "cpu"
     backend: str = "transformers"
     trust_remote_code: bool = False
+    runtime: str = "dense"
 
     @classmethod
     def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None, trust_remote_code: bool) -> Measurement:
@@ -84,7 +93,9 @@ def measure(
     cached: an earlier answer to the same question is taken; "from_cache" names what was not measured now.
     """
     content, text_name = evaluation.evaluation_text(wanted.text)
-    model, original = _Side(checkpoint, wanted), None if reference is None else _Side(reference, wanted)
+    model, original = _Side(checkpoint, wanted), None
+    if reference is not None:
+        original = _Side(reference, replace(wanted, runtime="dense"))
     reused: list[str] = []
 
     def ask(name: str, settings: Mapping[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -93,12 +104,14 @@ def measure(
             reused.append(name)
             return known
         measured = answer()
+        for side in (checkpoint, reference):
+            check_unchanged(side)
         keep(key, measured)
         return measured
 
     text_hash = hashlib.sha256(content.encode()).hexdigest()
     windows = {"windows": wanted.windows, "window_length": wanted.window_length}
-    how = {"dtype": wanted.dtype, "device": _device_name(wanted.device)}
+    how = {"dtype": wanted.dtype, "device": _device_name(wanted.device), "runtime": wanted.runtime}
     hashes = {"model": model.hash, "reference": original and original.hash}
     result = {
         "results_version": RESULTS_VERSION,
@@ -137,24 +150,38 @@ def judge(results: dict[str, Any], limits: Limits) -> dict[str, Any]:
 def record(folder: Path, results: Mapping[str, Any]) -> Report:
     """Put the results into the report of a checkpoint that outlierq wrote, where `publish` finds them."""
     report = replace(read_report(folder), evaluation=dict(results))
-    part = folder / f".{REPORT_NAME}.part"
-    part.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / REPORT_NAME)
+    part = f".{REPORT_NAME}.part"
+    write_small(folder, {part: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
+    try:
+        os.replace(folder / part, folder / REPORT_NAME)
+    except OSError as error:
+        raise disk_error(error, folder / REPORT_NAME, 0) from error
+    sync_folder(folder)
     return report
+
+
+def unmeasured(folder: Path, plan: Plan) -> Report | None:
+    """The report of a run of this very plan that was finished, but stopped before its gate was measured; else None."""
+    if not (folder / REPORT_NAME).is_file():
+        return None
+    report = read_report(folder)
+    found = report.fingerprint, report.settings, report.versions.get("outlierq"), report.evaluation
+    wanted = original_of(plan.checkpoint).fingerprint, plan.recipe.model_dump(mode="json"), __version__, None
+    return report if found == wanted else None
 
 
 def read_report(folder: Path) -> Report:
     """The report beside a checkpoint that outlierq wrote; OutlierqError when there is none."""
     try:
-        values = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        raw = (folder / REPORT_NAME).read_bytes()
     except FileNotFoundError:
         raise OutlierqError(
             f"{folder} has no {REPORT_NAME}: it is no result of `outlierq quantize`",
             hint="give the folder that `quantize -o` wrote",
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise OutlierqError(f"{folder / REPORT_NAME} cannot be read: {error}") from error
-    return Report.from_dict(values)
+    return Report.from_dict(json_object(raw, f"{folder / REPORT_NAME}"))
 
 
 class _Side:
@@ -171,7 +198,11 @@ class _Side:
     def model(self) -> torch.nn.Module:
         wanted = self.wanted
         return evaluation.load_for_evaluation(
-            self.checkpoint, dtype=wanted.dtype, device=wanted.device, trust_remote_code=wanted.trust_remote_code
+            self.checkpoint,
+            dtype=wanted.dtype,
+            device=wanted.device,
+            trust_remote_code=wanted.trust_remote_code,
+            runtime=wanted.runtime,
         )
 
     @cached_property
@@ -184,9 +215,11 @@ class _Side:
 def _divergence(
     side: _Side, original: _Side | None, content: str, wanted: Measurement, listen: Listener
 ) -> dict[str, Any]:
-    """`Divergence` as plain values."""
-    return evaluation.measure_text(
-        side.model,
+    """`Divergence` as plain values; "linears" says how a packed model computed."""
+    with collecting() as notes:
+        model = side.model
+    measured = evaluation.measure_text(
+        model,
         side.tokenizer,
         content,
         reference=None if original is None else original.model,
@@ -194,6 +227,9 @@ def _divergence(
         windows=wanted.windows,
         listen=listen,
     ).to_dict()
+    if wanted.runtime == "packed":
+        measured["linears"] = [*runtime_summary(model), *notes]
+    return measured
 
 
 def _tasks(side: _Side, wanted: Measurement, listen: Listener) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, Structure, TensorInfo
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.pipeline.pruning import PrunedCheckpoint, pruned
 from outlierq.registry import transform_method
 
 if TYPE_CHECKING:
@@ -95,16 +96,27 @@ def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
     No weights are read, except for the gain of the last norm. RecipeError when a rewrite is not possible.
     """
     for step in recipe.rewrites:
+        method = transform_method(step.method)
+        if method.stage == "prune":
+            checkpoint = pruned(checkpoint, method, step.options, trust_remote_code=trust_remote_code)
+            continue
         from outlierq.pipeline.anatomy import find_anatomy
 
         anatomy = find_anatomy(checkpoint, trust_remote_code=trust_remote_code)
-        rewrite = transform_method(step.method).function(anatomy, **step.options)
+        rewrite = method.function(anatomy, **step.options)
         checkpoint = RewrittenCheckpoint(checkpoint, rewrite, [step.method, step.options])
     return checkpoint
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint below all rewrites."""
+    while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
+        checkpoint = checkpoint.original
+    return checkpoint
+
+
+def _same_function(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint below all rewrites that must not change what the model computes."""
     while isinstance(checkpoint, RewrittenCheckpoint):
         checkpoint = checkpoint.original
     return checkpoint
@@ -112,7 +124,7 @@ def original_of(checkpoint: Checkpoint) -> Checkpoint:
 
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
     """What the rewrites did, in order."""
-    if not isinstance(checkpoint, RewrittenCheckpoint):
+    if not isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
         return []
     return [*rewrite_notes(checkpoint.original), *checkpoint.notes]
 
@@ -133,7 +145,7 @@ def prove_rewrite(
         return None
     from outlierq.pipeline.anatomy import TOLERANCE, Bench, Weights, relative_error
 
-    original = original_of(checkpoint)
+    original = _same_function(checkpoint)
     bench = Bench(skeleton, structure)
     shared = _shared_heads(checkpoint)
     plain = Weights(

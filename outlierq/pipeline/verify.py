@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Zero points follow the mean code of their group: correlation 0.92 and more in every linear of SmolLM2-135M as
 # GPTQModel and llm-compressor write it, about 0 when the zero points are those of other groups.
 LEAST_CORRELATION = 0.6
+# Median distance of mean code and zero point: 0.03 and less there.
+USUAL_SHIFT = 0.5
 # Too few groups, or zero points that are nearly all alike, say nothing.
 FEWEST_GROUPS, LEAST_SPREAD = 16, 0.3
 # Mean difference of a group from its source in steps of its scale: up to 1.19 in those checkpoints. A zero point that
@@ -118,12 +120,10 @@ def _decoded(checkpoint: Checkpoint, found: Verification) -> Checkpoint | None:
 
 def _linears(plain: Checkpoint) -> Mapping[str, Any]:
     """How each quantized weight is stored, by its name; empty for a plain checkpoint."""
-    return getattr(plain, "linears", {})
+    return getattr(plain, "linears", None) or getattr(plain, "packed", {})
 
 
-def _check_places(
-    plain: Checkpoint, config: Mapping[str, Any], found: Verification, trust_remote_code: bool
-) -> None:
+def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verification, trust_remote_code: bool) -> None:
     """Every parameter of the model has its tensor, every tensor its place, and config.json tells them right."""
     from outlierq.load import build_skeleton, checkpoint_names
 
@@ -149,7 +149,11 @@ def _check_places(
 
 
 def _check_config(
-    plain: Checkpoint, skeleton: torch.nn.Module, config: Mapping[str, Any], names: Mapping[str, str], found: Verification
+    plain: Checkpoint,
+    skeleton: torch.nn.Module,
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    found: Verification,
 ) -> None:
     """What config.json says of each linear is what is stored: packed or plain, with zero points or without."""
     import torch
@@ -220,11 +224,11 @@ def _check_weights(
     """Decode every quantized weight, look at its zero points, and hold it against the source."""
     linears = _linears(plain)
     shifted: dict[str, str] = {}
+    unsaid: list[str] = []
     for number, name in enumerate(linears):
         listen(Event("verify", number, len(linears), name))
         try:
-            quantized = _quantized(plain, name, found)
-            weight = plain.read(name).float() if quantized is None else quantized.dequantize()
+            weight, quantized = _decode(plain, name, unsaid)
         except SourceError as error:
             found.fault("layout", name, error.what)
             continue
@@ -234,23 +238,24 @@ def _check_weights(
             _check_zero_points(name, quantized, config, found)
         if reference is not None and name in reference.tensors:
             _compare_weight(name, weight, quantized, reference, found, shifted)
+    if unsaid:
+        found.notes.append(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
     if reference is not None and linears:
         _judge_errors(shifted, found)
 
 
-def _quantized(plain: Checkpoint, name: str, found: Verification) -> QuantTensor | None:
-    """Codes and zero points where they are in runs of columns; None with a note otherwise."""
-    if not hasattr(plain, "quantized"):
-        return None
-    try:
-        return plain.quantized(name)
-    except SourceError as error:
-        if "activation order" not in error.what:
-            raise
-        note = "groups in activation order: zero points were not looked at"
-        if note not in found.notes:
-            found.notes.append(note)
-        return None
+def _decode(plain: Checkpoint, name: str, unsaid: list[str]) -> tuple[torch.Tensor, QuantTensor | None]:
+    """A weight as float32 numbers, and its codes where they can be told; `unsaid` gets the reason when they cannot."""
+    if hasattr(plain, "quantized"):
+        try:
+            quantized = plain.quantized(name)
+            return quantized.dequantize(), quantized
+        except SourceError as error:
+            reason = error.what
+        weight = plain.read(name).float()  # raises when the layout is wrong, and not only the codes out of reach
+        unsaid.append(reason)
+        return weight, None
+    return plain.read(name).float(), None
 
 
 def _check_zero_points(name: str, quantized: QuantTensor, config: Mapping[str, Any], found: Verification) -> None:
@@ -273,6 +278,12 @@ def _check_zero_points(name: str, quantized: QuantTensor, config: Mapping[str, A
         found.fault(
             "zero points", name, f"its zero points do not follow the mean codes of their groups (r = {correlation:.2f})"
         )
+        return
+    beside = mean - zero
+    noise = beside.std() / beside.numel() ** 0.5
+    if beside.median().abs() > USUAL_SHIFT + 3 * noise:
+        how = f"its zero points lie {beside.median():+.2f} from the mean codes, so all are wrong by about one"
+        found.fault("zero points", name, f"{how} (GPTQ's versions differ by one)")
 
 
 def _compare_weight(

@@ -15,6 +15,7 @@ import yaml
 
 from outlierq.core.errors import PublishError
 from outlierq.core.report import Report
+from outlierq.core.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.report.terminal import human_bytes
 
 # What of the source's card holds for a compressed copy as well.
@@ -37,14 +38,12 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(LARGEST_YAML)
     head, fence, _ = text.removeprefix("---\n").partition("\n---")
     if not text.startswith("---\n") or not fence:
         return {}
-    try:
-        values = yaml.safe_load(head)
-    except yaml.YAMLError as error:
-        raise PublishError(f"the metadata in {path} is not valid YAML: {error}", hint="mend its first lines") from error
+    values, _ = yaml_tree(head, f"the metadata in {path}", PublishError)
     return values if isinstance(values, dict) else {}
 
 

@@ -15,6 +15,7 @@ from outlierq.registry import transform
 from outlierq.transform.channels import evened, nearest_powers_of_two, tied_max
 from outlierq.transform.refined_scale import refined_scale
 
+TINY, LEAST_SHARE = 1e-30, 1e-18  # weights whose inverse is near the end of float32, and the least of a column's
 STEPS = 10  # of alpha on [0, 1]; the best one is refined by half a step
 
 
@@ -52,7 +53,7 @@ class Family:
     def __init__(self, w: torch.Tensor, abs_max: torch.Tensor, tie: torch.Tensor | None, power_of_two: bool):
         self.inputs, columns = tied_max(abs_max, tie), tied_max(w.abs().amax(0), tie)
         self.alive = self.inputs > 0
-        self.columns = columns.clamp(min=columns[columns > 0].min().item() if columns.any() else 1.0)
+        self.columns = _dividing(columns)
         self.tie, self.power_of_two = tie, power_of_two
 
     def scale(self, alpha: float) -> torch.Tensor:
@@ -63,6 +64,18 @@ class Family:
         """The scale relative to its geometric middle, within bounds, and as a power of two if that is asked for."""
         scale = evened(scale, self.alive)
         return nearest_powers_of_two(scale) if self.power_of_two else scale
+
+
+def _dividing(columns: torch.Tensor) -> torch.Tensor:
+    """Largest weights of the columns as divisors: a zero counts as the smallest other one, and none is so small that
+    a quotient overflows. Only their ratios matter (see `evened`), so denormal ones may be divided by the largest.
+    """
+    largest = columns.max()
+    if not largest > 0:
+        return torch.ones_like(columns)
+    if largest < TINY:
+        columns, largest = columns / largest, torch.ones_like(largest)
+    return columns.clamp(min=max(columns[columns > 0].min().item(), LEAST_SHARE * largest.item()))
 
 
 def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tensor:

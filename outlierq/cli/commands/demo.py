@@ -48,7 +48,8 @@ def command(
         report = quantize(plan, folder, device=where, listen=listen)
         tokenizer = load_tokenizer(source)
         before = evaluation.load_for_evaluation(source, dtype="bfloat16", device=where)
-        after = evaluation.load_for_evaluation(shared.open_model(str(folder)), dtype="bfloat16", device=where)
+        written = shared.open_model(str(folder))
+        after = evaluation.load_for_evaluation(written, dtype="bfloat16", device=where)
         text, text_name = evaluation.evaluation_text(None)
         measured = evaluation.measure_text(after, tokenizer, text, reference=before, windows=WINDOWS, listen=listen)
     from outlierq.evaluate.generation import complete
@@ -56,7 +57,8 @@ def command(
     shared.show(terminal.before_after(report, measured))
     typer.echo(f"measured on {measured.windows} windows of {measured.window_length} tokens of the {text_name}\n")
     typer.echo(f"prompt:  {PROMPT}")
-    for name, model in (("before", before), ("after", after)):
+    packed = evaluation.load_for_evaluation(written, dtype="bfloat16", device=where, runtime="packed")
+    for name, model in (("before", before), ("after", packed)):
         typer.echo(f"{name + ':':<8} {complete(model, tokenizer, PROMPT, max_new_tokens=32, chat=True).strip()}")
     typer.echo(
         f"\nwritten and verified: {out}   (whole demo: {terminal.human_seconds(time.perf_counter() - started)}, "

@@ -11,10 +11,12 @@ import typer
 from outlierq.cli import shared
 
 BACKENDS = ("transformers", "vllm")
+RUNTIMES = ("dense", "packed")
 EXAMPLES = (
     "Examples:\n\n"
     "  outlierq eval ./SmolLM2-135M-W4 --reference ./SmolLM2-135M\n\n"
     "  outlierq eval ./out --reference ./original --text wiki.test.raw --windows 64 --max-kl 0.05\n\n"
+    "  outlierq eval ./out --runtime packed\n\n"
     "  outlierq eval ./out --tasks wikitext,mmlu --data-dir ./data --limit 20\n\n"
     "  outlierq eval ./out --reference ./original --tasks mmlu --min-task mmlu:-1.0 -o results.json --junit gate.xml"
 )
@@ -38,7 +40,13 @@ def command(
     backend: Annotated[
         str, typer.Option(help="Who answers the tasks: transformers (outlierq loads the model) or vllm.")
     ] = "transformers",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    runtime: Annotated[
+        str, typer.Option(help="How MODEL computes: dense (weights decoded first) or packed (multiplied as stored).")
+    ] = "dense",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: float32, with --runtime packed bfloat16."),
+    ] = None,
     max_kl: shared.MaxKl = None,
     max_perplexity_increase: shared.MaxPerplexityIncrease = None,
     min_top1: shared.MinTop1 = None,
@@ -61,6 +69,11 @@ def command(
     limits = shared.gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
     if limits.needs_reference and reference is None:
         raise typer.BadParameter("quality gates compare with an original; give --reference", param_hint="--reference")
+    if runtime not in RUNTIMES:
+        raise typer.BadParameter(f"{runtime!r}; choose {' or '.join(RUNTIMES)}", param_hint="--runtime")
+    if runtime == "packed" and backend == "vllm":
+        raise typer.BadParameter("vLLM has its own kernels; leave one of the two out", param_hint="--runtime")
+    dtype = dtype or ("bfloat16" if runtime == "packed" else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}; choose float32, bfloat16 or float16", param_hint="--dtype")
     if backend not in BACKENDS:
@@ -83,6 +96,7 @@ def command(
         device=shared.choose_device(device),
         backend=backend,
         trust_remote_code=trust_remote_code,
+        runtime=runtime,
     )
     checkpoint = shared.open_model(model, revision, trust_remote_code)
     original = shared.open_model(reference, None, trust_remote_code) if reference else None
@@ -95,6 +109,8 @@ def command(
         measuring.record(checkpoint.path, found)
     if out is not None:
         shared.write_file(out, (json.dumps(found, indent=1) + "\n").encode())
+    for line in found["divergence"].get("linears", ()):
+        shared.say(line, quiet)
     if as_json:
         shared.print_json(found)
     else:

@@ -31,6 +31,8 @@ def command(
         found = inspection.describe_stats(folder)
     elif unfinished:
         found = inspection.describe_unfinished(unfinished[0])
+    elif (folder / "unfinished.json").is_file():
+        found = inspection.describe_unfinished_stats(folder)
     else:
         found = inspection.describe_checkpoint(shared.open_model(target, revision, trust_remote_code))
     if as_json:

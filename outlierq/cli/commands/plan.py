@@ -15,18 +15,25 @@ EXAMPLES = (
 
 def command(
     model: shared.Model,
-    recipe: shared.RecipeName = "gptq-w4",
+    recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
+    form: shared.Format = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Show what each tensor becomes and why, the exact output size, memory and time; reads headers only."""
+    """Show what each tensor becomes and why, the exact output size, memory and time; reads headers only.
+
+    With --format alone and a compressed MODEL: whether it can be converted without loss; that reads every weight.
+    """
     from outlierq.pipeline.plan import estimate, make_plan
     from outlierq.report.terminal import human_bytes, human_seconds
 
-    chosen = shared.load_recipe(recipe, settings)
-    plan = make_plan(shared.open_model(model, revision, trust_remote_code), chosen, trust_remote_code=trust_remote_code)
+    plan = conversion(model, form, recipe, settings, revision, trust_remote_code)
+    if plan is None:
+        chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, shared.with_format(settings, form))
+        checkpoint = shared.open_model(model, revision, trust_remote_code)
+        plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
     expected = estimate(plan)
     if as_json:
         shared.print_json(describe(plan, expected))
@@ -38,6 +45,25 @@ def command(
         f"estimated, within a factor of two: {human_seconds(expected.seconds)}, "
         f"peak memory {human_bytes(expected.peak_bytes)}"
     )
+
+
+def conversion(
+    model: str,
+    form: str | None,
+    recipe: str | None,
+    settings: list[str] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> object | None:
+    """The plan of a conversion, None when none is asked for."""
+    if form is None:
+        return None
+    checkpoint = shared.open_model(model, revision, trust_remote_code)
+    if not shared.conversion_wanted(checkpoint, shared.known_format(form), recipe, settings):
+        return None
+    from outlierq.pipeline.convert import make_conversion
+
+    return make_conversion(checkpoint, form, trust_remote_code=trust_remote_code)
 
 
 def describe(plan: object, expected: object) -> dict:
@@ -56,6 +82,7 @@ def describe(plan: object, expected: object) -> dict:
             {"module": p.site.module, "scheme": str(p.scheme) if p.scheme else None, "reason": p.reason}
             for p in plan.sites
         ],
+        "exact": not plan.approximations,
         "notes": plan.notes,
         "clients": plan.clients,
     }

@@ -129,15 +129,17 @@ def _pictures(candidate: Candidate, outliers: Path | None) -> tuple[list[CardPic
 
     from outlierq.core.errors import PublishError
     from outlierq.core.outliers import OutlierReport
+    from outlierq.core.untrusted import json_object
     from outlierq.pipeline.publish import without_paths
     from outlierq.report.model_card import CardPicture
     from outlierq.report.outlier_page import page, write_pictures
 
     path = path / OUTLIERS if path.is_dir() else path
     try:
-        report = OutlierReport.from_dict(without_paths(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError) as error:
+        raw = path.read_bytes()
+    except OSError as error:
         raise PublishError(f"{path} cannot be read: {error}", hint="give the JSON of `outlierq detect -o`") from error
+    report = OutlierReport.from_dict(without_paths(json_object(raw, str(path), PublishError)))
     with TemporaryDirectory(prefix="outlierq-pictures-") as work:
         drawn = {file.name: file.read_bytes() for file in write_pictures(report, Path(work))}
     titles = {name: name.removeprefix("outliers-").removesuffix(".png").replace("-", " ") for name in drawn}

@@ -21,8 +21,9 @@ EXAMPLES = (
 def command(
     model: shared.Model,
     out: Annotated[str, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
-    recipe: shared.RecipeName = "gptq-w4",
+    recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
+    form: shared.Format = None,
     stats: Annotated[
         Path | None, typer.Option(help="Reuse the statistics that `outlierq calibrate` wrote; no forward pass runs.")
     ] = None,
@@ -47,11 +48,17 @@ def command(
     from outlierq.load import reading_ahead
     from outlierq.pipeline.plan import make_plan
     from outlierq.pipeline.quantize import quantize
-    from outlierq.pipeline.results import Measurement, judge, measure, record
+    from outlierq.pipeline.results import Measurement, judge, measure, record, unmeasured
     from outlierq.report import terminal
 
     asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
-    chosen = shared.load_recipe(recipe, [*(settings or []), *asked])
+    if form is not None:
+        checkpoint = shared.open_model(model, revision, trust_remote_code)
+        if shared.conversion_wanted(checkpoint, shared.known_format(form), recipe, [*(settings or []), *asked]):
+            convert(checkpoint, form, out, restart, as_json, quiet, trust_remote_code)
+            return
+    settings = shared.with_format(settings, form)
+    chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked])
     if junit is not None and chosen.gate is None:
         raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
     checkpoint = shared.open_model(model, revision, trust_remote_code)
@@ -61,7 +68,9 @@ def command(
         shared.show(shared.plan_view(plan), stderr=True)
     where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
-        report = quantize(
+        # A run that was stopped while its gate was measured goes on there.
+        report = unmeasured(shared.out_path(out), plan) if chosen.gate is not None and not restart else None
+        report = report or quantize(
             plan,
             shared.out_path(out),
             stats=stats,
@@ -85,3 +94,23 @@ def command(
             shared.show(terminal.gate(shared.gate_rows(results)))
     if results:
         shared.finish_gate(results, junit)
+
+
+def convert(
+    checkpoint: object, form: str, out: str, restart: bool, as_json: bool, quiet: bool, trust_remote_code: bool
+) -> None:
+    """Write the codes and scales of a compressed checkpoint in another format."""
+    from outlierq.pipeline.convert import convert, make_conversion
+    from outlierq.report import terminal
+
+    with shared.progress(quiet) as listen:
+        plan = make_conversion(checkpoint, form, trust_remote_code=trust_remote_code, listen=listen)
+    if not quiet:
+        shared.show(shared.plan_view(plan), stderr=True)
+    with shared.progress(quiet) as listen:
+        report = convert(plan, shared.out_path(out), restart=restart, listen=listen)
+    if as_json:
+        shared.print_json(report.to_dict())
+    else:
+        shared.show(terminal.summary(report))
+        typer.echo(f"converted without loss and verified: {out}")

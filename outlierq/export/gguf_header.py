@@ -1,0 +1,176 @@
+"""What stands before the tensors of a GGUF file: metadata, tokenizer, tensor headers, written by the gguf package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.model import Checkpoint
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# model_type of transformers -> architecture of llama.cpp.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+ALIGNMENT = 32
+ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
+
+HeaderEntry = tuple[str, str, tuple[int, ...], int]
+
+
+def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> bytes:
+    """The bytes before the first tensor, padded to 32.
+
+    tensors: (name, ggml type or safetensors dtype, shape or [rows, bytes of a row], bytes) in file order. SourceError
+    for a model that llama.cpp would run in another way than transformers.
+    """
+    import logging
+
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    config = checkpoint.config
+    _check_model(checkpoint)
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
+    with TemporaryDirectory() as folder:
+        writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[config["model_type"]])
+        _add_model(writer, checkpoint, tensors)
+        _add_tokenizer(writer, checkpoint)
+        for name, kind, shape, nbytes in tensors:
+            quantized = kind.startswith("Q")
+            given = np.uint8 if quantized else np.float32  # of bytes, gguf tells the logical shape from the type
+            writer.add_tensor_info(name, shape, np.dtype(given), nbytes, GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = (Path(folder) / "header.gguf").read_bytes()
+    return header + b"\0" * (-len(header) % ALIGNMENT)
+
+
+def _check_model(checkpoint: Checkpoint) -> None:
+    """SourceError for what llama.cpp does not compute as transformers does, or what is not written here yet."""
+    config = checkpoint.config
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise SourceError(
+            f"GGUF files are written for {', '.join(ARCHITECTURES)} models; {checkpoint.source} is a {kind}",
+            hint=ELSEWHERE,
+        )
+    rope = _rope(config)
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise SourceError(
+            f"{checkpoint.source} scales its rotary embedding ({rope.get('rope_type', rope.get('type'))}), which is "
+            "not written into GGUF files here",
+            hint=ELSEWHERE,
+        )
+    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+        raise SourceError(
+            f"{checkpoint.source} attends to a window of {config['sliding_window']} tokens, which llama.cpp does not "
+            "do for this architecture",
+            hint=ELSEWHERE,
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise SourceError(f"{checkpoint.source} has the activation {config['hidden_act']}; llama.cpp computes silu")
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description of the rotary embedding, under its new or its old name."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
+    """Sizes and constants of the architecture."""
+    from gguf import LlamaFileType
+
+    config = checkpoint.config
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or hidden // heads
+    writer.add_type("model")
+    writer.add_name(Path(checkpoint.source).name or "model")
+    writer.add_quantization_version(2)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config.get("max_position_embeddings", 2048))
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_rope_freq_base(float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(config["vocab_size"])
+    if head_dim != hidden // heads:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    names = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0", "BF16": "MOSTLY_BF16"}
+    bytes_of: dict[str, int] = {}
+    for _, kind, _, nbytes in tensors:
+        bytes_of[kind] = bytes_of.get(kind, 0) + nbytes
+    packed = [kind for kind in bytes_of if kind.startswith("Q")]
+    most = max(packed or bytes_of, key=lambda kind: bytes_of[kind])
+    writer.add_file_type(LlamaFileType[names.get(most, "MOSTLY_F16" if most == "F16" else "ALL_F32")])
+
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Vocabulary, merges, special tokens and chat template; SourceError for tokenizers that llama.cpp would change."""
+    from gguf import SpecialVocab, TokenType
+
+    files = {file.name: file.read() for file in checkpoint.files if file.name in TOKENIZER_FILES}
+    if "tokenizer.json" not in files:
+        raise SourceError(f"{checkpoint.source} has no tokenizer.json to write into a GGUF file", hint=ELSEWHERE)
+    tokenizer = json.loads(files["tokenizer.json"])
+    name = pre_tokenizer_name(tokenizer)
+    if name is None:
+        raise SourceError(
+            f"the way the tokenizer of {checkpoint.source} splits text has no name in llama.cpp that is known here "
+            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2)",
+            hint=ELSEWHERE,
+        )
+    size = checkpoint.config["vocab_size"]
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    types = [TokenType.UNUSED] * size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], types[number] = token, TokenType.NORMAL
+    for added in tokenizer.get("added_tokens", []):
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    with TemporaryDirectory() as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_bytes(content)
+        (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the way a tokenizer.json splits text; None when it is none of data/gguf_pretokenizers.json.
+
+    A wrong name would change the tokens of every text without a word, so only an equal description counts.
+    """
+    model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        return None
+    steps = [_step(step) for step in (pre.get("pretokenizers") or [pre])]
+    known = json.loads((resources.files("outlierq") / "data" / "gguf_pretokenizers.json").read_text(encoding="utf-8"))
+    return next((name for name, described in known.items() if described == steps), None)
+
+
+def _step(step: Mapping[str, Any]) -> list[Any] | None:
+    """A step of a pre-tokenizer by its kind and the one setting that matters; None for any other setting."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+        return [kind, step.get("use_regex", True)]
+    if kind == "Digits":
+        return [kind, bool(step.get("individual_digits"))]
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return [kind, (step.get("pattern") or {}).get("Regex")]
+    return None

@@ -1,0 +1,216 @@
+"""Conversion: the codes and scales of a compressed checkpoint, written in another format without any loss.
+
+Before anything is written every weight is read once: its codes, zero points and scales must fit the other format as
+they are. A scale may change its dtype only where that keeps its value; a symmetric weight is an asymmetric one whose
+zero points are all in the middle, and the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq import __version__
+from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.model import CarriedFile, Checkpoint, LinearSite, TensorInfo
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.report import Report, SiteRow
+from outlierq.core.scheme import QuantScheme
+from outlierq.export import exporter
+from outlierq.export.writer import write_small
+from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.journal import Journal, finish, working
+from outlierq.pipeline.output import Output
+from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, SitePlan, assembled, unit_name
+from outlierq.recipe import Export, Quantize, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+# What other programs say about the stored format in files of their own; it would contradict the new config.json.
+STALE = ("quantize_config.json", "quant_config.json")
+NO_METHOD = "stored"
+
+
+class PackedSource:
+    """A compressed checkpoint as the source of a conversion. Satisfies `Checkpoint`.
+
+    `tensors` are those of the decoded checkpoint, with the bytes that are really stored. symmetric: whether weights
+    without zero points stay so; when one of the checkpoint has some, all are written with them.
+    """
+
+    def __init__(self, stored: Checkpoint):
+        from outlierq.load import unpacked
+
+        self._plain = unpacked(stored)
+        if not hasattr(self._plain, "quantized"):
+            raise SourceError(f"{stored.source} is not compressed", hint="compress it with a recipe")
+        if (stored.config.get("quantization_config") or {}).get("kv_cache_scheme"):
+            raise SourceError(f"{stored.source} has scales of a KV cache, which a conversion would lose")
+        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
+        self.path, self.revision = stored.path, stored.revision
+        self.config: dict[str, Any] = self._plain.config
+        self.fingerprint: str = stored.fingerprint
+        self.linears: Mapping[str, Any] = self._plain.linears
+        self.symmetric = True
+        packed = {name: linear.members.values() for name, linear in self.linears.items()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: replace(info, nbytes=sum(stored.tensors[member].nbytes for member in packed[name]))
+            if name in packed
+            else info
+            for name, info in self._plain.tensors.items()
+        }
+
+    @property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """The files of the checkpoint, without those that describe its former format."""
+        return tuple(file for file in self._plain.files if file.name not in STALE)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, or decoded to float32."""
+        return self._plain.read(name)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
+
+    def quantized(self, name: str, form: str) -> QuantTensor:
+        """A packed weight as the format wants it. SourceError when that would change a number."""
+        found = self._plain.quantized(name)
+        found = found if self.symmetric else as_asymmetric(found)
+        dtype = getattr(exporter(form), "SCALE_DTYPE", found.scheme.scale_dtype)
+        return with_scale_dtype(found, dtype, name)
+
+
+def as_asymmetric(found: QuantTensor) -> QuantTensor:
+    """The same numbers with zero points, all of them 2^(bits - 1)."""
+    import torch
+
+    if found.zero_point is not None or found.scheme.kind != "int":
+        return found
+    middle = 1 << (found.scheme.bits - 1)
+    codes = found.codes.to(torch.int8).view(torch.uint8) + middle  # wraps at 256: signed codes become unsigned
+    zero_point = torch.full_like(found.scale, middle, dtype=torch.uint8)
+    return replace(found, codes=codes, zero_point=zero_point, scheme=replace(found.scheme, symmetric=False))
+
+
+def with_scale_dtype(found: QuantTensor, dtype: str, name: str) -> QuantTensor:
+    """The same numbers with scales in another dtype; SourceError when it cannot hold them."""
+    import torch
+
+    scale = found.scale.to(getattr(torch, dtype))
+    lost = int((scale.float() != found.scale.float()).sum())
+    if lost:
+        raise SourceError(
+            f"{lost} of {scale.numel()} scales of {name} are no {dtype} numbers; writing them would change the weights",
+            hint="compress the original checkpoint in the wanted format instead",
+        )
+    return replace(found, scale=scale, scheme=replace(found.scheme, scale_dtype=dtype))
+
+
+def make_conversion(
+    checkpoint: Checkpoint,
+    form: str,
+    *,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    listen: Listener = silent,
+) -> Plan:
+    """Read and check every weight, and plan the conversion. RecipeError or SourceError when it cannot be exact."""
+    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+
+    if form == "dense":
+        raise RecipeError("dense weights hold no codes; a conversion to them is not without loss")
+    source = PackedSource(checkpoint)
+    skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+    structure = find_structure(source, skeleton)
+    packed = [site for site in structure.sites if site.weight in source.linears]
+    schemes = _schemes(source, packed, form, listen)
+    sites = tuple(SitePlan(site, schemes.get(site), "" if site in schemes else "kept") for site in structure.sites)
+    faults = {site: exporter(form).obstacle(site, scheme) for site, scheme in schemes.items()}
+    wrong = [(site, fault) for site, fault in faults.items() if fault]
+    if wrong:
+        raise RecipeError(
+            f"{form} cannot hold {len(wrong)} of {len(schemes)} quantized weights, first {wrong[0][0].module}: "
+            f"{wrong[0][1]}"
+        )
+    recipe = Recipe(
+        name=f"conversion to {form}",
+        quantize=Quantize(method=NO_METHOD, ignore=()),
+        export=Export(format=form, max_shard_size=max_shard_size),
+    )
+    plan = assembled(source, skeleton, structure, checkpoint_names(source, skeleton), sites, recipe, {})
+    if plan.approximations:
+        raise RecipeError(f"the conversion would not be exact: {plan.approximations[0]}")
+    return plan
+
+
+def _schemes(
+    source: PackedSource, sites: list[LinearSite], form: str, listen: Listener
+) -> dict[LinearSite, QuantScheme]:
+    """The scheme of every packed weight in the new format, each weight read and checked."""
+    found: dict[LinearSite, QuantScheme] = {}
+    for number, site in enumerate(sites):
+        listen(Event("check", number, len(sites), site.module))
+        found[site] = source.quantized(site.weight, form).scheme
+    if len({scheme.symmetric for scheme in found.values()}) > 1:
+        source.symmetric = False
+        found = {site: replace(scheme, symmetric=False) for site, scheme in found.items()}
+    return found
+
+
+def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = silent) -> Report:
+    """Carry out a plan of `make_conversion` and put the result at `out`, verified. An interrupted run continues."""
+    from outlierq.pipeline.calibration import NoStats
+    from outlierq.pipeline.quantize import Clock, make_report
+
+    with working(out, restart=restart) as work:
+        clock = Clock()
+        identity = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
+        journal = Journal(work, identity, clock.spent)
+        with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
+            with clock("export"):
+                _units(plan, output, listen)
+            with clock("verify"):
+                write_small(work, plan.small_files)
+                output.verify()
+        report = make_report(plan, out, journal, clock, "cpu", NoStats(plan.structure), None)
+        write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
+        finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
+    return report
+
+
+def _units(plan: Plan, output: Output, listen: Listener) -> None:
+    """Write what is outside of the blocks, then block by block; units that an earlier run finished stay."""
+    structure = plan.structure
+    outside = tuple(name for site in structure.outside_sites for name in (site.weight, site.bias) if name)
+    units = [(OUTSIDE, structure.outside_tensors + outside, structure.outside_sites)]
+    units += [(unit_name(block.index), block.tensors, block.sites) for block in structure.blocks]
+    for number, (unit, names, sites) in enumerate(units):
+        listen(Event("convert", number, len(units), unit))
+        if unit not in output.journal.entries:
+            output.write(unit, names, {site: _converted(plan, site) for site in sites if site in output.schemes})
+
+
+def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
+    """One weight in the new format, and its row of the report: no error, as nothing was rounded."""
+    started = time.perf_counter()
+    found = plan.checkpoint.quantized(site.weight, plan.recipe.export.format)
+    scheme, seconds = found.scheme, time.perf_counter() - started
+    row = SiteRow(
+        site.module,
+        NO_METHOD,
+        scheme.bits,
+        scheme.group_size,
+        scheme.symmetric,
+        None,
+        0.0,
+        found.bits_per_weight,
+        seconds,
+    )
+    return found, row

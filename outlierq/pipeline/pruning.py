@@ -1,0 +1,182 @@
+"""A mixture with fewer experts, as a checkpoint on top of the checkpoint: what comes after works as on any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.calibrate.stats_file import StatsReader
+from outlierq.core.errors import RecipeError
+from outlierq.core.model import Block, CarriedFile, Checkpoint, Structure, TensorInfo
+from outlierq.registry import Method
+
+if TYPE_CHECKING:
+    import torch
+
+# What configs call the number of experts, of those chosen for a token, and of groups of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
+GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
+
+
+class PrunedCheckpoint:
+    """A checkpoint without some experts; those that stay are numbered anew. Satisfies `Checkpoint`.
+
+    renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay.
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        renamed: Mapping[str, str],
+        rows: Mapping[str, torch.Tensor],
+        config: dict[str, Any],
+        identity: Any,
+        notes: tuple[str, ...],
+    ):
+        self.original, self._renamed, self._rows = original, renamed, rows
+        self.config, self._identity, self.notes = config, identity, notes
+        self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
+        self.path, self.revision = getattr(original, "path", None), getattr(original, "revision", None)
+        self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
+
+    def _info(self, name: str) -> TensorInfo:
+        """The header of a tensor."""
+        info = replace(self.original.tensors[self._renamed[name]], name=name)
+        if name not in self._rows:
+            return info
+        count = len(self._rows[name])
+        return replace(info, shape=(count, *info.shape[1:]), nbytes=info.nbytes // info.shape[0] * count)
+
+    @property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """The files of the original."""
+        return self.original.files
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the original and of what was kept."""
+        text = json.dumps([self.original.fingerprint, self._identity], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, or the rows of it that stay."""
+        tensor = self.original.read(self._renamed[name])
+        return tensor[self._rows[name]] if name in self._rows else tensor
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
+
+
+def pruned(
+    checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> PrunedCheckpoint:
+    """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop."""
+    from outlierq.load import build_skeleton, find_structure
+
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    structure = find_structure(checkpoint, skeleton)
+    config = skeleton.config.get_text_config()
+    blocks = [block for block in structure.blocks if _experts(block)]
+    if not blocks:
+        raise RecipeError(
+            f"{type(skeleton).__name__} has no experts that are stored apart", hint=f"remove {method.name}"
+        )
+    kept = _kept(checkpoint, method, options, blocks, getattr(config, GROUPS, None) or 1)
+    _check_enough(config, len(next(iter(kept.values()))))
+    total = len(_experts(blocks[0]))
+    renamed, rows = _tensors(checkpoint, structure, kept)
+    remaining = len(next(iter(kept.values())))
+    said = [f"{method.name}: {remaining} of {total} experts are kept in each of {len(blocks)} blocks; a smaller model"]
+    said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
+    numbers = {str(index): choice.tolist() for index, choice in kept.items()}
+    changed = _config(checkpoint.config, total, remaining)
+    return PrunedCheckpoint(checkpoint, renamed, rows, changed, [method.name, numbers], tuple(said))
+
+
+def _experts(block: Block) -> list[str]:
+    """Names of the block's experts, in their order."""
+    return list(dict.fromkeys(site.expert for site in block.sites if site.expert is not None))
+
+
+def _dropped(kept: torch.Tensor, total: int) -> str:
+    """The numbers that are missing."""
+    return ", ".join(str(number) for number in range(total) if number not in set(kept.tolist())) or "(none)"
+
+
+def _kept(
+    checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], blocks: list[Block], groups: int
+) -> dict[int, torch.Tensor]:
+    """Numbers of the experts that stay, by block."""
+    folder = options.get("stats_folder")
+    if not folder:
+        raise RecipeError(
+            f"{method.name} needs statistics of this model: transform.options.stats_folder is missing",
+            hint="run `outlierq calibrate MODEL -o stats` and set stats_folder: stats",
+        )
+    reader = StatsReader(Path(folder))
+    reader.check(checkpoint.fingerprint)
+    return {block.index: _of_block(reader, method, options, block.index, groups) for block in blocks}
+
+
+def _of_block(reader: StatsReader, method: Method, options: Mapping[str, Any], index: int, groups: int) -> torch.Tensor:
+    """Numbers of the experts of one block that stay."""
+    from outlierq.core.block_stats import BlockStats
+
+    return method.function(reader.block_stats(index) or BlockStats(), groups, **options)
+
+
+def _check_enough(config: Any, remaining: int) -> None:
+    """RecipeError when the router would have too few experts to choose from."""
+    groups, allowed = getattr(config, GROUPS, None) or 1, getattr(config, CHOSEN_GROUPS, None) or 1
+    usable = remaining // groups * (allowed if groups > 1 else 1)
+    wanted = next((getattr(config, name) for name in CHOSEN if isinstance(getattr(config, name, None), int)), 1)
+    # Routers with groups rate each by its two best experts.
+    if usable < wanted or (groups > 1 and remaining // groups < 2):
+        raise RecipeError(
+            f"a token is sent to {wanted} experts, but only {usable} of {remaining} would be there to choose from",
+            hint="prune a smaller share",
+        )
+
+
+def _tensors(
+    checkpoint: Checkpoint, structure: Structure, kept: Mapping[int, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Name of every tensor that stays -> its name in the original; and the rows that stay, where not all do."""
+    renamed = {name: name for name in checkpoint.tensors}
+    rows: dict[str, torch.Tensor] = {}
+    for block in structure.blocks:
+        if block.index not in kept:
+            continue
+        experts = _experts(block)
+        of = [[site for site in block.sites if site.expert == expert] for expert in experts]
+        for sites in of:
+            for site in sites:
+                del renamed[site.weight]
+        for number, old in enumerate(kept[block.index].tolist()):
+            renamed |= {new.weight: site.weight for new, site in zip(of[number], of[old], strict=True)}
+        for name in _router_tensors(checkpoint, block, len(experts)):
+            rows[name] = kept[block.index]
+    return renamed, rows
+
+
+def _router_tensors(checkpoint: Checkpoint, block: Block, count: int) -> list[str]:
+    """Tensors of the block's router that have a row or a number for each expert: weight, bias, correction of scores."""
+    routers = [s for s in block.sites if s.kind == "Router" and s.out_features == count]
+    prefixes = tuple(f"{site.weight.removesuffix('.weight')}." for site in routers)
+    inside = [name for name in block.tensors if name.startswith(prefixes)]
+    return [name for name in inside if checkpoint.tensors[name].shape[:1] == (count,)]
+
+
+def _config(config: dict[str, Any], total: int, remaining: int) -> dict[str, Any]:
+    """The config, and those nested in it, with the new number of experts."""
+    changed = {
+        key: _config(value, total, remaining) if isinstance(value, dict) and set(EXPERTS) & value.keys() else value
+        for key, value in config.items()
+    }
+    return changed | {key: remaining for key in EXPERTS if config.get(key) == total}

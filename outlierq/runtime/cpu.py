@@ -1,0 +1,96 @@
+"""Products with packed weights on the CPU: torch's own where they are faster, else blocks that are decoded as they go.
+
+Decoding by blocks keeps a block in the cache and makes no dense weight, so it is never slower than decoding everything
+and multiplying. The limits in tokens were measured at 4096 x 4096 on a processor with AMX; see benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from outlierq.core.scheme import ActivationScheme
+from outlierq.ops.activations import dynamic_scale
+from outlierq.ops.int8_split import int8_product
+from outlierq.runtime.layout import qlinear, unpack_int4
+
+# Up to so many tokens torch's product on packed codes beats decoding.
+FEW_INT4 = 48
+FEW_INT8 = 12
+BLOCK_ROWS = 256
+
+
+def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """bfloat16 `x` [tokens, in] times a 4-bit weight, [tokens, out].
+
+    words: of `layout.pack_int4`. scale: [groups, out, 2], pairs of `layout.pack_scale`.
+    """
+    width = x.shape[1] // scale.shape[0]
+    if x.shape[0] <= FEW_INT4:
+        return torch._weight_int4pack_mm_for_cpu(x, words, width, scale)
+    factor = scale[..., 0].t().contiguous()
+    zero = scale[..., 1].t().contiguous() if bool(scale[..., 1].any()) else None
+
+    def block(rows: slice, weight: torch.Tensor) -> torch.Tensor:
+        grouped = unpack_int4(words[rows], weight).view(weight.shape[0], -1, width)
+        grouped.mul_(factor[rows, :, None])
+        if zero is not None:
+            grouped.add_(zero[rows, :, None])
+        return weight
+
+    return _by_blocks(x, words.shape[0], block)
+
+
+def int8_weight_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """bfloat16 `x` [tokens, in] times int8 `codes` [out, in] with one scale per row, [tokens, out]. scale: [out]."""
+    if x.shape[0] <= FEW_INT8:
+        return torch._weight_int8pack_mm(x, codes, scale)
+    return _by_blocks(x, codes.shape[0], lambda rows, weight: weight.copy_(codes[rows])).mul_(scale)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    per_token: bool,
+    opaque: bool = False,
+) -> torch.Tensor:
+    """`x` [tokens, in] in int8 times int8 `codes` [out, in], plus 16-bit outlier columns: `ops.int8_split`.
+
+    scale: float32 [out]. input_scale: [1] of a static scheme, else it is found per token or for all of `x`.
+    columns: [k], kept: [out, k or more]; what is more are zeros. opaque: the codes come from `layout.pack_int8`
+    (torch.compile does not know by itself). Plain torch, for any device.
+    """
+    low = x if columns is None else x.index_fill(1, columns.long(), 0.0)
+    rounded, step = quantize_input(low, input_scale, per_token)
+    y = qlinear(rounded, codes, scale) if opaque else int8_product(rounded, codes) * scale
+    y.mul_(step)
+    if columns is not None:
+        y.addmm_(x[:, columns.long()].float(), kept[:, : columns.numel()].float().t())
+    return y.to(x.dtype)
+
+
+def quantize_input(
+    x: torch.Tensor, input_scale: torch.Tensor | None, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 codes of `x` [tokens, in], scale: [1], [] or [tokens, 1]), with a given scale or one found now."""
+    if input_scale is not None:
+        return (x / input_scale).round_().clamp_(-128, 127).to(torch.int8), input_scale
+    largest = x.abs().amax(-1, keepdim=True).float()  # the largest of these are those of all
+    step = dynamic_scale(largest, ActivationScheme(per="token" if per_token else "tensor"))
+    return (x / step).round_().to(torch.int8), step  # the scale holds the largest value: nothing to clamp
+
+
+def _by_blocks(x: torch.Tensor, rows: int, decode: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`x` times a weight of which `decode` writes some rows at a time into the [rows, in] that it is given."""
+    y = x.new_empty(x.shape[0], rows)
+    weight = x.new_empty(min(BLOCK_ROWS, rows), x.shape[1])  # one for all blocks: fresh memory costs more than decoding
+    for first in range(0, rows, BLOCK_ROWS):
+        part = slice(first, min(first + BLOCK_ROWS, rows))
+        y[:, part] = F.linear(x, decode(part, weight[: part.stop - first]))
+    return y

@@ -1,0 +1,118 @@
+"""The products as torch operators: they choose by device, number of tokens and dtype, and torch.compile sees through.
+
+    outlierq::packed_linear(x, words, scale, zero_point, bias, bits, group_size, out_features) -> y
+    outlierq::int8_linear(x, codes, scale, input_scale, columns, kept, bias, per_token) -> y
+
+`packed_linear` rounds no input. The layout of its weight is that of the device: on CUDA `kernels.layout`; on the CPU
+`runtime.layout` for 4 bits (scale holds pairs, zero_point is None), plain int8 rows for 8. `int8_linear` multiplies
+int8 with int8; its codes are plain rows everywhere. What oneDNN packed is opaque to operators: for it, call
+`int8_on_cpu`, which is torch operators only. Registered with `Library.define` and not as `custom_op`, whose
+wrapper costs as much as a small product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from outlierq.kernels import launch
+from outlierq.kernels.layout import DTYPES, KernelError, PackedWeight
+from outlierq.runtime import cpu
+
+_library = torch.library.Library("outlierq", "DEF")
+_library.define(
+    "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int? group_size, "
+    "int out_features) -> Tensor"
+)
+_library.define(
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? input_scale, Tensor? columns, Tensor? kept, "
+    "Tensor? bias, bool per_token) -> Tensor"
+)
+
+FEW_TOKENS = 8  # rows of the CUDA kernel that is made for decoding
+SOME_TOKENS = 128  # up to here the CUDA kernel that decodes in registers; above, decode once and multiply
+
+
+def _packed_on_cpu(x, words, scale, zero_point, bias, bits, group_size, out_features):
+    """A 4- or 8-bit weight with torch's products."""
+    _check_input(x, words.shape[1] * (2 if bits == 4 else 1), words=words, scale=scale)
+    if x.dtype != torch.bfloat16:
+        raise KernelError(f"packed weights on the CPU take bfloat16 inputs; got {_named(x=x)}")
+    flat = x.reshape(-1, x.shape[-1])
+    if bits == 4:
+        y = cpu.int4_linear(flat, words, scale)
+        y = y if y.shape[1] == out_features else y[:, :out_features].contiguous()  # strips are filled up
+    else:
+        y = cpu.int8_weight_linear(flat, words, scale)
+    return _finished(y, x, bias)
+
+
+def _packed_on_cuda(x, words, scale, zero_point, bias, bits, group_size, out_features):
+    """A 4- or 8-bit weight with our kernels."""
+    weight = PackedWeight(words, scale, zero_point, bits, group_size, out_features, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.shape[0] <= FEW_TOKENS:
+        y = launch.w4a16_gemv(flat, weight, bias)
+    elif flat.shape[0] <= SOME_TOKENS:
+        y = launch.w4a16_gemm(flat, weight, bias)
+    else:
+        y = torch.nn.functional.linear(flat, launch.dequant(weight), bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def int8_on_cpu(x, codes, scale, input_scale, columns, kept, bias, per_token, opaque=False):
+    """int8 times int8 with torch's product."""
+    _check_input(x, codes.shape[0 if opaque else 1], codes=codes, scale=scale)
+    flat = x.reshape(-1, x.shape[-1])
+    y = cpu.int8_linear(flat, codes, scale, input_scale, columns, kept, per_token, opaque)
+    return _finished(y, x, bias)
+
+
+def _int8_on_cuda(x, codes, scale, input_scale, columns, kept, bias, per_token):
+    """int8 times int8 with our kernels; plain torch for a dtype or width that they do not know."""
+    _check_input(x, codes.shape[1], codes=codes, scale=scale)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if x.dtype not in DTYPES or codes.shape[0] % 8 or codes.shape[1] % 16:
+        return _finished(cpu.int8_linear(flat, codes, scale, input_scale, columns, kept, per_token), x, bias)
+    if per_token and input_scale is None:
+        low, step, outliers = launch.quant_rows(flat, columns, None if kept is None else kept.shape[1])
+        outliers = None if columns is None else outliers
+    else:
+        low, step = cpu.quantize_input(flat, input_scale, per_token)
+        outliers = None
+    y = launch.w8a8_outlier(low, step.view(-1), codes, scale, outliers, kept, bias, dtype=x.dtype)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("outlierq::packed_linear")
+def _packed_shape(x, words, scale, zero_point, bias, bits, group_size, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("outlierq::int8_linear")
+def _int8_shape(x, codes, scale, input_scale, columns, kept, bias, per_token):
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+def _finished(y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """With bias, in the shape that belongs to `x`."""
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
+
+
+def _check_input(x: torch.Tensor, columns: int, **weight: torch.Tensor) -> None:
+    """Refuse an input that does not fit, before anything runs."""
+    if x.ndim == 0 or x.shape[-1] != columns or not x.is_floating_point():
+        raise KernelError(f"x must be floating-point [..., {columns}]; got {_named(x=x, **weight)}")
+    strangers = {name: str(t.device) for name, t in weight.items() if t.device != x.device}
+    if strangers:
+        raise KernelError(f"x is on {x.device}, but {strangers}")
+
+
+def _named(**tensors: torch.Tensor) -> str:
+    """Name, dtype and shape of each."""
+    return ", ".join(f"{n} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for n, t in tensors.items())
+
+
+_library.impl("packed_linear", _packed_on_cpu, "CPU")
+_library.impl("packed_linear", _packed_on_cuda, "CUDA")
+_library.impl("int8_linear", int8_on_cpu, "CPU")
+_library.impl("int8_linear", _int8_on_cuda, "CUDA")

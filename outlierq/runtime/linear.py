@@ -1,0 +1,202 @@
+"""`QuantLinear`: a linear layer that keeps its weight packed, whatever format the checkpoint has.
+
+Three forms. "int8": int8 inputs meet int8 weights, summed in int32. "packed": 4- or 8-bit weights in the layout of the
+device's product, 16-bit inputs (rounded first where the checkpoint says so). "decoded": everything else keeps its codes
+and decodes them block by block in every call; `reason` says why. The weight is repacked once, when the layer is made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.kernels import layout as kernel_layout
+from outlierq.kernels.layout import KernelError
+from outlierq.kernels.plan import check_columns
+from outlierq.ops.activations import fake_quantize
+from outlierq.runtime import dispatch, layout  # dispatch registers the operators
+
+BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cache
+
+
+class QuantLinear(torch.nn.Module):
+    """`x` [..., in] times a quantized weight, [..., out]; the result has the dtype of `x`.
+
+    form: "int8", "packed" or "decoded". reason: why it is decoded, else None. A layer is made for one dtype of inputs
+    and one device and stays there.
+    """
+
+    def __init__(
+        self,
+        weight: QuantTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.inputs, self.scheme = weight.scheme.activations, weight.scheme
+        self.form, self.reason = _form(weight, dtype, torch.device(device))
+        self.bits, self.group_size = 8, None
+        held = {"int8": self._hold_int8, "packed": self._hold_packed, "decoded": self._hold_decoded}[self.form]
+        parts = held(weight, dtype, torch.device(device))
+        parts["input_scale"] = None if weight.input_scale is None else weight.input_scale.float()
+        parts["bias"] = None if bias is None else bias.to(dtype)
+        for name, value in parts.items():
+            self.register_buffer(name, None if value is None else value.to(device))
+        self.opaque = self.words.is_mkldnn  # packed by oneDNN
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product and the bias."""
+        if self.form == "int8":
+            kept = (self.columns, self.kept)
+            parts = (self.words, self.scale, self.input_scale, *kept, self.bias, self.inputs.per == "token")
+            if self.opaque:
+                return dispatch.int8_on_cpu(x, *parts, opaque=True)
+            return torch.ops.outlierq.int8_linear(x, *parts)
+        if self.inputs is not None:
+            x = fake_quantize(x, self.inputs, self.input_scale)
+        if self.form == "packed":
+            parts = (self.words, self.scale, self.zero_point, self.bias, self.bits, self.group_size)
+            return torch.ops.outlierq.packed_linear(x, *parts, self.out_features)
+        return self._decoded(x)
+
+    def dense(self) -> torch.Tensor:
+        """The weight that this layer multiplies with, float32 [out, in]."""
+        if self.form == "decoded":
+            return self._stored().dequantize()
+        if self.form == "packed" and self.words.device.type == "cpu" and self.bits == 4:
+            pairs = self.scale.float().transpose(0, 1)  # [out, groups, 2]
+            codes = layout.unpack_int4(self.words).float().view(pairs.shape[0], pairs.shape[1], -1)
+            dense = codes.mul_(pairs[..., :1]).add_(pairs[..., 1:])
+            return dense.view(dense.shape[0], -1)[: self.out_features]
+        if self.form == "packed" and self.words.device.type != "cpu":
+            scheme = (self.bits, self.group_size, self.out_features, self.in_features)
+            return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme))
+        dense = layout.unpack_int8(self.words).float() * self.scale.float()[:, None]
+        if self.columns is not None:
+            dense[:, self.columns.long()] = self.kept[:, : self.columns.numel()].float()
+        return dense
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.form}"
+
+    def _hold_int8(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+        """int8 codes, ordered for the CPU's product or in rows, a scale per row, outlier columns in multiples of 8."""
+        columns, kept = weight.outlier_columns, weight.outlier_weight
+        if columns is not None:
+            check_columns(columns, self.in_features)
+            columns, kept = columns.int(), F.pad(kept.to(dtype), (0, -columns.numel() % 8)).contiguous()
+        codes = weight.codes.to(torch.int8)
+        codes = layout.pack_int8(codes) if device.type == "cpu" else codes.contiguous()
+        parts = {"words": codes, "scale": weight.scale.float().flatten()}
+        return parts | {"zero_point": None, "columns": columns, "kept": kept}
+
+    def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+        """The layout of the device."""
+        scheme, columns = weight.scheme, self.in_features
+        self.bits = 4 if scheme.bits <= 4 else 8
+        none = {"columns": None, "kept": None, "zero_point": None}
+        if device.type != "cpu":
+            self.group_size = scheme.group_size
+            how = {"bits": self.bits, "group_size": self.group_size, "dtype": dtype}
+            held = kernel_layout.pack(weight.codes, weight.scale, weight.zero_point, **how)
+            return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
+        if self.bits == 8:
+            return none | {"words": weight.codes.to(torch.int8).contiguous(), "scale": weight.scale.to(dtype).flatten()}
+        width = scheme.columns_per_group(columns)
+        codes, zero_point = weight.codes.int(), weight.zero_point
+        if zero_point is not None and scheme.bits < 4:  # differences fit 4 bits, and lose nothing to a rounded zero
+            codes, zero_point = codes - zero_point.int().repeat_interleave(width, 1), None
+        offset = layout.MIDDLE if zero_point is None else 0
+        filling = (0, 0, 0, -self.out_features % max(layout.STRIPS))
+        codes = F.pad(codes + offset, filling)
+        pairs = layout.pack_scale(weight.scale, zero_point, width // layout.fitting_group(width))
+        return none | {"words": layout.pack_int4(codes), "scale": F.pad(pairs, (0, 0, 0, filling[-1])).contiguous()}
+
+    def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+        """The weight as it came."""
+        parts = {"words": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        return parts | {"columns": weight.outlier_columns, "kept": weight.outlier_weight}
+
+    def _stored(self) -> QuantTensor:
+        """What a decoded layer holds, as a value."""
+        kept = (self.input_scale, self.columns, self.kept)
+        return QuantTensor(self.words, self.scale, self.zero_point, self.scheme, *kept)
+
+    def _decoded(self, x: torch.Tensor) -> torch.Tensor:
+        """Decode a block of rows, multiply, forget it."""
+        if x.shape[-1] != self.in_features:
+            raise KernelError(f"x must be [..., {self.in_features}]; got {tuple(x.shape)}")
+        height = self.scheme.block[0] if self.scheme.block else 1
+        step = -(-BLOCK_ROWS // height) * height
+        starts = range(0, self.out_features, step)
+        blocks = (self._stored().rows(a, min(a + step, self.out_features)).dequantize().to(x.dtype) for a in starts)
+        y = torch.cat([F.linear(x, block) for block in blocks], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def summary(model: torch.nn.Module) -> list[str]:
+    """How the model's packed linears compute, one sentence for each way, with the reason where it is the slow one."""
+    layers = [part for part in model.modules() if isinstance(part, QuantLinear)]
+    found = Counter((part.form, part.bits, part.reason) for part in layers)
+    ways = {
+        "int8": "multiply int8 with int8",
+        "packed": "multiply packed {}-bit weights",
+        "decoded": "are decoded in every call: {}",
+    }
+    return [
+        f"{count} linears {ways[form].format(reason if form == 'decoded' else bits)}"
+        for (form, bits, reason), count in sorted(found.items(), key=lambda item: -item[1])
+    ]
+
+
+def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tuple[str, str | None]:
+    """(form, why it is decoded)."""
+    scheme, inputs = weight.scheme, weight.scheme.activations
+    by_row = scheme.group_size is None and scheme.block is None and weight.zero_point is None
+    if scheme.kind == "float" or scheme.block is not None:
+        return "decoded", "there is no product for fp8 weights" if scheme.kind == "float" else "scales are per block"
+    if by_row and inputs is not None and (inputs.kind, inputs.bits) == ("int", 8) and inputs.per != "group":
+        return "int8", None
+    if weight.outlier_columns is not None:
+        return "decoded", "16-bit columns are only known beside int8 inputs"
+    reason = _not_on_cpu(weight, dtype) if device.type == "cpu" else _not_on_cuda(weight, dtype)
+    return ("packed", None) if reason is None else ("decoded", reason)
+
+
+def _not_on_cpu(weight: QuantTensor, dtype: torch.dtype) -> str | None:
+    """Why torch has no product for this weight."""
+    scheme, columns = weight.scheme, weight.shape[1]
+    if dtype != torch.bfloat16:
+        return f"the CPU's products take bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if scheme.bits > 4:
+        by_row = scheme.group_size is None and weight.zero_point is None
+        return None if by_row else f"{scheme.bits} bits have a product only with one scale per row and no zero points"
+    width = scheme.columns_per_group(columns)
+    if layout.fitting_group(width) is None:
+        return f"groups of {width} columns are no multiple of {min(layout.GROUP_SIZES)}"
+    return None if layout.strip_rows() else "this processor's 4-bit layout is not known"
+
+
+def _not_on_cuda(weight: QuantTensor, dtype: torch.dtype) -> str | None:
+    """Why the CUDA kernels cannot take this weight."""
+    (rows, columns), group = weight.shape, weight.scheme.group_size
+    if dtype not in kernel_layout.DTYPES:
+        return f"the CUDA kernels take 16-bit inputs, not {str(dtype).removeprefix('torch.')}"
+    if rows % 8 or columns % 16:
+        return f"{rows} x {columns} is no multiple of 8 x 16"
+    return None if group in (None, 32, 64, 128) else f"groups of {group} columns are not 32, 64 or 128"
+
+
+def _from_kernels(held: kernel_layout.PackedWeight) -> torch.Tensor:
+    """Float32 [out, in] of a weight in the kernels' layout."""
+    codes, scale, zero = kernel_layout.unpack(held)
+    grouped = codes.float().view(codes.shape[0], scale.shape[1], -1)
+    middle = 0 if zero is None else zero.float()[..., None]
+    return ((grouped - middle) * scale.float()[..., None]).view(codes.shape)

@@ -1,0 +1,264 @@
+"""Packed products against float64, the operators' laws, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.kernels import layout as kernel_layout
+from outlierq.kernels.layout import KernelError
+from outlierq.ops.activations import fake_quantize
+from outlierq.ops.int8_split import split_matmul
+from outlierq.runtime import QuantLinear, cpu, dispatch, layout
+
+PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")
+STATIC = ActivationScheme(dynamic=False, per="tensor")
+TOKENS = (1, 4, 16, 64, 256)
+
+# name -> (out, in, scheme, form)
+WEIGHTS = {
+    "w4 g64": (192, 256, QuantScheme(4, 64), "packed"),
+    "w4 g64 with zero points": (128, 128, QuantScheme(4, 64, symmetric=False), "packed"),
+    "w4 per channel, ragged strip": (72, 160, QuantScheme(4, None), "packed"),
+    "w4 groups of 96": (64, 192, QuantScheme(4, 96), "packed"),
+    "w3 g32 with zero points": (64, 96, QuantScheme(3, 32, symmetric=False), "packed"),
+    "w2 g32": (64, 64, QuantScheme(2, 32), "packed"),
+    "w8 per channel": (40, 96, QuantScheme(8, None), "packed"),
+    "w8 g32": (40, 96, QuantScheme(8, 32), "decoded"),
+    "w4 per channel, odd width": (24, 90, QuantScheme(4, None), "decoded"),
+    "w8a8": (40, 96, QuantScheme(8, None, activations=PER_TOKEN), "int8"),
+    "w8a8 per tensor": (40, 96, QuantScheme(8, None, activations=PER_TENSOR), "int8"),
+    "w8a8 static": (40, 96, QuantScheme(8, None, activations=STATIC), "int8"),
+    "w4a8": (64, 128, QuantScheme(4, 64, activations=PER_TOKEN), "packed"),
+    "fp8 per channel": (40, 96, QuantScheme(8, None, kind="float", activations=ActivationScheme("float")), "decoded"),
+    "fp8 blocks": (
+        200,
+        300,
+        QuantScheme(8, None, kind="float", block=(128, 128), activations=ActivationScheme("float", per="group")),
+        "decoded",
+    ),
+}
+
+
+def weight(rows: int, columns: int, scheme: QuantScheme, outliers: int = 0) -> QuantTensor:
+    """Random codes, scales within a factor of 3, zero points around the middle."""
+    torch.manual_seed(rows * columns)
+    if scheme.kind == "float":
+        codes = torch.randn(rows, columns).mul_(100).to(torch.float8_e4m3fn)
+    else:
+        codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, (rows, columns))
+        codes = codes.to(torch.int8 if scheme.symmetric else torch.uint8)
+    shape = scheme.scale_shape(rows, columns)
+    scale = torch.rand(shape).add_(0.5).mul_(0.01).bfloat16()
+    zero = None if scheme.symmetric else torch.randint(0, 1 << scheme.bits, shape).to(torch.uint8)
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    chosen = torch.randperm(columns)[:outliers].sort().values if outliers else None
+    kept = torch.randn(rows, outliers).bfloat16() if outliers else None
+    return QuantTensor(codes, scale, zero, scheme, torch.tensor([0.02]) if static else None, chosen, kept)
+
+
+def relative(y: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((y.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_form_is_within_bfloat16_of_the_float64_product(name):
+    rows, columns, scheme, form = WEIGHTS[name]
+    stored = weight(rows, columns, scheme)
+    bias = torch.randn(rows)
+    layer = QuantLinear(stored, bias)
+    assert layer.form == form
+    assert (layer.reason is None) == (form != "decoded")
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns).bfloat16()
+        rounded = x if scheme.activations is None else fake_quantize(x.float(), scheme.activations, stored.input_scale)
+        truth = rounded.double() @ stored.dequantize().double().T + bias.double()
+        y = layer(x)
+        assert y.dtype == x.dtype
+        assert relative(y, truth) < 1e-2, tokens
+
+
+@pytest.mark.parametrize("name", [n for n, row in WEIGHTS.items() if row[3] != "int8"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.float32, 1e-5)])
+def test_other_dtypes_keep_their_own_precision(name, dtype, bound):
+    rows, columns, scheme, _ = WEIGHTS[name]
+    stored = weight(rows, columns, scheme)
+    layer = QuantLinear(stored, dtype=dtype)
+    x = torch.randn(5, columns, dtype=dtype)
+    seen = x if scheme.activations is None else fake_quantize(x, scheme.activations, stored.input_scale)
+    assert layer.form == "decoded"
+    assert relative(layer(x), seen.double() @ stored.dequantize().double().T) < bound
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_a_layer_holds_is_the_weight_it_was_given(name):
+    rows, columns, scheme, form = WEIGHTS[name]
+    stored = weight(rows, columns, scheme)
+    dense = QuantLinear(stored).dense()
+    if scheme.symmetric or scheme.bits < 4 or form == "decoded":
+        assert torch.equal(dense, stored.dequantize())
+    else:  # torch keeps (8 - zero point) * scale in bfloat16
+        step = stored.scale.float().repeat_interleave(scheme.columns_per_group(columns), 1)
+        assert ((dense - stored.dequantize()).abs() <= step * 8 / 256).all()
+
+
+def test_int8_packing_can_be_undone_and_products_saturate_nowhere():
+    codes = torch.randint(-128, 128, (40, 96), dtype=torch.int8)
+    assert torch.equal(layout.unpack_int8(layout.pack_int8(codes)), codes)
+    if layout.int8_is_exact():
+        x = torch.randint(-128, 128, (7, 96), dtype=torch.int8)
+        y = layout.qlinear(x, layout.pack_int8(codes), torch.ones(40))
+        assert torch.equal(y.long(), x.long() @ codes.long().T)
+
+
+def test_int8_without_onednn_gives_the_same(monkeypatch):
+    stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=5)
+    x = torch.randn(7, 96).bfloat16()
+    packed = QuantLinear(stored)(x)
+    monkeypatch.setattr(layout, "int8_is_exact", lambda: False)
+    plain = QuantLinear(stored)
+    assert not plain.words.is_mkldnn
+    assert relative(plain(x), packed.double()) < 4e-3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 32), (192, 96), (128, 4096)])
+def test_unpacking_undoes_packing(rows, columns):
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int8)
+    assert layout.strip_rows() in layout.STRIPS
+    assert torch.equal(layout.unpack_int4(layout.pack_int4(codes)) + 8, codes)
+    assert torch.equal(layout.unpack_int4(layout.pack_int4(codes)[64:]) + 8, codes[64:])
+
+
+def test_the_layout_of_narrower_vectors_is_found_too():
+    code = "from outlierq.runtime import layout; print(layout.strip_rows())"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "32"
+
+
+def test_a_layout_that_is_not_known_is_not_used(monkeypatch):
+    monkeypatch.setattr(layout, "strip_rows", lambda: None)
+    layer = QuantLinear(weight(64, 128, QuantScheme(4, 64)))
+    assert (layer.form, layer.reason) == ("decoded", "this processor's 4-bit layout is not known")
+
+
+@pytest.mark.parametrize("limits", [(0, 0), (1000, 1000)])
+def test_torchs_product_and_decoding_by_blocks_agree(limits, monkeypatch):
+    monkeypatch.setattr(cpu, "FEW_INT4", limits[0])
+    monkeypatch.setattr(cpu, "FEW_INT8", limits[1])
+    for scheme in (QuantScheme(4, 64, symmetric=False), QuantScheme(8, None)):
+        stored = weight(600, 128, scheme)
+        x = torch.randn(9, 128).bfloat16()
+        assert relative(QuantLinear(stored)(x), x.double() @ stored.dequantize().double().T) < 1e-2
+
+
+def test_int8_sums_are_exact():
+    """Powers of two as scales leave nothing to round: the layer must give the integers themselves."""
+    codes = torch.randint(-127, 128, (16, 64), dtype=torch.int8)
+    x = torch.randint(-127, 128, (5, 64)).float()
+    x[:, 0] = 127
+    scheme = QuantScheme(8, None, scale_dtype="float32", activations=PER_TOKEN)
+    layer = QuantLinear(QuantTensor(codes, torch.ones(16, 1), None, scheme), dtype=torch.float32)
+    assert torch.equal(layer(x).long(), x.long() @ codes.long().T)
+
+
+def test_outlier_columns_follow_the_split_product():
+    stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=5)
+    x = torch.randn(7, 96).bfloat16()
+    x[:, stored.outlier_columns] *= 50
+    layer = QuantLinear(stored)
+    assert layer.form == "int8"
+    truth = split_matmul(x.float(), stored.codes, stored.scale, stored.outlier_columns, stored.outlier_weight)
+    assert relative(layer(x), truth.double()) < 1e-2
+    assert torch.equal(layer.dense(), stored.dequantize())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 128, 200])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_cuda_side_computes_the_same_through_its_twins(tokens, symmetric):
+    """Without a GPU the launchers run their torch twins: this checks what is handed to them."""
+    stored = weight(64, 128, QuantScheme(4, 32, symmetric=symmetric))
+    held = kernel_layout.pack(stored.codes, stored.scale, stored.zero_point, bits=4, group_size=32)
+    x, bias = torch.randn(2, tokens, 128).bfloat16(), torch.randn(64).bfloat16()
+    y = dispatch._packed_on_cuda(x, held.words, held.scale, held.zero_point, bias, 4, 32, 64)
+    assert y.shape == (2, tokens, 64)
+    assert relative(y, x.double() @ stored.dequantize().double().T + bias.double()) < 1e-2
+
+
+@pytest.mark.parametrize(("inputs", "outliers"), [(PER_TOKEN, 0), (PER_TOKEN, 5), (PER_TENSOR, 0), (STATIC, 0)])
+def test_the_cuda_side_of_int8_computes_the_same_through_its_twins(inputs, outliers):
+    stored = weight(40, 96, QuantScheme(8, None, activations=inputs), outliers=outliers)
+    layer = QuantLinear(stored, torch.randn(40))
+    x = torch.randn(7, 96).bfloat16()
+    parts = (stored.codes, layer.scale, layer.input_scale, layer.columns, layer.kept, layer.bias)
+    assert relative(dispatch._int8_on_cuda(x, *parts, inputs.per == "token"), layer(x).double()) < 1e-2
+
+
+def operands(name: str) -> tuple[str, tuple]:
+    """Operator and arguments of a layer."""
+    rows, columns, scheme, form = WEIGHTS[name]
+    layer = QuantLinear(weight(rows, columns, scheme), torch.randn(rows))
+    x = torch.randn(2, 3, columns).bfloat16()
+    if form == "int8":
+        fixed = (
+            layout.unpack_int8(layer.words).contiguous(),
+            layer.scale,
+            layer.input_scale,
+            None,
+            None,
+            layer.bias,
+            True,
+        )
+        return "int8_linear", (x, *fixed)
+    return "packed_linear", (x, layer.words, layer.scale, None, layer.bias, layer.bits, None, rows)
+
+
+@pytest.mark.parametrize("name", ["w4 g64", "w4 per channel, ragged strip", "w8 per channel", "w8a8"])
+def test_the_operators_pass_torchs_own_check(name):
+    operator, arguments = operands(name)
+    found = torch.library.opcheck(getattr(torch.ops.outlierq, operator).default, arguments)
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize("name", ["w4 g64", "w8a8", "w4a8", "fp8 per channel"])
+def test_a_compiled_model_has_no_graph_break(name):
+    rows, columns, scheme, _ = WEIGHTS[name]
+    layers = torch.nn.Sequential(QuantLinear(weight(rows, columns, scheme)), torch.nn.ReLU())
+    x = torch.randn(3, columns).bfloat16()
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert relative(compiled(x), layers(x).double()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["w4 g64", "w8 per channel", "w8a8", "w8 g32"])
+def test_an_input_of_another_width_is_refused_with_its_shape(name):
+    rows, columns, scheme, _ = WEIGHTS[name]
+    layer = QuantLinear(weight(rows, columns, scheme))
+    with pytest.raises(KernelError, match=rf"{columns}\]; got.*\(3, {columns + 32}\)"):
+        layer(torch.randn(3, columns + 32).bfloat16())
+
+
+def test_a_layer_made_for_bfloat16_refuses_float32():
+    rows, columns, scheme, _ = WEIGHTS["w4 g64"]
+    with pytest.raises(KernelError, match="bfloat16 inputs; got x float32"):
+        QuantLinear(weight(rows, columns, scheme))(torch.randn(3, columns))
+
+
+def test_outlier_columns_out_of_range_are_refused():
+    stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=5)
+    stored.outlier_columns[-1] = 96
+    with pytest.raises(KernelError, match=r"within 0 \.\. 95"):
+        QuantLinear(stored)
+
+
+def test_no_tokens_give_no_outputs():
+    for rows, columns, scheme, _ in WEIGHTS.values():
+        if scheme.activations is None or scheme.activations.per == "token":
+            x = torch.empty(0, columns, dtype=torch.bfloat16)
+            assert QuantLinear(weight(rows, columns, scheme))(x).shape == (0, rows)
