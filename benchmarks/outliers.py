@@ -145,7 +145,9 @@ def bounds(kl: dict[str, float]) -> list[dict]:
     base = f"{PLAIN}/plain"
     wanted = [("plain rounding loses on the stress model", f"{PLAIN}/stressed", base, LOSS, "at least")]
     wanted += [(f"{name} recovers", f"{name}/stressed", base, RECOVERY_LIMIT, "at most") for name in REMEDIES]
-    candidates = [f"{name}/plain" for name in RUNS if f"{name}/plain" in kl and not name.startswith("fp8")]
+    # Only what is int8 throughout, like the peer's: no FP8, no outlier columns in 16 bits.
+    other = ("fp8-dynamic", "int8-split", "llm-int8")
+    candidates = [f"{name}/plain" for name in RUNS if f"{name}/plain" in kl and name not in other]
     if candidates:
         best = min(candidates, key=kl.get)
         wanted.append(("best W8A8 beside llm-compressor", best, PEER, PEER_LIMIT, "at most"))

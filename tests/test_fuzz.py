@@ -36,18 +36,18 @@ def watch(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 def test_changed_files_are_read_or_refused(reader, watch, tmp_path):
     watch.homes = (str(tmp_path), *watch.homes[1:])
-    result = fuzz.fuzz(reader, 100, seed=1, folder=tmp_path / reader, watch=watch, keep=False)
+    result = fuzz.fuzz(reader, 60, seed=1, folder=tmp_path / reader, watch=watch, keep=False)
     assert result["findings"] == []
-    assert result["accepted"] + result["refused"] == 100
-    assert result["refused"] > 10, "the changes do no harm"
+    assert result["accepted"] + result["refused"] == 60
+    assert result["refused"] > 5, "the changes do no harm"
 
 
 @pytest.mark.parametrize("reader", SLOW)
 @pytest.mark.filterwarnings("ignore")
 def test_changed_files_of_slow_readers_are_read_or_refused(reader, watch, tmp_path):
     watch.homes = (str(tmp_path), *watch.homes[1:])
-    result = fuzz.fuzz(reader, 8, seed=1, folder=tmp_path / reader, watch=watch, keep=False)
-    assert result["findings"] == [] and result["accepted"] + result["refused"] == 8
+    result = fuzz.fuzz(reader, 5, seed=1, folder=tmp_path / reader, watch=watch, keep=False)
+    assert result["findings"] == [] and result["accepted"] + result["refused"] == 5
 
 
 def test_the_corpus_holds_cases_of_every_kind():

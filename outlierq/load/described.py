@@ -18,7 +18,7 @@ from outlierq.core.untrusted import brief
 
 Size = Annotated[int, Field(ge=1, le=1 << 31)]
 GroupSize = Annotated[int, Field(ge=-1, le=1 << 31)]
-SECONDS_PER_PATTERN = 1.0
+SECONDS_PER_PATTERN = 0.3
 
 
 class _Part(BaseModel):
@@ -65,6 +65,7 @@ class _Rotations(_Part):
 class _CompressedTensors(_Part):
     format: str | None = None
     config_groups: dict[str, _Group] | None = None
+    ignore: list[str] | None = None
     kv_cache_scheme: _Inputs | None = None
     transform_config: _Rotations | None = None
 
@@ -157,7 +158,7 @@ def fits(pattern: str, name: str) -> bool:
     """Whether a regular expression from a checkpoint matches the beginning of a name.
 
     Python's own `re` may take longer than the age of the universe for a pattern of ten characters; the regex module
-    can be told to stop. SourceError when the pattern is not valid or takes a second.
+    can be told to stop. SourceError when the pattern is not valid or takes longer than that.
     """
     import regex
 

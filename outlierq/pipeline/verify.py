@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.load.described import fits
 from outlierq.pipeline.events import Event, Listener, silent
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     if config.get("quant_method") == "compressed-tensors":
         targets = [t for group in (config.get("config_groups") or {}).values() for t in group.get("targets", [])]
         return any(
-            re.match(t.removeprefix("re:"), module) if t.startswith("re:") else t in ("Linear", module) for t in targets
+            fits(t.removeprefix("re:"), module) if t.startswith("re:") else t in ("Linear", module) for t in targets
         )
     if config.get("quant_method") in ("gptq", "awq"):
         # Both mean the linears of the blocks; blocks are numbered.
@@ -193,10 +194,10 @@ def _kept(config: Mapping[str, Any], module: str) -> bool:
     method = config.get("quant_method")
     if method == "compressed-tensors":
         entries = config.get("ignore") or []
-        return any(re.match(e.removeprefix("re:"), module) if e.startswith("re:") else e == module for e in entries)
+        return any(fits(e.removeprefix("re:"), module) if e.startswith("re:") else e == module for e in entries)
     if method == "gptq":
         negative = [key.removeprefix("-:") for key in config.get("dynamic") or {} if key.startswith("-:")]
-        return any(re.match(pattern, module) for pattern in negative)
+        return any(fits(pattern, module) for pattern in negative)
     skipped = config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or []
     return any(entry in module for entry in skipped)
 

@@ -134,9 +134,14 @@ class Dequantized:
         return torch.stack(rows).double().numpy()
 
     @cached_property
+    def in_bfloat16(self) -> Dequantized:
+        """The same weights in the arithmetic of the clients."""
+        return Dequantized(self._folder, "bfloat16")
+
+    @cached_property
     def arithmetic(self) -> float:
-        """What bfloat16 alone changes: the mean |difference| of a token's loss, nats, of the same weights run in it."""
-        return float(np.abs(Dequantized(self._folder, "bfloat16").losses - self.losses).mean())
+        """What bfloat16 alone changes: the mean |difference| of a token's loss, nats."""
+        return float(np.abs(self.in_bfloat16.losses - self.losses).mean())
 
     def regrets(self, tokens: list[int]) -> np.ndarray:
         """How many nats each token of a continuation lies below the most likely one, given those before it."""
@@ -167,11 +172,12 @@ class Agreement:
     same_tokens: int
 
 
-def agreement(answer: Answer, losses: np.ndarray, regrets: np.ndarray) -> Agreement:
-    """Compare an answer with the dequantized model's losses (first windows) and its regrets on the answer's tokens."""
-    expected = losses[: len(answer.losses)]
+def agreement(answer: Answer, model: Dequantized) -> Agreement:
+    """Compare an answer with the dequantized model. A token that it chooses in either arithmetic is its own."""
+    expected = model.losses[: len(answer.losses)]
     difference = np.abs(answer.losses - expected)
     reference = math.exp(expected.mean())
+    regrets = np.minimum(model.regrets(answer.tokens), model.in_bfloat16.regrets(answer.tokens))
     differing = np.flatnonzero(regrets > 0)
     return Agreement(
         perplexity=answer.perplexity,

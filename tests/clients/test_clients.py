@@ -87,7 +87,7 @@ def test_a_client_computes_what_the_dequantized_model_computes(name, client, exp
     folder = exported(name)
     answer = ask(client, folder, tmp_path, **(GGUF_OPTIONS.get(client, {}) if name.startswith("gguf") else {}))
     model = dequantized(folder)
-    found = agreement(answer, model.losses, model.regrets(answer.tokens))
+    found = agreement(answer, model)
     record(answer.client, name, found)
     assert not faults(name, client, found, model.arithmetic)
     said = facts(name, answer.client, str(exported("dense")))
@@ -117,7 +117,7 @@ def test_vllm_takes_the_scales_of_the_cache(exported, record, monkeypatch, tmp_p
     folder = exported("ct-kv-fp8")
     answer = ask("vllm", folder, tmp_path)
     model = Dequantized(folder)
-    found = agreement(answer, model.losses, model.regrets(answer.tokens))
+    found = agreement(answer, model)
     record(answer.client, "ct-kv-fp8, cut off", found)
     assert not faults("ct-kv-fp8", "vllm", found, model.arithmetic)
 
@@ -131,5 +131,5 @@ def test_one_scale_that_is_wrong_by_a_quarter_is_noticed(exported, dequantized, 
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     answer = ask("transformers", damaged, tmp_path)
     model = dequantized(exported("ct-w4"))
-    found = agreement(answer, model.losses, model.regrets(answer.tokens))
+    found = agreement(answer, model)
     assert faults("ct-w4", "transformers", found, model.arithmetic), found
