@@ -21,10 +21,10 @@ def bench(ceilings: Ceilings, timings: Sequence[Timing], machine: str) -> Render
     """One row for each product. roofline: the share of what the machine allows; then, how many times faster it is than
     the 16-bit product, and than decoding the weight and multiplying.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("weight")
-    for heading in ("out × in", "tokens", "time", "GB/s", "TOP/s", "roofline", "16-bit", "decoding"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("weight", no_wrap=True)
+    for heading in ("out×in", "tokens", "time", "GB/s", "TOP/s", "roofline", "16-bit", "decoding"):
+        table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in timings:
         if before not in (None, (row.kind, row.shape)):
@@ -32,7 +32,7 @@ def bench(ceilings: Ceilings, timings: Sequence[Timing], machine: str) -> Render
         before = (row.kind, row.shape)
         table.add_row(
             NAMES.get(row.kind, row.kind),
-            f"{row.shape[0]} × {row.shape[1]}",
+            f"{row.shape[0]}×{row.shape[1]}",
             str(row.tokens),
             _time(row.seconds),
             f"{row.nbytes / row.seconds / 1e9:.1f}",

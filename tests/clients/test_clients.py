@@ -77,7 +77,7 @@ def facts(name: str, client: str, source: str) -> list[str]:
 
     export = EXPORTS[name]
     lines = make_plan(open_checkpoint(source), load(export.recipe, list(export.settings))).clients
-    version = client.rpartition(".")[0]
+    version = "llama.cpp" if client.startswith("llama") else client.rpartition(".")[0]
     named = re.compile(rf"(every client|{re.escape(version)}( with .*| \(.*\))?): ")
     return [line.partition(": ")[2] for line in lines if named.match(line)]
 
