@@ -53,6 +53,7 @@ test-clients: clients
 
 # Every kernel for every architecture; needs nvcc and g++, no GPU.
 test-kernels: setup
+	$(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_kernels_*.py --deselect tests/test_kernels_gpu.py
 
 # On a machine with a CUDA device: CuPy, then wrappers, kernels, graphs and sanitizer, then the benchmark.
@@ -61,7 +62,7 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py
 
 bench-gpu: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]' 'bitsandbytes>=0.50'
 	$(BIN)/python benchmarks/gpu_kernels.py
 
 lint: setup

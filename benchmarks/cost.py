@@ -25,7 +25,7 @@ from runs import (
 )
 
 CPU_LIMIT, PEAK_LIMIT, DEPTH_LIMIT = 0.5, 0.75, 1.1
-DEPTH_FACTOR = 4
+DEPTH_FACTORS = (1, 4, 16)
 COMPARED = [name for name in RUNS if RUNS[name].method in ("gptq", "awq")]
 
 
@@ -51,15 +51,19 @@ def bound(costs: dict[str, dict], ours: str, peers: list[str], figure: str, limi
     return {"bound": figure, "ours": ours, "theirs": rival, "ratio": ratio, "limit": limit, "met": ratio <= limit}
 
 
-def depth_test(setup: Setup, recipe: str, samples: int) -> dict:
-    """Our peak memory on a random-weight Llama of the model's shape, and on one with DEPTH_FACTOR times the blocks."""
+def depth_test(setup: Setup, recipe: str, samples: int, few: int | None) -> dict:
+    """Our peak memory on random-weight Llamas of the model's shape with `few` blocks and DEPTH_FACTORS times as many.
+
+    few: None for as many as the model has.
+    """
     config = json.loads((setup.model / "config.json").read_text())
-    few = config["num_hidden_layers"]
+    few = few or config["num_hidden_layers"]
     costs = {
-        blocks: random_cost(setup, recipe, {**config, "num_hidden_layers": blocks}, samples)
-        for blocks in (few, DEPTH_FACTOR * few)
+        factor * few: random_cost(setup, recipe, {**config, "num_hidden_layers": factor * few}, samples)
+        for factor in DEPTH_FACTORS
     }
-    ratio = costs[DEPTH_FACTOR * few]["peak_bytes"] / costs[few]["peak_bytes"]
+    peaks = [cost["peak_bytes"] for cost in costs.values()]
+    ratio = max(peaks) / min(peaks)
     return {
         "recipe": recipe,
         "samples": samples,
@@ -87,18 +91,22 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--skip-depth", action="store_true", help="leave out the test with more blocks")
     parser.add_argument("--depth-samples", type=int, default=32, help="calibration samples of that test (default: 32)")
+    parser.add_argument("--depth-blocks", type=int, help="blocks of its smallest model (default: those of --model)")
+    parser.add_argument("--only-depth", action="store_true", help="do only the test with more blocks")
     parser.add_argument("--depth-recipes", nargs="+", default=["gptq"], help="methods of that test (default: gptq)")
     parser.add_argument("--keep-ours", action="store_true", help="--reuse keeps our own finished runs, too")
     arguments = parser.parse_args()
     with setup_from(arguments) as setup:
         costs = {}
-        for run in select(arguments.only, setup, default=COMPARED):
+        for run in [] if arguments.only_depth else select(arguments.only, setup, default=COMPARED):
             kept = cost_file(run, setup)
             keep = arguments.keep_ours and arguments.reuse and kept.exists()
             costs[run.name] = json.loads(kept.read_text()) if keep else execute(run, setup)
             print(f"{run.name}: {costs[run.name]['cpu_seconds']:.0f} CPU seconds", flush=True)
         methods = [] if arguments.skip_depth else arguments.depth_recipes
-        depth = [depth_test(setup, RECIPES[method], arguments.depth_samples) for method in methods]
+        depth = [
+            depth_test(setup, RECIPES[method], arguments.depth_samples, arguments.depth_blocks) for method in methods
+        ]
         sections = {
             "protocol": {"scheme": SCHEME, **protocol.describe_calibration(setup.tokens), "threads": setup.threads},
             "bounds": bounds(costs),

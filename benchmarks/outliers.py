@@ -39,10 +39,17 @@ RUNS = {
     "w8a8-dynamic": ("w8a8-dynamic", ()),
     "w8a8-static": ("w8a8-static", ()),
     "fp8-dynamic": ("fp8-dynamic", ()),
+    "fp8-block": ("fp8-block", ()),
+    "w4a8": ("w4a8", ()),
+    "rotate-w4a8": ("rotate-w4a8", ()),
+    "rotate-w4a4": ("rotate-w4a4", ()),
 }
 REMEDIES = ("smoothquant", "os-plus", "rotate", "int8-split")
+# Not int8 throughout, as the peer is: FP8, outlier columns in 16 bits, fewer bits.
+OTHER = ("fp8-dynamic", "fp8-block", "int8-split", "llm-int8", "w4a8", "rotate-w4a8", "rotate-w4a4")
 MODELS = ("plain", "stressed")
-OWN_CALIBRATION = ("rotate", "int8-split")  # these change the model first, so statistics of the original do not fit
+# These change the model first, so statistics of the original do not fit, or try something out on it.
+OWN_CALIBRATION = ("rotate", "int8-split", "rotate-w4a8", "rotate-w4a4")
 
 
 def make_models(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -98,16 +105,11 @@ def load(folder: Path) -> nn.Module:
 def ours(arguments: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict]:
     """Every recipe on both models: name/model -> quality and cost."""
     results = {}
-    test = protocol.test_windows(arguments.model, arguments.data_dir, arguments.windows)
     for kind in MODELS:
-        stats = statistics(models[kind], arguments.reuse / f"{kind}-statistics", arguments)
-        reference = load(models[kind])
         for name in RUNS:
-            out = arguments.reuse / f"outlierq-{name}-{kind}"
-            kept = out.with_suffix(f".{arguments.windows}-windows.json")
-            if not kept.exists() and (not arguments.only or f"{name}/{kind}" in arguments.only):
-                cost = quantize(name, models[kind], out, stats, arguments)
-                result = {**asdict(protocol.compare(reference, load(out), test)), "cost": cost}
+            kept = arguments.reuse / f"outlierq-{name}-{kind}.{arguments.windows}-windows.json"
+            if f"{name}/{kind}" in arguments.only or not (arguments.only or kept.exists()):
+                result = one_of_ours(name, kind, models[kind], arguments)
                 kept.write_text(json.dumps(result, indent=2) + "\n")
                 print(f"{name}/{kind}: KL {result['kl']:.5f}", flush=True)
             if kept.exists():
@@ -115,8 +117,17 @@ def ours(arguments: argparse.Namespace, models: dict[str, Path]) -> dict[str, di
     return results
 
 
+def one_of_ours(name: str, kind: str, model: Path, arguments: argparse.Namespace) -> dict:
+    """Quality and cost of one recipe on one model."""
+    stats = statistics(model, arguments.reuse / f"{kind}-statistics", arguments)
+    out = arguments.reuse / f"outlierq-{name}-{kind}"
+    cost = quantize(name, model, out, stats, arguments)
+    test = protocol.test_windows(arguments.model, arguments.data_dir, arguments.windows)
+    return {**asdict(protocol.compare(load(model), load(out), test)), "cost": cost}
+
+
 def peers(arguments: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict]:
-    """llm-compressor's checkpoint (kept when it is there), and bitsandbytes on both models."""
+    """llm-compressor's checkpoint (kept when it is there) and bitsandbytes on both models, of those that are given."""
     results = {}
     test = protocol.test_windows(arguments.model, arguments.data_dir, arguments.windows)
     kept = arguments.reuse / PEER
@@ -125,7 +136,7 @@ def peers(arguments: argparse.Namespace, models: dict[str, Path]) -> dict[str, d
         protocol.write_calibration(arguments.model, arguments.data_dir, tokens)
         script = [str(PEERS / "llmcompressor_run.py"), str(arguments.model), str(tokens), str(kept)]
         measure([arguments.llmcompressor_python, *script, "--method", "w8a8"], kept.with_suffix(".log"))
-    if kept.exists():
+    if arguments.llmcompressor_python:
         results[PEER] = asdict(protocol.compare(load(arguments.model), load(kept), test))
     for kind in MODELS if arguments.bitsandbytes_python else ():
         script = [str(PEERS / "bitsandbytes_int8.py"), str(models[kind]), "--data-dir", str(arguments.data_dir)]
@@ -145,9 +156,7 @@ def bounds(kl: dict[str, float]) -> list[dict]:
     base = f"{PLAIN}/plain"
     wanted = [("plain rounding loses on the stress model", f"{PLAIN}/stressed", base, LOSS, "at least")]
     wanted += [(f"{name} recovers", f"{name}/stressed", base, RECOVERY_LIMIT, "at most") for name in REMEDIES]
-    # Only what is int8 throughout, like the peer's: no FP8, no outlier columns in 16 bits.
-    other = ("fp8-dynamic", "int8-split", "llm-int8")
-    candidates = [f"{name}/plain" for name in RUNS if f"{name}/plain" in kl and name not in other]
+    candidates = [f"{name}/plain" for name in RUNS if f"{name}/plain" in kl and name not in OTHER]
     if candidates:
         best = min(candidates, key=kl.get)
         wanted.append(("best W8A8 beside llm-compressor", best, PEER, PEER_LIMIT, "at most"))
@@ -169,6 +178,13 @@ def bounds(kl: dict[str, float]) -> list[dict]:
     return found
 
 
+def measured_before(output: Path, section: dict) -> dict:
+    """What an earlier output holds, when its texts and models were the same."""
+    found = json.loads(output.read_text()) if output.exists() else {"protocol": {}}
+    same = all(found["protocol"].get(key) == section[key] for key in ("stress_model", "calibration", "evaluation"))
+    return found if same else {}
+
+
 def main() -> None:
     """Make, evaluate, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -177,7 +193,13 @@ def main() -> None:
     parser.add_argument("--outlierq", default=str(Path(sys.executable).with_name("outlierq")), help="our command")
     parser.add_argument("--llmcompressor-python", help="Python of the environment with llm-compressor")
     parser.add_argument("--bitsandbytes-python", help="Python of the environment with bitsandbytes")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="make only these now: smoothquant/plain ...")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="make these anew (os-plus/plain ...), and no others",
+    )
     parser.add_argument("--reuse", type=Path, required=True, help="folder for outputs; finished runs there are kept")
     parser.add_argument("--windows", type=int, default=16, help="test windows of 512 tokens (default: 16)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of our runs (default: 2)")
@@ -185,19 +207,20 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.reuse.mkdir(parents=True, exist_ok=True)
     models = make_models(arguments)
-    results = {**ours(arguments, models), **peers(arguments, models)}
-    sections = {
-        "protocol": {
-            "scheme": "int8 weights per output row, int8 inputs per token (w8a8-static: per tensor; fp8: E4M3)",
-            "stress_model": "6 channels x 60",
-            "calibration": f"{protocol.CALIBRATION_SAMPLES} x {protocol.SEQUENCE_LENGTH} tokens, first of the text",
-            "evaluation": f"KL(original || quantized), {arguments.windows} windows of {protocol.TEST_TEXT}, float32",
-        },
-        "bounds": bounds({name: result["kl"] for name, result in results.items()}),
-        "runs": results,
+    section = {
+        "scheme": "int8 weights per output row, int8 inputs per token; static, FP8 and 4 bits where the name says so",
+        "stress_model": "6 channels x 60",
+        "calibration": f"{protocol.CALIBRATION_SAMPLES} x {protocol.SEQUENCE_LENGTH} tokens, first of the text",
+        "evaluation": f"KL(original || quantized), {arguments.windows} windows of {protocol.TEST_TEXT}, float32",
     }
+    before = measured_before(arguments.output, section)
+    results = {**before.get("runs", {}), **ours(arguments, models), **peers(arguments, models)}
+    kl = {name: result["kl"] for name, result in results.items()}
+    sections = {"protocol": section, "bounds": bounds(kl), "runs": results}
     if arguments.llmcompressor_python:
         sections["peer_versions"] = versions(arguments.llmcompressor_python)
+    elif "peer_versions" in before:
+        sections["peer_versions"] = before["peer_versions"]
     write_results(arguments.output, sections)
 
 

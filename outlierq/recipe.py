@@ -31,7 +31,8 @@ WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
 FROM_SETTING = 0  # stands for a line number where a value was given with --set
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
-SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations")
+SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales")
+Scales = Literal["plain", "two-level", "power-of-two"]
 
 
 class Section(BaseModel):
@@ -58,7 +59,10 @@ class TextSource(Section):
 
 
 class Calibration(Section):
-    """Which tokens the statistics are made of, and how."""
+    """Which tokens the statistics are made of, and how.
+
+    shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
+    """
 
     text: tuple[TextSource, ...] = Field((TextSource(path="embedded"),), min_length=1)
     samples: int = Field(128, ge=1)
@@ -69,6 +73,7 @@ class Calibration(Section):
     sink_weight: float = Field(4.0, gt=0)
     mode: Literal["static", "sequential"] = "static"
     batch_size: int = Field(4, ge=1)
+    shards: int | None = Field(None, ge=1)
     all_experts: bool = False
     min_expert_tokens: int | None = Field(None, ge=0)
 
@@ -132,6 +137,7 @@ class Override(Section):
     kind: Literal["int", "float"] | None = None
     block: tuple[PositiveInt, PositiveInt] | None = None
     activations: Activations | Literal["none"] | None = None
+    scales: Scales | None = None
 
     _group_size = field_validator("group_size", mode="before")(_columns)
 
@@ -139,8 +145,10 @@ class Override(Section):
 class Quantize(Section):
     """The scheme and the method. `options` are the method's own keys, written beside the others in YAML.
 
-    kind: `int`, or `float` for E4M3 weights (8 bits). block: rows and columns of float weights that share a scale,
-    instead of group_size. activations: how inputs are quantized at run time; left out, they stay in 16 bits.
+    kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
+    that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
+    16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
+    MXFP4.
     """
 
     method: str
@@ -150,6 +158,7 @@ class Quantize(Section):
     block: tuple[PositiveInt, PositiveInt] | None = None
     symmetric: bool = True
     activations: Activations | None = None
+    scales: Scales = "plain"
     when_indivisible: GroupPolicy = "smaller-group"
     ignore: tuple[str, ...] = ("*lm_head",)
     overrides: tuple[Override, ...] = ()
@@ -240,6 +249,11 @@ class Recipe(Section):
         """The transforms of the whole model; they come first."""
         return tuple(t for t in self.transform if transform_method(t.method).stage in WHOLE_MODEL)
 
+    @property
+    def pruning(self) -> tuple[Transform, ...]:
+        """The steps that drop experts."""
+        return tuple(step for step in self.transform if transform_method(step.method).stage == "prune")
+
     def clip_search_for(self, module: str) -> bool:
         """Whether the scale of the static input of the linear called `module` is searched."""
         chosen = None if self.quantize is None else _activations_for(self.quantize, module)
@@ -257,8 +271,12 @@ class Recipe(Section):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that the methods of this recipe read; empty for a data-free recipe."""
-        needs = frozenset().union(*(transform_method(t.method).needs for t in self.transform))
+        """The statistics that the methods of this recipe read; empty for a data-free recipe.
+
+        Without those of the whole model that pruning reads, which are made before the others.
+        """
+        used = (transform_method(step.method) for step in self.transform)
+        needs = frozenset().union(*(each.needs for each in used if each.stage != "prune"))
         if self.quantize is not None:
             needs |= method("quantize", self.quantize.method).needs
             if self.quantize.options.get("scale_search") == "hessian":
@@ -274,8 +292,12 @@ class Recipe(Section):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of everything that decides the result; a gate only judges it."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"description", "gate"}), sort_keys=True)
+        """sha256 hex of everything that decides the result; a gate only judges it.
+
+        Without the number of shards, which may be left to the number of processes: runs keep that beside it.
+        """
+        aside = {"description": True, "gate": True, "calibration": {"shards"}}
+        text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
@@ -317,6 +339,7 @@ def _scheme(wanted: dict[str, Any], scale_dtype: str) -> QuantScheme:
         kind=wanted["kind"],
         block=wanted["block"],
         activations=activations.scheme if isinstance(activations, Activations) else None,
+        scales=wanted["scales"],
     )
 
 
@@ -612,19 +635,49 @@ def _unstorable(wanted: dict[str, Any], form: str) -> list[str]:
     """What no format or client can hold, as "key: reason"."""
     faults = []
     if wanted["kind"] == "float":
-        if wanted["bits"] != 8:
-            faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {wanted['bits']})")
+        if wanted["bits"] not in (4, 8):
+            faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {wanted['bits']})")
         if not wanted["symmetric"]:
             faults.append("symmetric: `kind: float` has no zero points")
-        if wanted["block"] is None and wanted["group_size"] != "channel":
+        if wanted["bits"] == 4:
+            faults += _unstorable_float4(wanted)
+        elif wanted["block"] is None and wanted["group_size"] != "channel":
             faults.append("group_size: `kind: float` has one scale per `channel`, or per `block: [128, 128]`")
     elif wanted["block"] is not None:
         faults.append("block: only weights of `kind: float` have scales per block")
+    if wanted["scales"] != "plain" and wanted["bits"] != 4:
+        faults.append(f"scales: `{wanted['scales']}` ones are for weights of 4 bits (this is {wanted['bits']})")
+    elif wanted["scales"] != "plain" and wanted["kind"] == "int":
+        faults += _unstorable_levels(wanted, form)
     if isinstance(wanted["activations"], Activations):
         faults += [f"activations.{fault}" for fault in _unstorable_inputs(wanted, wanted["activations"])]
         if form == "dense":
             faults.append("activations: `export.format: dense` cannot say that inputs are quantized")
     return faults
+
+
+def _unstorable_float4(wanted: dict[str, Any]) -> list[str]:
+    """What neither NVFP4 nor MXFP4 is."""
+    faults = []
+    if wanted["scales"] == "plain":
+        faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
+    else:
+        name, columns = {"two-level": ("NVFP4", 16), "power-of-two": ("MXFP4", 32)}[wanted["scales"]]
+        if wanted["block"] is not None or wanted["group_size"] != columns:
+            faults.append(f"group_size: {name} has groups of {columns} columns")
+    if isinstance(wanted["activations"], Activations):
+        faults.append("activations: 4-bit floats are written with 16-bit inputs only")
+    return faults
+
+
+def _unstorable_levels(wanted: dict[str, Any], form: str) -> list[str]:
+    """What Q4_K is not."""
+    shape = (wanted["scales"], wanted["symmetric"], wanted["group_size"])
+    if shape != ("two-level", False, 32):
+        return ["scales: integers have `two-level` scales in `symmetric: false` groups of 32 (Q4_K), or `plain` ones"]
+    if form not in ("gguf", "dense"):
+        return [f"scales: {form} has no two-level scales of integers; `export.format: gguf` has"]
+    return []
 
 
 def _unstorable_inputs(wanted: dict[str, Any], activations: Activations) -> list[str]:

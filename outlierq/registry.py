@@ -19,7 +19,7 @@ METHOD_MODULES = {
         "outlierq.transform.os_plus",
         "outlierq.transform.cheapest_remedy",
     ),
-    "rewrite": ("outlierq.transform.rotate",),
+    "rewrite": ("outlierq.transform.rotate", "outlierq.transform.add_biases"),
     "permute": ("outlierq.transform.gather_outliers",),
     "prune": ("outlierq.transform.reap",),
 }
@@ -45,6 +45,11 @@ class Method:
     def shifts(self) -> bool:
         """Whether a transform wants to know if a shift can be absorbed: its fifth argument, `shiftable`."""
         return "shiftable" in inspect.signature(self.function).parameters
+
+    @property
+    def reads(self) -> str:
+        """Name of the first argument: what a rewrite wants to know of a model, `anatomy` or `openings`."""
+        return next(iter(inspect.signature(self.function).parameters))
 
     @property
     def summary(self) -> str:
@@ -81,7 +86,8 @@ def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable
 def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
     """Register `function(anatomy, *, options) -> Rewrite` of the whole model as `transform: [{method: name}]`.
 
-    Rewrites come before all other transforms; statistics are those of the rewritten model.
+    Rewrites come before all other transforms; statistics are those of the rewritten model. A first argument called
+    `openings` instead asks for the biases that the model class could take.
     """
     return _register("rewrite", name, needs, paper)
 

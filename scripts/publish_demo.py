@@ -77,9 +77,12 @@ def default_model() -> str:
 
 
 def outlierq(words: list[str], environment: dict[str, str]) -> int:
-    """One command, in a process of its own; its exit code."""
+    """One command, in a process of its own, and how long it took; its exit code."""
     print(f"$ outlierq {' '.join(words)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "outlierq", *words], env=environment, check=False).returncode
+    started = time.perf_counter()
+    code = subprocess.run([sys.executable, "-m", "outlierq", *words], env=environment, check=False).returncode
+    print(f"outlierq {words[0]}: {time.perf_counter() - started:.0f} s", flush=True)
+    return code
 
 
 def check(published: dict[str, bytes], out: Path, repository: str) -> None:

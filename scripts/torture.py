@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its tiny model, 
 
 RESULT = Path("benchmarks/results/torture.json")
 LONGEST_SECONDS = 120.0
-REPOSITORY = "alice/tiny"
+REPOSITORY, STREAMED = "alice/tiny", "alice/sharded"
 SMALL = ("--set", "calibration.samples=4", "--set", "calibration.sequence_length=32", "--set", "quantize.group_size=32")
 QUANTIZE = {
     "data-free": ("-r", "rtn-w4", "--set", "export.max_shard_size=20KB"),
@@ -50,9 +50,10 @@ QUANTIZE = {
     "sequential": ("-r", "awq-gptq-w4", *SMALL, "--set", "calibration.mode=sequential"),
     "from statistics": ("-r", "awq-gptq-w4", *SMALL, "--stats", "STATS"),
     "gated": ("-r", "rtn-w4", "--set", "gate.max_kl=9", "--set", "gate.windows=2", "--set", "gate.window_length=32"),
+    "streamed": ("-r", "rtn-w4", "--set", "export.max_shard_size=20KB", "--stream-from-hub"),
 }
 JOBS = (*QUANTIZE, "calibrate", "publish")
-THREADS = {"data-free": 2}
+THREADS = {"data-free": 2, "streamed": 2}
 STOPPED = {signal.SIGTERM: 1, signal.SIGINT: 130}
 
 
@@ -94,7 +95,8 @@ class Bench:
         if job == "publish":
             return ["publish", str(self.work / "checkpoint"), REPOSITORY, "--base-model", "maker/tiny", "-q"]
         options = [str(self.work / "statistics") if word == "STATS" else word for word in QUANTIZE[job]]
-        return ["quantize", str(self.source), "-o", str(root / "out"), *options, "-q", "--json"]
+        source = STREAMED if "--stream-from-hub" in options else str(self.source)
+        return ["quantize", source, "-o", str(root / "out"), *options, "-q", "--json"]
 
     def result(self, job: str, root: Path) -> dict[str, str] | None:
         """Hashes of what the job made, without times and places; None when nothing is under the final name."""
@@ -134,6 +136,7 @@ def bench(work: Path) -> Iterator[Bench]:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     write_llama(work / "source", **small)
     shutil.copytree(work / "source", work / "pristine")
+    write_llama(work / "sharded", shards="12KB", **small)
     _warm_up(work)
     environment = {"HF_TOKEN": TOKEN, "HF_HOME": str(work / "home"), "TMPDIR": str(work)}
     environment["OUTLIERQ_CACHE"] = str(work / "cache")
@@ -199,6 +202,7 @@ def fresh_disk(bench: Bench) -> Path:
     bench.hub.repositories.clear()
     bench.hub.objects.clear()
     bench.hub.breaks = None
+    bench.hub.put(STREAMED, bench.work / "sharded")
     root = bench.work / "disk"
     root.mkdir()
     return root
@@ -262,6 +266,9 @@ def _be_the_command(
         from outlierq.pipeline import calibration
 
         constants.HF_HUB_DISABLE_XET = True
+        # These were read from the environment before there was a Hub.
+        constants.HF_HUB_CACHE, constants.ENDPOINT = os.environ["HF_HOME"], os.environ["HF_ENDPOINT"]
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
         _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None})
         calibration.SAVE_EVERY_SECONDS = 0.0
         torch.set_num_threads(threads)
@@ -272,7 +279,7 @@ def _be_the_command(
         sys.argv = ["outlierq", *words]
         signal.signal(signal.SIGTERM, main._terminate)  # as `run` does first
         os.write(tell, b".")
-        main.run()
+        main._run()
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
@@ -644,7 +651,7 @@ def _signal(number: int) -> Callable[..., Any]:
 @contextmanager
 def _hub_breaks(bench: Bench, job: str, root: Path, draw: Random) -> Iterator[Fault]:
     """From the n-th request on the Hub answers with an error, or hangs up."""
-    at, answer, seen = draw.randrange(1, 12), draw.choice((0, 401, 403, 429, 500, 503)), [0]
+    at, answer, seen = draw.randrange(1, 12 if job == "publish" else 60), draw.choice((0, 401, 403, 429, 500, 503)), [0]
 
     def breaks(_method: str, _path: str) -> int | None:
         seen[0] += 1
@@ -670,7 +677,12 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "SIGINT": _signal(signal.SIGINT),
     "hub breaks": _hub_breaks,
 }
-OF_PUBLISH = ("hub breaks", "little memory", "SIGTERM", "SIGINT")
+# By the first word of a fault, the jobs that can meet it; others: all that write to a disk.
+JOBS_WITH = {
+    "hub": ("publish", "streamed"),
+    "source": tuple(job for job in JOBS if job not in ("publish", "streamed")),
+    **dict.fromkeys(("little", "SIGTERM", "SIGINT"), JOBS),
+}
 MOST_DRAWS = 30  # of a fault that a run does not meet
 
 
@@ -708,7 +720,7 @@ def torture(kills: int, faults: int, seed: int, work: Path, say: Callable[[str],
             fault = kinds[trial % len(kinds)]
             for attempt in range(MOST_DRAWS):
                 draw = Random(f"{seed} fault {trial} {attempt}")
-                job = "publish" if fault == "hub breaks" else draw.choice(JOBS if fault in OF_PUBLISH else JOBS[:-1])
+                job = draw.choice(JOBS_WITH.get(fault.split()[0], JOBS[:-1]))
                 try:
                     if ends_cleanly(made, job, fault, draw):
                         met[fault] += 1

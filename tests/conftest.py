@@ -113,6 +113,29 @@ def llama_copy(tiny_llama, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "damaged-llama"))
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running Hub on loopback, a token for it, an empty cache, and no waiting between attempts to reach it."""
+    import time
+
+    from hub_stand_in import TOKEN, serving
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None})
+    with serving() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(_http, "time", impatient)
+        monkeypatch.setattr(file_download, "time", impatient)
+        yield running
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command said: exit code, stdout and stderr."""
@@ -125,7 +148,7 @@ class Answer:
 @pytest.fixture
 def outlierq(capsys, monkeypatch) -> Callable[..., Answer]:
     """The command line in this process: `outlierq("plan", folder)` gives an `Answer`."""
-    from outlierq.cli.main import run
+    from outlierq.cli.main import _run as run  # `run` leaves the process
 
     monkeypatch.delenv("OUTLIERQ_DEBUG", raising=False)
 

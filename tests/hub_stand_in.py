@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,12 +27,31 @@ NAME = r"([^/]+/[^/]+)"
 
 @dataclass
 class Repository:
-    """Files of the newest commit: bytes of small ones, the sha256 of large ones."""
+    """Files of the newest commit: bytes of small ones, the sha256 of large ones. past: the same of every commit."""
 
     private: bool
     small: dict[str, bytes] = field(default_factory=dict)
     large: dict[str, str] = field(default_factory=dict)
     commits: list[str] = field(default_factory=lambda: ["0" * 40])
+    past: dict[str, Repository] = field(default_factory=dict)
+
+    def add_commit(self, commit: str, small: dict[str, bytes], large: dict[str, str]) -> None:
+        """Make these the files of the newest commit."""
+        self.small, self.large = small, large
+        self.commits.append(commit)
+        self.past[commit] = Repository(self.private, small, large, list(self.commits))
+
+    def at(self, revision: str | None) -> Repository:
+        """The repository as it was at a commit; for the name of a branch, as it is now."""
+        return self.past.get(revision or "", self)
+
+    def facts(self, path: str, objects: dict[str, bytes]) -> dict[str, Any]:
+        """What is listed about a file: size and blob id, and where it is a large one its sha256."""
+        if path in self.small:
+            return {"size": len(self.small[path]), "blobId": blob_id(self.small[path])}
+        oid = self.large[path]
+        size = len(objects[oid])
+        return {"size": size, "blobId": oid[:40], "lfs": {"sha256": oid, "size": size, "pointerSize": 134}}
 
 
 @dataclass
@@ -39,14 +59,34 @@ class Hub:
     """What the stand-in holds, every request it got, and faults to inject.
 
     breaks: called with (method, path) before a request is answered; a status code is the answer instead, 0 hangs up.
+    cuts: by file name, after how many bytes the next download of it hangs up. spoilt: by path, the bytes that are given
+    instead of those listed. ranges: (path, first byte, byte after the last) of every request for a part of a file.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     log: list[tuple[str, str, int]] = field(default_factory=list)
     breaks: Callable[[str, str], int | None] | None = None
+    cuts: dict[str, int] = field(default_factory=dict)
+    spoilt: dict[str, bytes] = field(default_factory=dict)
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, repository: str, folder: Path) -> str:
+        """A new commit that holds the files of a folder, and its name."""
+        held = self.repositories.setdefault(repository, Repository(private=False))
+        small: dict[str, bytes] = {}
+        large: dict[str, str] = {}
+        for path in sorted(file for file in folder.iterdir() if file.is_file()):
+            content = path.read_bytes()
+            if path.name.endswith(LARGE):
+                large[path.name] = hashlib.sha256(content).hexdigest()
+                self.objects[large[path.name]] = content
+            else:
+                small[path.name] = content
+        held.add_commit(hashlib.sha1(json.dumps([large, held.commits]).encode()).hexdigest(), small, large)
+        return held.commits[-1]
 
     def requests(self, method: str, part: str) -> list[str]:
         """Paths of the requests with this method that contain `part`."""
@@ -79,8 +119,12 @@ class Handler(BaseHTTPRequestHandler):
         for name, text in headers.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        sent = self.hub.cuts.pop(unquote(urlsplit(self.path).path).rpartition("/")[2], None)
+        self.wfile.write(content[:sent])
+        if sent is not None:
+            self.close_connection = True
 
     def refuse(self, code: int, name: str, message: str) -> None:
         self.answer(code, {"error": message}, X_Error_Code=name, X_Error_Message=message)
@@ -217,44 +261,56 @@ class Handler(BaseHTTPRequestHandler):
                     self.answer(400, {"error": f"object {value['oid']} was never sent"})
                     return
                 large[value["path"]] = value["oid"]
-        held.small, held.large = small, large
         commit = hashlib.sha1(content + held.commits[-1].encode()).hexdigest()
-        held.commits.append(commit)
+        held.add_commit(commit, small, large)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
-    def tree(self, _content: bytes, name: str, _revision: str) -> None:
+    def tree(self, _content: bytes, name: str, revision: str) -> None:
         held = self.repository(name)
         if held is None:
             return
-        entries = [
-            {"type": "file", "path": path, "oid": blob_id(content), "size": len(content)}
-            for path, content in held.small.items()
-        ]
-        for path, oid in held.large.items():
-            size = len(self.hub.objects[oid])
-            lfs = {"oid": oid, "size": size, "pointerSize": 134}
-            entries.append({"type": "file", "path": path, "oid": oid[:40], "size": size, "lfs": lfs})
+        held = held.at(revision)
+        entries = []
+        for path in (*held.small, *held.large):
+            found = held.facts(path, self.hub.objects)
+            lfs = {"lfs": {"oid": held.large[path], **found["lfs"]}} if "lfs" in found else {}
+            entries.append({"type": "file", "path": path, "oid": found["blobId"], "size": found["size"], **lfs})
         self.answer(200, sorted(entries, key=lambda entry: entry["path"]))
 
-    def info(self, _content: bytes, name: str, _revision: str | None = None) -> None:
+    def info(self, _content: bytes, name: str, revision: str | None = None) -> None:
         held = self.repository(name)
         if held is None:
             return
+        held = held.at(revision)
         siblings = [{"rfilename": path} for path in sorted({**held.small, **held.large})]
+        if "blobs=true" in urlsplit(self.path).query.lower():
+            for entry in siblings:
+                entry |= held.facts(entry["rfilename"], self.hub.objects)
         facts = {"id": name, "modelId": name, "sha": held.commits[-1], "private": held.private, "siblings": siblings}
         self.answer(200, {"_id": "1", "tags": [], "downloads": 0, "likes": 0, **facts})
 
-    def resolve(self, _content: bytes, name: str, _revision: str, path: str) -> None:
+    def resolve(self, _content: bytes, name: str, revision: str, path: str) -> None:
         held = self.repository(name)
         if held is None:
             return
-        content = self.hub.content(name).get(path)
+        held = held.at(revision)
+        content = held.small.get(path, self.hub.objects.get(held.large.get(path, "")))
         if content is None:
             self.refuse(404, "EntryNotFound", "Entry not found")
             return
         tag = held.large.get(path) or blob_id(content)
-        self.answer(200, raw=content, ETag=f'"{tag}"', X_Repo_Commit=held.commits[-1], Accept_Ranges="bytes")
+        content = self.hub.spoilt.get(path, content)
+        headers = {"ETag": f'"{tag}"', "X_Repo_Commit": held.commits[-1], "Accept_Ranges": "bytes"}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if span is None or self.command == "HEAD":
+            self.answer(200, raw=content, **headers)
+            return
+        first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
+        with self.hub.lock:
+            self.hub.ranges.append((path, first, last + 1))
+        about = f"bytes {first}-{last}/{len(content)}"
+        self.answer(206, raw=content[first : last + 1], Content_Range=about, **headers)
 
 
 ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (

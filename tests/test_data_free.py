@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from outlierq.core.errors import NumbersError, OutputError
 from outlierq.core.model import LinearSite
+from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import writer
 from outlierq.load import open_checkpoint, reading_ahead, rows_of
@@ -94,7 +95,7 @@ def test_a_nan_is_named_and_counted_whatever_piece_it_is_in(monkeypatch):
     weight[2, 1] = float("inf")
     scheme = QuantScheme(8, None)
     with pytest.raises(NumbersError, match=r"m.linear.weight holds 2 NaN or Inf among 96 weights"):
-        stage.quantize_rows(site_of(12, 8), weight.split(4), scheme, method("quantize", "rtn"), {})
+        list(stage.quantize_rows(site_of(12, 8), weight.split(4), scheme, method("quantize", "rtn"), {}))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -109,7 +110,8 @@ def test_a_piece_may_be_overwritten_after_it_was_used(dtype):
             yield buffer.copy_(piece)
         buffer.fill_(7)
 
-    found, row = stage.quantize_rows(site_of(12, 8), overwritten(), scheme, rtn, {})
+    rows = stage.quantize_rows(site_of(12, 8), overwritten(), scheme, rtn, {})
+    found, row = QuantTensor.stack(list(rows)), rows.found
     whole = rtn.function(weight.float(), None, scheme)
     assert torch.equal(found.codes, whole.codes) and torch.equal(found.scale, whole.scale)
     error = (found.dequantize() - weight.float()).norm() / weight.float().norm()
@@ -121,8 +123,8 @@ def test_a_byte_that_the_disk_changed_is_found(part, tiny_llama, tmp_path, monke
     """Quantized or copied: every written tensor is read back."""
     original = writer.ShardWriter.write
 
-    def flipped(self, name, tensor):
-        original(self, name, tensor)
+    def flipped(self, name, tensor, row=None):
+        original(self, name, tensor, row)
         if name.endswith(part):
             place = self.layout.places[name]
             at = place.offset + place.tensor.nbytes - 2

@@ -19,13 +19,17 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.export.gguf import GgufFormat, encode_blocks, ggml_type, gguf_name
 from outlierq.export.gguf_header import pre_tokenizer_name
+from outlierq.export.writer import compare
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
+from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.scale_search import search_grid
 from outlierq.pipeline.convert import convert, make_conversion
 from outlierq.pipeline.plan import Plan, make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load
 
+GPTQ_TOO = ["export.format=gptq", "quantize.group_size=32"]  # float16 scales, too
 TEXT = "The sea was calm, and 1234 birds slept."
 
 
@@ -37,7 +41,16 @@ def random_weight(rows: int, columns: int, scheme: QuantScheme, seed: int = 0) -
     """Any codes, scales and zero points that the scheme allows."""
     make = torch.Generator().manual_seed(seed)
     groups, low, high = scheme.groups(columns), int(scheme.code_min), int(scheme.code_max)
+    if scheme.scales == "power-of-two":
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        values = torch.cat([values, -values])[torch.randint(0, 16, (rows, columns), generator=make)]
+        exponent = torch.randint(90, 130, (rows, groups), generator=make)
+        return QuantTensor(values.to(torch.float8_e4m3fn), exponent.to(torch.uint8), None, scheme)
     codes = torch.randint(low, high + 1, (rows, columns), generator=make)
+    if scheme.scales == "two-level":
+        small = torch.randint(0, 64, (2, rows, groups), generator=make).to(torch.uint8)
+        units = torch.rand(rows, groups // 8, 2, generator=make).to(torch.float16)
+        return QuantTensor(codes.to(torch.uint8), *small, scheme, super_scale=units)
     scale = torch.exp(torch.randn(rows, groups, generator=make) * 2 - 5).to(torch.float16)
     zero = None if scheme.symmetric else torch.randint(0, high + 1, (rows, groups), generator=make).to(torch.uint8)
     return QuantTensor(codes.to(torch.int8 if scheme.symmetric else torch.uint8), scale, zero, scheme)
@@ -48,14 +61,17 @@ SCHEMES = [
     for bits, symmetric in ((4, True), (4, False), (8, True))
     for size in (32, 96, None)
 ]
+MXFP4 = QuantScheme(4, 32, True, "float16", kind="float", scales="power-of-two")
+Q4_K = QuantScheme(4, 32, False, "float16", scales="two-level")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, MXFP4, Q4_K], ids=str)
 def test_gguf_reads_from_our_blocks_what_was_meant(scheme):
-    meant = random_weight(40, 192, scheme)
-    found = dequantize(encode_blocks(site(40, 192), meant).numpy(), GGMLQuantizationType[ggml_type(scheme)])
+    width = 768 if scheme == Q4_K else 192
+    meant = random_weight(40, width, scheme)
+    found = dequantize(encode_blocks(site(40, width), meant).numpy(), GGMLQuantizationType[ggml_type(scheme)])
     expected = meant.dequantize().numpy()
-    if scheme.symmetric:
+    if scheme.symmetric or scheme == Q4_K:
         assert np.array_equal(found, expected)
         return
     # m = -zero * scale is rounded to float16: half a unit in its last place.
@@ -66,19 +82,37 @@ def test_gguf_reads_from_our_blocks_what_was_meant(scheme):
 
 
 @pytest.mark.parametrize("heads", [0, 4])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, MXFP4, Q4_K], ids=str)
 def test_decoding_gives_every_part_back_also_where_rows_are_in_rotary_order(scheme, heads):
     config = {"model_type": "llama" if heads else "qwen2", "num_attention_heads": heads or 4}
-    linear, form = site(96, 192, "model.layers.11.self_attn.q_proj"), GgufFormat(config)
-    meant = random_weight(96, 192, scheme, seed=1)
+    width = 512 if scheme == Q4_K else 192
+    linear, form = site(96, width, "model.layers.11.self_attn.q_proj"), GgufFormat(config)
+    meant = random_weight(96, width, scheme, seed=1)
     (name, stored), *others = form.encode(linear, meant).items()
     assert name == "blk.11.attn_q.weight" and not others
     assert [(name, "U8", tuple(stored.shape))] == form.tensor_specs(linear, scheme)
     parts = {"weight": stored, **form.row_order(linear)}
     for start, stop in ((0, 96), (32, 96), (64, 72)):
-        found, wanted = decode_rows(parts, scheme, (96, 192), start, stop), meant.rows(start, stop)
-        assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scale, wanted.scale)
-        assert scheme.symmetric or torch.equal(found.zero_point, wanted.zero_point)
+        found = decode_rows(parts, scheme, (96, width), start, stop)
+        compare(name, found, meant.rows(start, stop))  # raises where any part differs
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_two_level_scales_cost_little_and_are_what_is_stored(search):
+    """Sizes of groups differ by 30; a zero row and a zero superblock are there, too."""
+    make = torch.Generator().manual_seed(2)
+    w = torch.randn(48, 512, generator=make) * torch.exp(1.7 * torch.rand(1, 512, generator=make)) * 0.02
+    w[:, 5] *= 5
+    w[3], w[5, :256] = 0, 0
+    errors = {}
+    for scheme in (Q4_K, QuantScheme(4, 32, False, "float16")):
+        grid = search_grid(w, scheme, None) if search else minmax_grid(w, scheme)
+        rounded = from_groups(grid.round(in_groups(w, scheme)), 512)
+        stored = to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), 512), grid)
+        assert torch.allclose(stored.dequantize(), rounded, rtol=0, atol=1e-7)
+        errors[scheme.scales] = ((rounded - w).norm() / w.norm()).item()
+    assert errors["two-level"] < 1.05 * errors["plain"] < 0.12
+    assert not rounded[3].any() and not rounded[5, :256].any()
 
 
 def test_blocks_of_another_scheme_are_refused():
@@ -238,10 +272,36 @@ def test_an_approximate_scheme_is_said_by_the_plan(worded_llama, tiny_llama, out
     assert asked["exact"] is False
 
 
+TWO_LEVEL = ("quantize.symmetric=false", "quantize.scales=two-level")
+
+
+def test_q4_k_is_written_where_256_divides_the_width_and_q4_1_elsewhere(tools, tmp_path):
+    """Hidden size 128 and 256 inner channels: down_proj alone is as wide as a superblock."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tools.write_llama(tmp_path / "wide", **sizes)
+    (folder / "tokenizer.json").unlink()
+    write_words(folder)
+    plan = plan_of(folder, *TWO_LEVEL)
+    assert any("plain scales (Q4_1): 128 columns are not a multiple of 256" in note for note in plan.notes)
+    path = compressed(folder, tmp_path / "out", *TWO_LEVEL)
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    kinds = {name.split(".")[2]: t.tensor_type.name for name, t in stored.items() if name.startswith("blk.1")}
+    assert kinds["ffn_down"] == "Q4_K" and kinds["ffn_up"] == kinds["attn_q"] == "Q4_1"
+    checkpoint, name = open_checkpoint(str(path)), "model.layers.1.mlp.down_proj.weight"
+    theirs = dequantize(stored["blk.1.ffn_down.weight"].data, GGMLQuantizationType.Q4_K)
+    assert torch.equal(checkpoint.read(name), torch.from_numpy(theirs).to(checkpoint.read(name).dtype))
+    found = verify(str(path), str(folder))
+    assert found.sound and 0.03 < found.errors[name] < 0.12
+    kept = plan_of(folder, *TWO_LEVEL, "quantize.when_indivisible=keep")
+    assert len(kept.schemes) == 2 and all(site.module.endswith("down_proj") for site in kept.schemes)
+    with pytest.raises(RecipeError, match="128 columns are not a multiple of 256"):
+        plan_of(folder, *TWO_LEVEL, "quantize.when_indivisible=error")
+
+
 def test_models_and_tokenizers_that_llama_cpp_would_change_are_refused(tools, worded_llama, tmp_path):
     import shutil
 
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     scaled = tools.write_llama(tmp_path / "scaled", rope_parameters=rope)
     with pytest.raises(SourceError, match="scales its rotary embedding"):
         plan_of(scaled)
@@ -256,6 +316,36 @@ def test_models_and_tokenizers_that_llama_cpp_would_change_are_refused(tools, wo
         plan_of(folder)
     with pytest.raises(RecipeError, match="sequential"):
         load("gptq-w4", ["export.format=gguf", "calibration.mode=sequential"])
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "linear"}, {"rope_type": "llama3", **LLAMA3}], ids=lambda r: r["rope_type"]
+)
+def test_a_scaled_rotary_embedding_is_read_back_and_computes_the_same(rope, tools, tmp_path):
+    rope = {**rope, "rope_theta": 50000.0, "factor": 8.0}
+    folder = tools.write_llama(tmp_path / "scaled", rope_parameters=rope, max_position_embeddings=32768)
+    (folder / "tokenizer.json").unlink()
+    write_words(folder)
+    path = compressed(folder, tmp_path / "out")
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.config["rope_parameters"] == rope
+    quantize(make_plan(open_checkpoint(str(folder)), load("rtn-w4", GPTQ_TOO)), tmp_path / "gptq")
+    ids = torch.arange(3, 203)[None]
+    with torch.no_grad():
+        expected = load_model(open_checkpoint(str(tmp_path / "gptq")), dtype="float32")(ids).logits
+        assert torch.allclose(load_model(checkpoint, dtype="float32")(ids).logits, expected, atol=2e-2)
+    if rope["rope_type"] == "llama3":
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        config = LlamaConfig.from_pretrained(folder)
+        plain = 50000.0 ** -(torch.arange(0, 16, 2) / 16)
+        theirs = plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+        stored = next(t for t in GGUFReader(path).tensors if t.name == "rope_freqs.weight").data
+        assert np.allclose(stored, theirs, rtol=1e-5) and 1 < stored[-1] <= 8
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from outlierq.core.model import Fold, InputGroup, TensorInfo
 from outlierq.core.move import Move
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.folding import check_move, transform_group
+from outlierq.pipeline.folding import carry_out, check_move, choose
 from outlierq.registry import method
 
 W8A8 = QuantScheme(8, None, activations=ActivationScheme())
@@ -131,8 +131,9 @@ def moved(tiny: Tiny, methods: list[str]) -> tuple[dict[str, torch.Tensor], list
         tiny.runner.run(tiny.block(index), index, hidden, collector)
         stats, tensors = collector.finish(), {name: parameters[name].data for name in block.tensors}
         for group in groups:
-            move, row = transform_group(group, stats[group.name], W8A8, tensors, steps, checkpoint)
-            after[group.name] = stats[group.name].moved(move) if move else stats[group.name]
+            choice = choose(group, stats[group.name], W8A8, tensors, steps, checkpoint)
+            row = carry_out(group, choice, tensors, steps)
+            after[group.name] = stats[group.name].moved(choice.move) if choice else stats[group.name]
             rows.append(row)
             changed |= {name: tensors[name] for name in row["folded"]}
     return changed, rows, after

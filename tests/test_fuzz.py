@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -48,6 +50,24 @@ def test_changed_files_of_slow_readers_are_read_or_refused(reader, watch, tmp_pa
     watch.homes = (str(tmp_path), *watch.homes[1:])
     result = fuzz.fuzz(reader, 5, seed=1, folder=tmp_path / reader, watch=watch, keep=False)
     assert result["findings"] == [] and result["accepted"] + result["refused"] == 5
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_hypothesis_thinks_of_is_read_or_refused(reader, watch, tmp_path):
+    """Hypothesis makes the choices of the changes, or all of the bytes; a finding comes out as small as it can."""
+    watch.homes = (str(tmp_path), *watch.homes[1:])
+    target = fuzz.Target(reader, tmp_path / reader, watch)
+    target.warm_up()
+    valid = target.reader.seeds()
+
+    @settings(max_examples=30, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(strategies.randoms(use_true_random=False).map(partial(target.input, valid)) | strategies.binary(max_size=99))
+    def read(case):
+        assert target.read(case) is None
+
+    read()
+    assert target.counts["refused"] > 0
 
 
 def test_the_corpus_holds_cases_of_every_kind():

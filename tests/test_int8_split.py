@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.errors import NumbersError, RecipeError, SourceError, StatsError
+from outlierq.core.model import Block, Fold, InputGroup, LinearSite
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.load import load_model, open_checkpoint, unpacked
@@ -21,9 +23,10 @@ from outlierq.ops.int8_split import (
     split_matmul,
     vectorwise_product,
 )
-from outlierq.pipeline.gathering import permuted_stats
+from outlierq.pipeline.gathering import gather, permuted_stats
 from outlierq.quantize.int8_split import int8_split
 from outlierq.recipe import load, parse
+from outlierq.registry import method
 from outlierq.transform.gather_outliers import last_in_runs
 
 SCHEME = QuantScheme(bits=8, group_size=None, activations=ActivationScheme())
@@ -332,6 +335,55 @@ def test_permuted_statistics_are_those_of_the_permuted_inputs():
     assert set(found.tensors()) == set(expected.tensors())
     for name, value in expected.tensors().items():
         assert torch.allclose(found.tensors()[name], value), name
+
+
+@pytest.mark.parametrize("name", ["int8_split", "gather_outliers"])
+@pytest.mark.parametrize("fault", ["no rows", "no tokens", "NaN"])
+def test_statistics_that_cannot_choose_columns_are_refused_with_advice(name, fault):
+    stats, spoiled = statistics(drawn(64, 32)), drawn(8, 32)
+    spoiled[3, 4] = float("nan")
+    damaged = {
+        "no rows": replace(stats, rows=None),
+        "no tokens": replace(stats, tokens=0),
+        "NaN": replace(stats, rows=spoiled),
+    }[fault]
+    said, kind = {
+        "no rows": ("do not hold `rows`", StatsError),
+        "no tokens": ("no token reached this input", StatsError),
+        "NaN": ("`rows` holds a NaN", NumbersError),
+    }[fault]
+    with pytest.raises(kind, match=said) as raised:
+        if name == "int8_split":
+            method("quantize", name).function(drawn(16, 32), damaged, SCHEME)
+        else:
+            method("permute", name).function(damaged)
+    assert "calibrate" in raised.value.hint
+
+
+def linear_group() -> tuple[Block, InputGroup]:
+    """up -> down, as gathering sees it."""
+    up, down = (LinearSite(f"b.0.{n}", f"b.0.{n}.weight", None, 32, 32, 0) for n in ("up", "down"))
+    group = InputGroup("b.0.down", (down,), Fold("linear", up.weight, None, tuple(range(32))))
+    return Block(0, "b.0", (up, down), (up.weight, down.weight)), group
+
+
+def test_an_input_that_no_token_reached_is_not_gathered_and_the_report_says_so():
+    block, group = linear_group()
+    chosen = method("permute", "gather_outliers"), {}
+    for stats in ({}, {"b.0.down": replace(statistics(drawn(64, 32)), tokens=0)}):
+        found, rows = gather(block, [group], stats, {}, chosen, None, lambda before, after: None)
+        assert found == stats
+        assert [(row["group"], row["note"]) for row in rows] == [
+            ("b.0.down", "left as it is: no token reached it during calibration")
+        ]
+
+
+def test_statistics_that_cannot_be_gathered_by_name_the_group():
+    block, group = linear_group()
+    stats = {"b.0.down": replace(statistics(drawn(64, 32)), rows=None)}
+    with pytest.raises(StatsError) as raised:
+        gather(block, [group], stats, {}, (method("permute", "gather_outliers"), {}), None, lambda before, after: None)
+    assert raised.value.where == "transform gather_outliers on b.0.down"
 
 
 def test_gathering_needs_the_model(tiny_llama, tmp_path):

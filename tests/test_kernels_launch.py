@@ -104,6 +104,39 @@ def test_wrong_int8_operands_are_refused(int8_operands):
         launch.quant_rows(random(2, 32), torch.tensor([1]))
 
 
+SPOILED = {
+    "two devices": (lambda t: t.to("meta"), "different devices"),
+    "an odd address": (lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape), "address % 16"),
+    "columns first": (lambda t: t.T.contiguous().T, "contiguous"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_every_other_kernel_refuses_wrong_memory_too(how, int8_operands):
+    spoil, said = SPOILED[how]
+    codes, scale, minimum = launch.kv_quant(random(64, 64))
+    rows = random(16, 64)
+    calls = {
+        "w8a8_outlier": lambda: launch.w8a8_outlier(
+            **{**int8_operands, "codes": spoil(int8_operands["codes"])}, dtype=torch.float16
+        ),
+        "kv_dequant": lambda: launch.kv_dequant(spoil(codes), scale, minimum),
+    }
+    if how != "two devices":  # of a single tensor there is no mixture
+        calls["quant_rows"] = lambda: launch.quant_rows(spoil(rows))
+        calls["fwht"] = lambda: launch.fwht(spoil(rows))
+        calls["kv_quant"] = lambda: launch.kv_quant(spoil(random(64, 64)))
+    for name, call in calls.items():
+        with pytest.raises(KernelError, match=said) as raised:
+            call()
+        assert "(" in str(raised.value), f"{name} does not say the shapes"
+
+
+def test_outlier_columns_on_another_device_are_refused():
+    with pytest.raises(KernelError, match=r"different devices.*columns int32 \(1,\)"):
+        launch.quant_rows(random(2, 32), torch.tensor([1], dtype=torch.int32, device="meta"))
+
+
 def test_a_cache_or_transform_that_does_not_fit_is_refused():
     with pytest.raises(KernelError, match="groups of 64 per channel"):
         launch.kv_quant(random(65, 64), per="channel")
@@ -133,6 +166,25 @@ def test_without_cupy_one_line_says_how_to_get_it(monkeypatch):
     finally:
         launch.unavailable.cache_clear()
     assert "outlierq[cuda]" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("cudaErrorInsufficientDriver: too old\nmore"), OSError("libnvrtc.so.13")]
+)
+def test_without_a_driver_or_compiler_one_line_says_so(fault, monkeypatch):
+    def fail():
+        raise fault
+
+    runtime = SimpleNamespace(getDeviceCount=fail)
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    launch.unavailable.cache_clear()
+    try:
+        said = launch.unavailable()
+    finally:
+        launch.unavailable.cache_clear()
+    assert str(fault).splitlines()[0] in said and "torch is used instead" in said and "\n" not in said
 
 
 def fake_cupy(answer) -> SimpleNamespace:
@@ -217,6 +269,14 @@ def test_a_launch_goes_to_the_stream_that_is_current_at_that_moment(monkeypatch)
     assert arguments == (tensor.data_ptr(), 0, np.int32(5)) and named["shared_mem"] == 96
     empty = plan.Launch("fwht", "fwht<Half>", (0, 1, 1), 64, (tensor,))
     assert launch.start(empty) and len(calls) == 2
+
+
+@pytest.mark.parametrize("reason", ["no CuPy", "does not compile"])
+def test_what_cannot_be_launched_is_left_to_the_twin(reason, monkeypatch):
+    monkeypatch.setattr(launch, "unavailable", lambda: "no CuPy" if reason == "no CuPy" else None)
+    monkeypatch.setattr(launch, "_function", lambda *which: None)
+    tensor = torch.zeros(4).as_subclass(OnGpu)
+    assert not launch.start(plan.Launch("fwht", "fwht<Half>", (3, 2, 1), 64, (tensor,)))
 
 
 def test_arguments_keep_the_width_that_the_kernel_expects():

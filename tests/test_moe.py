@@ -376,6 +376,61 @@ def test_a_pruned_mixture_with_groups_and_score_corrections_loads_and_can_be_qua
     assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), rtol=1e-3, atol=1e-3)
 
 
+def test_the_shipped_recipe_finds_out_itself_what_to_prune(outlierq, mixtures, statistics, ids, tmp_path):
+    source, few = mixtures("Qwen3Moe"), ("-s", "calibration.samples=8", "-s", "calibration.sequence_length=48")
+    planned = outlierq("plan", source, "-r", "reap", "--json")
+    assert planned.code == 0, planned.err
+    assert "which experts go is decided once the model has run" in " ".join(json.loads(planned.out)["notes"])
+    answer = outlierq("quantize", source, "-r", "reap", *few, "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "outlierq.json")
+    assert written == json.loads(planned.out)["output_bytes"]
+    assert not (tmp_path / "out.experts").exists()
+    by_hand = reap_recipe(tmp_path, statistics("Qwen3Moe"), 0.25)
+    assert outlierq("quantize", source, "-r", by_hand, "-o", tmp_path / "by-hand").code == 0
+    given = outlierq("quantize", source, "-r", "reap", "--stats", statistics("Qwen3Moe"), "-o", tmp_path / "given")
+    assert given.code == 0, given.err
+    expected = load_file(tmp_path / "by-hand" / "model.safetensors")
+    for folder in ("out", "given"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.isfinite(logits(tmp_path / "out", ids)).all()
+
+
+def test_a_pruned_mixture_is_calibrated_anew_and_quantized(outlierq, mixtures, ids, tmp_path):
+    sections = "quantize={method: gptq, bits: 4, group_size: 32}", "export.format=compressed-tensors"
+    settings = [word for section in sections for word in ("-s", section)]
+    answer = outlierq("quantize", mixtures("Mixtral"), "-r", "reap", *CALIBRATION, *settings, "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    report = json.loads((tmp_path / "out" / "outlierq.json").read_text())
+    assert len([row for row in report["rows"] if ".experts." in row["site"]]) == 2 * 6 * 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_local_experts"] == 6
+    assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), rtol=1e-3, atol=1e-3)
+
+
+def test_a_result_in_the_way_is_said_before_the_experts_are_studied(outlierq, mixtures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other").write_text("")
+    answer = outlierq("quantize", mixtures("Mixtral"), "-r", "reap", "-o", tmp_path / "out")
+    assert answer.code == 1 and "exists already" in answer.err and not (tmp_path / "out.experts").exists()
+
+
+def test_a_plan_without_statistics_cannot_be_followed(mixtures):
+    from outlierq.core.errors import RecipeError
+    from outlierq.pipeline.plan import make_plan
+    from outlierq.recipe import load
+
+    plan = make_plan(open_checkpoint(str(mixtures("Mixtral"))), load("reap"))
+    with pytest.raises(RecipeError, match="reap needs statistics of this model"):
+        plan.checkpoint.read("model.embed_tokens.weight")
+
+
+def test_a_model_without_experts_is_refused(outlierq, tiny_llama, tmp_path):
+    answer = outlierq("quantize", tiny_llama, "-r", "reap", "-o", tmp_path / "out")
+    assert answer.code == 1 and "has no experts" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("prune", "fault"), [("0.9", "sent to 2 experts"), ("1.0", "less than 1")])
 def test_dropping_more_experts_than_a_token_needs_is_refused(outlierq, mixtures, statistics, tmp_path, prune, fault):
     recipe = reap_recipe(tmp_path, statistics("Qwen3Moe"), float(prune))
@@ -418,7 +473,8 @@ def test_a_threshold_of_the_recipe_decides_who_is_starved(outlierq, mixtures, tm
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ((), "transformers 5.23 loads (decoded"),
+        ((), "transformers 5.23, experts: loads (decoded"),
+        ((), "vLLM 0.32, experts: loads"),
         (("quantize.symmetric=false",), "does not load experts with zero points"),
         (("quantize.group_size=64",), "does not load experts of different schemes"),
     ],

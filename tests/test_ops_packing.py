@@ -69,6 +69,14 @@ def test_the_integer_type_of_the_codes_does_not_matter(bits, dtype):
     assert torch.equal(pack(codes.to(dtype), bits), pack(codes, bits))
 
 
+@pytest.mark.parametrize("columns", [5, 37, 64])
+@pytest.mark.parametrize("bits", BITS)
+def test_signed_codes_are_packed_with_their_middle_added(bits, columns):
+    codes = random_codes(bits, 4, columns)
+    signed = (codes.short() - (1 << (bits - 1))).to(torch.int8)
+    assert torch.equal(pack(signed, bits), pack(codes, bits))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_packing_does_not_write_to_the_codes(bits):
     codes = random_codes(bits, 4, 37)

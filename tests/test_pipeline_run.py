@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from outlierq.calibrate.runner import BlockRunner
 from outlierq.core.errors import NumbersError, OutputError, RecipeError, StatsError
+from outlierq.export import compressed_tensors
 from outlierq.load import load_model, open_checkpoint
 from outlierq.pipeline import calibration, folding
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.output import Output
 from outlierq.pipeline.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
@@ -223,20 +223,15 @@ def test_a_float16_model_is_calibrated(tools, tmp_path):
     assert distance(logits(tmp_path / "out"), logits(source)) < 0.5
 
 
-def test_a_writer_that_writes_something_else_is_caught(tiny_llama, tmp_path, monkeypatch):
+def test_an_encoder_that_writes_something_else_is_caught(tiny_llama, tmp_path, monkeypatch):
     """The decoder shares no code with the packer: one wrong bit in what is written stops the run."""
-    original = Output.__init__
+    encode = compressed_tensors.encode
 
-    def tampered(self, *args):
-        original(self, *args)
-        write = self.writer.write
+    def flipped(site, quantized):
+        parts = encode(site, quantized)
+        return {name: part ^ 1 if name.endswith("o_proj.weight_packed") else part for name, part in parts.items()}
 
-        def flipped(name, tensor):
-            write(name, tensor ^ 1 if name.endswith("o_proj.weight_packed") else tensor)
-
-        self.writer.write = flipped
-
-    monkeypatch.setattr(Output, "__init__", tampered)
+    monkeypatch.setattr(compressed_tensors, "encode", flipped)
     with pytest.raises(OutputError, match=r"o_proj: what is on disk decodes to something else .*in its codes"):
         compress(tiny_llama, tmp_path / "out", "rtn-w4")
     assert not (tmp_path / "out").exists()

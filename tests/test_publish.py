@@ -6,11 +6,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from hub_stand_in import READ_TOKEN, TOKEN, serving
+from hub_stand_in import READ_TOKEN, TOKEN
 
 from outlierq.core.errors import PublishError
 from outlierq.core.report import Report
@@ -53,22 +52,6 @@ def compressed(tmp_path_factory, tools) -> Path:
 def folder(compressed, tmp_path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(compressed, tmp_path / "w4"))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A running Hub on loopback, a token for it, and no waiting between the attempts of huggingface_hub."""
-    import time
-
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    with serving() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None}))
-        yield running
 
 
 def card_of(hub) -> tuple[dict, str]:

@@ -331,6 +331,14 @@ def test_statistics_of_the_model_as_it_was_are_refused_with_advice(llama, outlie
     assert "rotate rewrites the whole model; the statistics" in answer.err and "leave --stats out" in answer.err
 
 
+def test_statistics_that_do_not_fit_are_refused_before_the_model_runs(tiny_llama, tmp_path, monkeypatch):
+    from outlierq.pipeline import quantize as module
+
+    monkeypatch.setattr(module, "prove_rewrite", lambda *given: pytest.fail("the whole model was run first"))
+    with pytest.raises(RecipeError, match="rotate rewrites the whole model"):
+        quantize(make_plan(open_checkpoint(str(tiny_llama)), load("rotate-w8a8")), tmp_path / "out", stats=tmp_path)
+
+
 def test_rotation_comes_before_other_transforms_or_the_recipe_is_at_fault():
     with pytest.raises(RecipeError, match=r"transform\.1\.method: rotate rewrites the whole model; it comes before"):
         parse("calibration: {}\ntransform: [awq, rotate]\nquantize: {method: rtn}")

@@ -244,6 +244,12 @@ def test_an_input_of_another_width_is_refused_with_its_shape(name):
         layer(torch.randn(3, columns + 32).bfloat16())
 
 
+def test_parts_on_another_device_are_refused_with_all_shapes():
+    codes, scale = torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, device="meta")
+    with pytest.raises(KernelError, match=r"x is on cpu, but {'scale': 'meta'}; got x bfloat16 \(3, 32\), codes int8"):
+        dispatch.int8_on_cpu(torch.randn(3, 32).bfloat16(), codes, scale, None, None, None, None, True)
+
+
 def test_a_layer_made_for_bfloat16_refuses_float32():
     rows, columns, scheme, _ = WEIGHTS["w4 g64"]
     with pytest.raises(KernelError, match="bfloat16 inputs; got x float32"):

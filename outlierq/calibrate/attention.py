@@ -85,12 +85,16 @@ class AttentionSums:
 
     def _add_rows(self, name: str, rows: torch.Tensor) -> None:
         """Some outputs [N, out] float32 of a linear."""
-        low, high, total, square = rows.amin(0), rows.amax(0), rows.sum(0).double(), (rows * rows).sum(0).double()
-        if name in self.outputs:
-            old = self.outputs[name]
-            low, high = low.minimum(old["min"]), high.maximum(old["max"])
-            total, square = total + old["sum"], square + old["sum_sq"]
-        self.outputs[name] = {"min": low, "max": high, "sum": total, "sum_sq": square}
+        total, square = rows.sum(0).double(), (rows * rows).sum(0).double()
+        self._add_sums(name, {"min": rows.amin(0), "max": rows.amax(0), "sum": total, "sum_sq": square})
+
+    def _add_sums(self, name: str, new: dict[str, torch.Tensor]) -> None:
+        """Sums of some outputs of a linear."""
+        old = self.outputs.get(name)
+        if old is not None:
+            low, high = new["min"].minimum(old["min"]), new["max"].maximum(old["max"])
+            new = {"min": low, "max": high, "sum": new["sum"] + old["sum"], "sum_sq": new["sum_sq"] + old["sum_sq"]}
+        self.outputs[name] = new
 
     def _add_mass(
         self,
@@ -123,6 +127,26 @@ class AttentionSums:
         """Say it once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def parts(self) -> dict[str, Any]:
+        """The running sums."""
+        counts = {"queries": self.queries, "sequences": self.sequences, "notes": self.notes}
+        return {"largest": self.largest, "outputs": self.outputs, "mass": self.mass, "norms": self.norms, **counts}
+
+    def absorb(self, parts: dict[str, Any]) -> None:
+        """Add those of later sequences."""
+        for name, high in parts["largest"].items():
+            self.largest[name] = high.maximum(self.largest.get(name, high))
+        for name, sums in parts["outputs"].items():
+            self._add_sums(name, sums)
+        if parts["queries"]:
+            self.mass = parts["mass"] if self.mass is None else self.mass + parts["mass"]
+            self.queries += parts["queries"]
+        if parts["sequences"]:
+            self.norms = parts["norms"] if self.norms is None else self.norms + parts["norms"]
+            self.sequences += parts["sequences"]
+        for text in parts["notes"]:
+            self._note(text)
 
     def finish(self) -> dict[str, Any]:
         """The fields by name, without those that could not be observed."""

@@ -24,30 +24,36 @@ def sample_logits(
     positions: int = POSITIONS,
     top: int = TOP_LOGITS,
     seed: int = 0,
-) -> LogitSample:
+    first: int = 0,
+    sequences: int | None = None,
+) -> LogitSample | None:
     """Run what follows the blocks on `hidden`, which holds the outputs of the last one, at some positions.
 
-    ids: [sequences, tokens] of the whole token set. positions: how many in all (fewer if the text is shorter). top:
-    tokens kept at each, at most the vocabulary. NumbersError when a logit is not finite.
+    ids: [sequences, tokens] of the whole token set, or of a part of its `sequences` that begins with number `first`.
+    positions: how many in the whole (fewer if the text is shorter). top: tokens kept at each, at most the vocabulary.
+    None when no position is in the part. NumbersError when a logit is not finite.
     """
     import torch
 
-    places = sample_places(ids.shape, positions, seed)
+    places = sample_places((sequences or len(ids), ids.shape[1]), positions, seed) - torch.tensor([first, 0])
+    places = places[(places[:, 0] >= 0) & (places[:, 0] < len(ids))]
     rows = []
     with runner.tail(ids, hidden) as logits_at:
         for batch in range(len(hidden)):
-            first = batch * hidden.batch_size
-            here = places[(places[:, 0] >= first) & (places[:, 0] < first + hidden.batch_size)]
+            start = batch * hidden.batch_size
+            here = places[(places[:, 0] >= start) & (places[:, 0] < start + hidden.batch_size)]
             if len(here):
-                logits = logits_at(batch, here - torch.tensor([first, 0])).float()
+                logits = logits_at(batch, here - torch.tensor([start, 0])).float()
                 if not logits.isfinite().all():
                     bad = int((~logits.isfinite()).sum())
                     raise NumbersError(f"{bad} of {logits.numel()} logits are NaN or Inf in batch {batch}")
                 total = logits.logsumexp(-1)
                 values, tokens = logits.topk(min(top, logits.shape[-1]))
                 rows.append((tokens.int().cpu(), (values - total[:, None]).cpu(), total.cpu()))
+    if not rows:
+        return None
     tokens, values, totals = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    return LogitSample(places[:, 0].int(), places[:, 1].int(), tokens, values, totals)
+    return LogitSample((places[:, 0] + first).int(), places[:, 1].int(), tokens, values, totals)
 
 
 def sample_places(shape: tuple[int, int], count: int, seed: int) -> torch.Tensor:

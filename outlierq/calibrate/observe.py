@@ -37,7 +37,8 @@ class BlockObserver:
 
     fields: of `BlockStats`. sequence_length: tokens per sequence. ids: [sequences, tokens] of the whole token set, to
     name tokens by. classes: [sequences, tokens], the class of each token as attention sees it (`MASS_COLUMNS`); without
-    it there is no attention_mass. notes: what could not be observed, in sentences.
+    it there is no attention_mass. first_sequence: number of the first one that will run. notes: what could not be
+    observed, in sentences.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class BlockObserver:
         sequence_length: int,
         ids: torch.Tensor | None = None,
         classes: torch.Tensor | None = None,
+        first_sequence: int = 0,
     ):
         self._module, self._block, self._fields = module, block, fields & BLOCK_FIELDS
         self._residual = _ResidualSums(self._fields, sequence_length, ids)
         self._attention = AttentionSums(self._fields, classes)
         self._experts = _ExpertCounts()
-        self._sequences = 0
+        self._sequences = first_sequence
         self._open = ExitStack()
 
     def __enter__(self) -> BlockObserver:
@@ -84,6 +86,15 @@ class BlockObserver:
         if not self._fields & ATTENTION:
             return []
         return self._attention.notes if self._attention.seen else [NO_INTERFACE]
+
+    def parts(self) -> list[dict[str, Any]]:
+        """The running sums as plain values, for an observer of earlier sequences to `absorb`."""
+        return [self._residual.parts(), self._attention.parts(), self._experts.parts()]
+
+    def absorb(self, parts: list[dict[str, Any]]) -> None:
+        """Add what another observer of the same block saw in later sequences."""
+        for sums, part in zip((self._residual, self._attention, self._experts), parts, strict=True):
+            sums.absorb(part)
 
     def finish(self) -> BlockStats:
         """The statistics that could be observed, in the memory of the host."""
@@ -185,6 +196,20 @@ class _ResidualSums:
         self.kurtosis.append(kurtosis(sample))
         self.peaks.append(kurtosis(hidden.gather(1, largest[:, None, None].expand(-1, 1, hidden.shape[2])).float()))
 
+    def parts(self) -> dict[str, Any]:
+        """The running extremes and samples."""
+        samples = {"first": self.first, "medians": self.medians, "kurtosis": self.kurtosis, "peaks": self.peaks}
+        return {"abs_max": self.abs_max, "top": self.top, **samples}
+
+    def absorb(self, parts: dict[str, Any]) -> None:
+        """Add those of later sequences."""
+        if parts["abs_max"] is None:
+            return
+        self.abs_max = parts["abs_max"] if self.abs_max is None else self.abs_max.maximum(parts["abs_max"])
+        self.top = add_to_top(self.top, parts["top"], TOP_ENTRIES)
+        for name in ("first", "medians", "kurtosis", "peaks"):
+            getattr(self, name).extend(parts[name])
+
     def finish(self) -> dict[str, Any]:
         """The fields by name."""
         import torch
@@ -273,10 +298,23 @@ class _ExpertCounts:
         """Add the counts of one call."""
         self.counts = counts if self.counts is None else self.counts + counts
 
+    def parts(self) -> dict[str, Any]:
+        """The running sums."""
+        return {"counts": self.counts, "saliency": self.saliency}
+
+    def absorb(self, parts: dict[str, Any]) -> None:
+        """Add those of later sequences."""
+        self.counts, self.saliency = _sum(self.counts, parts["counts"]), _sum(self.saliency, parts["saliency"])
+
     def finish(self) -> dict[str, Any]:
         """The fields, when there are experts."""
         found = {"expert_tokens": self.counts, "expert_saliency": self.saliency}
         return {name: value.clone() for name, value in found.items() if value is not None}
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of what is there."""
+    return one + other if one is not None and other is not None else one if other is None else other
 
 
 def kurtosis(x: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,19 @@ block can only run after the ones before it.
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
+import tempfile
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.experts import routing
-from outlierq.core.errors import NumbersError, SourceError, during
+from outlierq.core.errors import NumbersError, OutputError, SourceError, during
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +77,8 @@ class Call:
 class HiddenStates:
     """Hidden states of all sequences between two blocks, [sequences, tokens, channels], read and replaced by batch.
 
-    They are in memory, or above `spill_bytes` in a mapped file in `folder`. The file has no name any more once it is
-    mapped, so nothing is left behind by a run that was killed.
+    They are in memory, or above `spill_bytes` in a mapped file in `folder`, of which only the batch in use is resident.
+    The file has no name any more once it is mapped, so nothing is left behind by a run that was killed.
     """
 
     def __init__(
@@ -91,9 +95,11 @@ class HiddenStates:
         size = shape[0] * shape[1] * shape[2]
         self.batch_size = batch_size
         self.spilled = folder is not None and size * dtype.itemsize > spill_bytes
-        self.values = (
-            _mapped(Path(folder), size, dtype).view(shape) if self.spilled else torch.empty(shape, dtype=dtype)
-        )
+        self._map = _mapped(Path(folder), size * dtype.itemsize) if self.spilled else None
+        if self._map is None:
+            self.values = torch.empty(shape, dtype=dtype)
+        else:
+            self.values = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -109,20 +115,62 @@ class HiddenStates:
         """Replace the hidden states of one batch."""
         self[batch].copy_(values)
 
+    def done_with(self, batch: int) -> None:
+        """Nobody needs this batch for now: what is spilled need not stay resident. Its values are not lost."""
+        if self._map is not None:
+            stride = self.values[:1].nbytes * self.batch_size
+            start = batch * stride // mmap.PAGESIZE * mmap.PAGESIZE
+            stop = min((batch + 1) * stride, self.values.nbytes)
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-def _mapped(folder: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor in a new mapped file."""
-    import os
-    import tempfile
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write them to a safetensors file, batch by batch, and force it onto the disk."""
+        name, nbytes = {"torch.bfloat16": "BF16", "torch.float32": "F32"}[str(self.values.dtype)], self.values.nbytes
+        info = {"dtype": name, "shape": [*self.values.shape], "data_offsets": [0, nbytes]}
+        header = json.dumps({"__metadata__": dict(metadata), "hidden": info}).encode()
+        header += b" " * (-len(header) % 8)
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for batch in range(len(self)):
+                file.write(self._bytes(batch))
+                self.done_with(batch)
+            file.flush()
+            os.fsync(file.fileno())
 
-    import torch
+    def load(self, path: Path) -> None:
+        """Take the values of a file that `save` wrote for hidden states of this shape."""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            for batch in range(len(self)):
+                left = self._bytes(batch)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise OutputError(f"{path} is cut off", hint="delete it and run the same command again")
+                    left = left[count:]
+                self.done_with(batch)
 
+    def _bytes(self, batch: int) -> memoryview:
+        """The memory of one batch."""
+        import torch
+
+        return memoryview(self[batch].view(-1).view(torch.uint8).numpy())
+
+
+def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
+    """A new mapped file without a name."""
     handle, name = tempfile.mkstemp(prefix="hidden-states-", dir=folder)
-    os.close(handle)
     try:
-        return torch.from_file(name, shared=True, size=size, dtype=dtype)
-    finally:
         os.unlink(name)
+        os.posix_fallocate(handle, 0, nbytes)  # a disk that is full later would end the process without a word
+        return mmap.mmap(handle, nbytes)
+    except OSError as error:
+        raise OutputError(
+            f"the hidden states of the calibration text need {nbytes:,} bytes in {folder}: {error.strerror or error}",
+            hint="free some space, or calibrate on less text",
+        ) from error
+    finally:
+        os.close(handle)
 
 
 @dataclass
@@ -197,6 +245,7 @@ class BlockRunner:
                     if hidden is None:
                         hidden = self._hidden_states((*ids.shape, first.shape[-1]))
                     hidden.write(number, first)
+                    hidden.done_with(number)
                     if progress:
                         progress((number + 1) / len(batches))
         finally:
@@ -231,6 +280,7 @@ class BlockRunner:
                     )
                 if replace:
                     hidden.write(batch, output)
+                hidden.done_with(batch)
                 if progress:
                     progress((batch + 1) / len(hidden))
         return hidden

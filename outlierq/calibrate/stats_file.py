@@ -272,6 +272,18 @@ def blocks_written(folder: Path) -> int:
     return len(values["blocks"])
 
 
+def former_shards(folder: Path) -> int | None:
+    """In how many shards the statistics in a folder, which may be unfinished, were made; None when there are none."""
+    path = next((folder / name for name in (UNFINISHED, FINISHED) if (folder / name).exists()), None)
+    if path is None:
+        return None
+    settings = _read_list(path, OutputError).get("settings")
+    shards = settings.get("shards", 1) if isinstance(settings, dict) else None
+    if type(shards) is not int:
+        raise OutputError(f"{path} does not say in how many shards it was made", hint="give another folder")
+    return shards
+
+
 def _is_ours(name: str) -> bool:
     """Whether a file may be left of our own killed run."""
     return name.startswith(("block-", "hidden-states-", ".lock")) or name == LOGITS or name.endswith(".part")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from outlierq.evaluate.gate import GateRow
     from outlierq.pipeline.events import Event, Listener
     from outlierq.pipeline.plan import Plan
+    from outlierq.pipeline.ranks import Ranks
     from outlierq.recipe import Recipe
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name), or a GGUF file.")]
@@ -43,6 +44,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, or cuda; auto takes a GPU 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables on stderr.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Most memory to hold, on the host and on the GPU each: 4GiB. What cannot stay below it is refused "
+        "before work starts.",
+    ),
+]
+StreamFromHub = Annotated[
+    bool,
+    typer.Option(
+        "--stream-from-hub",
+        help="Fetch the weight files of a Hub id when they are needed and delete them again: for models larger than "
+        "the disk.",
+    ),
+]
 MaxKl = Annotated[float | None, typer.Option(min=0, help="Exit with 3 when KL per token is above this (nats).")]
 MaxPerplexityIncrease = Annotated[
     str | None, typer.Option(metavar="SHARE", help="Exit with 3 when perplexity rises by more: 3% or 0.03.")
@@ -78,6 +96,37 @@ def open_model(source: str, revision: str | None = None, trust_remote_code: bool
     from outlierq.load import open_checkpoint
 
     return open_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def open_streamed(
+    context: typer.Context,
+    source: str,
+    out: Path,
+    revision: str | None,
+    trust_remote_code: bool,
+    restart: bool = False,
+) -> Checkpoint:
+    """The Hub id named on the command line; its shards come and go beside `out`. They stay for a run that goes on."""
+    from outlierq.load import stream_checkpoint
+
+    shards = out.with_name(f"{out.name}.shards")
+    checkpoint = stream_checkpoint(
+        source, shards, revision=revision, trust_remote_code=trust_remote_code, restart=restart
+    )
+    context.call_on_close(checkpoint.store.close)
+    return checkpoint
+
+
+def open_headers(source: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+    """The checkpoint, of a Hub id without its weights."""
+    from outlierq.load import is_hub_id, stream_checkpoint
+
+    if is_hub_id(source):
+        from huggingface_hub import is_offline_mode
+
+        if not is_offline_mode():
+            return stream_checkpoint(source, None, revision=revision, trust_remote_code=trust_remote_code)
+    return open_model(source, revision, trust_remote_code)
 
 
 def load_recipe(reference: str, settings: list[str] | None) -> Recipe:
@@ -122,6 +171,40 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda":
         raise OutlierqError("--device cuda: torch finds no CUDA device", hint="use --device cpu")
     return "cpu"
+
+
+def ranks_of(context: typer.Context, stream_from_hub: bool) -> Ranks:
+    """The processes that share this command's work."""
+    from outlierq.pipeline.ranks import ALONE
+
+    ranks = context.obj or ALONE
+    if stream_from_hub:
+        refuse_several(ranks, "--stream-from-hub")
+    return ranks
+
+
+def ceiling(max_memory: str | None, ranks: Ranks | None = None) -> int | None:
+    """The bytes of --max-memory, None without it."""
+    if max_memory is None:
+        return None
+    if ranks is not None:
+        refuse_several(ranks, "--max-memory")
+    from outlierq.pipeline.events import return_memory_at_once
+    from outlierq.recipe import parse_size
+
+    return_memory_at_once()  # before the model is built: its empty parts are allocated for a moment
+    try:
+        return parse_size(max_memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from None
+
+
+def refuse_several(ranks: Ranks, what: str) -> None:
+    """OutlierqError when several processes were started for something that one must do."""
+    if ranks.size > 1:
+        raise OutlierqError(
+            f"{what} needs one process, and {ranks.size} were started", hint="start the same command without torchrun"
+        )
 
 
 def print_json(values: Any) -> None:

@@ -56,6 +56,10 @@ class PublishError(OutlierqError):
     """A checkpoint is not fit to be published, or the Hub did not take it."""
 
 
+class RankError(OutlierqError):
+    """Another process of this run is gone."""
+
+
 class GateError(OutlierqError):
     """A quality gate failed."""
 

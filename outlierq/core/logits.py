@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,13 @@ class LogitSample:
     top_ids: torch.Tensor
     top_log_probs: torch.Tensor
     log_sum_exp: torch.Tensor
+
+    @classmethod
+    def joined(cls, samples: Sequence[LogitSample]) -> LogitSample:
+        """Samples of parts of the text, in its order, as one."""
+        import torch
+
+        return cls(**{name: torch.cat([sample.tensors()[name] for sample in samples]) for name in samples[0].tensors()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by field name."""

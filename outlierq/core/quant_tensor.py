@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 class QuantTensor:
     """A quantized weight, immutable.
 
-    codes: [out, in] int16-or-smaller integers within the scheme's code range, or float8_e4m3fn values.
-    scale: `scheme.scale_shape(out, in)` in the scheme's scale dtype: [out, groups], or one per block.
+    codes: [out, in] int16-or-smaller integers within the scheme's code range, or float8_e4m3fn values (which hold
+    those of E2M1, too).
+    scale: `scheme.scale_shape(out, in)` in the scheme's scale dtype: [out, groups], or one per block. Power-of-two
+    scales are uint8 exponents plus 127; two-level ones float8_e4m3fn, or uint8 up to 63 beside zero_point, uint8 minima
+    up to 63.
     zero_point: [out, groups] integers, or None when symmetric.
     input_scale: [1] in the scale dtype: the calibrated scale of a static activation scheme, else None.
     outlier_columns: [k] int64 ascending, input channels that stay in 16 bits; their codes are 0 and do not count.
     outlier_weight: [out, k] in the scale dtype, the original weights of those columns. Both None without a split.
+    super_scale: of two-level scales, else None. Float32 [1], by which E4M3 scales are divided; or float16
+    [out, groups / 8, 2], the units of scales and of minima.
     """
 
     codes: torch.Tensor
@@ -31,6 +36,7 @@ class QuantTensor:
     input_scale: torch.Tensor | None = None
     outlier_columns: torch.Tensor | None = None
     outlier_weight: torch.Tensor | None = None
+    super_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +44,10 @@ class QuantTensor:
         return tuple(self.codes.shape)
 
     def dequantize(self) -> torch.Tensor:
-        """Float32 [out, in]: `scale * (codes - zero_point)`, each group with its own scale; outlier columns as kept."""
+        """Float32 [out, in]: `scale * (codes - zero_point)`, each group with its own scale; outlier columns as kept.
+
+        With two-level minima `scale * codes - minimum`.
+        """
         dense = self._blocks() if self.scheme.block is not None else self._groups()
         if self.outlier_columns is not None:
             dense[:, self.outlier_columns] = self.outlier_weight.float()
@@ -48,9 +57,33 @@ class QuantTensor:
         """Scales by row and group of columns."""
         rows, columns = self.codes.shape
         grouped = self.codes.float().view(rows, self.scale.shape[1], -1)
+        if self._in_units_by_row:
+            scale, minimum = self._in_units()
+            return grouped.mul_(scale[..., None]).sub_(minimum[..., None]).view(rows, columns)
         if self.zero_point is not None:
             grouped.sub_(self.zero_point.float()[..., None])
-        return grouped.mul_(self.scale.float()[..., None]).view(rows, columns)
+        return grouped.mul_(self.float_scale[..., None]).view(rows, columns)
+
+    @property
+    def float_scale(self) -> torch.Tensor:
+        """The numbers that `scale` stands for, float32."""
+        import torch
+
+        if self.scheme.scales == "power-of-two":
+            return torch.ldexp(torch.ones_like(self.scale, dtype=torch.float32), self.scale.int() - 127)
+        if self.super_scale is None:
+            return self.scale.float()
+        return self._in_units()[0] if self._in_units_by_row else self.scale.float() / self.super_scale
+
+    @property
+    def _in_units_by_row(self) -> bool:
+        """Whether scales and minima are two-level integers, whose units differ by row."""
+        return self.super_scale is not None and self.super_scale.ndim > 1
+
+    def _in_units(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two-level scales and minima, each [out, groups] float32; the products are exact."""
+        units = self.super_scale.float().repeat_interleave(self.scale.shape[1] // self.super_scale.shape[1], 1)
+        return units[..., 0] * self.scale.float(), units[..., 1] * self.zero_point.float()
 
     def _blocks(self) -> torch.Tensor:
         """Scales by two-dimensional block; the last ones may be narrower."""
@@ -70,30 +103,39 @@ class QuantTensor:
             scale=self.scale[start // height : -(-stop // height)],
             zero_point=None if self.zero_point is None else self.zero_point[start:stop],
             outlier_weight=None if self.outlier_weight is None else self.outlier_weight[start:stop],
+            super_scale=self.super_scale[start:stop] if self._in_units_by_row else self.super_scale,
         )
 
     @classmethod
     def stack(cls, pieces: Sequence[QuantTensor]) -> QuantTensor:
-        """Pieces of one scheme joined along their rows; the inverse of `rows`."""
+        """Pieces of one scheme joined along their rows; the inverse of `rows`.
+
+        Where one super scale holds for the whole weight, it must be that of all pieces.
+        """
         import torch
 
         if len(pieces) == 1:
             return pieces[0]
         zero_points = [p.zero_point for p in pieces if p.zero_point is not None]
         kept = [p.outlier_weight for p in pieces if p.outlier_weight is not None]
+        units = [p.super_scale for p in pieces if p._in_units_by_row]
+        whole = {p.super_scale.item() for p in pieces if p.super_scale is not None and not p._in_units_by_row}
+        assert len(whole) < 2, "pieces with one super scale each"
         return replace(
             pieces[0],
             codes=torch.cat([p.codes for p in pieces]),
             scale=torch.cat([p.scale for p in pieces]),
             zero_point=torch.cat(zero_points) if zero_points else None,
             outlier_weight=torch.cat(kept) if kept else None,
+            super_scale=torch.cat(units) if units else pieces[0].super_scale,
         )
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales, zero points and outlier columns."""
-        scale_bits = self.scale.numel() * self.scale.element_size() * 8
-        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.bits
-        kept = self.outlier_weight
-        kept_bits = 0 if kept is None else kept.numel() * kept.element_size() * 8
-        return self.scheme.bits + (scale_bits + zero_bits + kept_bits) / self.codes.numel()
+        widths = (6, 6) if self._in_units_by_row else (self.scale.element_size() * 8, self.scheme.bits)
+        stored = self.scale.numel() * widths[0]
+        stored += 0 if self.zero_point is None else self.zero_point.numel() * widths[1]
+        for whole in (self.outlier_weight, self.super_scale):
+            stored += 0 if whole is None else whole.numel() * whole.element_size() * 8
+        return self.scheme.bits + stored / self.codes.numel()

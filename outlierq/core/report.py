@@ -19,7 +19,7 @@ class SiteRow:
     bits: 2..8. group_size: None is per channel. output_error: tr(dW H dW^T) / tr(W H W^T), None when data-free; where
     inputs are quantized as well, the same for both operands on the kept rows: ||Q(x) Q(W)^T - x W^T||^2 / ||x W^T||^2.
     weight_error: ||dW|| / ||W|| (Frobenius). bits_per_weight: stored, with scales and zero points.
-    note: a fallback or anything unusual at this site.
+    note: a fallback or anything unusual at this site. numbers: what the codes are (int4, fp8, nvfp4), "" when unknown.
     """
 
     site: str
@@ -32,6 +32,7 @@ class SiteRow:
     bits_per_weight: float
     seconds: float
     note: str = ""
+    numbers: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP8_MAX = 448.0  # largest finite E4M3 value
+FP4_MAX = 6.0  # largest E2M1 value
+FLOAT_MAX = {4: FP4_MAX, 8: FP8_MAX}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class QuantScheme:
     symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
     scale_dtype: name of the torch dtype in which scales are stored ("bfloat16", "float16", "float32").
     Every method rounds its scales to this dtype before it derives codes.
-    kind: "int", or "float" (E4M3 values; 8 bits, symmetric). block: (rows, columns) that share a scale instead of
-    group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16 bits.
+    kind: "int", or "float" (E4M3 values of 8 bits or E2M1 values of 4, symmetric). block: (rows, columns) that share a
+    scale instead of group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16
+    bits. scales: "plain" numbers in scale_dtype; "power-of-two" (E8M0, as in MXFP4); or "two-level", small numbers that
+    count in units of a larger one: E4M3 in units of one float32 of the whole weight (NVFP4), or, asymmetric, 6-bit
+    scales and minima in units of two float16 of every 8 groups (Q4_K of GGUF).
     """
 
     bits: int = 4
@@ -61,19 +66,20 @@ class QuantScheme:
     kind: Literal["int", "float"] = "int"
     block: tuple[int, int] | None = None
     activations: ActivationScheme | None = None
+    scales: Literal["plain", "two-level", "power-of-two"] = "plain"
 
     @property
     def code_min(self) -> float:
         """Smallest code: signed for symmetric grids, 0 for asymmetric ones."""
         if self.kind == "float":
-            return -FP8_MAX
+            return -FLOAT_MAX[self.bits]
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def code_max(self) -> float:
         """Largest code."""
         if self.kind == "float":
-            return FP8_MAX
+            return FLOAT_MAX[self.bits]
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def groups(self, in_features: int) -> int:
@@ -92,10 +98,20 @@ class QuantScheme:
         """Shape of the scales of a weight [rows, columns]."""
         return rows if self.block is None else -(-rows // self.block[0]), self.groups(columns)
 
+    @property
+    def numbers(self) -> str:
+        """What the codes are: int4, fp8, nvfp4, mxfp4."""
+        if self.kind == "int":
+            return f"int{self.bits}"
+        return {"two-level": "nvfp4", "power-of-two": "mxfp4"}.get(self.scales, f"fp{self.bits}")
+
     def __str__(self) -> str:
         group = "per channel" if self.group_size is None else f"g{self.group_size}"
         if self.block is not None:
             group = f"blocks {self.block[0]}x{self.block[1]}"
-        name = "fp8" if self.kind == "float" else f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'}"
+        name = self.numbers
+        if self.kind == "int":
+            name += " symmetric" if self.symmetric else " asymmetric"
+            group += "" if self.scales == "plain" else f", {self.scales} scales"
         inputs = f", inputs {self.activations}" if self.activations else ""
         return f"{name} {group}{inputs}"

@@ -119,7 +119,7 @@ class InputStats:
             elif name in EXTREMES:
                 merged[name] = getattr(torch, EXTREMES[name])(mine, theirs)
             elif name == "hessian":
-                merged[name] = mine * (self.tokens / tokens) + theirs * (other.tokens / tokens)
+                merged[name] = (mine * (self.tokens / tokens)).add_(theirs, alpha=other.tokens / tokens)
             elif name == "top_tokens":
                 merged[name] = largest_entries(torch.cat([mine, _later(theirs, self.sequences)]), TOP_TOKENS)
             else:

@@ -183,7 +183,8 @@ def need_vllm() -> None:
     if find_spec("vllm") is None:
         raise OutlierqError(
             "the backend vllm is not installed here",
-            hint="pip install vllm in an environment of its own, or leave --backend out: outlierq then loads it",
+            hint="vLLM needs other versions of transformers than outlierq pins: make an environment with `pip install "
+            "vllm lm-eval==0.4.13 xxhash gguf`, then `pip install --no-deps outlierq` there; or leave --backend out",
         )
 
 

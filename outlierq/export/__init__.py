@@ -9,9 +9,11 @@ from typing import Any
 def exporter(name: str, config: Mapping[str, Any] | None = None) -> Any:
     """The format module: `obstacle`, `clients`, `tensor_specs`, `encode`, `quantization_config`.
 
-    Where it has them: `SCALE_DTYPE`; `conflict`, why schemes that it can hold cannot stand in one checkpoint;
-    `approximation`, what of a scheme it rounds. A format that is not a folder of safetensors (`gguf`) is an object made
-    of the model's config, and brings `plain_spec`, `plain`, `row_order`, `make_layout` and `keeps_file`.
+    Where it has them: `SCALE_DTYPE`; `by_rows`, whether some rows of a linear can be encoded alone; `conflict`, why
+    schemes that it can hold cannot stand in one checkpoint; `approximation`, what of a scheme it rounds;
+    `NO_NEW_BIASES`, why it holds no biases but the source's; `instead`, the scheme that it can hold in place of one
+    that it cannot. A format that is not a folder of safetensors (`gguf`) is an object made of the model's config, and
+    brings `plain_spec`, `plain`, `row_order`, `make_layout` and `keeps_file`.
     """
     if name == "gguf":
         from outlierq.export.gguf import GgufFormat

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.export.clients import client_facts, one_scheme, unsigned
-from outlierq.ops.packing import pack
+from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +23,14 @@ BITS = 4
 PER_WORD = 8
 # Nibble k of a word is output row 8 * c + ORDER[k] (AutoAWQ, awq/utils/packing_utils.py).
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+WORD_ROWS = 64  # rows of words that are transposed together
 
 
 def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
     """Why this format cannot hold the site, or None when it can."""
     if site.kind != "Linear":
         return f"awq has no {site.kind} layer"
-    if (scheme.kind, scheme.bits) != ("int", BITS) or scheme.activations is not None:
+    if (scheme.kind, scheme.bits, scheme.scales) != ("int", BITS, "plain") or scheme.activations is not None:
         return f"awq stores int4 weights with 16-bit inputs, not {scheme}"
     if site.block is None:
         return "the readers of awq expect linears outside of the blocks in 16 bits"
@@ -63,19 +63,31 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
     """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere."""
     stem = site.weight.removesuffix(".weight")
-    codes, zero_point = unsigned(site, quantized)
     return {
-        f"{stem}.qweight": _words(codes),
-        f"{stem}.qzeros": _words(zero_point),
+        f"{stem}.qweight": _words(byte_codes(site, quantized)),
+        f"{stem}.qzeros": _words(unsigned_zero_points(quantized)),
         f"{stem}.scales": quantized.scale.T.contiguous(),
     }
 
 
 def _words(values: torch.Tensor) -> torch.Tensor:
-    """Uint8 [out, n] as int32 [n, out / 8]."""
-    rows, count = values.shape
-    ordered = values.T.reshape(count, rows // PER_WORD, PER_WORD)[..., list(ORDER)]
-    return pack(ordered.reshape(count, rows), BITS)
+    """Codes [out, n] as int32 [n, out / 8], on the CPU; signed ones are stored plus 8.
+
+    Eight rows become a row of words, then some such rows are transposed together: so that words are moved, not codes.
+    """
+    import numpy as np
+    import torch
+
+    codes = values.cpu().contiguous().numpy()
+    flip = np.uint8(0x88 if codes.dtype == np.int8 else 0)
+    eights = codes.view(np.uint8).reshape(-1, PER_WORD, codes.shape[1])
+    words = np.empty((codes.shape[1], len(eights)), np.uint32)
+    for start in range(0, len(eights), WORD_ROWS):
+        rows = (eights[start : start + WORD_ROWS] & np.uint8(15)).transpose(1, 0, 2)
+        low = [(rows[ORDER[k]] | rows[ORDER[k + 1]] << np.uint8(4)) ^ flip for k in range(0, PER_WORD, 2)]
+        pairs = [low[k].astype(np.uint16) | low[k + 1].astype(np.uint16) << np.uint16(8) for k in (0, 2)]
+        words[:, start : start + WORD_ROWS] = (pairs[0] | pairs[1].astype(np.uint32) << np.uint32(16)).T
+    return torch.from_numpy(words.view(np.int32))
 
 
 def quantization_config(

@@ -14,6 +14,7 @@ from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.export.clients import client_facts
 from outlierq.ops.int8_split import THRESHOLD
 
 if TYPE_CHECKING:
@@ -33,18 +34,15 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
 
 def int8_obstacle(name: str, scheme: QuantScheme) -> str | None:
     """Why a format that means "int8 weights per row, int8 inputs per token" cannot hold the scheme."""
-    stored = (scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size, scheme.block)
-    if stored != ("int", 8, True, None, None) or scheme.activations not in (None, ActivationScheme()):
+    stored = (scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size, scheme.block, scheme.scales)
+    if stored != ("int", 8, True, None, None, "plain") or scheme.activations not in (None, ActivationScheme()):
         return f"{name} stores int8 symmetric per channel with int8 inputs per token, not {scheme}"
     return None
 
 
 def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Facts of 2026-11 (transformers 5.23, bitsandbytes 0.50)."""
-    return [
-        "transformers 5.23 with bitsandbytes 0.50: loads (inputs in int8, outlier columns found at run time)",
-        "vLLM 0.32: not tried",
-    ]
+    """Which programs load it, one line each."""
+    return client_facts("bitsandbytes", schemes)
 
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -11,37 +11,87 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import CacheScheme, QuantScheme
 
 if TYPE_CHECKING:
     import torch
 
+Fact = Mapping[str, Any]
+
+KERNEL_BLOCK = (128, 128)  # the only block that vLLM's kernels know
+
 
 @cache
 def table() -> dict[str, Any]:
-    """The content of data/clients.json."""
+    """The content of data/clients.json: per format and client version a list of facts, the first that fits counts.
+
+    A fact says `what` the client does `when` the named properties of a scheme (`_properties`, and those of all schemes
+    together in `_lines`) have one of the listed values.
+    """
     return json.loads((resources.files("outlierq") / "data" / "clients.json").read_text(encoding="utf-8"))
 
 
 def client_facts(form: str, schemes: Collection[QuantScheme]) -> list[str]:
     """One line per client: what it does with these schemes in the format, "not tried" where the table says nothing."""
-    clients = table()["formats"][form]
-    return [f"{name}: {'; '.join(_said(facts, schemes))}" for name, facts in clients.items()]
+    return _lines(table()["formats"][form], schemes)
 
 
-def _said(facts: list[dict[str, Any]], schemes: Collection[QuantScheme]) -> list[str]:
-    """The first fact that fits each scheme, without repetition."""
-    found = {}
-    for scheme in sorted(schemes, key=str):
-        fact = next((fact for fact in facts if _fits(fact.get("when", {}), scheme)), None)
-        found[fact["what"] if fact else f"{scheme}: not tried"] = True
-    return list(found) or ["loads"]
+def expert_facts(schemes: Collection[QuantScheme | None]) -> list[str]:
+    """The same for the experts of a mixture in compressed-tensors. schemes: of all their linears, None for 16 bits."""
+    return _lines(table()["experts"], schemes)
 
 
-def _fits(when: dict[str, Any], scheme: QuantScheme) -> bool:
-    """Whether a scheme has all the properties that a fact names."""
-    known = {"bits": scheme.bits, "symmetric": scheme.symmetric, "per_channel": scheme.group_size is None}
-    return all(known[key] in (value if isinstance(value, list) else [value]) for key, value in when.items())
+def cache_facts(cache: CacheScheme) -> list[str]:
+    """The same for the scales of the KV cache."""
+    known = {"per": cache.per}
+    return [f"{name}: {_first(facts, known)}" for name, facts in table()["kv_cache"].items()]
+
+
+def _lines(clients: Mapping[str, Sequence[Fact]], schemes: Collection[QuantScheme | None]) -> list[str]:
+    """One line per client with what it does with each scheme, without repetition; "loads" only where that is all."""
+    found = [scheme for scheme in schemes if scheme is not None]
+    together = {
+        "count": len(schemes),
+        "several": len(schemes) > 1,
+        "some_asymmetric": any(not scheme.symmetric for scheme in found),
+    }
+    lines = []
+    for name, facts in clients.items():
+        said = {}
+        for scheme in sorted(found, key=str):
+            said[_first(facts, together | _properties(scheme)) or f"{scheme}: not tried"] = True
+        notable = [what for what in said if what != "loads"]
+        if not found:  # only the cache is quantized, or nothing
+            notable = [_first(facts, together) or "loads"]
+        lines.append(f"{name}: {'; '.join(notable) or 'loads'}")
+    return lines
+
+
+def _first(facts: Sequence[Fact], known: Mapping[str, Any]) -> str | None:
+    """What the first fact says whose conditions all hold, None when there is none."""
+    for fact in facts:
+        conditions = fact.get("when", {}).items()
+        if all(known.get(key) in (value if isinstance(value, list) else [value]) for key, value in conditions):
+            return fact["what"].format_map(known)
+    return None
+
+
+def _properties(scheme: QuantScheme) -> dict[str, Any]:
+    """What a fact may ask of a scheme."""
+    inputs, block = scheme.activations, scheme.block
+    kinds = {None: "none", KERNEL_BLOCK: "128 x 128"}
+    return {
+        "kind": scheme.kind,
+        "numbers": scheme.numbers,
+        "bits": scheme.bits,
+        "symmetric": scheme.symmetric,
+        "per_channel": scheme.group_size is None,
+        "block": kinds.get(block, "other"),
+        "block_rows": block and block[0],
+        "block_columns": block and block[1],
+        "inputs": "none" if inputs is None else "fp8" if inputs.kind == "float" else f"int{inputs.bits}",
+        "dynamic": inputs and inputs.dynamic,
+    }
 
 
 def one_scheme(form: str, found: Collection[object], key: str) -> str | None:
@@ -52,15 +102,24 @@ def one_scheme(form: str, found: Collection[object], key: str) -> str | None:
     return f"{form} has one {key} for the whole model, and this plan has {shown}"
 
 
-def unsigned(site: LinearSite, quantized: QuantTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uint8 codes [out, in] and zero points [out, groups]: those of a symmetric weight are moved by 2^(bits - 1)."""
+def byte_codes(site: LinearSite, quantized: QuantTensor) -> torch.Tensor:
+    """Codes [out, in] of one byte: int8 where symmetric, uint8 with zero points, E4M3 of floats.
+
+    OutputError when the weight has outlier columns, for which a format has no place.
+    """
     import torch
 
     if quantized.outlier_columns is not None:
         raise OutputError(f"{site.module}: this format has no place for outlier columns")
+    if quantized.scheme.kind == "float":
+        return quantized.codes
+    return quantized.codes.to(torch.int8 if quantized.scheme.symmetric else torch.uint8)
+
+
+def unsigned_zero_points(quantized: QuantTensor) -> torch.Tensor:
+    """Uint8 [out, groups]: those of a symmetric weight, whose codes are stored plus 2^(bits - 1), are 2^(bits - 1)."""
+    import torch
+
     if quantized.zero_point is not None:
-        return quantized.codes.to(torch.uint8), quantized.zero_point.to(torch.uint8)
-    middle = 1 << (quantized.scheme.bits - 1)
-    # Wraps at 256: signed codes become unsigned.
-    codes = quantized.codes.to(torch.int8).view(torch.uint8) + middle
-    return codes, torch.full_like(quantized.scale, middle, dtype=torch.uint8)
+        return quantized.zero_point.to(torch.uint8)
+    return torch.full_like(quantized.scale, 1 << (quantized.scheme.bits - 1), dtype=torch.uint8)

@@ -20,6 +20,8 @@ def format_of(scheme: QuantScheme) -> str:
 
     Integers are packed into words where inputs stay in 16 bits; kernels for int8 inputs want plain int8 weights.
     """
+    if scheme.scales != "plain":
+        return {"two-level": "nvfp4-pack-quantized", "power-of-two": "mxfp4-pack-quantized"}[scheme.scales]
     if scheme.kind == "float":
         return "float-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
@@ -74,7 +76,12 @@ def _weights(scheme: QuantScheme) -> QuantizationArgs:
     """How weights are stored."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    if scheme.block is not None:
+    where: dict[str, Any]
+    if scheme.scales == "two-level":
+        where = {"strategy": "tensor_group", "group_size": scheme.group_size, "scale_dtype": "torch.float8_e4m3fn"}
+    elif scheme.scales == "power-of-two":
+        where = {"strategy": "group", "group_size": scheme.group_size, "scale_dtype": "torch.uint8"}
+    elif scheme.block is not None:
         where = {"strategy": "block", "block_structure": list(scheme.block)}
     elif scheme.group_size is not None:
         where = {"strategy": "group", "group_size": scheme.group_size}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.export.clients import client_facts
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,8 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
 
 
 def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Every client loads dense weights."""
-    return ["every client: loads (16-bit weights, not smaller)"]
+    """Which programs load it, one line each."""
+    return client_facts("dense", schemes)
 
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -31,8 +32,13 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
     return [(site.weight, SAFETENSORS_DTYPE[scheme.scale_dtype], shape)]
 
 
+def by_rows(site: LinearSite, scheme: QuantScheme) -> bool:
+    """Whether some rows of a linear can be encoded without the others."""
+    return not site.transposed
+
+
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The dequantized weight in its storage dtype."""
+    """The dequantized weight, or rows of it, in its storage dtype."""
     import torch
 
     dense = quantized.dequantize()

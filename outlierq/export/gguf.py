@@ -5,9 +5,11 @@
 | int4 symmetric | Q4_0 | f16 d, 32 nibbles q: d * (q - 8) | yes |
 | int4 asymmetric | Q4_1 | f16 d, f16 m, 32 nibbles q: d * q + m, m = -zero * d | up to the rounding of m to float16 |
 | int8 symmetric | Q8_0 | f16 d, 32 int8 q: d * q | yes |
+| int4 asymmetric, `scales: two-level` | Q4_K | see `_superblock` | yes |
+| mxfp4 | MXFP4 | u8 e, 32 nibbles q: 2^(e - 127) * E2M1(q) | yes |
 
-A larger group is written as several blocks with the same scale. The K-quants (Q4_K, ...) round scales to 6 bits beside
-a scale of scales; no grid of ours has such scales, so none is written. Weights that are not quantized keep their
+A larger group is written as several blocks with the same scale. Q4_K has superblocks of 256 columns: 6-bit scales and
+minima of 8 groups in units of two float16. Weights that are not quantized keep their
 dtype, vectors become float32. Llama's rotary embedding pairs neighbouring rows here and rows half a head apart in
 transformers, so the rows of its queries and keys are in another order.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +26,29 @@ from outlierq.core.errors import RecipeError
 from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.export.clients import client_facts, unsigned
-from outlierq.export.gguf_header import ARCHITECTURES, gguf_header
+from outlierq.export.clients import byte_codes, client_facts
+from outlierq.export.gguf_header import ARCHITECTURES, gguf_header, rope_factors
 from outlierq.export.layout import Layout, OutputTensor, Place
+from outlierq.ops.packing import e2m1_codes, interleave, pack_halves
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 BLOCK = 32
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-TYPES = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}
+SUPERBLOCK = 256
+# Columns of a block and its bytes.
+BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_K": (SUPERBLOCK, 144)}
+# By kind, bits, symmetry and scales.
+TYPES = {
+    ("int", 4, True, "plain"): "Q4_0",
+    ("int", 4, False, "plain"): "Q4_1",
+    ("int", 8, True, "plain"): "Q8_0",
+    ("int", 4, False, "two-level"): "Q4_K",
+    ("float", 4, True, "power-of-two"): "MXFP4",
+}
 FILE_NAME = "model.gguf"
+ROPE_FACTORS, HEADER = "rope_freqs.weight", "header"
 KEPT_FILES = ("LICENSE", "LICENCE", "NOTICE", "README")
 ALIGNMENT = 32
 # The rows of these are in ggml's rotary order where the architecture is "llama".
@@ -43,9 +57,9 @@ ROTATED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
 def ggml_type(scheme: QuantScheme) -> str | None:
     """The type that holds a scheme, None when there is none."""
-    groups = scheme.group_size is None or scheme.group_size % BLOCK == 0
-    plain = scheme.kind == "int" and scheme.activations is None and groups
-    return TYPES.get((scheme.bits, scheme.symmetric)) if plain else None
+    if scheme.activations is not None or (scheme.group_size is not None and scheme.group_size % BLOCK):
+        return None
+    return TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
 
 
 @dataclass(frozen=True)
@@ -55,16 +69,26 @@ class GgufFormat:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     SCALE_DTYPE = "float16"
+    NO_NEW_BIASES = "llama.cpp reads of most architectures only the biases that their models usually have"
 
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
         """Why this format cannot hold the site, or None when it can."""
         if site.kind != "Linear":
             return f"gguf is written for models of Linear layers only, this is a {site.kind}"
-        if ggml_type(scheme) is None:
-            return f"gguf stores int4, or int8 symmetric, with scales of 32 columns or a multiple of that, not {scheme}"
-        if site.in_features % BLOCK:
-            return f"gguf stores blocks of {BLOCK} columns, and {site.in_features} is no multiple of it"
+        kind = ggml_type(scheme)
+        if kind is None:
+            return f"gguf stores int4, int8 symmetric or mxfp4 with scales of 32 columns or a multiple, not {scheme}"
+        columns, _ = BLOCKS[kind]
+        if site.in_features % columns:
+            return f"gguf stores blocks of {columns} columns as {kind}, and {site.in_features} is no multiple of it"
         return None
+
+    def instead(self, site: LinearSite, scheme: QuantScheme) -> tuple[QuantScheme, str] | None:
+        """The nearest scheme for a width that Q4_K cannot have, and why; None where none is needed."""
+        if ggml_type(scheme) != "Q4_K" or not site.in_features % SUPERBLOCK:
+            return None
+        fault = f"{site.in_features} columns are not a multiple of {SUPERBLOCK}"
+        return replace(scheme, scales="plain"), f"plain scales (Q4_1): {fault}"
 
     def approximation(self, scheme: QuantScheme) -> str | None:
         """What the format rounds, None when it is exact."""
@@ -78,7 +102,8 @@ class GgufFormat:
 
     def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
         """One tensor of bytes: [out, bytes of a row]."""
-        row = site.in_features // BLOCK * BLOCK_BYTES[ggml_type(scheme)]
+        columns, nbytes = BLOCKS[ggml_type(scheme)]
+        row = site.in_features // columns * nbytes
         return [(gguf_name(site.weight), "U8", (site.out_features, row))]
 
     def plain_spec(self, info: TensorInfo) -> tuple[str, str, tuple[int, ...]]:
@@ -116,9 +141,17 @@ class GgufFormat:
         self, tensors: Sequence[OutputTensor], sites: Sequence[tuple[LinearSite, QuantScheme]], checkpoint: Checkpoint
     ) -> Layout:
         """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes."""
+        import numpy as np
+
         types = {gguf_name(site.weight): ggml_type(scheme) for site, scheme in sites}
-        header = gguf_header(checkpoint, [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in tensors])
-        places, offset = {}, len(header)
+        factors = np.array(rope_factors(checkpoint.config), "<f4")
+        own = [OutputTensor(ROPE_FACTORS, "F32", factors.shape, HEADER)] if factors.size else []
+        entries = [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in (*own, *tensors)]
+        header = gguf_header(checkpoint, entries)
+        # It depends on the config alone, so it is written with the header and belongs to no unit of work.
+        places = {tensor.name: Place(tensor, FILE_NAME, len(header)) for tensor in own}
+        header += factors.tobytes() + b"\0" * (-factors.nbytes % ALIGNMENT)
+        offset = len(header)
         for tensor in tensors:
             places[tensor.name] = Place(tensor, FILE_NAME, offset)
             offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
@@ -137,25 +170,48 @@ def encode_blocks(site: LinearSite, quantized: QuantTensor) -> torch.Tensor:
     """Uint8 [out, bytes of a row] in the order of the model's rows."""
     import torch
 
-    rows, columns = quantized.shape
-    kind, repeat = ggml_type(quantized.scheme), quantized.scheme.columns_per_group(columns) // BLOCK
-    scale = quantized.scale.repeat_interleave(repeat, 1)
-    parts = [_bytes(scale)]
-    if kind == "Q8_0":
-        return torch.cat([*parts, quantized.codes.view(rows, -1, BLOCK).view(torch.uint8)], -1).view(rows, -1)
-    codes, zero_point = unsigned(site, quantized)
-    if kind == "Q4_1":
-        low = -zero_point.repeat_interleave(repeat, 1).float() * scale.float()
-        parts.append(_bytes(low.to(torch.float16)))
-    halves = codes.view(rows, -1, 2, BLOCK // 2)
-    return torch.cat([*parts, halves[:, :, 0] | halves[:, :, 1] << 4], -1).view(rows, -1)
+    codes = byte_codes(site, quantized).cpu().contiguous().view(torch.uint8).numpy()
+    parts = (_superblock if ggml_type(quantized.scheme) == "Q4_K" else _block)(quantized, codes)
+    return torch.from_numpy(interleave(parts).reshape(len(quantized.codes), -1))
 
 
-def _bytes(values: torch.Tensor) -> torch.Tensor:
-    """Float16 [out, blocks] as bytes [out, blocks, 2]."""
+def _block(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
+    """The parts of all blocks of 32 columns, each [out, blocks, ...]."""
     import torch
 
-    return values.contiguous().view(torch.uint8).view(*values.shape, 2)
+    rows, columns = quantized.shape
+    kind, repeat = ggml_type(quantized.scheme), quantized.scheme.columns_per_group(columns) // BLOCK
+    scale = quantized.scale.cpu().repeat_interleave(repeat, 1)[..., None]
+    if kind == "Q8_0":
+        return [scale.numpy(), codes.reshape(rows, -1, BLOCK)]
+    parts = [scale.numpy()]
+    if kind == "Q4_1":
+        zero_point = quantized.zero_point.cpu().repeat_interleave(repeat, 1)[..., None]
+        parts.append((-zero_point.float() * scale.float()).to(torch.float16).numpy())
+    codes = e2m1_codes(codes) if kind == "MXFP4" else codes
+    flip = 8 if kind == "Q4_0" else 0  # signed codes are stored plus 8
+    return [*parts, pack_halves(codes, BLOCK // 2, flip).reshape(rows, -1, BLOCK // 2)]
+
+
+def _superblock(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
+    """The parts of all superblocks of Q4_K: f16 d and f16 m, 12 bytes of scales s and minima z, 128 bytes of codes q.
+
+    A weight is d * s * q - m * z. Scales and minima have 6 bits; bytes 0-3 and 4-7 hold those of groups 0 to 3, with
+    the upper two bits of those of groups 4 to 7 above them, whose lower four bits are in bytes 8-11, minima in the high
+    halves. Of the codes, 32 bytes hold a group in their low and the next in their high halves.
+    """
+    import numpy as np
+
+    rows, columns = quantized.shape
+    shape = (rows, columns // SUPERBLOCK)
+    scale, minimum = (part.cpu().numpy().reshape(*shape, 2, 4) for part in (quantized.scale, quantized.zero_point))
+    small = [
+        scale[:, :, 0] | scale[:, :, 1] >> 4 << 6,
+        minimum[:, :, 0] | minimum[:, :, 1] >> 4 << 6,
+        scale[:, :, 1] & 15 | minimum[:, :, 1] << 4,
+    ]
+    packed = pack_halves(codes, BLOCK).reshape(*shape, SUPERBLOCK // 2)
+    return [quantized.super_scale.cpu().numpy(), np.concatenate(small, -1), packed]
 
 
 def _rotated_rows(rows: int, heads: int) -> torch.Tensor:

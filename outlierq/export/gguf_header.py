@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from math import pi
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 ALIGNMENT = 32
+PACKED = ("Q", "MX")  # how the names of packed ggml types begin
+# What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
+FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "MXFP4": "MOSTLY_MXFP4_MOE"}
 ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
 
 HeaderEntry = tuple[str, str, tuple[int, ...], int]
@@ -43,7 +47,7 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> bytes
         _add_model(writer, checkpoint, tensors)
         _add_tokenizer(writer, checkpoint)
         for name, kind, shape, nbytes in tensors:
-            quantized = kind.startswith("Q")
+            quantized = kind.startswith(PACKED)
             given = np.uint8 if quantized else np.float32  # of bytes, gguf tells the logical shape from the type
             writer.add_tensor_info(name, shape, np.dtype(given), nbytes, GGMLQuantizationType[kind])
         writer.write_header_to_file()
@@ -63,11 +67,10 @@ def _check_model(checkpoint: Checkpoint) -> None:
             f"GGUF files are written for {', '.join(ARCHITECTURES)} models; {checkpoint.source} is a {kind}",
             hint=ELSEWHERE,
         )
-    rope = _rope(config)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if _rope_type(config) not in ("default", "linear", "llama3"):
         raise SourceError(
-            f"{checkpoint.source} scales its rotary embedding ({rope.get('rope_type', rope.get('type'))}), which is "
-            "not written into GGUF files here",
+            f"{checkpoint.source} scales its rotary embedding ({_rope_type(config)}), which is not written into GGUF "
+            "files here",
             hint=ELSEWHERE,
         )
     if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
@@ -85,9 +88,36 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
+def _rope_type(config: Mapping[str, Any]) -> str:
+    """How the rotary embedding is scaled; "default" is not at all."""
+    rope = _rope(config)
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def rope_factors(config: Mapping[str, Any]) -> list[float]:
+    """By what Llama 3 divides each rotary frequency, [head dimension / 2]; empty where the model is no such one.
+
+    A wave that turns at least `high_freq_factor` times in the original context stays, one that turns less than
+    `low_freq_factor` times is made `factor` times longer; between, the frequency is a mean of both, by number of turns.
+    llama.cpp reads them from the tensor rope_freqs.weight.
+    """
+    if _rope_type(config) != "llama3":
+        return []
+    rope = _rope(config)
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    found = []
+    for index in range(0, size, 2):
+        turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        found.append(1 / (kept + (1 - kept) / factor))
+    return found
+
+
 def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
     """Sizes and constants of the architecture."""
-    from gguf import LlamaFileType
+    from gguf import LlamaFileType, RopeScalingType
 
     config = checkpoint.config
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -104,17 +134,19 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_rope_freq_base(float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0))
     writer.add_rope_dimension_count(head_dim)
+    if _rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(_rope(config)["factor"]))
     writer.add_vocab_size(config["vocab_size"])
     if head_dim != hidden // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    names = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0", "BF16": "MOSTLY_BF16"}
     bytes_of: dict[str, int] = {}
     for _, kind, _, nbytes in tensors:
         bytes_of[kind] = bytes_of.get(kind, 0) + nbytes
-    packed = [kind for kind in bytes_of if kind.startswith("Q")]
+    packed = [kind for kind in bytes_of if kind.startswith(PACKED)]
     most = max(packed or bytes_of, key=lambda kind: bytes_of[kind])
-    writer.add_file_type(LlamaFileType[names.get(most, "MOSTLY_F16" if most == "F16" else "ALL_F32")])
+    writer.add_file_type(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
 
 
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.export.clients import client_facts, one_scheme, unsigned
+from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
 from outlierq.ops.packing import WORD, pack
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
     """Why this format cannot hold the site, or None when it can."""
     if site.kind != "Linear":
         return f"gptq is written for Linear layers only, this is a {site.kind}"
-    if scheme.kind != "int" or scheme.bits not in WIDTHS or scheme.activations is not None:
+    if (scheme.kind, scheme.scales) != ("int", "plain") or scheme.bits not in WIDTHS or scheme.activations is not None:
         return f"gptq stores int weights of 2, 3, 4 or 8 bits with 16-bit inputs, not {scheme}"
     for name, count in (("columns", site.in_features), ("output rows", site.out_features)):
         if count * scheme.bits % WORD:
@@ -70,17 +70,17 @@ def encode(site: LinearSite, quantized: QuantTensor, *, version: int = 1) -> dic
     import torch
 
     stem, bits = site.weight.removesuffix(".weight"), quantized.scheme.bits
-    codes, zero_point = unsigned(site, quantized)
-    zeros = pack(zero_point.T.clone(memory_format=torch.contiguous_format), bits)
+    codes = byte_codes(site, quantized)
+    zeros = pack(unsigned_zero_points(quantized).T, bits)
     if version == 1:
-        ones = torch.ones(1, site.out_features, dtype=torch.uint8, device=codes.device)
+        ones = torch.ones(1, site.out_features, dtype=torch.uint8)
         zeros = zeros - pack(ones, bits)  # int32 wraps, as the readers' addition does
     width = quantized.scheme.columns_per_group(site.in_features)
     return {
         f"{stem}.qweight": pack(codes, bits).T.contiguous(),
         f"{stem}.qzeros": zeros,
         f"{stem}.scales": quantized.scale.T.contiguous(),
-        f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32, device=codes.device) // width,
+        f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32) // width,
     }
 
 

@@ -16,6 +16,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.bitsandbytes import int8_obstacle
+from outlierq.export.clients import client_facts
 from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
 from outlierq.ops.int8_split import column_budget
 
@@ -31,11 +32,8 @@ def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
 
 
 def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """What runs it, said plainly."""
-    return [
-        "outlierq: runs it (`outlierq eval`, reference speed)",
-        "every other client: does not load it; use recipe llm-int8 for transformers with bitsandbytes",
-    ]
+    """Which programs load it, one line each."""
+    return client_facts("outlierq-split", schemes)
 
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:

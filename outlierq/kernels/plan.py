@@ -54,7 +54,7 @@ def check_memory(**tensors: torch.Tensor | None) -> None:
     present = {name: t for name, t in tensors.items() if t is not None}
     devices = {name: str(t.device) for name, t in present.items()}
     if len(set(devices.values())) > 1:
-        raise KernelError(f"tensors lie on different devices: {devices}")
+        raise KernelError(f"tensors lie on different devices: {devices}; got {shapes(**present)}")
     for name, t in present.items():
         if t.numel() == 0:
             continue

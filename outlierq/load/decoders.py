@@ -86,6 +86,13 @@ def _awq_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start
     return awq_rows(stored, scheme, shape, start, stop)
 
 
+def _e2m1_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
+    """compressed-tensors `nvfp4-pack-quantized` and `mxfp4-pack-quantized`."""
+    from outlierq.load.e2m1 import e2m1_rows
+
+    return e2m1_rows(stored, scheme, shape, start, stop)
+
+
 def _gguf_rows(stored: Stored, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """The blocks of a GGUF file."""
     from outlierq.load.gguf_blocks import gguf_rows
@@ -134,6 +141,7 @@ RowDecoder = Callable[[Stored, QuantScheme, tuple[int, int], int, int], "QuantTe
 # By the tensors that a format cannot do without; the first that fits is taken, so the most particular comes first.
 ROW_DECODERS: tuple[tuple[frozenset[str], RowDecoder], ...] = (
     (frozenset({"weight_packed", "weight_scale", "weight_shape"}), _pack_quantized_rows),
+    (frozenset({"weight_packed", "weight_scale"}), _e2m1_rows),
     (frozenset({"qweight", "qzeros", "scales", "g_idx"}), _gptq_rows),
     (frozenset({"qweight", "qzeros", "scales"}), _awq_rows),
     (frozenset({"weight", "heads"}), _gguf_rows),
@@ -213,7 +221,7 @@ def decode_float_quantized(
     """
     import numpy as np
 
-    values = e4m3_values()[_bytes(weight)]
+    values = e4m3_values()[as_bytes_array(weight)]
     if not np.isfinite(values).all():
         raise SourceError("float-quantized weights hold a NaN")
     scale = _floats(weight_scale)
@@ -245,15 +253,15 @@ def e4m3_values() -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _bytes(weight: Any) -> np.ndarray:
-    """The bytes of float8 numbers; numpy knows no float8, so torch views them."""
+def as_bytes_array(weight: Any) -> np.ndarray:
+    """Numbers of one byte as their bytes; numpy knows no float8, so torch views them."""
     import numpy as np
 
     if hasattr(weight, "detach"):
         import torch
 
         if weight.element_size() != 1:
-            raise SourceError(f"E4M3 numbers are bytes, found {weight.dtype}")
+            raise SourceError(f"float8 numbers are bytes, found {weight.dtype}")
         weight = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     return np.asarray(weight, np.uint8)
 

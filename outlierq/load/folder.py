@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.core.untrusted import LARGEST_JSON, json_object
 from outlierq.load.fingerprint import fingerprint
-from outlierq.load.shards import AGAIN, DTYPES, StoredTensor, lookup, read_header, read_rows, read_stored, sample
+from outlierq.load.shards import (
+    AGAIN,
+    DTYPES,
+    StoredTensor,
+    lookup,
+    open_plain,
+    read_header,
+    read_rows,
+    read_some_rows,
+    read_stored,
+    sample,
+)
 from outlierq.load.unchanged import stamps_of
 
 if TYPE_CHECKING:
@@ -43,6 +54,9 @@ LARGEST_CONFIG = 10_000_000  # bytes; real ones have a few thousand
 
 FLOATS = ("float32", "float16", "bfloat16")
 
+# Every tensor of the weight file with this name.
+HeaderReader = Callable[[str], dict[str, StoredTensor]]
+
 
 class FolderCheckpoint:
     """A folder in Hugging Face layout. Satisfies `outlierq.core.model.Checkpoint`.
@@ -58,7 +72,7 @@ class FolderCheckpoint:
         self.source = source or str(path)
         self._config_bytes = _config_bytes(path)
         self.config: dict[str, Any] = json_object(self._config_bytes, "config.json", SourceError, hint=AGAIN)
-        self._stored = _stored_tensors(path)
+        self._stored = _stored_tensors(path, self._names(), self._header)
         self.stamps = stamps_of(self.weight_files)
         self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
         self.dtype = _dtype(self.config, self.tensors.values())
@@ -85,11 +99,27 @@ class FolderCheckpoint:
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors; each shard is opened once."""
-        return dict(read_stored(self._stored, names))
+        return dict(read_stored(self._stored, names, self._open))
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
         """The tensor `count` rows at a time; a piece is valid until the next is asked for."""
-        return read_rows(lookup(self._stored, name), count)
+        return read_rows(lookup(self._stored, name), count, self._open)
+
+    def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
+        """Some rows of the tensor, in the given order."""
+        return read_some_rows(lookup(self._stored, name), rows, self._open)
+
+    def _names(self) -> Collection[str]:
+        """The files that there are."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def _header(self, name: str) -> dict[str, StoredTensor]:
+        """Every tensor of one weight file."""
+        return read_header(_regular(self.path, name))
+
+    def _open(self, path: Path) -> BinaryIO:
+        """A weight file, to read tensors from."""
+        return open_plain(path)
 
     def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
         found = sorted((lookup(self._stored, name) for name in names), key=lambda stored: (stored.path, stored.start))
@@ -159,21 +189,21 @@ def _carried(name: str) -> bool:
     )
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder. One file wins over an index, as in transformers."""
-    if (folder / SINGLE).exists():
-        return read_header(_regular(folder, SINGLE))
-    if (folder / INDEX).exists():
-        return _indexed(folder)
-    lone = sorted(entry.name for entry in folder.glob("*.safetensors"))
+def _stored_tensors(folder: Path, names: Collection[str], header: HeaderReader) -> dict[str, StoredTensor]:
+    """Every tensor of the folder. One file wins over an index, as in transformers. names: the files that there are."""
+    if SINGLE in names:
+        return header(SINGLE)
+    if INDEX in names:
+        return _indexed(folder, names, header)
+    lone = sorted(name for name in names if name.endswith(".safetensors"))
     if len(lone) == 1 and not lone[0].startswith("adapter"):
-        return read_header(_regular(folder, lone[0]))
+        return header(lone[0])
     if lone:
         raise SourceError(
             f"{folder} holds {len(lone)} safetensors files ({', '.join(lone[:3])}) but no {INDEX} to say which belong",
             hint="restore the index, or merge an adapter into its base model",
         )
-    raise _no_weights(folder)
+    raise _no_weights(folder, names)
 
 
 def _regular(folder: Path, name: str) -> Path:
@@ -184,9 +214,9 @@ def _regular(folder: Path, name: str) -> Path:
     return path
 
 
-def _no_weights(folder: Path) -> SourceError:
+def _no_weights(folder: Path, names: Collection[str]) -> SourceError:
     """The refusal of a folder without safetensors."""
-    pickles = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         return pickle_refusal(pickles[0])
     return SourceError(f"{folder} has a config.json but no weights ({SINGLE} or {INDEX})", hint=_folder_hint(folder))
@@ -200,17 +230,17 @@ def pickle_refusal(name: str) -> SourceError:
     )
 
 
-def _indexed(folder: Path) -> dict[str, StoredTensor]:
+def _indexed(folder: Path, names: Collection[str], header: HeaderReader) -> dict[str, StoredTensor]:
     """The tensors of all shards, with the index held against what the shards say themselves."""
     weight_map = _weight_map(folder)
     stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         path = inside(folder, shard)
-        if not path.is_file():
+        if shard not in names and not path.is_file():
             raise SourceError(f"{INDEX} names {shard}, which is not in {folder}", hint="download the missing shard")
-        for name, tensor in read_header(path).items():
+        for name, tensor in header(shard).items():
             if name in stored:
-                raise SourceError(f"tensor {name} is in two shards: {stored[name].path.name} and {path.name}")
+                raise SourceError(f"tensor {name} is in two shards: {stored[name].path.name} and {shard}")
             if weight_map.get(name) != shard:
                 said = weight_map.get(name)
                 told = f"the index puts it into {said}" if said else "the index does not name it"

@@ -19,6 +19,7 @@ from outlierq.load.decoders import (
     decode_rows,
 )
 from outlierq.load.described import check_described, check_member, fits
+from outlierq.load.e2m1 import decode_e2m1
 from outlierq.load.shards import lookup
 
 if TYPE_CHECKING:
@@ -33,7 +34,22 @@ KEY_SCALE, VALUE_SCALE = ".k_scale", ".v_scale"
 # Everything that a format stores for one weight and for its input. The first one holds the codes.
 PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
-MEMBERS = {"pack-quantized": PACKED_MEMBERS, "int-quantized": BYTE_MEMBERS, "float-quantized": BYTE_MEMBERS}
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+MEMBERS = {
+    "pack-quantized": PACKED_MEMBERS,
+    "int-quantized": BYTE_MEMBERS,
+    "float-quantized": BYTE_MEMBERS,
+    NVFP4: ("weight_packed", "weight_scale", "weight_global_scale"),
+    MXFP4: ("weight_packed", "weight_scale"),
+}
+SCALES = {NVFP4: "two-level", MXFP4: "power-of-two"}
+# What their parts may be, where that is not what the other forms have under the same name.
+FLOAT4_ROLES = {
+    (NVFP4, "weight_packed"): "weight_packed of 4-bit floats",
+    (MXFP4, "weight_packed"): "weight_packed of 4-bit floats",
+    (NVFP4, "weight_scale"): "weight_scale of nvfp4",
+    (MXFP4, "weight_scale"): "weight_scale of mxfp4",
+}
 
 # Rotations at these places are already inside the stored weights; others would have to run with the model.
 FUSED = ("weight_input", "weight_output")
@@ -152,16 +168,19 @@ class UnpackedCheckpoint:
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
         parts = {role: self._packed.read(stored) for role, stored in weight.members.items()}
-        scale_dtype = str(parts["weight_scale"].dtype).removeprefix("torch.")
+        scale_dtype = self.dtype if weight.form in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
         scheme = QuantScheme(
             weight.bits,
             weight.group_size,
             weight.symmetric,
             scale_dtype,
-            kind="float" if weight.form == "float-quantized" else "int",
+            kind="int" if weight.form in ("pack-quantized", "int-quantized") else "float",
             block=weight.block,
             activations=weight.inputs,
+            scales=SCALES.get(weight.form, "plain"),
         )
+        if weight.form in SCALES:
+            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         scale, wanted = parts["weight_scale"], scheme.scale_shape(*weight.shape)
         if scale.numel() == 1:
             parts["weight_scale"] = scale = scale.reshape(1, 1).expand(wanted).contiguous()
@@ -195,6 +214,8 @@ class UnpackedCheckpoint:
 
 def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
     """Float32 [out, in] by the decoder of the format."""
+    if weight.form in SCALES:
+        return decode_e2m1(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
     if weight.form == "int-quantized":
         return decode_int_quantized(parts["weight"], parts["weight_scale"])
     if weight.form == "float-quantized":
@@ -303,15 +324,20 @@ def _packed(
     members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
     needed = [MEMBERS[form][0], "weight_scale"]
     needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
+    needed += ["weight_global_scale"] if form == NVFP4 else []
     needed += ["input_scale"] if inputs is not None and not inputs.dynamic else []
     for role in needed:
         if role not in members:
             raise SourceError(f"{checkpoint.source} has no {module}.{role}")
     for role, name in members.items():
-        check_member(checkpoint.tensors[name], role)
-    size = weights.get("group_size") if weights.get("strategy") == "group" else None
-    if weights.get("strategy") == "group" and (size is None or size < 1):
+        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((form, role), role))
+    in_groups = weights.get("strategy") in ("group", "tensor_group")
+    size = weights.get("group_size") if in_groups else None
+    if in_groups and (size is None or size < 1):
         raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
+    if form in SCALES:
+        rows, pairs = checkpoint.tensors[members["weight_packed"]].shape
+        shape = rows, 2 * pairs
     shape = shape or checkpoint.tensors[members["weight"]].shape
     if len(shape) != 2 or min(shape) < 1:
         raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")

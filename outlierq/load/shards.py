@@ -6,8 +6,9 @@ block by block would then slowly fill the memory. Here a tensor is one `readinto
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -49,6 +50,9 @@ MOST_DIMENSIONS, LARGEST_SIZE = 64, 1 << 63
 
 AGAIN = "download or copy the file again"
 
+# Opens a weight file without a buffer of its own; a file that is not here yet is fetched first.
+Opener = Callable[[Path], BinaryIO]
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -65,31 +69,35 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     SourceError when the file is shorter than its header says, or the header contradicts itself.
     """
     try:
-        size = path.stat().st_size
-        header, begin = _parse(path, size)
+        with path.open("rb") as file:
+            return parse_header(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise SourceError(f"{path.name} cannot be read: {error.strerror or error}") from error
+
+
+def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, StoredTensor]:
+    """The same from an open file, of which no more than the header is read. size: bytes of the whole file."""
+    header, begin = _parse(path, file, size)
     header.pop("__metadata__", None)
     spans = sorted((_span(path, name, entry) for name, entry in header.items()), key=lambda span: span[:2])
     _check_layout(path, [(first, last, info.name) for first, last, info in spans], size - begin)
     return {info.name: StoredTensor(info, path, begin + first) for first, _, info in spans}
 
 
-def _parse(path: Path, size: int) -> tuple[dict[str, Any], int]:
+def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header's JSON and the offset at which tensor bytes begin."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise SourceError(f"{path.name} holds {size} bytes, too few for a safetensors file", hint=AGAIN)
-        length = int.from_bytes(prefix, "little")
-        if length > LARGEST_HEADER:
-            raise SourceError(
-                f"{path.name} is not a safetensors file: its header would be {length} bytes long",
-                hint="a Git LFS pointer or a web page saved by mistake looks like this; " + AGAIN,
-            )
-        if 8 + length > size:
-            raise SourceError(f"{path.name} is cut off: header of {length} bytes, file of {size} bytes", hint=AGAIN)
-        text = file.read(length)
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise SourceError(f"{path.name} holds {size} bytes, too few for a safetensors file", hint=AGAIN)
+    length = int.from_bytes(prefix, "little")
+    if length > LARGEST_HEADER:
+        raise SourceError(
+            f"{path.name} is not a safetensors file: its header would be {length} bytes long",
+            hint="a Git LFS pointer or a web page saved by mistake looks like this; " + AGAIN,
+        )
+    if 8 + length > size:
+        raise SourceError(f"{path.name} is cut off: header of {length} bytes, file of {size} bytes", hint=AGAIN)
+    text = file.read(length)
     name = f"the header of {path.name}"
     return json_object(text, name, SourceError, hint=AGAIN, pairs=lambda pairs: _no_repeats(path, pairs)), 8 + length
 
@@ -151,19 +159,26 @@ def _check_layout(path: Path, spans: list[tuple[int, int, str]], available: int)
         raise SourceError(f"{path.name} holds {available - end} bytes after its last tensor", hint=AGAIN)
 
 
-def read_stored(tensors: dict[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def open_plain(path: Path) -> BinaryIO:
+    """The file as it lies on this machine."""
+    return path.open("rb", buffering=0)
+
+
+def read_stored(
+    tensors: dict[str, StoredTensor], names: Iterable[str], opened: Opener = open_plain
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) for each name, grouped by file so that each file is opened once."""
     wanted: dict[Path, list[StoredTensor]] = {}
     for name in names:
         stored = lookup(tensors, name)
         wanted.setdefault(stored.path, []).append(stored)
     for path, group in wanted.items():
-        with reading(path), path.open("rb", buffering=0) as file:
+        with reading(path), opened(path) as file:
             for stored in sorted(group, key=lambda stored: stored.start):
                 yield stored.info.name, _read_one(file, stored)
 
 
-def read_rows(stored: StoredTensor, count: int) -> Iterator[torch.Tensor]:
+def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> Iterator[torch.Tensor]:
     """A tensor `count` rows at a time, in one buffer: a piece is valid until the next is asked for.
 
     Fresh memory for every tensor would cost more than reading it: the system clears each page before it is filled.
@@ -173,12 +188,27 @@ def read_rows(stored: StoredTensor, count: int) -> Iterator[torch.Tensor]:
     rows = stored.info.shape[0]
     row_bytes = stored.info.nbytes // max(1, rows)
     raw = torch.empty(min(count, rows) * row_bytes, dtype=torch.uint8)
-    with reading(stored.path), stored.path.open("rb", buffering=0) as file:
+    with reading(stored.path), opened(stored.path) as file:
         for first in range(0, rows, count):
             part = raw[: min(count, rows - first) * row_bytes]
             start = stored.start + first * row_bytes
             read_exactly(file, start, memoryview(part.numpy()), stored.info.name, stored.path)
             yield part.view(torch_dtype(stored.info.dtype)).view(-1, *stored.info.shape[1:])
+
+
+def read_some_rows(stored: StoredTensor, rows: Iterable[int], opened: Opener = open_plain) -> torch.Tensor:
+    """Some rows of a tensor, in the given order, in fresh memory."""
+    import torch
+
+    chosen, shape = list(rows), stored.info.shape
+    row_bytes = stored.info.nbytes // max(1, shape[0])
+    raw = torch.empty(len(chosen) * row_bytes, dtype=torch.uint8)
+    memory = memoryview(raw.numpy())
+    with reading(stored.path), opened(stored.path) as file:
+        for place, row in enumerate(chosen):
+            target = memory[place * row_bytes : (place + 1) * row_bytes]
+            read_exactly(file, stored.start + row * row_bytes, target, stored.info.name, stored.path)
+    return raw.view(torch_dtype(stored.info.dtype)).view(len(chosen), *shape[1:])
 
 
 def lookup(tensors: dict[str, Any], name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from outlierq.load.folder import PICKLES, FolderCheckpoint, pickle_refusal
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.core.model import Checkpoint
+    from outlierq.core.model import Checkpoint, Structure
+    from outlierq.load.streamed import StreamedCheckpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,7 +32,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
         checkpoint = FolderCheckpoint(path, source=source)
     elif path.is_file():
         checkpoint = _open_file(path, source)
-    elif _is_hub_id(source):
+    elif is_hub_id(source):
         from outlierq.load.hub import snapshot
 
         folder, commit = snapshot(source, revision, trust_remote_code=trust_remote_code)
@@ -41,6 +42,51 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
     if not trust_remote_code:
         _refuse_remote_code(checkpoint)
     return checkpoint
+
+
+def stream_checkpoint(
+    source: str,
+    shards: Path | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    restart: bool = False,
+) -> StreamedCheckpoint:
+    """The checkpoint of a Hub id, whose weights come through the folder `shards` when they are read, and go again.
+
+    shards None: for headers alone. restart: forget the commit of a run that was stopped. SourceError as above.
+    """
+    if not is_hub_id(source):
+        raise SourceError(f"{source} is no Hub id, so there is nothing to stream", hint="leave --stream-from-hub out")
+    from outlierq.load.streamed import open_streamed
+
+    checkpoint = open_streamed(source, revision, shards, trust_remote_code=trust_remote_code, restart=restart)
+    if not trust_remote_code:
+        _refuse_remote_code(checkpoint)
+    return checkpoint
+
+
+def make_room(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    fetching: Callable[[int, int, str], None],
+    *,
+    together: bool = False,
+) -> None:
+    """Tell a source whose shards come and go which blocks belong together; nothing for others.
+
+    fetching: is told of every shard that is fetched: how many were before, of how many, and its name. together: several
+    blocks are worked on at a time.
+    """
+    if hasattr(checkpoint, "make_room"):
+        checkpoint.make_room(structure, checkpoint.most_threads if together else 1, fetching)
+
+
+def drop_shards(checkpoint: Checkpoint) -> None:
+    """Remove the shards of such a source, which hardly needs them any more; nothing for others."""
+    store = getattr(checkpoint, "store", None)
+    if store is not None:
+        store.clear()
 
 
 def rows_of(checkpoint: Checkpoint, name: str, count: int) -> Iterator[torch.Tensor]:
@@ -65,9 +111,11 @@ def _open_file(path: Path, source: str) -> Checkpoint:
     raise SourceError(f"{source} is neither a GGUF file nor a folder", hint="give a folder, a .gguf file or a Hub id")
 
 
-def _is_hub_id(source: str) -> bool:
-    """Whether this can be a Hub id: owner/name, and not a path whose parent folder exists here."""
-    return bool(HUB_ID.fullmatch(source)) and not Path(source).parent.is_dir() and not source.endswith(".gguf")
+def is_hub_id(source: str) -> bool:
+    """Whether this can only be a Hub id: owner/name, no path that exists, and none whose parent folder exists."""
+    path = Path(source).expanduser()
+    is_path = path.exists() or path.parent.is_dir() or source.endswith(".gguf")
+    return bool(HUB_ID.fullmatch(source)) and not is_path
 
 
 def _missing(source: str, path: Path) -> SourceError:

@@ -26,7 +26,12 @@ def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor
 def dynamic_scale(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     """Scale that just holds the largest value: of each last dimension (token, group), or of everything (tensor)."""
     largest = x.abs().amax() if scheme.per == "tensor" else x.abs().amax(-1, keepdim=True)
-    return torch.where(largest > 0, largest / scheme.code_max, torch.ones_like(largest))
+    return scale_that_holds(largest, scheme)
+
+
+def scale_that_holds(largest: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
+    """The scale for these largest |x|; 1 where they are 0."""
+    return torch.where(largest > 0, largest / scheme.code_max, 1.0)
 
 
 def round_to_grid(x: torch.Tensor, scale: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:

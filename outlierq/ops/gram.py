@@ -19,5 +19,12 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """The full symmetric matrix of one whose upper half is known."""
-    return total.triu() + total.triu(1).T
+    """The matrix itself, its lower half filled in place from the upper one, which is known."""
+    width = total.shape[0]
+    for i in range(0, width, TILE):
+        rows = slice(i, i + TILE)
+        corner = total[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        for j in range(i + TILE, width, TILE):
+            total[j : j + TILE, rows] = total[rows, j : j + TILE].T
+    return total

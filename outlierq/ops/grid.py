@@ -1,4 +1,4 @@
-"""Grids of integers or of E4M3 floats: scales, zero points and rounding, defined once for every method.
+"""Grids of integers, of E4M3 or of E2M1 floats: scales, zero points and rounding, defined once for every method.
 
 A scheme with two-dimensional blocks is handled as groups of columns whose scale is the same in all rows of a block, so
 that every method works with it; `over_blocks` is what makes the rows of a block agree.
@@ -12,7 +12,14 @@ import torch
 
 from outlierq.core.errors import NumbersError
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import FP4_MAX, FP8_MAX, QuantScheme
+
+# Two-level scales. Integers: 8 groups share a unit, of which a scale or minimum is up to 63.
+UNIT_GROUPS, LARGEST_SMALL = 8, 63
+SMALLEST_E4M3 = 2.0**-9
+# The divisor of E4M3 scales, and the largest magnitudes of weights that it serves: scales stay under 448, and normal
+# (from 2^-6) down to groups that are 100 times smaller than the rest.
+USUAL_UNIT, USUAL_WEIGHTS = 1024.0, (0.01, FP4_MAX * FP8_MAX / 1024)
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,18 @@ class Grid:
     """One scale and zero point per (row, group). scale: [out, groups] float32, already rounded to the storage dtype.
 
     zero_point: [out, groups] float32 integers, or None when the scheme is symmetric. With blocks, the rows of a block
-    hold the same scale.
+    hold the same scale. units: of two-level scales, else None; they are chosen once from the weight and stay. Float32
+    [1] or [out, groups / 8, 2], see `QuantTensor.super_scale`; zero points are then minimum / scale, and no integers.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     scheme: QuantScheme
+    units: torch.Tensor | None = None
+
+    def with_scale(self, scale: torch.Tensor) -> Grid:
+        """A grid with another scale [out, groups], rounded to what can be stored."""
+        return storable(scale, self.zero_point, self.scheme, self.units)
 
     def encode(self, grouped: torch.Tensor) -> torch.Tensor:
         """Float32 codes of `grouped` [out, groups, columns]: nearest code, clamped to the range."""
@@ -58,13 +71,28 @@ class Grid:
 
 def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme) -> torch.Tensor:
     """The code nearest to `ratio` = weight / scale, in float32 and in place: round to even, saturate at the range."""
+    if scheme.kind == "float" and scheme.bits == 4:
+        return nearest_e2m1(ratio)
     if scheme.kind == "float":
         # Clamped first: the cast has no infinity to saturate to, it would give NaN.
         return ratio.copy_(ratio.clamp_(scheme.code_min, scheme.code_max).to(torch.float8_e4m3fn))
+    if scheme.scales == "two-level":
+        return ratio.add_(zero_point).round_().clamp_(scheme.code_min, scheme.code_max)  # zero points are no integers
     ratio.round_()
     if zero_point is not None:
         ratio.add_(zero_point)
     return ratio.clamp_(scheme.code_min, scheme.code_max)
+
+
+def nearest_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """`x` rounded in place to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 of either sign, ties to the even mantissa, saturating.
+
+    E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3: steps of 0.5 below 2, of 1 below 4, of 2.
+    """
+    x.clamp_(-FP4_MAX, FP4_MAX)
+    size = x.abs()
+    step = (size >= 2).float().mul_(0.5).add_(0.5).add_(size >= 4)
+    return x.div_(step).round_().mul_(step)
 
 
 def in_groups(w: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
@@ -108,22 +136,88 @@ def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
+def storable(
+    scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme, units: torch.Tensor | None = None
+) -> Grid:
+    """The grid whose scale is the nearest one to `scale` that the scheme can store. units: of two-level scales.
+
+    zero_point: integers, or any numbers with two-level minima, which are then rounded, too.
+    """
+    if scheme.scales == "plain":
+        return Grid(stored(scale, scheme), zero_point, scheme)
+    if scheme.scales == "power-of-two":
+        return Grid(power_of_two(scale, up_from=0.5**0.5), None, scheme)
+    if zero_point is None:
+        whole = (scale * units).clamp(SMALLEST_E4M3, FP8_MAX).to(torch.float8_e4m3fn).float()
+        return Grid(whole / units, None, scheme, units)
+    unit, unit_of_minima = units.repeat_interleave(UNIT_GROUPS, 1).unbind(-1)
+    whole = (scale / unit).round_().clamp_(1, LARGEST_SMALL)
+    minimum = (zero_point * scale / unit_of_minima).round_().clamp_(0, LARGEST_SMALL).mul_(unit_of_minima)
+    whole.mul_(unit)
+    return Grid(whole, minimum / whole, scheme, units)
+
+
+def power_of_two(scale: torch.Tensor, *, up_from: float) -> torch.Tensor:
+    """2^e with `scale` = m * 2^e, 0.5 < m <= 1, or 2^(e - 1) where m is less than `up_from`; 1 where `scale` is 0.
+
+    up_from 0.5 gives the power above, sqrt(0.5) the nearest by ratio. E8M0 has the exponents -127 to 127.
+    """
+    mantissa, exponent = torch.frexp(scale.clamp(min=0))
+    exponent = torch.where(mantissa <= max(up_from, 0.5), exponent - 1, exponent).clamp(-127, 127)
+    return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), torch.ones_like(scale))
+
+
+def float_unit(largest: torch.Tensor) -> torch.Tensor:
+    """[1] float32: by what the E4M3 scales of a weight are divided. largest: of all its magnitudes.
+
+    A power of two, so that every weight is exact in bfloat16: E2M1 x E4M3 has 6 significant bits. Nearly always 1024,
+    whatever the weight: clients that fuse linears (q, k, v; gate, up) want one for all of them. Others only where a
+    scale would leave the range of E4M3 above, or most of them its normal numbers below.
+    """
+    value = largest.item()
+    if value == 0 or USUAL_WEIGHTS[0] <= value <= USUAL_WEIGHTS[1]:
+        return largest.new_full((1,), USUAL_UNIT)
+    return power_of_two(FP4_MAX * FP8_MAX / largest, up_from=1.0).reshape(1)
+
+
+def row_units(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """[out, groups / 8, 2] float32: units in which the largest scale and the lowest minimum of 8 groups are 63.
+
+    scale, low: [out, groups]. As stored: float16, 1 where all are zero.
+    """
+    each = torch.stack([scale, -low], -1).unflatten(1, (-1, UNIT_GROUPS)).amax(2) / LARGEST_SMALL
+    rounded = each.to(torch.float16).float()
+    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+
 def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     """The grid that just holds every weight of its group. w: [out, in] float32.
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1), for E4M3 max|w| / 448. Asymmetric: the range is extended to hold 0,
-    scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale).
+    scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale). Two-level scales are rounded to the nearest,
+    powers of two up.
     """
     grouped = in_groups(w, scheme)
-    if scheme.symmetric:
-        largest = over_blocks(grouped.abs().amax(-1), scheme, "amax")
-        return Grid(stored(largest / scheme.code_max, scheme), None, scheme)
-    return range_grid(grouped.amin(-1), grouped.amax(-1), scheme)
+    if not scheme.symmetric:
+        return range_grid(grouped.amin(-1), grouped.amax(-1), scheme)
+    # Two reductions read the weights twice; abs() would write a copy of them besides.
+    largest = over_blocks(torch.maximum(grouped.amax(-1), -grouped.amin(-1)), scheme, "amax")
+    scale = largest / scheme.code_max
+    if scheme.scales == "power-of-two":
+        scale = power_of_two(scale, up_from=0.5)
+    return storable(scale, None, scheme, float_unit(largest.amax()) if scheme.scales == "two-level" else None)
 
 
-def range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme) -> Grid:
-    """The asymmetric grid for the range [low, high], each [out, groups], extended to hold 0."""
+def range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme, units: torch.Tensor | None = None) -> Grid:
+    """The asymmetric grid for the range [low, high], each [out, groups], extended to hold 0.
+
+    units: of two-level scales; chosen from this range when left out.
+    """
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.scales == "two-level":
+        scale = (high - low) / scheme.code_max
+        units = row_units(scale, low) if units is None else units
+        return storable(scale, torch.where(scale > 0, -low / scale, 0.0), scheme, units)
     scale = stored((high - low) / scheme.code_max, scheme)
     return Grid(scale, (-low / scale).round().clamp(0, scheme.code_max), scheme)
 
@@ -132,10 +226,29 @@ def to_quant_tensor(codes: torch.Tensor, grid: Grid) -> QuantTensor:
     """Float32 codes [out, in] and their grid as a `QuantTensor`, with codes of 8 bits."""
     scheme = grid.scheme
     integer = torch.int8 if scheme.symmetric else torch.uint8
+    codes = codes.to(torch.float8_e4m3fn if scheme.kind == "float" else integer)
+    if scheme.scales != "plain":
+        return QuantTensor(codes, *_small_scales(grid), scheme, super_scale=_stored_units(grid))
     scale = grid.scale if scheme.block is None else grid.scale[:: scheme.block[0]]
     return QuantTensor(
-        codes=codes.to(torch.float8_e4m3fn if scheme.kind == "float" else integer),
+        codes=codes,
         scale=scale.to(getattr(torch, scheme.scale_dtype)),
         zero_point=None if grid.zero_point is None else grid.zero_point.to(torch.uint8),
         scheme=scheme,
     )
+
+
+def _small_scales(grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and minima as a power of two or in units: exactly what `storable` chose."""
+    if grid.scheme.scales == "power-of-two":
+        return (torch.frexp(grid.scale).exponent + 126).to(torch.uint8), None
+    if grid.zero_point is None:
+        return (grid.scale * grid.units).to(torch.float8_e4m3fn), None
+    unit, unit_of_minima = grid.units.repeat_interleave(UNIT_GROUPS, 1).unbind(-1)
+    minimum = (grid.zero_point * grid.scale / unit_of_minima).round_()
+    return (grid.scale / unit).round_().to(torch.uint8), minimum.to(torch.uint8)
+
+
+def _stored_units(grid: Grid) -> torch.Tensor | None:
+    """`QuantTensor.super_scale`."""
+    return grid.units if grid.zero_point is None else grid.units.to(torch.float16)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from outlierq.core.errors import StatsError
 from outlierq.core.scheme import ActivationScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.activations import dynamic_scale
@@ -43,6 +44,8 @@ def choose_columns(stats: InputStats, *, threshold: float, ratio: float, min_rat
     the norms of the columns gave no better model.
     """
     largest, tokens = stats.need("abs_max"), stats.tokens
+    if not tokens:
+        raise StatsError("no token reached this input, so its outliers are not known", hint="calibrate with more text")
     level = min(threshold, ratio * largest.median().item())
     rate = (stats.need("rows").float().abs() >= level).float().mean(0)
     outlier = (largest >= level) & (rate >= min_rate)

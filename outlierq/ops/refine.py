@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from outlierq.ops.grid import Grid, in_groups, nearest_code, stored
+from outlierq.ops.grid import Grid, in_groups, nearest_code
 
 BLOCK = 128
 ROWS = 256
+# Elements of the products of a part of the rows with the hessian, in float32: 128 MiB, and about twice that is in use.
+FIT_ELEMENTS = 1 << 25
 
 
 def refine(
@@ -45,17 +47,18 @@ def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torc
     groups, columns = centred.shape[1:]
     by_group = hessian.view(groups, columns, -1)
     scale = grid.scale.clone()
-    for start in range(0, len(w), ROWS):
-        part = centred[start : start + ROWS]
+    rows = max(1, min(ROWS, FIT_ELEMENTS // (groups * hessian.shape[0])))
+    for start in range(0, len(w), rows):
+        part = centred[start : start + rows]
         weighted = torch.bmm(part.transpose(0, 1), by_group)  # [groups, rows, in]: one group's share of C H
         gram = (weighted.view(groups, len(part), groups, columns) * part).sum(-1).permute(1, 0, 2)
-        target = (weighted * w[start : start + ROWS]).sum(-1).T
+        target = (weighted * w[start : start + rows]).sum(-1).T
         ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-6
         gram = gram + ridge[:, None, None] * torch.eye(groups, device=w.device)
         solved, failed = torch.linalg.solve_ex(gram, target)
         usable = (failed == 0)[:, None] & solved.isfinite()
-        scale[start : start + ROWS] = torch.where(usable, solved, scale[start : start + ROWS])
-    refitted = Grid(stored(scale, grid.scheme), grid.zero_point, grid.scheme)
+        scale[start : start + rows] = torch.where(usable, solved, scale[start : start + rows])
+    refitted = grid.with_scale(scale)
     grouped = in_groups(codes, grid.scheme)
     before = row_errors(grid.decode(grouped).view(w.shape) - w, hessian)
     after = row_errors(refitted.decode(grouped).view(w.shape) - w, hessian)
@@ -72,7 +75,7 @@ def descend(
     """
     scheme = grid.scheme
     scale, zero_point = (None if t is None else t.T[order].contiguous() for t in grid.per_column(w.shape[1]))
-    ordered = hessian[order][:, order]
+    ordered = hessian[order[:, None], order]
     curvature = ordered.diagonal().clamp(min=1e-30).tolist()
     code = codes.T[order].contiguous()
     value = code * scale if zero_point is None else (code - zero_point) * scale

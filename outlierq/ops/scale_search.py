@@ -11,7 +11,7 @@ import torch
 
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
-from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid, stored
+from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid
 
 # Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
 COARSE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.45, 0.3)
@@ -71,16 +71,16 @@ class _Search:
         """Take the grid over these shares of the range where it errs less.
 
         A symmetric grid of integers uses the full code range, with either sign of the scale: the extreme weight then
-        sits on the code -2^(bits-1) (full-range symmetric). E4M3 has as many negative values as positive ones.
+        sits on the code -2^(bits-1) (full-range symmetric). Floats have as many negative values as positive ones.
         """
         if self.scheme.kind == "float":
             largest = self.high.maximum(-self.low)
-            grid = Grid(stored(largest * high_share / self.scheme.code_max, self.scheme), None, self.scheme)
+            grid = self.best.with_scale(largest * high_share / self.scheme.code_max)
         elif self.scheme.symmetric:
             extreme = torch.where(self.high >= -self.low, self.high, self.low)
-            grid = Grid(stored(extreme * high_share / self.scheme.code_min, self.scheme), None, self.scheme)
+            grid = self.best.with_scale(extreme * high_share / self.scheme.code_min)
         else:
-            grid = range_grid(self.low * low_share, self.high * high_share, self.scheme)
+            grid = range_grid(self.low * low_share, self.high * high_share, self.scheme, self.best.units)
         better = self.try_grid(grid)
         self.low_share = torch.where(better, low_share, self.low_share)
         self.high_share = torch.where(better, high_share, self.high_share)
@@ -108,4 +108,4 @@ def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Gr
     fitted = over_blocks((weighted * grouped).sum(-1), grid.scheme, "sum")
     scale = fitted / torch.where(power > 0, power, torch.ones_like(power))
     scale = torch.where(power > 0, scale, grid.scale)
-    return Grid(stored(scale, grid.scheme), grid.zero_point, grid.scheme)
+    return grid.with_scale(scale)

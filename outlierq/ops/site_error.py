@@ -128,7 +128,7 @@ def rounded_by(grid: Grid, w: torch.Tensor) -> torch.Tensor:
 
 def judging_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     """A grid close to the one that a scale search would end at, without searching."""
-    if not scheme.symmetric or scheme.bits > FEW_BITS:
+    if not scheme.symmetric or scheme.bits > FEW_BITS or scheme.kind == "float":
         return minmax_grid(w, scheme)
     largest = in_groups(w, scheme).abs().amax(-1)
     return Grid(stored(SYMMETRIC_RANGE * largest / (scheme.code_max + 0.5), scheme), None, scheme)

@@ -156,7 +156,7 @@ def find_anatomy(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     names = checkpoint_names(checkpoint, skeleton)
-    search = _Search(Bench(skeleton, structure), _noise(checkpoint, skeleton, names))
+    search = _Search(Bench(skeleton, structure), random_weights(checkpoint, skeleton, names))
     anatomy = search.blocks()
     anatomy = search.outside(anatomy)
     if anatomy.tied and anatomy.norms:
@@ -171,7 +171,7 @@ def _uniform(checkpoint: Checkpoint, norm: Norm) -> bool:
     return bool((gain == gain[0]).all()) and (norm.bias is None or not checkpoint.read(norm.bias).any())
 
 
-def _noise(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[str, str]) -> Weights:
+def random_weights(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[str, str]) -> Weights:
     """Random weights, with gains and biases that matter; stored buffers are real."""
     random = {names[slot] for slot, _ in skeleton.named_parameters(remove_duplicate=False)}
 
@@ -186,6 +186,13 @@ def _noise(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[str
         return noise * (1.5 / shape[-1] ** 0.5)
 
     return Weights(names, read)
+
+
+def kind_of(model: torch.nn.Module, block: Block) -> tuple:
+    """Equal for blocks with the same parts."""
+    prefix, module = f"{block.name}.", model.get_submodule(block.name)
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return type(module), tuple(site.module.removeprefix(prefix) for site in block.sites), shapes
 
 
 class _Search:
@@ -203,11 +210,11 @@ class _Search:
         known: dict[tuple, tuple[Block, Anatomy]] = {}
         norms, writers, values, obstacles, without = [], [], [], [], []
         for block in self.bench.structure.blocks:
-            kind = self._kind(block)
+            kind = kind_of(self.bench.model, block)
             if kind not in known:
                 known[kind] = block, self._examine(block)
             like, found = known[kind]
-            moved = _Moved(self.noise.names, like, block)
+            moved = Moved(self.noise.names, like, block)
             norms += [moved.norm(norm) for norm in found.norms]
             writers += [moved.sites[site] for site in found.writers]
             values += [moved.value(path) for path in found.values]
@@ -223,14 +230,6 @@ class _Search:
             residual_obstacle=next(iter(obstacles), ""),
             values_obstacle=next(iter(without), ""),
         )
-
-    def _kind(self, block: Block) -> tuple:
-        """Equal for blocks with the same parts."""
-        prefix = f"{block.name}."
-        module = self.bench.model.get_submodule(block.name)
-        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-        sites = tuple(site.module.removeprefix(prefix) for site in block.sites)
-        return type(module), sites, shapes
 
     def _examine(self, block: Block) -> Anatomy:
         """The anatomy of one block."""
@@ -440,7 +439,7 @@ def _spun(rewrite: Rewrite, hidden: torch.Tensor) -> torch.Tensor:
     return rewrite.changes[STREAM].apply(lambda _: rows, torch.float32).reshape(hidden.shape)
 
 
-class _Moved:
+class Moved:
     """Names of one block for those of a block like it."""
 
     def __init__(self, names: Mapping[str, str], like: Block, block: Block):

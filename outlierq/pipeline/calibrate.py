@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
-from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
+from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_shards
 from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
-from outlierq.load import check_unchanged
-from outlierq.pipeline.calibration import SAVED, StatsFromRun, forget_hidden_beyond, token_set
-from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.load import check_unchanged, make_room
+from outlierq.pipeline.calibration import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
+from outlierq.pipeline.events import Event, Listener, fetching, return_freed_memory, silent
 from outlierq.pipeline.journal import locked
+from outlierq.pipeline.memory import obeying, work_of_calibration
+from outlierq.pipeline.ranks import ALONE, Ranks
 from outlierq.recipe import Calibration
 
 
@@ -23,31 +27,47 @@ def calibrate(
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    only: frozenset[str] | None = None,
     listen: Listener = silent,
+    ranks: Ranks = ALONE,
+    max_memory: int | None = None,
 ) -> StatsIdentity:
-    """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues."""
+    """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues.
+
+    only: fields of `InputStats` and `BlockStats` to keep, and no logits. ranks: the processes that share the work; all
+    of them call this, and the lead writes.
+    """
     from outlierq.load import build_skeleton, checkpoint_names, find_structure
 
+    ranks.use(device)
+    fields = ALL_FIELDS | BLOCK_FIELDS if only is None else only
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
-    tokens = token_set(checkpoint, settings)
+    make_room(checkpoint, structure, fetching(listen))
+    savings = obeying(
+        work_of_calibration(checkpoint, skeleton, structure, settings, fields, device), max_memory, device
+    )
+    tokens = ranks.first(lambda: token_set(checkpoint, settings))
+    settings, _ = in_shards(settings, len(tokens.ids), ranks, ranks.first(lambda: former_shards(out)))
     identity = StatsIdentity(
         model_fingerprint=checkpoint.fingerprint,
         token_fingerprint=tokens.fingerprint,
         token_description=tokens.description,
         settings={
-            "fields": sorted(ALL_FIELDS | BLOCK_FIELDS),
+            "fields": sorted(fields),
             "skip_first_tokens": settings.skip_first_tokens,
-            "batch_size": settings.batch_size,
+            "batch_size": savings.batch_size or settings.batch_size,
             "dtype": checkpoint.dtype,
             "seed": settings.seed,
             **({"all_experts": True} if settings.all_experts else {}),
+            **({"shards": settings.shards} if settings.shards > 1 else {}),
         },
         mode="static",
     )
     names = checkpoint_names(checkpoint, skeleton)
-    with locked(out):
-        writer = StatsWriter(out, identity)
+    with locked(out) if ranks.lead else nullcontext():
+        writer = StatsWriter(out, identity) if ranks.lead else None
+        done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
         source = StatsFromRun(
             skeleton,
             checkpoint,
@@ -55,36 +75,55 @@ def calibrate(
             names,
             tokens,
             settings,
-            fields=ALL_FIELDS | BLOCK_FIELDS,
+            fields=fields,
             work=out,
             device=device,
             listen=listen,
+            ranks=ranks,
+            savings=savings,
         )
-        _write_missing(writer, source, structure.blocks, listen)
-        (out / SAVED).unlink(missing_ok=True)
-        writer.finish()
+        _make_missing(done, writer, source, structure.blocks, listen)
+        if ranks.lead:
+            for path in saved_hidden(out):
+                path.unlink()
+            writer.finish()
     return identity
 
 
-def _write_missing(writer: StatsWriter, source: StatsFromRun, blocks: Sequence[Block], listen: Listener) -> None:
-    """Run the model and write every block that is not there yet, and the logits."""
-    missing = [block.index for block in blocks if block.index not in writer.done]
-    if missing or not writer.logits:
-        forget_hidden_beyond(source.work, min(missing, default=len(blocks)))
+@dataclass(frozen=True)
+class Written:
+    """What an earlier run has written: indices of blocks, and whether the logits are there or not wanted."""
+
+    blocks: frozenset[int]
+    logits: bool
+
+
+def _make_missing(
+    done: Written, writer: StatsWriter | None, source: StatsFromRun, blocks: Sequence[Block], listen: Listener
+) -> None:
+    """Run the model and write every block that is not there yet, and the logits. writer: of the lead."""
+    missing = [block.index for block in blocks if block.index not in done.blocks]
+    if missing or not done.logits:
+        if writer:
+            forget_hidden_beyond(source.work, min(missing, default=len(blocks)))
         for block in blocks:
+            source.ranks.at = block.name
             listen(Event("calibrate", block.index, len(blocks), block.name))
-            if block.index in writer.done:
+            if block.index in done.blocks:
                 source.replay(block.index, dict)
                 continue
             with during("calibrate", block.name):
                 groups, stats = source.block(block.index)
             check_unchanged(source.checkpoint)
-            writer.write(block.index, groups, stats, source.block_stats(block.index), source.notes)
+            if writer:
+                writer.write(block.index, groups, stats, source.block_stats(block.index), source.notes)
             source.finished(block.index, dict)
             return_freed_memory()
-        if not writer.logits:
+        if not done.logits:
+            source.ranks.at = "the logits"
             with during("calibrate", "logits"):
                 sample = source.logits()
             check_unchanged(source.checkpoint)
-            writer.write_logits(sample)
+            if writer:
+                writer.write_logits(sample)
     listen(Event("calibrate", len(blocks), len(blocks)))

@@ -103,6 +103,8 @@ def with_scale_dtype(found: QuantTensor, dtype: str, name: str) -> QuantTensor:
     """The same numbers with scales in another dtype; SourceError when it cannot hold them."""
     import torch
 
+    if found.scheme.scales != "plain":
+        return found  # they have a dtype of their own
     scale = found.scale.to(getattr(torch, dtype))
     lost = int((scale.float() != found.scale.float()).sum())
     if lost:
@@ -168,6 +170,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
     """Carry out a plan of `make_conversion` and put the result at `out`, verified. An interrupted run continues."""
     from outlierq.pipeline.calibration import NoStats
     from outlierq.pipeline.quantize import Clock, make_report
+    from outlierq.pipeline.ranks import ALONE
 
     with working(out, restart=restart) as work:
         clock = Clock()
@@ -179,7 +182,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        report = make_report(plan, out, journal, clock, "cpu", NoStats(plan.structure), None)
+        report = make_report(plan, out, journal, clock, "cpu", NoStats(plan.structure), None, ALONE)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     return report
@@ -212,5 +215,6 @@ def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
         0.0,
         found.bits_per_weight,
         seconds,
+        numbers=scheme.numbers,
     )
     return found, row

@@ -10,18 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outlierq.core.errors import during
+from outlierq.core.errors import OutputError, during
 from outlierq.core.model import Checkpoint, LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
+from outlierq.pipeline.events import keep_freed_memory
+from outlierq.pipeline.journal import JOURNAL
 from outlierq.pipeline.output import Digests, Output, as_matrix
 from outlierq.pipeline.plan import Plan
-from outlierq.quantize.stage import quantize_rows, rows_of_a_piece
+from outlierq.pipeline.ranks import Ranks
+from outlierq.quantize.stage import QuantizedRows, quantize_rows, rows_of_a_piece
 from outlierq.registry import method
 
 if TYPE_CHECKING:
@@ -30,24 +34,22 @@ if TYPE_CHECKING:
 # More threads would only wait for the disk, and each holds a linear in memory.
 MOST_THREADS = 8
 
-Rounded = tuple[QuantTensor, SiteRow]
-
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work. where: its name in errors. linears: what rounds each of its linears that are quantized."""
+    """A unit of work. where: its name in errors. linears: what quantizes each of those that are."""
 
     name: str
     where: str
     tensors: tuple[str, ...]
-    linears: Mapping[LinearSite, Callable[[LinearSite], Rounded]]
+    linears: Mapping[LinearSite, Callable[[LinearSite], QuantizedRows]]
 
 
 @dataclass(frozen=True)
 class Done:
     """A unit that is written and read back, but not yet forced onto the disk. seconds: by stage, of one thread."""
 
-    unit: Unit
+    name: str
     digests: Digests
     rows: list[SiteRow]
     seconds: dict[str, float]
@@ -58,14 +60,42 @@ def is_data_free(plan: Plan) -> bool:
     return not plan.recipe.needs and not plan.recipe.transform
 
 
+def done_by_all(units: list[Unit], output: Output, device: str, ranks: Ranks) -> Generator[Done, None, None]:
+    """The units, dealt to the ranks in turn, in their order as they are done; the others `give` theirs."""
+    with closing(done_in_order(units[:: ranks.size], output, device)) as ours:
+        for number in range(len(units)):
+            rank = number % ranks.size
+            yield next(ours) if rank == 0 else ranks.receive(rank)
+
+
+def give(units: list[Unit], output: Output, device: str, ranks: Ranks) -> None:
+    """Do this rank's units and tell the lead of each, once what was written is forced onto the disk."""
+    with closing(done_in_order(units[ranks.rank :: ranks.size], output, device)) as ours:
+        for done in ours:
+            output.writer.sync()
+            ranks.send(done, 0)
+
+
+def output_beside(plan: Plan, work: Path, ranks: Ranks) -> Output:
+    """The lead's files, open for another rank. OutputError when they are not seen from here."""
+    if not (work / JOURNAL).is_file():
+        raise OutputError(
+            f"rank {ranks.rank} of {ranks.size} does not see {work}, into which it has to write",
+            hint="give an output folder that all machines share; a recipe that calibrates needs none",
+        )
+    return Output(plan, work, None)
+
+
 def done_in_order(units: list[Unit], output: Output, device: str) -> Generator[Done, None, None]:
     """Work on several units at once and give them in their order; the first error ends the work on all.
 
     Close the generator before `output` is closed: it waits for its threads.
     """
+    keep_freed_memory()
     with one_thread_each() as count:
-        # A GPU has work for one thread only; a GGUF reader keeps state.
-        workers = min(count, MOST_THREADS) if device == "cpu" and output.plan.checkpoint.kind != "gguf" else 1
+        # A GPU has work for one thread only; a GGUF reader keeps state; shards that come and go are for a few blocks.
+        most = min(MOST_THREADS, getattr(output.plan.checkpoint, "most_threads", MOST_THREADS))
+        workers = min(count, most) if device == "cpu" and output.plan.checkpoint.kind != "gguf" else 1
         pool = ThreadPoolExecutor(workers, "block", initializer=_single_threaded)
         try:
             waiting = [pool.submit(_write, unit, output) for unit in units]
@@ -106,27 +136,39 @@ def _write(unit: Unit, output: Output) -> Done:
     rows: dict[LinearSite, SiteRow] = {}
     seconds = {"quantize": 0.0, "export": 0.0}
     for name in unit.tensors:
-        started, site = time.perf_counter(), linears.get(name)
-        if site is not None:
-            with during("quantize", site.module):
-                result, rows[site] = unit.linears[site](site)
-            seconds["quantize"] += time.perf_counter() - started
-            started = time.perf_counter()
+        started, before = time.perf_counter(), seconds["quantize"]
         with during("export", unit.where):
-            if site is not None:
-                digests |= output.put_linear(site, result)
+            if name in linears:
+                site = linears[name]
+                with during("quantize", site.module):
+                    quantized = unit.linears[site](site)
+                digests |= output.put_linear(site, _timed(quantized, site, seconds))
+                rows[site] = quantized.found
             else:
-                digests |= output.put_tensor(name, output.plan.checkpoint.read(name))
-        seconds["export"] += time.perf_counter() - started
-    return Done(unit, digests, [rows[site] for site in unit.linears], seconds)
+                digests |= output.copy(name)
+        seconds["export"] += time.perf_counter() - started - (seconds["quantize"] - before)
+    return Done(unit.name, digests, [rows[site] for site in unit.linears], seconds)
 
 
-def rounder(plan: Plan, device: str) -> Callable[[LinearSite], Rounded]:
-    """The recipe's method on one linear, read piece by piece."""
+def _timed(quantized: QuantizedRows, site: LinearSite, seconds: dict[str, float]) -> Iterator[QuantTensor]:
+    """The pieces, when they are asked for; their seconds and errors are those of quantizing."""
+    pieces = iter(quantized)
+    while True:
+        started = time.perf_counter()
+        with during("quantize", site.module):
+            piece = next(pieces, None)
+        seconds["quantize"] += time.perf_counter() - started
+        if piece is None:
+            return
+        yield piece
+
+
+def rounder(plan: Plan, device: str) -> Callable[[LinearSite], QuantizedRows]:
+    """The recipe's method on one linear, read and quantized piece by piece."""
     chosen = plan.recipe.quantize
     schemes = plan.schemes
 
-    def quantized(site: LinearSite) -> Rounded:
+    def quantized(site: LinearSite) -> QuantizedRows:
         pieces = (piece.to(device) for piece in _pieces(plan.checkpoint, site, schemes[site]))
         return quantize_rows(site, pieces, schemes[site], method("quantize", chosen.method), chosen.options)
 

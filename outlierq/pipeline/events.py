@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Parameters of mallopt(3), from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 
 @dataclass(frozen=True)
 class Event:
@@ -21,6 +24,11 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+def fetching(listen: Listener) -> Callable[[int, int, str], None]:
+    """Tells a listener of files that are fetched: how many were before, of how many, and the name of this one."""
+    return lambda done, total, name: listen(Event("fetch", done, total, name))
 
 
 def silent(event: Event) -> None:
@@ -41,3 +49,26 @@ def return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def return_memory_at_once() -> None:
+    """Let what is freed go back to the system at once from 128 KiB on, where the C library can be told (glibc).
+
+    glibc raises that size by itself, up to 32 MiB, and then keeps what is freed for later: of a large matrix between
+    two small ones that are in use nothing is given back.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
+
+
+def keep_freed_memory() -> None:
+    """Let freed heap pages stay with this process, where the C library can be told (glibc): the opposite.
+
+    For work on pieces of one size, which needs no more memory for it. Otherwise the system clears pages anew for every
+    piece: twice the page faults in a data-free run.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)

@@ -20,9 +20,11 @@ LEAST_FOR_HESSIAN, LEAST_FOR_SCALES = 256, 64
 class Share:
     """Sites of a group that are quantized with the same statistics. starved: how many tokens were too few, or None.
 
-    rounded: their hessian says nothing, so they are rounded to the grid with the least weight error.
+    name: of the group, or of the expert in it, whose statistics they are. rounded: their hessian says nothing, so they
+    are rounded to the grid with the least weight error.
     """
 
+    name: str
     sites: tuple[LinearSite, ...]
     stats: InputStats | None
     starved: int | None = None
@@ -58,16 +60,26 @@ def shares(group: InputGroup, stats: Mapping[str, InputStats], least: int) -> li
     if group.routed:
         tokens = tokens_of(group, stats)
         enough = tokens >= max(least, 1)
-        return [Share(group.sites, found) if enough else Share(group.sites, found, tokens, rounded=True)]
+        starved = None if enough else tokens
+        return [Share(group.name, group.sites, found, starved, rounded=not enough)]
     apart = {site for part in group.parts for site in part.sites}
     rest = tuple(site for site in group.sites if site not in apart)
-    done = [Share(rest, found)] if rest else []
+    done = [Share(group.name, rest, found)] if rest else []
     for part in group.parts:
         tokens = tokens_of(part, stats)
+        enough = tokens >= max(least, 1)
         done.append(
-            Share(part.sites, stats[part.name]) if tokens >= max(least, 1) else Share(part.sites, found, tokens)
+            Share(part.name, part.sites, stats[part.name])
+            if enough
+            else Share(group.name, part.sites, found, starved=tokens)
         )
     return done
+
+
+def in_order_of_shares(group: InputGroup) -> list[LinearSite]:
+    """The sites of a group in the order of its `shares`."""
+    apart = {site for part in group.parts for site in part.sites}
+    return [site for site in group.sites if site not in apart] + [site for part in group.parts for site in part.sites]
 
 
 def starved_note(groups: Sequence[InputGroup], stats: Mapping[str, InputStats], least: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.folds import apply_fold
@@ -26,32 +26,57 @@ if TYPE_CHECKING:
 MOVE_TOLERANCE = 1e-4
 
 
-def transform_group(
+@dataclass(frozen=True)
+class Choice:
+    """What the transforms chose for a group, and what they said about it."""
+
+    move: Move
+    notes: tuple[str, ...]
+
+
+def choose(
     group: InputGroup,
     stats: InputStats,
     scheme: QuantScheme,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     steps: Sequence[tuple[Method, dict[str, Any]]],
     checkpoint: Checkpoint,
-) -> tuple[Move | None, dict[str, Any]]:
-    """Rewrite the weights of one group so that its input is moved; `InputStats.moved` keeps statistics consistent.
+) -> Choice | None:
+    """The move of one group's input; None without a fold. Nothing is changed.
 
-    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns the move, None
-    when there is none, and a row for the report; its "folded" names every tensor that changed.
+    Reads the weights of the group's sites, and what `_producer_read` names.
     """
     import torch
 
-    row: dict[str, Any] = {"group": group.name, "method": "+".join(m.name for m, _ in steps), "note": group.fold_note}
-    if group.fold is None:
-        return None, {**row, "fold": None, "folded": []}
     fold = group.fold
-    weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
-    tie = torch.tensor(fold.index, device=next(iter(weights.values())).device)
-    stack = torch.cat(list(weights.values()))
+    if fold is None:
+        return None
+    weights = [as_matrix(s, tensors[s.weight].float()) for s in group.sites]
+    tie = torch.tensor(fold.index, device=weights[0].device)
     with collecting() as notes:
-        move = choose_move(stack, stats, scheme, tie, steps, group.name, shiftable=fold.shift)
-    producer = {n: tensors[n].float() for n in (fold.weight, fold.bias) if n}
+        move = choose_move(torch.cat(weights), stats, scheme, tie, steps, group.name, shiftable=fold.shift)
+    producer = {n: tensors[n].float() for n in _producer_read(fold)}
     move = _storable(move, fold, producer, tie, torch_dtype(checkpoint.tensors[fold.weight].dtype))
+    return Choice(move, tuple(notes))
+
+
+def carry_out(
+    group: InputGroup,
+    choice: Choice | None,
+    tensors: dict[str, torch.Tensor],
+    steps: Sequence[tuple[Method, dict[str, Any]]],
+) -> dict[str, Any]:
+    """Rewrite the weights of one group so that its input is moved; `InputStats.moved` keeps statistics consistent.
+
+    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns a row for the
+    report; its "folded" names every tensor that changed.
+    """
+    row: dict[str, Any] = {"group": group.name, "method": "+".join(m.name for m, _ in steps), "note": group.fold_note}
+    if choice is None:
+        return {**row, "fold": None, "folded": []}
+    fold, move = group.fold, choice.move
+    weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
+    producer = {n: tensors[n].float() for n in (fold.weight, fold.bias) if n}
     changed = apply_fold(producer, fold, move.scale, move.shift)
     changed |= {s.weight: from_matrix(s, w * move.scale) for s, w in weights.items()}
     if move.shift is not None:
@@ -63,8 +88,40 @@ def transform_group(
     spread = {"scale_min": move.scale.min().item(), "scale_max": move.scale.max().item()}
     if move.shift is not None:
         spread["shift_max"] = move.shift.abs().max().item()
-    choice = {"choice": "; ".join(notes)} if notes else {}
-    return move, {**row, "fold": fold.weight, "folded": list(changed), **choice, **spread}
+    said = {"choice": "; ".join(choice.notes)} if choice.notes else {}
+    return {**row, "fold": fold.weight, "folded": list(changed), **said, **spread}
+
+
+def waves(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+    """The groups in waves: choices of one wave may be made side by side, and then carried out in order.
+
+    The result is the same as of one group after another. A group waits for an earlier one that changes what its choice
+    reads; it is not carried out before one that changes the same tensors, or that still has to read them.
+    """
+    found: list[list[InputGroup]] = []
+    reading: dict[str, int] = {}  # by tensor name: the last wave in which a choice reads it, or it is changed
+    changing: dict[str, int] = {}
+    for group in groups:
+        fold = group.fold
+        if fold is None:
+            reads, changes = set(), set()
+        else:
+            weights, biases = {s.weight for s in group.sites}, {s.bias for s in group.sites if s.bias}
+            reads = weights | _producer_read(fold)
+            changes = weights | {n for n in (fold.weight, fold.bias) if n} | (biases if fold.shift else set())
+        after = [changing[n] + 1 for n in reads if n in changing]
+        after += [wave[n] for n in changes for wave in (changing, reading) if n in wave]
+        number = max(after, default=0)
+        for names, wave in ((reads, reading), (changes, changing)):
+            wave.update({n: max(number, wave.get(n, 0)) for n in names})
+        found += [[] for _ in range(number + 1 - len(found))]
+        found[number].append(group)
+    return found
+
+
+def _producer_read(fold: Fold) -> set[str]:
+    """The producer's tensors that `_storable` looks at."""
+    return {n for n in (fold.weight, fold.bias) if n} if fold.kind != "linear" or fold.shift else set()
 
 
 def _storable(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import NumbersError
+from outlierq.core.errors import NumbersError, during
 from outlierq.core.model import Block, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 from outlierq.pipeline.output import as_matrix, from_matrix
@@ -47,10 +47,14 @@ def gather(
     method, options = step
     done, rows = dict(stats), []
     for group in groups:
-        if group.fold is None or group.fold.kind != "linear" or group.name not in stats:
+        if group.fold is None or group.fold.kind != "linear":
             continue
-        columns = method.function(stats[group.name], **options)
         row = {"block": block.index, "group": group.name, "method": method.name, "fold": group.fold.weight}
+        if not (group.name in stats and stats[group.name].tokens):
+            rows.append({**row, "note": "left as it is: no token reached it during calibration", "folded": []})
+            continue
+        with during(f"transform {method.name}", group.name):
+            columns = method.function(stats[group.name], **options)
         for producers, width, channels, order in _candidates(block, groups, group, columns, head_dim):
             changed = _permuted(group, producers, channels, order, tensors)
             try:

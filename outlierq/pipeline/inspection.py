@@ -65,8 +65,15 @@ def describe_unfinished(folder: Path) -> dict[str, Any]:
     """What an unfinished run has done so far."""
     lines, _ = read_lines(folder / JOURNAL)
     done = [line["unit"] for line in lines if "unit" in line]
-    identity, seconds = lines[0].get("identity", {}) if lines else {}, seconds_of(lines)
-    return {"unfinished": str(folder), "identity": identity, "units_done": done, "seconds": sum(seconds.values())}
+    first, seconds = lines[0] if lines else {}, seconds_of(lines)
+    return {
+        "unfinished": str(folder),
+        **first.get("about", {}),
+        "identity": first.get("identity", {}),
+        "units_done": done,
+        "seconds": sum(seconds.values()),
+        "next": "the same command continues this run; with --restart it starts anew",
+    }
 
 
 def describe_unfinished_stats(folder: Path) -> dict[str, Any]:

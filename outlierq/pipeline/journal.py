@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from outlierq.core.errors import OutputError
@@ -32,19 +33,27 @@ UNIT_KEYS = ("xxh3_128", "rows", "transforms", "notes")
 class Journal:
     """Finished units of one run, in `folder`. entries: unit name -> what was written about it.
 
+    identity: what must be equal for a run to go on. about: what a reader of an unfinished run wants to know, by name.
     spent: gives wall seconds by stage since it was asked last; each line carries them. seconds: what earlier processes
     spent on this run; a killed one takes the time since its last line with it.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], spent: Callable[[], Mapping[str, float]] = dict):
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        spent: Callable[[], Mapping[str, float]] = dict,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.folder, self._spent = folder, spent
+        self._first_line = {"identity": identity, "about": dict(about)}
         self.path = folder / JOURNAL
         self.entries: dict[str, dict[str, Any]] = {}
         self.seconds: Counter[str] = Counter()
         if self.path.exists():
             self._resume(identity)
         else:
-            self._append({"identity": identity})
+            self._append(self._first_line)
 
     @property
     def resumed(self) -> bool:
@@ -111,8 +120,18 @@ class Journal:
             # Nothing was done yet, so nothing is lost by starting over.
             self.seconds.clear()
             _cut(self.path, 0)
-            self._append({"identity": identity})
+            self._append(self._first_line)
         self.entries = entries
+
+
+def former_shards(folder: Path) -> int | None:
+    """In how many shards the unfinished run in a folder calibrates; None when there is none, or it has no unit yet."""
+    path = folder / JOURNAL
+    lines = read_lines(path)[0] if path.exists() else []
+    shards = lines[0]["identity"].get("shards", 1) if any("unit" in line for line in lines) else None
+    if shards is not None and type(shards) is not int:
+        raise OutputError(f"{path} is damaged: {brief(shards)} shards", hint="run again with --restart")
+    return shards
 
 
 def _cut(path: Path, length: int) -> None:
@@ -152,7 +171,7 @@ def _checked_line(line: bytes, path: Path, *, first: bool) -> dict[str, Any]:
     hint = "run again with --restart"
     value = json_object(line, f"{path} is damaged: a line", OutputError, hint=hint)
     parts = {"seconds": dict, "rows": list, "transforms": list, "notes": list, "unit": str}
-    parts |= {"identity": dict} if first else {}
+    parts |= {"identity": dict, "about": dict} if first else {}
     faults = [name for name, kind in parts.items() if not isinstance(value.get(name, kind()), kind)]
     faults += [name for name in UNIT_KEYS if "unit" in value and name not in value]
     times = value.get("seconds", {})
@@ -180,10 +199,7 @@ def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
 
     OutputError when the result exists, another process works there, or the folder holds something else.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
-        )
+    refuse_existing(out)
     work = work_folder(out)
     _refuse_foreign(work)
     with locked(work):
@@ -196,6 +212,14 @@ def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
             with suppress(OSError):
                 if [path.name for path in work.iterdir()] == [LOCK]:
                     shutil.rmtree(work)
+
+
+def refuse_existing(out: Path) -> None:
+    """OutputError when there is a result already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
+        )
 
 
 def _clear(work: Path, kept: Collection[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from math import lcm
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 PIECE_WEIGHTS = 1 << 19
 ROWS_PER_WORD = 32
 
+# A tensor that is only copied is in memory as a whole up to this size.
+PIECE_BYTES = 16 << 20
+
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
 # XXH3-128 of the bytes on disk by tensor name.
 Digests = dict[str, bytes]
@@ -38,10 +42,11 @@ Digests = dict[str, bytes]
 class Output:
     """The shards of a run in its work folder, and the journal of what is in them.
 
-    `put_linear` and `put_tensor` may be called from several threads at once, `commit` from one.
+    `put_linear` and `put_tensor` may be called from several threads at once, `commit` from one. Without a journal
+    nothing can be committed: that is for who writes on behalf of another process.
     """
 
-    def __init__(self, plan: Plan, work: Path, journal: Journal):
+    def __init__(self, plan: Plan, work: Path, journal: Journal | None):
         self.plan, self.work, self.journal = plan, work, journal
         self.schemes = plan.schemes
         self.form = exporter(plan.recipe.export.format, plan.checkpoint.config)
@@ -61,7 +66,7 @@ class Output:
 
         transforms, notes: for the report; they go into the journal, so that a resumed run still knows them.
         """
-        quantized = {site.weight: (site, result) for site, (result, _) in results.items()}
+        quantized = {site.weight: (site, [result]) for site, (result, _) in results.items()}
         digests: Digests = {}
         for name in names:
             if name in quantized:
@@ -69,29 +74,69 @@ class Output:
             elif name in folded:
                 digests |= self.put_tensor(name, folded[name])
             else:
-                digests |= self.put_tensor(name, self.plan.checkpoint.read(name))
+                digests |= self.copy(name)
         self.commit(unit, digests, [row for _, row in results.values()], transforms, notes)
 
-    def put_linear(self, site: LinearSite, result: QuantTensor) -> Digests:
+    def put_linear(self, site: LinearSite, pieces: Iterable[QuantTensor]) -> Digests:
         """Write a quantized linear and read it back: the bytes must be those that were written, and decode to what was
         meant, bit for bit.
+
+        pieces: its rows in order, in one or more parts. Where the format keeps rows apart, each is written and read
+        back while it is still in the cache.
         """
-        parts = self.form.encode(site, result)
-        for name, value in parts.items():
-            self.writer.write(name, value)
-        stored = self._stored(site)
-        step = max(1, PIECE_WEIGHTS // site.in_features // self._aligned(result)) * self._aligned(result)
-        for start in range(0, site.out_features, step):
-            stop = min(start + step, site.out_features)
-            compare(site.module, self._decode(site, stored, start, stop), result.rows(start, stop))
-        return {name: self.writer.confirm(name, value) for name, value in parts.items()}
+        if not self._by_rows(site):
+            pieces = [QuantTensor.stack(list(pieces))]
+        digests: dict[str, Any] = {}
+        next_row: Counter[str] = Counter()
+        for piece in pieces:
+            parts = self.form.encode(site, piece)
+            for name, value in parts.items():
+                row = self._row_of(name, value, next_row[name])
+                if row is None and name in digests:
+                    continue  # of the whole linear, and written with its first rows
+                self.writer.write(name, value, row)
+                digests[name] = self.writer.confirm(name, value, row, digests.get(name))
+                next_row[name] += len(value) if value.ndim else 0
+            # The parts are now known to be what lies on disk: reading them once is enough.
+            self._check_decoded(site, parts, piece)
+        return {name: digest.digest() for name, digest in digests.items()}
+
+    def _by_rows(self, site: LinearSite) -> bool:
+        """Whether some rows of a linear can be encoded without the others."""
+        return hasattr(self.form, "by_rows") and self.form.by_rows(site, self.schemes[site])
+
+    def _row_of(self, name: str, value: torch.Tensor, row: int) -> int | None:
+        """Where a part begins in its planned tensor; None when it is all of it."""
+        return None if tuple(value.shape) == self.plan.layout.places[name].tensor.shape else row
+
+    def _check_decoded(self, site: LinearSite, parts: Mapping[str, torch.Tensor], meant: QuantTensor) -> None:
+        """What the parts decode to must be what was meant, bit for bit."""
+        stored, rows = self._in_rows(site, parts), len(meant.codes)
+        step = max(1, PIECE_WEIGHTS // site.in_features // self._aligned(meant)) * self._aligned(meant)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            compare(site.module, self._decode(site, stored, start, stop), meant.rows(start, stop))
 
     def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
         """Write a tensor as it is, under the name and in the order of the format, and read it back."""
         if hasattr(self.form, "plain"):
             name, tensor = self.form.plain(name, tensor)
         self.writer.write(name, tensor)
-        return {name: self.writer.confirm(name, tensor)}
+        return {name: self.writer.confirm(name, tensor).digest()}
+
+    def copy(self, name: str) -> Digests:
+        """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
+        from outlierq.load import rows_of
+
+        info = self.plan.checkpoint.tensors[name]
+        if hasattr(self.form, "plain") or info.nbytes <= PIECE_BYTES or not info.shape[0]:
+            return self.put_tensor(name, self.plan.checkpoint.read(name))
+        row, digest = 0, None
+        for piece in rows_of(self.plan.checkpoint, name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
+            self.writer.write(name, piece, row)
+            digest = self.writer.confirm(name, piece, row, digest)
+            row += len(piece)
+        return {name: digest.digest()}
 
     def commit(
         self,
@@ -127,8 +172,11 @@ class Output:
     def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """The tensors of a quantized linear as they lie on disk, by the last part of their names; weights [out, in]."""
         specs = self.form.tensor_specs(site, self.schemes[site])
-        raw = self._from_disk([name for name, _, _ in specs])
-        stored = {name.rpartition(".")[2]: value for name, value in raw.items()}
+        return self._in_rows(site, self._from_disk([name for name, _, _ in specs]))
+
+    def _in_rows(self, site: LinearSite, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A linear's tensors by the last part of their names, the weight [out, in]."""
+        stored = {name.rpartition(".")[2]: value for name, value in parts.items()}
         if "weight" in stored:
             stored["weight"] = as_matrix(site, stored["weight"])
         return stored | (self.form.row_order(site) if hasattr(self.form, "row_order") else {})
@@ -158,9 +206,8 @@ class Output:
 
         What this process wrote, it has read back already; units of an earlier one are read again.
         """
-        if hasattr(self.form, "make_layout"):
-            self._check_headers()
-        else:
+        self._check_headers()
+        if not hasattr(self.form, "make_layout"):
             check_complete(self.work, self.plan.layout)
         for unit, entry in self.journal.entries.items():
             if unit in self.committed:
@@ -173,7 +220,7 @@ class Output:
                 )
 
     def _check_headers(self) -> None:
-        """Every planned tensor stands in the file's own header, at its place; for files that are not safetensors."""
+        """Every planned tensor stands in the file's own header, at its place, where its bytes were confirmed."""
         planned = {(name, p.tensor.dtype, p.tensor.shape, p.offset) for name, p in self.plan.layout.places.items()}
         found = {(name, t.info.dtype, t.info.shape, t.start) for name, t in self._headers.items()}
         wrong = sorted(planned ^ found)

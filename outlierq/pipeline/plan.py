@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd, prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import RecipeError, SourceError
@@ -15,7 +16,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.layout import INDEX_NAME, Layout, OutputTensor, make_layout
 from outlierq.pipeline.rewriting import original_of, rewrite_notes, rewritten
-from outlierq.recipe import Recipe, parse_size
+from outlierq.recipe import GroupPolicy, Recipe, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SMALLER_GROUPS = (128, 64, 32)
 CACHE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 REPORT_NAME = "outlierq.json"
-# Resident memory of the process with torch and transformers imported, before any weight is read (measured: 0.45 GB).
-BASE_BYTES = 450_000_000
 # Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4 on 2 CPU cores.
 OVERHEAD = 2.5
 
@@ -167,8 +166,13 @@ class Plan:
         return said
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
-    """Decide everything that headers can decide. RecipeError or SourceError when the recipe cannot be followed."""
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
+) -> Plan:
+    """Decide everything that headers can decide. RecipeError or SourceError when the recipe cannot be followed.
+
+    expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
+    """
     from outlierq.load import build_skeleton, checkpoint_names, find_structure
 
     if checkpoint.config.get("quantization_config"):
@@ -177,7 +181,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
             f"{checkpoint.source} is already compressed with {method}",
             hint="start from the original checkpoint; with --format alone it is converted without loss",
         )
-    checkpoint = rewritten(checkpoint, recipe, trust_remote_code=trust_remote_code)
+    checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
@@ -220,7 +224,11 @@ def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
         return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
-    obstacle = exporter(recipe.export.format).obstacle(site, wanted)
+    form = exporter(recipe.export.format)
+    other = form.instead(site, wanted) if hasattr(form, "instead") else None
+    if other is not None and not form.obstacle(site, other[0]):
+        return _by_policy(site, wanted, *other, recipe.quantize.when_indivisible)
+    obstacle = form.obstacle(site, wanted)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
     if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
@@ -230,6 +238,14 @@ def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
     if wanted.group_size is None or site.in_features % wanted.group_size == 0:
         return SitePlan(site, wanted)
     return _indivisible(site, wanted, recipe.quantize.when_indivisible)
+
+
+def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
+    """What the recipe's policy makes of a width that the format can hold with another scheme only."""
+    fault = reason.partition(": ")[2]
+    if policy == "keep":
+        return SitePlan(site, None, f"kept in 16 bits: {fault}")
+    return SitePlan(site, wanted, f"error: {fault}") if policy == "error" else SitePlan(site, other, reason)
 
 
 def _indivisible(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
@@ -387,34 +403,32 @@ def config_json(checkpoint: Checkpoint, structure: Structure, sites: tuple[SiteP
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: resident memory. seconds: wall time. Rough: within a factor of two where it was measured."""
+    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two where it was measured."""
 
     peak_bytes: int
     seconds: float
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Memory and time of the run, from shapes and a short matrix product on this machine."""
-    widest = max((_block_weights(plan, i) for i in range(len(plan.structure.blocks))), default=0)
-    outside = sum(plan.checkpoint.tensors[n].nbytes for n in plan.structure.outside_tensors)
+    """Memory of the run without a ceiling, from shapes; time, from a short matrix product on this machine, too."""
+    from outlierq.pipeline.memory import NO_SAVINGS, peaks, work_of
+
+    return Estimate(max(peaks(work_of(plan), NO_SAVINGS).values()), _seconds(plan))
+
+
+def _seconds(plan: Plan) -> float:
+    """Wall time of the run."""
     calibration = plan.recipe.calibration
-    quantized = sum(s.out_features * s.in_features for s in plan.schemes)
     if calibration is None or not plan.recipe.needs:
-        return Estimate(BASE_BYTES + max(outside, widest * 16), 3.0 + quantized / 2e8)
+        return 3.0 + sum(s.out_features * s.in_features for s in plan.schemes) / 2e8
     tokens = calibration.samples * calibration.sequence_length
-    blocks = plan.structure.blocks
-    hidden = max((s.in_features for b in blocks for s in b.sites), default=0)
-    inputs = {(b.index, s.expert, s.in_features) for b in blocks for s in b.sites}
-    hessians = max((sum(k * k for i, _, k in inputs if i == b.index) for b in blocks), default=0) * 4
-    batch = calibration.batch_size * calibration.sequence_length * hidden * 16
-    width = min((s.in_features for b in blocks for s in b.sites), default=0)
-    peak = BASE_BYTES + max(outside, widest * 16 + hessians * 3) + tokens * width * 2 + batch
+    inputs = {(b.index, s.expert, s.in_features) for b in plan.structure.blocks for s in b.sites}
     share = _share_of_experts(plan)
     products = 2 * tokens * sum(s.out_features * s.in_features * (share if s.expert else 1) for s in plan.schemes)
     products += 2 * tokens * sum(k * k * (share if expert else 1) for _, expert, k in inputs)
     solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
     passes = 2 if calibration.mode == "sequential" else 1
-    return Estimate(peak, 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops())
+    return 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops()
 
 
 def _share_of_experts(plan: Plan) -> float:
@@ -423,11 +437,6 @@ def _share_of_experts(plan: Plan) -> float:
     experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen and not calibration.all_experts else 1.0
-
-
-def _block_weights(plan: Plan, index: int) -> int:
-    """Number of weights in one block."""
-    return sum(s.out_features * s.in_features for s in plan.structure.blocks[index].sites)
 
 
 def _flops() -> float:

@@ -26,7 +26,8 @@ GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
 class PrunedCheckpoint:
     """A checkpoint without some experts; those that stay are numbered anew. Satisfies `Checkpoint`.
 
-    renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay.
+    renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay. decided:
+    whether statistics have said which experts stay; else the sizes are right, and no tensor can be read.
     """
 
     def __init__(
@@ -37,9 +38,12 @@ class PrunedCheckpoint:
         config: dict[str, Any],
         identity: Any,
         notes: tuple[str, ...],
+        decided: bool = True,
     ):
         self.original, self._renamed, self._rows = original, renamed, rows
         self.config, self._identity, self.notes = config, identity, notes
+        self.method: str = identity[0]
+        self._decided = decided
         self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
         self.path, self.revision = getattr(original, "path", None), getattr(original, "revision", None)
         self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
@@ -65,6 +69,12 @@ class PrunedCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, or the rows of it that stay."""
+        if not self._decided:
+            raise RecipeError(
+                f"{self.method} needs statistics of this model to say which experts stay, and got none",
+                hint="run `outlierq calibrate MODEL -o stats` and set the option stats_folder: stats; "
+                "`outlierq quantize` without it makes them itself",
+            )
         tensor = self.original.read(self._renamed[name])
         return tensor[self._rows[name]] if name in self._rows else tensor
 
@@ -74,9 +84,17 @@ class PrunedCheckpoint:
 
 
 def pruned(
-    checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], *, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    stats: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> PrunedCheckpoint:
-    """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop."""
+    """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop.
+
+    stats: statistics of this model, used where the options name none; without any the plan alone can be made.
+    """
     from outlierq.load import build_skeleton, find_structure
 
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
@@ -87,16 +105,22 @@ def pruned(
         raise RecipeError(
             f"{type(skeleton).__name__} has no experts that are stored apart", hint=f"remove {method.name}"
         )
-    kept = _kept(checkpoint, method, options, blocks, getattr(config, GROUPS, None) or 1)
+    reader = _reader(checkpoint, options.get("stats_folder") or stats)
+    groups = getattr(config, GROUPS, None) or 1
+    kept = {block.index: _of_block(reader, method, options, block, groups) for block in blocks}
     _check_enough(config, len(next(iter(kept.values()))))
     total = len(_experts(blocks[0]))
     renamed, rows = _tensors(checkpoint, structure, kept)
     remaining = len(next(iter(kept.values())))
     said = [f"{method.name}: {remaining} of {total} experts are kept in each of {len(blocks)} blocks; a smaller model"]
-    said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
+    if reader is None:
+        said += [f"{method.name}: which experts go is decided once the model has run over the calibration text"]
+    else:
+        said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
     numbers = {str(index): choice.tolist() for index, choice in kept.items()}
     changed = _config(checkpoint.config, total, remaining)
-    return PrunedCheckpoint(checkpoint, renamed, rows, changed, [method.name, numbers], tuple(said))
+    identity = [method.name, numbers]
+    return PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=reader is not None)
 
 
 def _experts(block: Block) -> list[str]:
@@ -109,26 +133,29 @@ def _dropped(kept: torch.Tensor, total: int) -> str:
     return ", ".join(str(number) for number in range(total) if number not in set(kept.tolist())) or "(none)"
 
 
-def _kept(
-    checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], blocks: list[Block], groups: int
-) -> dict[int, torch.Tensor]:
-    """Numbers of the experts that stay, by block."""
-    folder = options.get("stats_folder")
-    if not folder:
-        raise RecipeError(
-            f"{method.name} needs statistics of this model: transform.options.stats_folder is missing",
-            hint="run `outlierq calibrate MODEL -o stats` and set stats_folder: stats",
-        )
+def _reader(checkpoint: Checkpoint, folder: Path | str | None) -> StatsReader | None:
+    """The statistics in a folder. StatsError when they are of another model."""
+    if folder is None:
+        return None
     reader = StatsReader(Path(folder))
     reader.check(checkpoint.fingerprint)
-    return {block.index: _of_block(reader, method, options, block.index, groups) for block in blocks}
+    return reader
 
 
-def _of_block(reader: StatsReader, method: Method, options: Mapping[str, Any], index: int, groups: int) -> torch.Tensor:
-    """Numbers of the experts of one block that stay."""
+def _of_block(
+    reader: StatsReader | None, method: Method, options: Mapping[str, Any], block: Block, groups: int
+) -> torch.Tensor:
+    """Numbers of the experts of one block that stay; without statistics as many of them, whichever."""
+    import torch
+
     from outlierq.core.block_stats import BlockStats
 
-    return method.function(reader.block_stats(index) or BlockStats(), groups, **options)
+    if reader is not None:
+        stats = reader.block_stats(block.index) or BlockStats()
+    else:
+        count = len(_experts(block))
+        stats = BlockStats(expert_tokens=torch.ones(count), expert_saliency=torch.ones(count))
+    return method.function(stats, groups, **options)
 
 
 def _check_enough(config: Any, remaining: int) -> None:

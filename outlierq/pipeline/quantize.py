@@ -6,29 +6,51 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
+from outlierq.calibrate.spilled import each_changed
 from outlierq.core.errors import RecipeError, during
 from outlierq.core.model import Block, InputGroup, LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import Report, SiteRow
+from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
-from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, StatsSource, token_set
-from outlierq.pipeline.data_free import Unit, done_in_order, is_data_free, rounder
-from outlierq.pipeline.events import Event, Listener, peak_bytes, return_freed_memory, silent
-from outlierq.pipeline.experts import STARVED, check_static, least_tokens, shares, starved_note, tokens_of
-from outlierq.pipeline.journal import Journal, finish, working
+from outlierq.load import drop_shards, make_room
+from outlierq.pipeline.calibration import (
+    NoStats,
+    StatsFromFile,
+    StatsFromRun,
+    StatsSource,
+    forget_hidden_beyond,
+    in_shards,
+    token_set,
+)
+from outlierq.pipeline.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
+from outlierq.pipeline.events import Event, Listener, fetching, peak_bytes, return_freed_memory, silent
+from outlierq.pipeline.experts import (
+    STARVED,
+    check_static,
+    in_order_of_shares,
+    least_tokens,
+    shares,
+    starved_note,
+    tokens_of,
+)
+from outlierq.pipeline.journal import Journal, finish, former_shards, work_folder, working
+from outlierq.pipeline.memory import NO_SAVINGS, Savings, check_known, obeying, work_of
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
-from outlierq.pipeline.rewriting import original_of, prove_rewrite
-from outlierq.quantize.stage import quantize_group
+from outlierq.pipeline.ranks import ALONE, Ranks
+from outlierq.pipeline.rewriting import changing_method, new_shifts, original_of, prove_rewrite
+from outlierq.pipeline.sharding import all_of_lead, bare, dealt, names_of
+from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
 if TYPE_CHECKING:
@@ -47,28 +69,55 @@ def quantize(
     device: str = "cpu",
     restart: bool = False,
     listen: Listener = silent,
-) -> Report:
+    ranks: Ranks = ALONE,
+    max_memory: int | None = None,
+) -> Report | None:
     """Carry out a plan and put the result at `out`; the report is also written there as outlierq.json.
 
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
+    ranks: the processes that share the work; all of them call this, and only the lead gets a report. max_memory: bytes
+    that this process, and its GPU, may hold; OutlierqError before any work when they are too few.
     """
-    with working(out, restart=restart) as work:
+    if max_memory is not None:
+        check_known(plan)
+    savings = obeying(work_of(plan, stats=stats is not None, device=device), max_memory, device)
+    ranks.use(device)
+    make_room(original_of(plan.checkpoint), plan.structure, fetching(listen), together=is_data_free(plan))
+    with _working_together(out, restart, ranks) as work:
         clock = Clock()
-        with during("transform", "the whole model"), clock("transform"):
-            rewrite_error = prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
         with clock("calibrate"):
-            source = _stats_source(plan, work, stats, device, listen)
-        journal = Journal(work, _identity(plan, source), clock.spent)
+            source = _stats_source(plan, work, stats, device, listen, ranks, savings)
+        with during("transform", "the whole model"), clock("transform"):
+            rewrite_error = ranks.first(
+                lambda: prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
+            )
+        if not ranks.lead:
+            _Run(plan, source, work, None, clock, device, listen, ranks, savings).all()
+            return None
+        journal = Journal(work, _identity(plan, source, savings), clock.spent, _about(plan))
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
-            run = _Run(plan, source, output, clock, device, listen)
-            run.data_free() if is_data_free(plan) else run.in_order()
+            _Run(plan, source, work, output, clock, device, listen, ranks, savings).all()
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        report = make_report(plan, out, journal, clock, device, source, rewrite_error)
+        report = make_report(plan, out, journal, clock, device, source, rewrite_error, ranks)
+        report = replace(report, notes=(*report.notes, *savings.sentences))
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
+        drop_shards(original_of(plan.checkpoint))
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     return report
+
+
+@contextmanager
+def _working_together(out: Path, restart: bool, ranks: Ranks) -> Iterator[Path]:
+    """The work folder, which the lead makes and locks; the others go on when it is there."""
+    if ranks.lead:
+        with working(out, restart=restart) as work:
+            ranks.first(lambda: None)
+            yield work
+    else:
+        ranks.first(lambda: None)
+        yield work_folder(out)
 
 
 class Clock:
@@ -105,46 +154,79 @@ class Clock:
 
 
 class _Run:
-    """The units of one plan, one after another."""
+    """The units of one plan, one after another.
 
-    def __init__(self, plan: Plan, source: StatsSource, output: Output, clock: Clock, device: str, listen: Listener):
-        self.plan, self.source, self.output = plan, source, output
-        self.clock, self.device, self.listen = clock, device, listen
+    work: the work folder. output: of the lead; other ranks have none, and give what they make to the lead.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: StatsSource,
+        work: Path,
+        output: Output | None,
+        clock: Clock,
+        device: str,
+        listen: Listener,
+        ranks: Ranks = ALONE,
+        savings: Savings = NO_SAVINGS,
+    ):
+        self.savings = savings
+        self.plan, self.source, self.work, self.output = plan, source, work, output
+        self.clock, self.device, self.listen, self.ranks = clock, device, listen, ranks
         self.schemes = plan.schemes
         calibration = plan.recipe.calibration
         self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
         chosen = plan.recipe.quantize
         self._least = least_tokens(calibration, method("quantize", chosen.method).needs if chosen else frozenset())
+        self._done = frozenset()
 
-    def data_free(self) -> None:
-        """All units, several at once; each goes into the journal in its turn."""
-        blocks, journal = self.plan.structure.blocks, self.output.journal
+    def all(self) -> None:
+        """Everything that an earlier run has not done."""
+        self._done = self.ranks.first(lambda: frozenset(self.output.journal.entries))
+        self._data_free() if is_data_free(self.plan) else self._in_order()
+
+    def _data_free(self) -> None:
+        """All units, several at once, dealt to the ranks in turn; each goes into the journal in its turn."""
+        blocks = self.plan.structure.blocks
         rounded = rounder(self.plan, self.device)
-        outside = {site: lambda site: self._round(site)[site] for site in self._outside_sites()}
+        outside = {site: lambda site: QuantizedRows.whole(*self._round(site)[site]) for site in self._outside_sites()}
         units = [Unit(OUTSIDE, "what is outside of the blocks", self._outside_names(), outside)]
         for block in blocks:
             linears = {site: rounded for site in block.sites if site in self.schemes}
             units.append(Unit(unit_name(block.index), block.name, block.tensors, linears))
         places = {unit_name(block.index): block for block in blocks}
-        waiting = [unit for unit in units if unit.name not in journal.entries]
+        waiting = [unit for unit in units if unit.name not in self._done]
+        if not self.ranks.lead:
+            with closing(output_beside(self.plan, self.work, self.ranks)) as output:
+                give(waiting, output, self.device, self.ranks)
+            return
         since = time.perf_counter()
         # Closed before the output is: no thread may write to a file that is closed.
-        with closing(done_in_order(waiting, self.output, self.device)) as results:
+        with closing(done_by_all(waiting, self.output, self.device, self.ranks)) as results:
             for done in results:
-                if done.unit.name in places:
-                    block = places[done.unit.name]
+                if done.name in places:
+                    block = places[done.name]
                     self.listen(Event("quantize", block.index, len(blocks), block.name))
                 now = time.perf_counter()
                 self.clock.share(now - since, done.seconds)
                 since = now
-                self.output.commit(done.unit.name, done.digests, done.rows)
+                self.output.commit(done.name, done.digests, done.rows)
 
-    def in_order(self) -> None:
+    def _in_order(self) -> None:
         """All units, one after another: each block may see what was made of those before it."""
-        self.outside()
+        if self.ranks.lead:
+            forget_hidden_beyond(self.work, self._first_missing())
+            self.outside()
         for block in self.plan.structure.blocks:
+            self.ranks.at = block.name
             self.block(block)
+
+    def _first_missing(self) -> int:
+        """Index of the first block that is not done."""
+        blocks = self.plan.structure.blocks
+        return next((block.index for block in blocks if unit_name(block.index) not in self._done), len(blocks))
 
     def _outside_sites(self) -> list[LinearSite]:
         """Linears outside of the blocks that are quantized."""
@@ -158,7 +240,7 @@ class _Run:
 
     def outside(self) -> None:
         """Write what lies outside of the blocks; linears there are rounded without statistics when they are asked."""
-        if OUTSIDE in self.output.journal.entries:
+        if OUTSIDE in self._done:
             return
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for site in self._outside_sites():
@@ -170,33 +252,42 @@ class _Run:
         """Calibrate, transform, quantize, write and verify one block, or carry on past a finished one."""
         self.listen(Event("quantize", block.index, len(self.plan.structure.blocks), block.name, self.error))
         unit = unit_name(block.index)
-        if unit in self.output.journal.entries:
+        if unit in self._done:
             with self.clock("calibrate"):
-                self.source.replay(block.index, lambda: self.output.written(block))
+                self.source.replay(block.index, lambda: self._written(block))
             return
         with during("calibrate", block.name), self.clock("calibrate"):
             groups, stats = self.source.block(block.index)
-            stats = {name: kept.weighing_sinks(self.sink_weight) for name, kept in stats.items()}
+            owners = owners_for(self.plan)(groups, self.ranks)
+            mine = {name for name, rank in owners.items() if rank == self.ranks.rank}
+            stats = each_changed(stats, bare, [name for name in stats if name not in mine])
+            stats = each_changed(stats, lambda kept: kept.weighing_sinks(self.sink_weight))
         return_freed_memory()
         tensors = self._read(block)
         before = dict(tensors)
         with during("transform", block.name), self.clock("transform"):
-            stats, transforms = self._transform(block, groups, stats, tensors)
-            stats, moved = self._gather(block, groups, stats, tensors)
-            transforms += moved
+            stats, transforms = self._transform(block, groups, mine, stats, tensors)
+            if self.ranks.lead:
+                stats, moved = self._gather(block, groups, stats, tensors)
+                transforms += moved
         with self.clock("quantize"):
-            results = self._quantize(groups, stats, tensors)
-        with during("export", block.name), self.clock("export"):
-            quantized = {site.weight for site in results}
-            folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
-            added = self._cache_scales(block, groups, before, tensors)
-            names, changed = (*block.tensors, *added), self._as_stored(folded) | added
-            notes = self.source.notes + starved_note(groups, stats, self._least)
-            self.output.write(unit, names, results, changed, transforms, notes)
+            results = self._quantize(groups, mine, stats, tensors)
+        if self.ranks.lead:
+            with during("export", block.name), self.clock("export"):
+                quantized = {site.weight for site in results}
+                folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
+                added = self._cache_scales(block, groups, before, tensors)
+                names, changed = (*block.tensors, *added), self._as_stored(folded) | added
+                notes = self.source.notes + starved_note(groups, stats, self._least)
+                self.output.write(unit, names, results, changed, transforms, notes)
         del tensors, before, stats, results
         with self.clock("calibrate"):
-            self.source.finished(block.index, lambda: self.output.written(block))
+            self.source.finished(block.index, lambda: self._written(block))
         return_freed_memory()
+
+    def _written(self, block: Block) -> dict[str, torch.Tensor]:
+        """The dense tensors of a block as they lie on disk; only the lead reads what only the lead has written."""
+        return self.ranks.first(lambda: self.output.written(block))
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
         """The block's tensors on the device, as stored."""
@@ -212,30 +303,54 @@ class _Run:
         return {name: tensor.to(torch_dtype(infos[name].dtype)).cpu() for name, tensor in tensors.items()}
 
     def _transform(
-        self, block: Block, groups: list[InputGroup], stats: dict[str, InputStats], tensors: dict[str, torch.Tensor]
+        self,
+        block: Block,
+        groups: list[InputGroup],
+        mine: Collection[str],
+        stats: dict[str, InputStats],
+        tensors: dict[str, torch.Tensor],
     ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
-        """Scale each group's input and fold the inverse into its producer; `tensors` get the new values."""
+        """Scale each group's input and fold the inverse into its producer; `tensors` get the new values.
+
+        mine: the groups whose move this rank chooses; every rank then carries out all moves.
+        """
         if not self.plan.recipe.group_transforms:
             return stats, []
-        from outlierq.pipeline.folding import transform_group
+        from outlierq.pipeline.folding import carry_out, choose, waves
 
         steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.group_transforms]
         least = least_tokens(self.plan.recipe.calibration, frozenset())
-        before, done, rows = dict(tensors), dict(stats), []
+        before, rows = dict(tensors), {}
+        moved = []
         for group in groups:
-            schemes = [self.schemes[s] for s in group.sites if s in self.schemes]
-            if schemes and group.routed and tokens_of(group, stats) < least:
+            if not any(site in self.schemes for site in group.sites):
+                continue
+            if group.routed and tokens_of(group, stats) < least:
                 note = f"{STARVED} got {tokens_of(group, stats)} of the {least} tokens that a scale needs"
-                row = {"group": group.name, "method": "", "note": note, "fold": None, "folded": []}
-                rows.append({"block": block.index, **row})
-            elif schemes and group.name in stats:
-                narrowest = min(schemes, key=lambda scheme: scheme.bits)
-                move, row = transform_group(group, stats[group.name], narrowest, tensors, steps, self.plan.checkpoint)
-                for each in (group, *group.parts) if move else ():
-                    done |= {each.name: stats[each.name].moved(move)} if each.name in stats else {}
-                rows.append({"block": block.index, **row})
+                rows[group.name] = {"group": group.name, "method": "", "note": note, "fold": None, "folded": []}
+            elif group.name in stats:
+                moved.append(group)
+        for wave in waves(moved):
+            choices = {
+                group.name: choose(
+                    group, stats[group.name], self._narrowest(group), tensors, steps, self.plan.checkpoint
+                )
+                for group in wave
+                if group.name in mine
+            }
+            choices = {name: choice for made in self.ranks.share(choices) for name, choice in made.items()}
+            for group in wave:
+                choice = choices[group.name]
+                rows[group.name] = carry_out(group, choice, tensors, steps)
+                if choice:
+                    ours = [name for name in names_of(group) if name in mine]
+                    stats = each_changed(stats, lambda kept, move=choice.move: kept.moved(move), ours)
         self.source.check_transformed(block.index, before, tensors)
-        return done, rows
+        return stats, [{"block": block.index, **rows[group.name]} for group in groups if group.name in rows]
+
+    def _narrowest(self, group: InputGroup) -> QuantScheme:
+        """The scheme with the fewest bits among the group's sites."""
+        return min((self.schemes[s] for s in group.sites if s in self.schemes), key=lambda scheme: scheme.bits)
 
     def _gather(
         self, block: Block, groups: list[InputGroup], stats: dict[str, InputStats], tensors: dict[str, torch.Tensor]
@@ -258,29 +373,54 @@ class _Run:
         return stats, rows
 
     def _quantize(
-        self, groups: list[InputGroup], stats: Mapping[str, InputStats], tensors: Mapping[str, torch.Tensor]
+        self,
+        groups: list[InputGroup],
+        mine: Collection[str],
+        stats: Mapping[str, InputStats],
+        tensors: Mapping[str, torch.Tensor],
     ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
-        """Quantize every group of the block."""
-        chosen = self.plan.recipe.quantize
-        if chosen is None:
+        """Quantize every group of the block, each rank its own; the lead gets all results."""
+        if self.plan.recipe.quantize is None:
             return {}
-        results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
-        usual, least = method("quantize", chosen.method), self._least
+        found: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for group in groups:
-            for share in shares(group, stats, least):
-                check_static(share, self.schemes)
-                by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, chosen.options)
-                done = quantize_group(
-                    {s: as_matrix(s, tensors[s.weight]) for s in share.sites},
-                    self.schemes,
-                    share.stats,
-                    by,
-                    options,
-                    clip_search=self.plan.recipe.clip_search_for(share.sites[0].module),
-                )
-                results |= {site: noted(found, share.note(least)) for site, found in done.items()}
+            if any(name in mine for name in names_of(group)):
+                found |= self._quantize_one(group, mine, stats, tensors)
+        everything = {site: result for made in self.ranks.gather(found) for site, result in made.items()}
+        if not self.ranks.lead:
+            return {}
+        ordered = [site for group in groups for site in in_order_of_shares(group)]
+        results = {site: everything[site] for site in ordered if site in everything}
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
         self.error = sum(errors) / len(errors) if errors else None
+        return results
+
+    def _quantize_one(
+        self,
+        group: InputGroup,
+        mine: Collection[str],
+        stats: Mapping[str, InputStats],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
+        """Quantize those sites of one group whose statistics this rank has."""
+        chosen = self.plan.recipe.quantize
+        results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
+        usual, least = method("quantize", chosen.method), self._least
+        for share in shares(group, stats, least):
+            if share.name not in mine:
+                continue
+            check_static(share, self.schemes)
+            by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, chosen.options)
+            done = quantize_group(
+                {s: as_matrix(s, tensors[s.weight]) for s in share.sites},
+                self.schemes,
+                share.stats,
+                by,
+                options,
+                clip_search=self.plan.recipe.clip_search_for(share.sites[0].module),
+                most_weights=self.savings.most_weights,
+            )
+            results |= {site: noted(found, share.note(least)) for site, found in done.items()}
         return results
 
     def _cache_scales(
@@ -321,7 +461,17 @@ def _dense(results: Mapping[LinearSite, tuple[QuantTensor, SiteRow]]) -> dict[st
     return {site.weight: from_matrix(site, quantized.dequantize()) for site, (quantized, _) in results.items()}
 
 
-def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, listen: Listener) -> StatsSource:
+def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
+    """How groups are dealt to ranks: by their cost, but to the lead alone where channels change their order.
+
+    A permutation is tried on the model with the tensors that the one before it left.
+    """
+    return all_of_lead if plan.recipe.permutations else dealt
+
+
+def _stats_source(
+    plan: Plan, work: Path, stats: Path | None, device: str, listen: Listener, ranks: Ranks, savings: Savings
+) -> StatsSource:
     """Where statistics come from: nowhere, a file, or the model itself."""
     needs, recipe = plan.recipe.needs, plan.recipe
     if not needs:
@@ -338,34 +488,52 @@ def _stats_source(plan: Plan, work: Path, stats: Path | None, device: str, liste
                 f"{recipe.permutations[0].method} tries its permutations on the model, which --stats does not run",
                 hint="leave --stats out",
             )
-        if recipe.rewrites:
+        changing = changing_method(plan.checkpoint)
+        if changing:
             raise RecipeError(
-                f"{recipe.rewrites[0].method} rewrites the whole model; the statistics in {stats} are of another one",
+                f"{changing} rewrites the whole model; the statistics in {stats} are of another one",
                 hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
                 "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
             )
-        return StatsFromFile(stats, plan.checkpoint, plan.structure, needs)
+        return StatsFromFile(
+            stats, original_of(plan.checkpoint), plan.structure, needs, shifts=new_shifts(plan.checkpoint)
+        )
     from outlierq.calibrate.collect import stored_fields
 
-    tokens = token_set(plan.checkpoint, recipe.calibration)
-    return StatsFromRun(
+    tokens = ranks.first(lambda: token_set(plan.checkpoint, recipe.calibration))
+    former = ranks.first(lambda: former_shards(work))
+    settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
+    source = StatsFromRun(
         plan.skeleton,
         plan.checkpoint,
         plan.structure,
         plan.names,
         tokens,
-        recipe.calibration,
+        settings,
         fields=stored_fields(needs),
         work=work,
         device=device,
         listen=listen,
+        ranks=ranks,
+        owners=owners_for(plan),
+        savings=savings,
+        folds=bool(recipe.group_transforms or recipe.permutations),
     )
+    source.remark = remark
+    return source
 
 
-def _identity(plan: Plan, source: StatsSource) -> dict[str, Any]:
+def _identity(plan: Plan, source: StatsSource, savings: Savings) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     made_with = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
-    return made_with | source.identity
+    return made_with | source.identity | savings.identity
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    """What a reader of an unfinished run wants to know."""
+    commit = getattr(original_of(plan.checkpoint), "revision", None)
+    values = {"model": plan.checkpoint.source, "commit": commit, "recipe": plan.recipe.name}
+    return {**values, "units": len(plan.structure.blocks) + 1}
 
 
 def make_report(
@@ -376,6 +544,7 @@ def make_report(
     device: str,
     source: StatsSource,
     rewrite_error: float | None,
+    ranks: Ranks,
 ) -> Report:
     """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
     rows = journal.rows
@@ -394,7 +563,7 @@ def make_report(
         versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         seeds=({} if source.seed is None else {"calibration": source.seed})
         | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
-        machine=_machine(device),
+        machine=_machine(device, ranks),
         rows=rows,
         transforms=transforms,
         notes=(*plan.notes, *([source.remark] if source.remark else []), *noted),
@@ -408,9 +577,11 @@ def make_report(
     )
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str, ranks: Ranks) -> dict[str, Any]:
     """What the run used."""
     import torch
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": device, "name": name, "threads": torch.get_num_threads(), "system": platform.system()}
+    several = {"processes": ranks.size} if ranks.size > 1 else {}
+    threads = {"threads": torch.get_num_threads()}
+    return {"device": device, "name": name, **threads, **several, "system": platform.system()}

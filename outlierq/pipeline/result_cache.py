@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from outlierq.core.cache_folder import cache_folder
 from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.plan import REPORT_NAME
@@ -25,21 +26,16 @@ DATA = (".jsonl", ".json", ".parquet", ".csv")
 PIECE_BYTES = 1 << 24
 
 
-def cache_folder() -> Path:
-    """$OUTLIERQ_CACHE, else `outlierq` in the user's cache folder."""
-    named = os.environ.get("OUTLIERQ_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "outlierq"
-
-
 def content_hash(checkpoint: Checkpoint) -> str:
     """XXH3-128 hex of all bytes that decide how the checkpoint answers (the fingerprint reads a sample of them)."""
     path = checkpoint.path
     if path.is_file():
         return _digest([(path.name, path)])
     files = (f for f in path.iterdir() if f.suffix in DECIDING and f.name not in REPORTS and f.is_file())
-    return _digest((file.name, file) for file in sorted(files))
+    here = _digest((file.name, file) for file in sorted(files))
+    # Weights that come from the Hub when they are read are known by the Hub's digests.
+    remote = getattr(checkpoint, "digests", None)
+    return key_of({"here": here, "remote": remote}) if remote else here
 
 
 def data_hash(folder: Path) -> str:

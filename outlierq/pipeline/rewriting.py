@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, Structure, TensorInfo
+from outlierq.export import exporter
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 from outlierq.pipeline.pruning import PrunedCheckpoint, pruned
-from outlierq.registry import transform_method
+from outlierq.registry import Method, transform_method
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class RewrittenCheckpoint:
     """A checkpoint with changed tensors. Satisfies `Checkpoint`.
 
-    original: what is read. rewrite: what changes. notes: what was done, for the report.
+    original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
     """
 
-    def __init__(self, original: Checkpoint, rewrite: Rewrite, identity: Any):
-        self.original, self.rewrite, self._identity = original, rewrite, identity
+    def __init__(self, original: Checkpoint, rewrite: Rewrite, method: str, options: Mapping[str, Any] | None = None):
+        self.original, self.rewrite, self.method = original, rewrite, method
+        self._identity = [method, options or {}]
         self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
         self.path, self.revision = getattr(original, "path", None), getattr(original, "revision", None)
         self.notes: tuple[str, ...] = rewrite.notes
@@ -41,6 +44,9 @@ class RewrittenCheckpoint:
         self.tensors: dict[str, TensorInfo] = dict(original.tensors)
         if rewrite.untied:
             self._untie(*rewrite.untied)
+        self.tensors |= rewrite.zeros
+        for path, value in rewrite.settings.items():
+            self.config = _with(self.config, path, value)
         for name in rewrite.changes:
             dtype = self.tensors[name].dtype
             if dtype not in FLOATS:
@@ -72,13 +78,28 @@ class RewrittenCheckpoint:
         from outlierq.load.shards import torch_dtype
 
         change = self.rewrite.changes.get(name)
-        if change is None:
-            return self.original.read(name)
-        return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
+        if change is not None:
+            return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
+        return self.zeros(name) if name in self.rewrite.zeros else self.original.read(name)
+
+    def zeros(self, name: str) -> torch.Tensor:
+        """What a tensor that was added holds."""
+        import torch
+
+        from outlierq.load.shards import torch_dtype
+
+        info = self.rewrite.zeros[name]
+        return torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors."""
         return {name: self.read(name) for name in names}
+
+
+def _with(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The config with another value at the path."""
+    key, *rest = path
+    return {**config, key: _with(config[key], tuple(rest), value) if rest else value}
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +111,9 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
     return {**changed, "tie_word_embeddings": False}
 
 
-def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False) -> Checkpoint:
+def rewritten(
+    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """The checkpoint as the rewrites of the recipe leave it; the checkpoint itself when there are none.
 
     No weights are read, except for the gain of the last norm. RecipeError when a rewrite is not possible.
@@ -98,14 +121,25 @@ def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool
     for step in recipe.rewrites:
         method = transform_method(step.method)
         if method.stage == "prune":
-            checkpoint = pruned(checkpoint, method, step.options, trust_remote_code=trust_remote_code)
+            checkpoint = pruned(
+                checkpoint, method, step.options, stats=expert_stats, trust_remote_code=trust_remote_code
+            )
             continue
+        rewrite = method.function(_looked_at(checkpoint, method, recipe, trust_remote_code), **step.options)
+        checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)
+    return checkpoint
+
+
+def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe, trust_remote_code: bool) -> Any:
+    """What the rewrite wants to know of the model."""
+    if method.reads == "anatomy":
         from outlierq.pipeline.anatomy import find_anatomy
 
-        anatomy = find_anatomy(checkpoint, trust_remote_code=trust_remote_code)
-        rewrite = method.function(anatomy, **step.options)
-        checkpoint = RewrittenCheckpoint(checkpoint, rewrite, [step.method, step.options])
-    return checkpoint
+        return find_anatomy(checkpoint, trust_remote_code=trust_remote_code)
+    from outlierq.pipeline.openings import find_openings
+
+    refusal = getattr(exporter(recipe.export.format), "NO_NEW_BIASES", "")
+    return find_openings(checkpoint, refusal=refusal, trust_remote_code=trust_remote_code)
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -115,11 +149,29 @@ def original_of(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _same_function(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint below all rewrites that must not change what the model computes."""
+def _rewrites(checkpoint: Checkpoint) -> list[RewrittenCheckpoint]:
+    """The rewrites that must not change what the model computes, the last one first."""
+    found = []
     while isinstance(checkpoint, RewrittenCheckpoint):
+        found.append(checkpoint)
         checkpoint = checkpoint.original
-    return checkpoint
+    return found
+
+
+def changing_method(checkpoint: Checkpoint) -> str | None:
+    """The first method that made another model of the original, whose statistics therefore do not fit; None if none
+    did: biases of zeros change nothing.
+    """
+    if isinstance(checkpoint, PrunedCheckpoint):
+        return changing_method(checkpoint.original) or checkpoint.method
+    if not isinstance(checkpoint, RewrittenCheckpoint):
+        return None
+    return changing_method(checkpoint.original) or (checkpoint.method if checkpoint.rewrite.changes else None)
+
+
+def new_shifts(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Input group -> (bias of its producer, note), for shifts that biases of zeros have made possible."""
+    return {group: shift for each in _rewrites(checkpoint) for group, shift in each.rewrite.shifts.items()}
 
 
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
@@ -136,22 +188,25 @@ def prove_rewrite(
     names: Mapping[str, str],
     listen: Listener = silent,
 ) -> float | None:
-    """Relative difference of the rewritten model's float32 logits from the original's; None without a rewrite.
+    """Relative difference of the rewritten model's float32 logits from the original's; None without a changed tensor.
 
     The whole model runs on a short probe, one block in memory at a time; of large vocabularies the first tokens are
     compared. NumbersError above 1e-4.
     """
-    if not isinstance(checkpoint, RewrittenCheckpoint):
+    rewrites = _rewrites(checkpoint)
+    if not any(each.rewrite.changes for each in rewrites):
         return None
     from outlierq.pipeline.anatomy import TOLERANCE, Bench, Weights, relative_error
 
-    original = _same_function(checkpoint)
+    original = rewrites[-1].original
     bench = Bench(skeleton, structure)
-    shared = _shared_heads(checkpoint)
-    plain = Weights(
-        {slot: shared.get(tensor, tensor) for slot, tensor in names.items()},
-        lambda name, rows: original.read(name)[:rows],
-    )
+    shared = dict(each.rewrite.untied for each in rewrites if each.rewrite.untied)
+    added = {name: each for each in rewrites for name in each.rewrite.zeros}
+
+    def as_it_was(name: str, rows: int | None) -> torch.Tensor:
+        return (added[name].zeros(name) if name in added else original.read(name))[:rows]
+
+    plain = Weights({slot: shared.get(tensor, tensor) for slot, tensor in names.items()}, as_it_was)
     changed = Weights(names, lambda name, rows: _exact(checkpoint, name, rows))
     expected = _logits(bench, plain, listen)
     error = relative_error(_logits(bench, changed, listen), expected)
@@ -171,17 +226,8 @@ def _exact(checkpoint: Checkpoint, name: str, rows: int | None) -> torch.Tensor:
         return checkpoint.read(name)[:rows]
     change = checkpoint.rewrite.changes.get(name)
     if change is None:
-        return _exact(checkpoint.original, name, rows)
+        return checkpoint.zeros(name) if name in checkpoint.rewrite.zeros else _exact(checkpoint.original, name, rows)
     return change.apply(lambda source: _exact(checkpoint.original, source, None), torch.float32, rows=rows)
-
-
-def _shared_heads(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor that a rewrite added for a head -> the tensor that the head shared."""
-    shared: dict[str, str] = {}
-    while isinstance(checkpoint, RewrittenCheckpoint):
-        shared |= dict([checkpoint.rewrite.untied] if checkpoint.rewrite.untied else [])
-        checkpoint = checkpoint.original
-    return shared
 
 
 def _logits(bench: Any, weights: Any, listen: Listener) -> torch.Tensor:

@@ -44,18 +44,19 @@ def gptq(
     hessian = stats.need("hessian")
     grid = search_grid(w, scheme, hessian) if scale_search == "hessian" else minmax_grid(w, scheme)
     permutation = column_order(hessian.diagonal(), order, scheme.columns_per_group(w.shape[1]))
-    upper = _factor(hessian[permutation][:, permutation], damp)
+    upper = _factor(hessian, damp, permutation)
     if upper is None:
         return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)
     codes = sweep(w, grid, upper, permutation)
+    del upper  # as large as the hessian, and not needed by what follows
     codes, grid = refine(w, codes, grid, hessian, permutation, passes=refine_passes)
     return to_quant_tensor(codes, grid)
 
 
-def _factor(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
+def _factor(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> torch.Tensor | None:
     """U of `inverse_cholesky`, or None when no damping helps; anything but the asked damping is noted."""
     try:
-        upper, level = inverse_cholesky(hessian, damp)
+        upper, level = inverse_cholesky(hessian, damp, order)
     except NumbersError as error:
         note(f"rounded to nearest: {error.what}")
         return None

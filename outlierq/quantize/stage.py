@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.clip_search import static_scale, weighed_rows
-from outlierq.ops.errors import relative_error_of_both, relative_output_error, relative_weight_error
+from outlierq.ops.errors import output_error, relative_error_of_both
+from outlierq.ops.solve import sharing_factors
 
 # Weights quantized at a time without statistics: 2 MiB in float32. Smaller pieces fit the cache better, but threads
 # side by side then wait for each other between many short operations (2.8 s with a quarter of it, 2.2 s with this).
-PIECE_WEIGHTS = 1 << 19
+PIECE_WEIGHTS = 1 << 20
+# Rows that share a word where zero points are packed along them.
+ROWS_PER_WORD = 32
 
 if TYPE_CHECKING:
     from outlierq.core.stats import InputStats
@@ -36,12 +40,15 @@ def quantize_group(
     options: Mapping[str, Any],
     *,
     clip_search: bool = True,
+    most_weights: int | None = None,
 ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
     """Quantize every site of `weights` ([out, in] each, one input) that has a scheme.
 
     Sites with one scheme are stacked along their rows: they share the hessian, so they are solved together. Without
     statistics rows have nothing in common, and are quantized piece by piece, so that a piece stays in the cache.
-    clip_search: whether the scale of a static activation scheme may clip (ops/clip_search.py).
+    clip_search: whether the scale of a static activation scheme may clip (ops/clip_search.py). most_weights: of a stack
+    that is solved at once, to bound memory; a larger one is solved some rows at a time (None: never). The rows of a
+    weight do not depend on each other, but sums over other numbers of rows may differ in the last bit.
     """
     stacks: dict[QuantScheme, list[LinearSite]] = {}
     for site in weights:
@@ -53,11 +60,12 @@ def quantize_group(
             if stats is None:
                 for site in sites:
                     pieces = weights[site].split(rows_of_a_piece(site.in_features, scheme))
-                    done[site] = quantize_rows(site, pieces, scheme, method, options)
+                    rows = quantize_rows(site, pieces, scheme, method, options)
+                    done[site] = QuantTensor.stack(list(rows)), rows.found
             else:
-                members = [(site, weights[site].float()) for site in sites]
+                members = [(site, weights[site]) for site in sites]
                 for part in _aligned(members, scheme):
-                    done |= _quantize_stack(part, scheme, stats, method, options)
+                    done |= _quantize_stack(part, scheme, stats, method, options, most_weights)
     if stats is not None:
         with during("input scale", ", ".join(site.module for site in weights)):
             done = _with_activations(done, weights, stats, clip_search)
@@ -106,34 +114,76 @@ def _with_activations(
     return changed
 
 
+class QuantizedRows:
+    """A quantized weight some rows at a time: iterate over it once, in order. found: then, its row of the report."""
+
+    found: SiteRow
+
+    def __init__(self, pieces: Generator[QuantTensor, None, SiteRow]):
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[QuantTensor]:
+        self.found = yield from self._pieces
+
+    @classmethod
+    def whole(cls, quantized: QuantTensor, row: SiteRow) -> QuantizedRows:
+        """All rows in one piece."""
+
+        def once() -> Generator[QuantTensor, None, SiteRow]:
+            yield quantized
+            return row
+
+        return cls(once())
+
+
 def quantize_rows(
     site: LinearSite, pieces: Iterable[torch.Tensor], scheme: QuantScheme, method: Method, options: Mapping[str, Any]
-) -> tuple[QuantTensor, SiteRow]:
-    """A method that needs no statistics, on some rows at a time.
+) -> QuantizedRows:
+    """A method that needs no statistics, on some rows at a time, when they are asked for.
 
     pieces: the weight [out, in] in order, `rows_of_a_piece` rows each; a piece may be overwritten after it was used.
+    NumbersError on NaN or Inf, before any row that holds one is given.
     """
-    started = time.perf_counter()
-    done, change, power, bad = [], 0.0, 0.0, 0
-    with collecting() as notes:
-        for piece in pieces:
-            rows = piece.to(torch.float32, copy=True)
-            squares = _sum_of_squares(rows)
-            if not math.isfinite(squares):
-                bad += int((~rows.isfinite()).sum())
-            power += squares
-            done.append(method.function(rows, None, scheme, **options))
-            change += _sum_of_squares(done[-1].dequantize().sub_(rows))
-    _check_finite(site, bad, power)
-    result = QuantTensor.stack(done)
+    return QuantizedRows(_quantized_rows(site, iter(pieces), scheme, method, options))
+
+
+def _quantized_rows(
+    site: LinearSite, pieces: Iterator[torch.Tensor], scheme: QuantScheme, method: Method, options: Mapping[str, Any]
+) -> Generator[QuantTensor, None, SiteRow]:
+    """The pieces; returns the row of the report."""
+    seconds, change, power, bits, notes = 0.0, 0.0, 0.0, 0.0, []
+    for piece in pieces:
+        started = time.perf_counter()
+        rows = piece.to(torch.float32, copy=True)
+        squares = _sum_of_squares(rows)
+        if not math.isfinite(squares):
+            bad = sum(int((~each.isfinite()).sum()) for each in itertools.chain([rows], pieces))
+            _check_finite(site, bad, squares)
+        with collecting() as said:
+            done = method.function(rows, None, scheme, **options)
+        notes += said
+        power += squares
+        change += _sum_of_squares(done.dequantize().sub_(rows))
+        bits += done.bits_per_weight * len(rows) / site.out_features
+        seconds += time.perf_counter() - started
+        yield done
     error = (change / power) ** 0.5 if power else 0.0
-    return result, _row(site, result, method.name, None, error, time.perf_counter() - started, notes)
+    return replace(_row(site, done, method.name, None, error, seconds, notes), bits_per_weight=bits)
 
 
 def rows_of_a_piece(columns: int, scheme: QuantScheme) -> int:
     """As many rows as stay in the cache; whole blocks where rows share scales."""
-    rows = max(1, PIECE_WEIGHTS // columns)
-    return rows if scheme.block is None else max(1, rows // scheme.block[0]) * scheme.block[0]
+    return _whole_blocks(PIECE_WEIGHTS // columns, scheme)
+
+
+def _whole_blocks(rows: int, scheme: QuantScheme) -> int:
+    """About as many rows, at least one, that share no scale with others."""
+    if scheme.kind == "float" and scheme.scales == "two-level":
+        return 1 << 62  # all rows share a scale of scales
+    together = 1 if scheme.block is None else scheme.block[0]
+    if not scheme.symmetric:
+        together = math.lcm(together, ROWS_PER_WORD)  # zero points are packed along rows
+    return max(1, rows // together) * together
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
@@ -157,25 +207,101 @@ def _quantize_stack(
     stats: InputStats,
     method: Method,
     options: Mapping[str, Any],
+    most_weights: int | None,
+) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
+    """The members of a stack, together when it has no more than `most_weights` weights, else some rows at a time."""
+    one_unit = scheme.kind == "float" and scheme.scales == "two-level"  # found from the whole weight
+    if most_weights is None or one_unit or sum(weight.numel() for _, weight in members) <= most_weights:
+        return _quantize_together(members, scheme, stats, method, options)
+    with sharing_factors():
+        return {
+            site: _quantize_rows_of(site, weight, scheme, stats, method, options, most_weights)
+            for site, weight in members
+        }
+
+
+def _quantize_together(
+    members: list[tuple[LinearSite, torch.Tensor]],
+    scheme: QuantScheme,
+    stats: InputStats,
+    method: Method,
+    options: Mapping[str, Any],
 ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
     """One call of the method on the stacked float32 rows, split again afterwards."""
+    starts = [0, *itertools.accumulate(len(weight) for _, weight in members)]
+    places = {site: slice(*ends) for (site, _), ends in zip(members, itertools.pairwise(starts), strict=True)}
+    first = members[0][1]
+    stack = torch.empty(starts[-1], first.shape[1], device=first.device)
     for site, weight in members:
-        _check_finite(site, int((~weight.isfinite()).sum()), weight.square().sum().item())
+        stack[places[site]] = weight
+    for site, place in places.items():
+        _check_finite(site, int((~stack[place].isfinite()).sum()), stack[place].square().sum().item())
     started = time.perf_counter()
-    stack = torch.cat([weight for _, weight in members]) if len(members) > 1 else members[0][1]
     with collecting() as notes:
         result = method.function(stack, stats, scheme, **options)
     share = (time.perf_counter() - started) / len(stack)
     done = {}
-    start = 0
-    for site, weight in members:
-        part = result.rows(start, start + len(weight))
-        start += len(weight)
-        dense = part.dequantize()
-        output = None if stats.hessian is None else relative_output_error(weight, dense, stats.hessian)
-        error = relative_weight_error(weight, dense) ** 0.5
-        done[site] = (part, _row(site, part, method.name, output, error, share * len(weight), notes))
+    for site, place in places.items():
+        part, weight = result.rows(place.start, place.stop), stack[place]
+        errors = _Errors()
+        errors.add(weight, part, stats.hessian)
+        done[site] = (part, _row(site, part, method.name, errors.output, errors.weight, share * len(weight), notes))
     return done
+
+
+def _quantize_rows_of(
+    site: LinearSite,
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    stats: InputStats,
+    method: Method,
+    options: Mapping[str, Any],
+    most_weights: int,
+) -> tuple[QuantTensor, SiteRow]:
+    """One linear, as many of its rows at a time as have `most_weights` weights."""
+    started, done, errors = time.perf_counter(), [], _Errors()
+    with collecting() as notes:
+        for piece in weight.split(_whole_blocks(most_weights // site.in_features, scheme)):
+            rows = piece.float()
+            _check_finite(site, int((~rows.isfinite()).sum()), rows.square().sum().item())
+            done.append(method.function(rows, stats, scheme, **options))
+            errors.add(rows, done[-1], stats.hessian)
+    result = QuantTensor.stack(done)
+    seconds = time.perf_counter() - started
+    return result, _row(site, result, method.name, errors.output, errors.weight, seconds, notes)
+
+
+class _Errors:
+    """Adds up what was lost over rows of one weight. output: relative squared error, None without a hessian.
+
+    weight: relative root-mean-square error.
+    """
+
+    def __init__(self) -> None:
+        self._change = self._power = self._output_change = self._output_power = 0.0
+        self._known = False
+
+    def add(self, rows: torch.Tensor, quantized: QuantTensor, hessian: torch.Tensor | None) -> None:
+        """Some rows, float32, and what became of them."""
+        change = quantized.dequantize().sub_(rows)
+        self._change += change.square().sum().item()
+        self._power += rows.square().sum().item()
+        if hessian is not None:
+            self._known = True
+            self._output_change += output_error(change, hessian).item()
+            self._output_power += output_error(rows, hessian).item()
+
+    @property
+    def output(self) -> float | None:
+        """Squared error of the output over its power; 0 for an all-zero output."""
+        if not self._known:
+            return None
+        return self._output_change / self._output_power if self._output_power > 0 else 0.0
+
+    @property
+    def weight(self) -> float:
+        """Root of the squared error of the weight over its power; 0 for an all-zero weight."""
+        return (self._change / self._power) ** 0.5 if self._power > 0 else 0.0
 
 
 def _row(
@@ -200,4 +326,5 @@ def _row(
         bits_per_weight=quantized.bits_per_weight,
         seconds=seconds,
         note="; ".join(dict.fromkeys(notes)),
+        numbers=scheme.numbers,
     )

@@ -224,7 +224,7 @@ def _error_of(rows: Sequence[SiteRow]) -> tuple[str, Callable[[SiteRow], float]]
 def _scheme(row: SiteRow) -> str:
     """As short as it goes: int4 g128, int3 channel asym."""
     group = "channel" if row.group_size is None else f"g{row.group_size}"
-    return f"int{row.bits} {group}" + ("" if row.symmetric else " asym")
+    return f"{row.numbers or f'int{row.bits}'} {group}" + ("" if row.symmetric else " asym")
 
 
 def _notes(notes: Iterable[str]) -> list[RenderableType]:

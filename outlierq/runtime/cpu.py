@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from outlierq.core.scheme import ActivationScheme
-from outlierq.ops.activations import dynamic_scale
+from outlierq.ops.activations import scale_that_holds
 from outlierq.ops.int8_split import int8_product
 from outlierq.runtime.layout import qlinear, unpack_int4
 
@@ -81,9 +81,10 @@ def quantize_input(
     """(int8 codes of `x` [tokens, in], scale: [1], [] or [tokens, 1]), with a given scale or one found now."""
     if input_scale is not None:
         return (x / input_scale).round_().clamp_(-128, 127).to(torch.int8), input_scale
-    largest = x.abs().amax(-1, keepdim=True).float()  # the largest of these are those of all
-    step = dynamic_scale(largest, ActivationScheme(per="token" if per_token else "tensor"))
-    return (x / step).round_().to(torch.int8), step  # the scale holds the largest value: nothing to clamp
+    wide = x.to(torch.float32, copy=True)  # in place from here on: fresh memory costs more than the arithmetic
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    step = scale_that_holds(largest if per_token else largest.amax(), ActivationScheme())
+    return wide.div_(step).round_().to(torch.int8), step  # the scale holds the largest value: nothing to clamp
 
 
 def _by_blocks(x: torch.Tensor, rows: int, decode: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:

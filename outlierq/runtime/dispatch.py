@@ -104,7 +104,7 @@ def _check_input(x: torch.Tensor, columns: int, **weight: torch.Tensor) -> None:
         raise KernelError(f"x must be floating-point [..., {columns}]; got {_named(x=x, **weight)}")
     strangers = {name: str(t.device) for name, t in weight.items() if t.device != x.device}
     if strangers:
-        raise KernelError(f"x is on {x.device}, but {strangers}")
+        raise KernelError(f"x is on {x.device}, but {strangers}; got {_named(x=x, **weight)}")
 
 
 def _named(**tensors: torch.Tensor) -> str:

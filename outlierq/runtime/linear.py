@@ -8,6 +8,7 @@ and decodes them block by block in every call; `reason` says why. The weight is 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +121,11 @@ class QuantLinear(torch.nn.Module):
         return none | {"words": layout.pack_int4(codes), "scale": F.pad(pairs, (0, 0, 0, filling[-1])).contiguous()}
 
     def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
-        """The weight as it came."""
-        parts = {"words": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        """The weight as it came; scales of two levels or powers of two as the numbers that they stand for."""
+        scale = weight.scale
+        if weight.scheme.scales != "plain":
+            scale, self.scheme = weight.float_scale, replace(weight.scheme, scales="plain")
+        parts = {"words": weight.codes, "scale": scale, "zero_point": weight.zero_point}
         return parts | {"columns": weight.outlier_columns, "kept": weight.outlier_weight}
 
     def _stored(self) -> QuantTensor:
@@ -161,7 +165,8 @@ def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tupl
     scheme, inputs = weight.scheme, weight.scheme.activations
     by_row = scheme.group_size is None and scheme.block is None and weight.zero_point is None
     if scheme.kind == "float" or scheme.block is not None:
-        return "decoded", "there is no product for fp8 weights" if scheme.kind == "float" else "scales are per block"
+        numbers = f"there is no product for {scheme.numbers} weights"
+        return "decoded", numbers if scheme.kind == "float" else "scales are per block"
     if by_row and inputs is not None and (inputs.kind, inputs.bits) == ("int", 8) and inputs.per != "group":
         return "int8", None
     if weight.outlier_columns is not None:

@@ -20,7 +20,7 @@ from outlierq.core.block_stats import BlockStats
 from outlierq.registry import pruner
 
 
-@pruner("reap", paper="arXiv:2510.13999")
+@pruner("reap", needs=("expert_tokens", "expert_saliency"), paper="arXiv:2510.13999")
 def reap(
     stats: BlockStats, groups: int, *, prune: Annotated[float, Ge(0), Lt(1)] = 0.25, stats_folder: str = ""
 ) -> torch.Tensor:
@@ -29,7 +29,8 @@ def reap(
     stats: of one block, with expert_tokens and expert_saliency [experts]. groups: the router chooses among this many
     groups of consecutive experts first (1 for most models); equally many experts of each are kept. prune: share of the
     experts to drop, rounded down to a number that leaves groups equal. stats_folder: of an earlier `outlierq
-    calibrate` of this model, where `stats` comes from; it must be given. Of equal ones the later expert goes.
+    calibrate` of this model, where `stats` comes from; left out, the run makes them itself. Of equal ones the later
+    expert goes.
     """
     saliency = stats.need("expert_saliency") / stats.need("expert_tokens").clamp_min(1)
     by_group = saliency.view(groups, -1)

@@ -19,13 +19,13 @@ W b / n, and the norm's bias 1. No division by a gain is needed, and nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from outlierq.core.errors import RecipeError
-from outlierq.core.model import LinearSite
+from outlierq.core.model import LinearSite, TensorInfo
 from outlierq.ops.hadamard import Rotation
 from outlierq.registry import rewriter
 
@@ -189,11 +189,16 @@ def _merged(matrix: torch.Tensor, norm: Norm, read: Read) -> torch.Tensor:
 class Rewrite:
     """A rewritten model. changes: by name of the new tensor; all others stay. untied: the new tensor of a head that
     shared that of the embeddings, and the tensor it shared. notes: what was done and what was not, for the report.
+    zeros: tensors that the model gets beside its own, all zero. settings: keys of config.json, by path, and their new
+    values. shifts: input group -> (bias of its producer, note), where the zeros make a shift of the input possible.
     """
 
     changes: Mapping[str, Change]
     notes: tuple[str, ...] = ()
     untied: tuple[str, str] | None = None
+    zeros: Mapping[str, TensorInfo] = field(default_factory=dict)
+    settings: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @rewriter("rotate", paper="arXiv:2404.00456")

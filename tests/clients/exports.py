@@ -8,6 +8,7 @@ from pathlib import Path
 # 576 columns: groups of 64 divide every width of SmolLM2, groups of 128 do not.
 GROUPS = ("quantize.group_size=64",)
 ASYMMETRIC = (*GROUPS, "quantize.symmetric=false")
+Q4_K = ("quantize.group_size=32", "quantize.symmetric=false", "quantize.scales=two-level")
 # What is tested is the file, not its quality.
 SHORT = ("calibration.samples=16", "calibration.sequence_length=256")
 
@@ -32,6 +33,8 @@ EXPORTS = {
     "ct-w4a8": Export("w8a8-dynamic", ("quantize.bits=4", *GROUPS)),
     "ct-fp8": Export("fp8-dynamic"),
     "ct-kv-fp8": Export("kv-fp8", SHORT),
+    "ct-nvfp4": Export("nvfp4"),
+    "ct-mxfp4": Export("mxfp4"),
     "awq": Export("rtn-w4", (*ASYMMETRIC, "export.format=awq")),
     "awq-sym": Export("rtn-w4", (*GROUPS, "export.format=awq")),
     "gptq": Export("rtn-w4", (*GROUPS, "export.format=gptq")),
@@ -41,6 +44,8 @@ EXPORTS = {
     "bitsandbytes": Export("llm-int8"),
     "gguf-q4_0": Export("rtn-w4", ("quantize.group_size=32", "export.format=gguf")),
     "gguf-q4_1": Export("rtn-w4", ("quantize.group_size=32", "quantize.symmetric=false", "export.format=gguf")),
+    "gguf-q4_k": Export("rtn-w4", (*Q4_K, "export.format=gguf")),  # widths of 576 as Q4_1
+    "gguf-mxfp4": Export("mxfp4", ("export.format=gguf",)),
     "gguf-q8_0": Export("rtn-w8", ("quantize.group_size=32", "export.format=gguf")),
 }
 

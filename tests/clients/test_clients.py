@@ -36,6 +36,8 @@ LOADED = {
     "ct-w4a8": ("transformers",),  # in vLLM a kernel for Arm, of which x86 has only a slow reference
     "ct-fp8": ("transformers",),  # minutes for a sentence in vLLM without AMX-FP8
     "ct-kv-fp8": ("transformers",),
+    "ct-nvfp4": ("transformers",),
+    "ct-mxfp4": ("transformers",),
     "awq": ("gptqmodel", "vllm"),
     "awq-sym": ("gptqmodel", "vllm"),
     "gptq": ("gptqmodel", "vllm"),
@@ -45,6 +47,8 @@ LOADED = {
     "bitsandbytes": ("bitsandbytes",),
     "gguf-q4_0": ("transformers", "llama.cpp"),
     "gguf-q4_1": ("transformers", "llama.cpp"),
+    "gguf-q4_k": ("transformers", "llama.cpp"),
+    "gguf-mxfp4": ("llama.cpp",),
     "gguf-q8_0": ("transformers", "llama.cpp"),
 }
 GGUF_OPTIONS = {"transformers": {"gguf_file": "model.gguf"}}
@@ -54,6 +58,8 @@ REFUSED = {
     ("gptq-asym", "vllm"): "Unsupported quantization config",
     ("gptq-v2-asym", "vllm"): "Unsupported quantization config",
     ("ct-w8", "vllm"): "Failed to find a kernel",
+    ("ct-nvfp4", "vllm"): "NVFP4|NvFp4|nvfp4",
+    ("ct-mxfp4", "vllm"): "Failed to find a kernel that can implement the MXFP4 linear layer",
 }
 CPU_ONLY = {("ct-w8", "vllm")}  # kernels for them exist, but not in the CPU build
 

@@ -17,6 +17,7 @@ EXAMPLES = (
 
 
 def command(
+    context: typer.Context,
     model: shared.Model,
     out: Annotated[str, typer.Option("--out", "-o", help="The folder for the statistics.")],
     text: Annotated[
@@ -34,19 +35,26 @@ def command(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Chooses among the windows [0].")] = None,
     device: shared.Device = "auto",
+    max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
+    stream_from_hub: shared.StreamFromHub = False,
     trust_remote_code: shared.RemoteCode = False,
     as_json: shared.AsJson = False,
     quiet: shared.Quiet = False,
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
     from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.load import drop_shards
     from outlierq.pipeline.calibrate import calibrate
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
     chosen = calibration_settings(recipe, settings, given, chat_template)
-    checkpoint = shared.open_model(model, revision, trust_remote_code)
     folder = shared.out_path(out)
+    ranks = shared.ranks_of(context, stream_from_hub)
+    if stream_from_hub:
+        checkpoint = shared.open_streamed(context, model, folder, revision, trust_remote_code)
+    else:
+        checkpoint = shared.open_model(model, revision, trust_remote_code)
     with shared.progress(quiet) as listen:
         identity = calibrate(
             checkpoint,
@@ -55,7 +63,12 @@ def command(
             device=shared.choose_device(device),
             trust_remote_code=trust_remote_code,
             listen=listen,
+            ranks=ranks,
+            max_memory=shared.ceiling(max_memory, ranks),
         )
+    if not ranks.lead:
+        return
+    drop_shards(checkpoint)
     size = sum(path.stat().st_size for path in folder.iterdir())
     notes = StatsReader(folder).notes
     if as_json:

@@ -58,6 +58,7 @@ def command(
     ] = False,
     no_cache: shared.NoCache = False,
     device: shared.Device = "auto",
+    max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
     as_json: shared.AsJson = False,
@@ -100,6 +101,8 @@ def command(
     )
     checkpoint = shared.open_model(model, revision, trust_remote_code)
     original = shared.open_model(reference, None, trust_remote_code) if reference else None
+    if max_memory is not None:
+        check_memory(checkpoint, original, wanted, max_memory)
     if record:
         measuring.read_report(checkpoint.path)  # before hours of work, not after
     with shared.progress(quiet) as listen:
@@ -117,3 +120,18 @@ def command(
         typer.echo(f"{model} on {found['text']}")
         shared.show_results(found, quiet)
     shared.finish_gate(found, junit)
+
+
+def check_memory(checkpoint: object, original: object | None, wanted: object, max_memory: str) -> None:
+    """Refuse before work what would need more than --max-memory."""
+    from outlierq.load import build_skeleton
+    from outlierq.pipeline.memory import check_evaluation
+
+    if wanted.tasks:
+        raise typer.BadParameter(
+            "what tasks need is not known beforehand; leave --tasks out", param_hint="--max-memory"
+        )
+    models = [
+        build_skeleton(each, trust_remote_code=wanted.trust_remote_code) for each in (checkpoint, original) if each
+    ]
+    check_evaluation(models, wanted.dtype, wanted.window_length, shared.ceiling(max_memory))

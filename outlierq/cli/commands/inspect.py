@@ -34,7 +34,7 @@ def command(
     elif (folder / "unfinished.json").is_file():
         found = inspection.describe_unfinished_stats(folder)
     else:
-        found = inspection.describe_checkpoint(shared.open_model(target, revision, trust_remote_code))
+        found = inspection.describe_checkpoint(shared.open_headers(target, revision, trust_remote_code))
     if as_json:
         shared.print_json(found)
         return

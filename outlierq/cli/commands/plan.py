@@ -18,6 +18,7 @@ def command(
     recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
     form: shared.Format = None,
+    max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
     as_json: shared.AsJson = False,
@@ -25,6 +26,7 @@ def command(
     """Show what each tensor becomes and why, the exact output size, memory and time; reads headers only.
 
     With --format alone and a compressed MODEL: whether it can be converted without loss; that reads every weight.
+    With --max-memory: whether the run stays below it, and what is done for that.
     """
     from outlierq.pipeline.plan import estimate, make_plan
     from outlierq.report.terminal import human_bytes, human_seconds
@@ -32,19 +34,27 @@ def command(
     plan = conversion(model, form, recipe, settings, revision, trust_remote_code)
     if plan is None:
         chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, shared.with_format(settings, form))
-        checkpoint = shared.open_model(model, revision, trust_remote_code)
+        checkpoint = shared.open_headers(model, revision, trust_remote_code)
         plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
-    expected = estimate(plan)
+    expected, savings = estimate(plan), None
+    if max_memory is not None:
+        from outlierq.pipeline.memory import check_known, choose, work_of
+
+        check_known(plan)
+        savings = choose(work_of(plan), shared.ceiling(max_memory)).sentences
     if as_json:
-        shared.print_json(describe(plan, expected))
+        shared.print_json(describe(plan, expected) | ({} if savings is None else {"max_memory": savings}))
         return
     shared.show(shared.plan_view(plan))
     typer.echo(
         f"output: {human_bytes(plan.output_bytes)} ({plan.output_bytes:,} bytes, exact) in "
         f"{len(plan.layout.sizes)} weight file(s), {plan.bits_per_weight:.2f} bits per weight\n"
-        f"estimated, within a factor of two: {human_seconds(expected.seconds)}, "
-        f"peak memory {human_bytes(expected.peak_bytes)}"
+        f"estimated, within a factor of two: {human_seconds(expected.seconds)}; "
+        f"peak memory at most {human_bytes(expected.peak_bytes)}"
     )
+    if savings is not None:
+        how = "\n".join(f"  {sentence}" for sentence in savings) or "  nothing has to be done for that"
+        typer.echo(f"with --max-memory {max_memory}, memory stays below that:\n{how}")
 
 
 def conversion(

@@ -19,6 +19,7 @@ EXAMPLES = (
 
 
 def command(
+    context: typer.Context,
     model: shared.Model,
     out: Annotated[str, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     recipe: shared.OptionalRecipe = None,
@@ -34,7 +35,9 @@ def command(
     data_dir: shared.DataDir = None,
     junit: shared.Junit = None,
     device: shared.Device = "auto",
+    max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
+    stream_from_hub: shared.StreamFromHub = False,
     trust_remote_code: shared.RemoteCode = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run in the same place.")] = False,
     as_json: shared.AsJson = False,
@@ -45,39 +48,75 @@ def command(
     The plan is printed first. An interrupted run continues where it stopped when the same command is given again.
     With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit is passed.
     """
-    from outlierq.load import reading_ahead
+    from outlierq.load import drop_shards, reading_ahead
+    from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
     from outlierq.pipeline.plan import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.pipeline.results import Measurement, judge, measure, record, unmeasured
     from outlierq.report import terminal
 
     asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
+    checkpoint = None
+    ranks = shared.ranks_of(context, stream_from_hub)
+    ceiling = shared.ceiling(max_memory, ranks)
+
+    def opened() -> object:
+        if stream_from_hub:
+            return shared.open_streamed(context, model, shared.out_path(out), revision, trust_remote_code, restart)
+        return shared.open_model(model, revision, trust_remote_code)
+
     if form is not None:
-        checkpoint = shared.open_model(model, revision, trust_remote_code)
+        checkpoint = opened()
         if shared.conversion_wanted(checkpoint, shared.known_format(form), recipe, [*(settings or []), *asked]):
+            shared.refuse_several(ranks, "converting without loss")
+            if ceiling is not None:
+                raise typer.BadParameter("a conversion has no ceiling", param_hint="--max-memory")
             convert(checkpoint, form, out, restart, as_json, quiet, trust_remote_code)
+            drop_shards(checkpoint)
             return
     settings = shared.with_format(settings, form)
     chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked])
     if junit is not None and chosen.gate is None:
         raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
-    checkpoint = shared.open_model(model, revision, trust_remote_code)
-    with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
-    if not quiet:
-        shared.show(shared.plan_view(plan), stderr=True)
+    checkpoint = checkpoint or opened()
     where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
+        chosen_by = expert_stats(
+            checkpoint,
+            chosen,
+            shared.out_path(out),
+            given=stats,
+            device=where,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+            ranks=ranks,
+        )
+    with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
+        plan = make_plan(checkpoint, chosen, expert_stats=chosen_by, trust_remote_code=trust_remote_code)
+    if ceiling is not None and chosen.gate is not None:
+        from outlierq.pipeline.memory import check_evaluation
+
+        check_evaluation([plan.skeleton] * 2, chosen.gate.dtype, chosen.gate.window_length, ceiling)
+    if not quiet:
+        shared.show(shared.plan_view(plan), stderr=True)
+    with shared.progress(quiet) as listen:
         # A run that was stopped while its gate was measured goes on there.
-        report = unmeasured(shared.out_path(out), plan) if chosen.gate is not None and not restart else None
+        report = None
+        if chosen.gate is not None and not restart:
+            report = ranks.first(lambda: unmeasured(shared.out_path(out), plan))
         report = report or quantize(
             plan,
             shared.out_path(out),
-            stats=stats,
+            stats=None if chosen_by else stats,  # of the whole model, which is not the one that is quantized
             device=where,
             restart=restart,
             listen=listen,
+            ranks=ranks,
+            max_memory=ceiling,
         )
+        if not ranks.lead:
+            return
         results = None
         if chosen.gate is not None:
             wanted = Measurement.of_gate(
@@ -85,6 +124,8 @@ def command(
             )
             results = judge(measure(shared.open_model(out), checkpoint, wanted, listen=listen), chosen.gate.limits)
             report = record(shared.out_path(out), results | {"command": shared.command_line()})
+    remove_expert_stats(shared.out_path(out))
+    drop_shards(checkpoint)
     if as_json:
         shared.print_json(report.to_dict())
     else:

@@ -44,7 +44,9 @@ def show(reference: Reference) -> None:
 def check(reference: Reference, settings: shared.Settings = None) -> None:
     """Check a recipe; every fault is reported at once, with its line."""
     from outlierq.recipe import load
+    from outlierq.registry import transform_method
 
     recipe = load(reference, settings)
-    needs = ", ".join(sorted(recipe.needs)) or "no data"
+    pruning = (transform_method(step.method).needs for step in recipe.pruning)
+    needs = ", ".join(sorted(recipe.needs.union(*pruning))) or "no data"
     typer.echo(f"ok: {reference} ({recipe.description or 'no description'}; needs {needs})")

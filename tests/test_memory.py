@@ -1,0 +1,379 @@
+"""A ceiling on memory: what is done to stay below it leaves the result as it is, or says that it may not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.spilled import SpilledStats, each_changed
+from outlierq.core.errors import OutlierqError, OutputError
+from outlierq.core.model import InputGroup, LinearSite
+from outlierq.core.stats import InputStats
+from outlierq.load import open_checkpoint
+from outlierq.load.folder import FolderCheckpoint
+from outlierq.ops import solve
+from outlierq.pipeline import memory
+from outlierq.pipeline import quantize as quantizing
+from outlierq.pipeline.memory import NO_SAVINGS, Savings, choose, in_passes, peaks, smallest_ceiling, work_of
+from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.quantize import quantize
+from outlierq.recipe import load
+
+SMALL = ["calibration.samples=6", "calibration.sequence_length=32", "calibration.batch_size=4"]
+HARMLESS = Savings(spill_bytes=0, stats_bytes=1)
+LAST_BITS = {"rows": Savings(most_weights=1 << 11), "batch": Savings(batch_size=1)}
+
+
+def planned(source: Path, recipe: str = "gptq-w4", *settings: str):
+    return make_plan(open_checkpoint(str(source)), load(recipe, [*SMALL, *settings]))
+
+
+def compress(source: Path, out: Path, recipe: str = "gptq-w4", *settings: str, **options):
+    return quantize(planned(source, recipe, *settings), out, **options)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """From now on every ceiling is met by these savings."""
+
+    def force(savings: Savings) -> None:
+        monkeypatch.setattr(memory, "choose", lambda work, ceiling: savings)
+
+    return force
+
+
+@pytest.fixture(scope="module")
+def usual(tiny_llama, tmp_path_factory):
+    """Folders of runs without a ceiling, by recipe and mode. Read-only."""
+    made = {}
+
+    def run(recipe: str, *settings: str) -> Path:
+        key = (recipe, *settings)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("usual") / "out"
+            compress(tiny_llama, made[key], recipe, *settings)
+        return made[key]
+
+    return run
+
+
+def weights(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [("gptq-w4",), ("gptq-w4", "calibration.mode=sequential"), ("awq-gptq-w4",), ("w8a8-static",)],
+    ids=" ".join,
+)
+def test_spilling_and_several_passes_leave_every_byte_as_it_is(
+    recipe, tiny_llama, tmp_path, usual, forced, monkeypatch
+):
+    expected = weights(usual(*recipe))
+    hidden, runs = [], []
+    make, run = BlockRunner._hidden_states, BlockRunner.run
+
+    def watched_make(self, shape):
+        hidden.append(make(self, shape))
+        return hidden[-1]
+
+    def watched_run(self, module, index, states, collect=None, **options):
+        runs.extend([index] if collect else [])
+        return run(self, module, index, states, collect, **options)
+
+    monkeypatch.setattr(BlockRunner, "_hidden_states", watched_make)
+    monkeypatch.setattr(BlockRunner, "run", watched_run)
+    forced(HARMLESS)
+    compress(tiny_llama, tmp_path / "out", *recipe, max_memory=1)
+    assert weights(tmp_path / "out") == expected
+    assert hidden and all(states.spilled for states in hidden)
+    groups = 4  # queries, keys and values; the output of attention; gate and up; down
+    assert runs == [0] * groups + [1] * groups
+
+
+@pytest.mark.parametrize("saving", LAST_BITS)
+def test_parts_of_stacks_and_of_batches_change_no_more_than_last_bits(
+    saving, tiny_llama, tmp_path, usual, forced, monkeypatch
+):
+    before = json.loads((usual("gptq-w4") / "outlierq.json").read_text())
+    sizes, sequences = watch_sizes(monkeypatch), watch_sequences(monkeypatch)
+    forced(LAST_BITS[saving])
+    report = compress(tiny_llama, tmp_path / "out", max_memory=1)
+    usual_errors = [row["output_error"] for row in before["rows"] if row["output_error"] is not None]
+    errors = [row.output_error for row in report.rows if row.output_error is not None]
+    assert len(errors) == len(usual_errors) > 0
+    assert sum(errors) == pytest.approx(sum(usual_errors), rel=0.02)
+    assert any("may change last bits" in note for note in report.notes)
+    assert max(sizes) <= (LAST_BITS[saving].most_weights or 1 << 20)
+    assert set(sequences) == ({1} if saving == "batch" else {4, 2})
+
+
+def watch_sizes(monkeypatch) -> list[int]:
+    """Weights of every stack that a method is given from now on."""
+    sizes, original = [], quantizing.quantize_group
+
+    def watched(weights, schemes, stats, method, options, **more):
+        def function(w, *args, **keywords):
+            sizes.append(w.numel())
+            return method.function(w, *args, **keywords)
+
+        return original(weights, schemes, stats, replace(method, function=function), options, **more)
+
+    monkeypatch.setattr(quantizing, "quantize_group", watched)
+    return sizes
+
+
+def watch_sequences(monkeypatch) -> list[int]:
+    """Sequences of every batch that runs from now on."""
+    sequences, original = [], BlockRunner.forward
+
+    def watched(self, module, index, batch, hidden):
+        sequences.append(len(hidden))
+        return original(self, module, index, batch, hidden)
+
+    monkeypatch.setattr(BlockRunner, "forward", watched)
+    return sequences
+
+
+def test_a_run_is_not_continued_with_other_last_bits(tiny_llama, tmp_path, forced, monkeypatch):
+    out = tmp_path / "out"
+    forced(LAST_BITS["batch"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantizing._Run, "block", lambda self, block: (_ for _ in ()).throw(KeyboardInterrupt))
+        compress(tiny_llama, out, max_memory=1)
+    with pytest.raises(OutputError, match="batch_size"):
+        compress(tiny_llama, out)
+    forced(replace(HARMLESS, batch_size=1))  # the harmless ones may change
+    compress(tiny_llama, out, max_memory=1)
+
+
+def test_the_tables_are_not_read_whole_before_the_first_block(untied_llama, tmp_path, monkeypatch):
+    whole, rows = [], []
+    read_many, some = FolderCheckpoint.read_many, FolderCheckpoint.read_some_rows
+    monkeypatch.setattr(
+        FolderCheckpoint, "read_many", lambda self, names: whole.extend(names := list(names)) or read_many(self, names)
+    )
+    monkeypatch.setattr(
+        FolderCheckpoint, "read_some_rows", lambda self, name, wanted: rows.append(name) or some(self, name, wanted)
+    )
+    source = quantizing._stats_source(
+        planned(untied_llama), tmp_path, None, "cpu", lambda event: None, quantizing.ALONE, NO_SAVINGS
+    )
+    source.start()
+    assert set(rows) == {"model.embed_tokens.weight"}
+    assert whole and not {"model.embed_tokens.weight", "lm_head.weight"} & set(whole)
+    full = load_file_of(untied_llama, "model.embed_tokens.weight")
+    assert torch.equal(source.shards[0].hidden.values, full[source.tokens.ids])
+    assert source.model.model.embed_tokens.weight.shape == full.shape
+
+
+def load_file_of(folder: Path, name: str) -> torch.Tensor:
+    """A tensor of a checkpoint, by the safetensors library."""
+    return next(found[name] for path in folder.glob("*.safetensors") if name in (found := load_file(path)))
+
+
+def group(name: str, width: int) -> InputGroup:
+    return InputGroup(name, (LinearSite(name, f"{name}.weight", None, 8, width, 0),))
+
+
+def test_every_group_is_in_one_pass_and_no_pass_is_too_large():
+    groups = [group(name, width) for name, width in (("a", 8), ("b", 8), ("c", 32), ("d", 4), ("e", 4))]
+    most = 2 * 4 * 8**2
+    passes = in_passes(groups, most)
+    assert [each for some in passes for each in some] == groups
+    sizes = [[4 * each.sites[0].in_features ** 2 for each in some] for some in passes]
+    assert all(sum(some) <= most or len(some) == 1 for some in sizes)
+    assert len(passes) == 3  # a and b; c, too large by itself; d and e
+    assert in_passes(groups, None) == [groups]
+
+
+def test_a_higher_ceiling_needs_no_more_savings_and_harmless_ones_come_first(tiny_llama):
+    # Long text, so that every saving has something to save.
+    work = work_of(planned(tiny_llama, "gptq-w4", "calibration.samples=4000", "calibration.sequence_length=512"))
+    least, most = smallest_ceiling(work), max(peaks(work, NO_SAVINGS).values())
+    assert least < most
+    assert choose(work, most) == NO_SAVINGS
+    assert choose(work, most - 1).identity == {} and choose(work, most - 1).spill_bytes == 0
+    for ceiling in range(least, most, (most - least) // 20):
+        assert max(peaks(work, choose(work, ceiling)).values()) <= ceiling
+
+
+def test_a_ceiling_that_cannot_be_met_is_refused_with_the_least_that_can(tiny_llama):
+    work = work_of(planned(tiny_llama))
+    with pytest.raises(OutlierqError, match=r"5\d\d MiB") as refused:
+        choose(work, 300 << 20)
+    named = int(re.search(r"(\d+)MiB or more", str(refused.value))[1])
+    choose(work, named << 20)
+    with pytest.raises(OutlierqError):
+        choose(work, (named - 1) << 20)
+
+
+def test_what_the_model_of_memory_does_not_know_is_refused(tiny_llama, tmp_path, outlierq):
+    rotated = outlierq("plan", tiny_llama, "-r", "rotate-w8a8", "--max-memory", "8GiB")
+    assert rotated.code == 1 and "rewrites" in rotated.err
+    assert outlierq("eval", tiny_llama, "--tasks", "wikitext", "--max-memory", "8GiB").code == 2
+    measured = outlierq("eval", tiny_llama, "--max-memory", "100MiB")
+    assert measured.code == 1 and "too little to measure" in measured.err
+    gate = outlierq("quantize", tiny_llama, "--max-memory", "501MiB", "--max-kl", "1", "-o", tmp_path / "out")
+    assert gate.code == 1 and "too little" in gate.err and not (tmp_path / "out").exists()
+    collected = outlierq("calibrate", tiny_llama, "--max-memory", "501MiB", "-o", tmp_path / "stats")
+    assert collected.code == 1 and "or more" in collected.err
+
+
+def test_plan_says_what_a_ceiling_asks_for(tiny_llama, outlierq, small):
+    refused = outlierq("plan", tiny_llama, *small, "--max-memory", "400MiB")
+    assert refused.code == 1 and "or more" in refused.err
+    accepted = outlierq("plan", tiny_llama, *small, "--max-memory", "4GiB")
+    assert accepted.code == 0 and "memory stays below" in accepted.out
+    assert outlierq("plan", tiny_llama, "--max-memory", "much").code == 2
+
+
+def test_spilled_hidden_states_are_read_as_they_were_written_and_are_not_resident(tmp_path):
+    size = (64, 128, 2048)  # 32 MiB in bfloat16
+    hidden = HiddenStates(size, torch.bfloat16, 4, folder=tmp_path, spill_bytes=0)
+    values = torch.randn(size[1:]).bfloat16()
+    before = mapped_bytes()
+    for batch in range(len(hidden)):
+        hidden.write(batch, values.expand(4, -1, -1) * batch)
+        hidden.done_with(batch)
+    assert mapped_bytes() - before < hidden.values.nbytes // 4
+    assert all(torch.equal(hidden[batch][0], values * batch) for batch in range(len(hidden)))
+
+
+def mapped_bytes() -> int:
+    """Resident bytes of mapped files and shared memory."""
+    status = Path("/proc/self/status").read_text()
+    return sum(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) << 10 for key in ("RssFile", "RssShmem"))
+
+
+def test_hidden_states_can_be_saved_and_taken_up_with_another_size_of_batches(tmp_path):
+    hidden = HiddenStates((5, 3, 2), torch.float32, 2)
+    hidden.values.copy_(torch.arange(30.0).view(5, 3, 2))
+    hidden.save(tmp_path / "saved.safetensors", {"block": "1"})
+    assert torch.equal(load_file(tmp_path / "saved.safetensors")["hidden"], hidden.values)
+    other = HiddenStates((5, 3, 2), torch.float32, 3, folder=tmp_path, spill_bytes=0)
+    other.load(tmp_path / "saved.safetensors")
+    assert torch.equal(other.values, hidden.values)
+
+
+def statistics(seed: int) -> InputStats:
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
+    return InputStats(40, 2, hessian=rows.T @ rows / 40, sum_x=rows.double().sum(0), rows=rows[:3].bfloat16())
+
+
+def test_spilled_statistics_come_back_as_they_were_and_as_they_were_changed(tmp_path):
+    kept, spilled = {name: statistics(seed) for seed, name in enumerate("abc")}, SpilledStats(tmp_path)
+    spilled.put(dict(kept))
+    half, double = torch.full((6,), 2.0), torch.full((6,), 0.5)
+    for stats in (kept, spilled):
+        each_changed(stats, lambda each: each.scaled(half), ["a", "b"])
+        each_changed(stats, lambda each: each.scaled(double), ["b"])
+    assert sorted(spilled) == ["a", "b", "c"] and "d" not in spilled
+    for name, expected in kept.items():
+        found = spilled[name]
+        assert (found.tokens, found.sequences) == (40, 2)
+        assert found.tensors().keys() == expected.tensors().keys()
+        assert all(torch.equal(found.tensors()[field], value) for field, value in expected.tensors().items())
+    assert torch.equal(spilled["b"].hessian, statistics(1).hessian)
+
+
+def test_the_factor_of_one_hessian_is_worked_out_once(monkeypatch):
+    hessian, calls = statistics(0).hessian, []
+    original = solve._climb
+    monkeypatch.setattr(solve, "_climb", lambda *args: calls.append(args[1]) or original(*args))
+    with solve.sharing_factors():
+        one, other = (solve.inverse_cholesky(hessian, 0.01) for _ in range(2))
+        solve.inverse_cholesky(hessian, 0.02)
+    assert calls == [0.01, 0.02] and one is other
+    assert torch.equal(solve.inverse_cholesky(hessian, 0.01)[0], one[0])
+
+
+def test_the_factor_is_the_same_as_without_working_in_place():
+    hessian, order = statistics(3).hessian, torch.tensor([3, 1, 5, 0, 2, 4])
+    damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(6)
+    expected = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    assert torch.equal(solve.inverse_cholesky(hessian, 0.01, order)[0], expected)
+
+
+def limited(ceiling: int, *words: object) -> tuple[subprocess.CompletedProcess, int]:
+    """The command under a limit of the system on its private memory; how it ended, and its peak of resident bytes.
+
+    RLIMIT_DATA counts what is allocated, touched or not, and no mapped files: stricter than resident memory for all
+    that a run makes. A control group would be the other way; it needs rights that tests do not have.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", RELAY, str(ceiling), sys.executable, "-m", "outlierq", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    return done, int(done.stdout.rpartition("\n")[2] or 0)
+
+
+# A process of its own, or the peak of the child would be at least that of its large parent.
+RELAY = """
+import os, resource, sys
+ceiling, command = int(sys.argv[1]), sys.argv[2:]
+child = os.fork()
+if not child:
+    resource.setrlimit(resource.RLIMIT_DATA, (ceiling, ceiling))
+    os.execv(command[0], command)
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss * 1024, end="")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="no limit to set")
+def test_a_run_stays_below_its_ceiling_under_a_limit_of_the_system(tiny_llama, tmp_path):
+    ceiling = smallest_ceiling(work_of(planned(tiny_llama)))
+    settings = [word for key in SMALL for word in ("--set", key)]
+    size = -(-ceiling >> 20)
+    done, peak = limited(
+        ceiling, "quantize", tiny_llama, *settings, "--max-memory", f"{size + 1}MiB", "-o", tmp_path / "out", "--quiet"
+    )
+    assert done.returncode == 0, done.stderr
+    assert 200 << 20 < peak < ceiling
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_model_of_eight_times_the_ceiling_is_quantized_under_a_limit_of_the_system(tmp_path, tools):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from random_llama import write_random_llama
+
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    tools.write_tokenizer(tokenizer)
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 260,
+        "hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10, "num_key_value_heads": 2,
+        "num_hidden_layers": 640, "max_position_embeddings": 512, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    size = write_random_llama(tmp_path / "large", shape, tokenizer_from=tokenizer)
+    # Few tokens and the plain method: it is memory that is tried here.
+    quick = {
+        "calibration.samples": 4, "calibration.sequence_length": 64, "calibration.batch_size": 1,
+        "quantize.refine_passes": 0, "quantize.scale_search": "minmax",
+    }  # fmt: skip
+    settings = [word for key, value in quick.items() for word in ("--set", f"{key}={value}")]
+    ceiling = 656
+    assert size >= 8 * ceiling << 20
+    done, peak = limited(
+        ceiling << 20,
+        "quantize", tmp_path / "large", *settings, "--max-memory", f"{ceiling}MiB", "-o", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert peak < ceiling << 20
