@@ -174,8 +174,8 @@ def change_quantization(folder: Path, **changes) -> None:
             "rotations that run with the model",
         ),
         (
-            {"config_groups": {"g": {"format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": {}}}},
-            "format nvfp4-pack-quantized",
+            {"config_groups": {"g": {"format": "marlin-24", "targets": ["Linear"], "weights": {}}}},
+            "format marlin-24",
         ),
         (
             {

@@ -558,7 +558,7 @@ def forget_hidden_beyond(work: Path, index: int) -> None:
     from safetensors import safe_open
 
     for path in saved_hidden(work):
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             beyond = int(file.metadata()["block"]) > index
         if beyond:
             path.unlink()
@@ -575,7 +575,7 @@ def _load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:
         return 0
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         metadata = file.metadata()
     if metadata["tokens"] != fingerprint:
         return 0

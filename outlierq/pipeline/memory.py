@@ -24,6 +24,7 @@ from outlierq.load.shards import DTYPES
 from outlierq.ops.refine import FIT_ELEMENTS
 from outlierq.pipeline.events import return_memory_at_once
 from outlierq.pipeline.output import PIECE_BYTES
+from outlierq.quantize.stage import ROWS_PER_WORD
 
 if TYPE_CHECKING:
     import torch
@@ -375,7 +376,7 @@ class _Phases:
         """One stack, [rows, width], beside the statistics that wait."""
         work, most = self.work, self.savings.most_weights
         stack = rows * width
-        piece = stack if most is None else max(min(stack, most), width)
+        piece = stack if most is None else min(stack, max(most, ROWS_PER_WORD * width))
         hessian = self._of_group(width)
         solved = COPIES.get(work.method, COPIES_OF_OTHERS) * FLOAT * piece + (stack if piece < stack else 0)
         found = solved

@@ -21,8 +21,9 @@ from outlierq.ops.clip_search import static_scale, weighed_rows
 from outlierq.ops.errors import output_error, relative_error_of_both
 from outlierq.ops.solve import sharing_factors
 
-# Weights quantized at a time without statistics: 2 MiB in float32. Smaller pieces fit the cache better, but threads
-# side by side then wait for each other between many short operations (2.8 s with a quarter of it, 2.2 s with this).
+# Weights quantized at a time without statistics: 4 MiB in float32. Smaller pieces fit the cache better, but threads
+# side by side then wait for each other between many short operations (20 blocks of 44 million weights, busy machine: 3.0
+# to 3.5 s with half of it, 2.5 to 3.1 s with this, 2.5 to 3.5 s with four times as many).
 PIECE_WEIGHTS = 1 << 20
 # Rows that share a word where zero points are packed along them.
 ROWS_PER_WORD = 32
@@ -210,8 +211,7 @@ def _quantize_stack(
     most_weights: int | None,
 ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
     """The members of a stack, together when it has no more than `most_weights` weights, else some rows at a time."""
-    one_unit = scheme.kind == "float" and scheme.scales == "two-level"  # found from the whole weight
-    if most_weights is None or one_unit or sum(weight.numel() for _, weight in members) <= most_weights:
+    if most_weights is None or sum(weight.numel() for _, weight in members) <= most_weights:
         return _quantize_together(members, scheme, stats, method, options)
     with sharing_factors():
         return {
