@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,11 +80,13 @@ class Case:
             writer.write(*(self.form.plain(name, tensor) if hasattr(self.form, "plain") else (name, tensor)))
 
         def one(site: LinearSite) -> None:
-            for row, value in self.pieces(site):
+            next_row: Counter[str] = Counter()
+            for value in self.pieces(site):
                 for name, tensor in self.form.encode(site, value).items():
                     whole = tuple(tensor.shape) == self.plan.layout.places[name].tensor.shape
-                    if not whole or row == 0:
-                        writer.write(name, tensor, None if whole else row)
+                    if not whole or name not in next_row:
+                        writer.write(name, tensor, None if whole else next_row[name])
+                    next_row[name] += len(tensor) if tensor.ndim else 0
 
         with ThreadPoolExecutor(WORKERS) as pool:
             list(pool.map(one, self.values))
@@ -91,13 +94,13 @@ class Case:
         write_small(folder, self.plan.small_files)
         writer.close()
 
-    def pieces(self, site: LinearSite) -> Iterator[tuple[int, object]]:
-        """First row and value of the parts in which a run writes a linear: small ones where the format allows it."""
+    def pieces(self, site: LinearSite) -> Iterator[object]:
+        """The parts in which a run writes a linear: small ones where the format allows it."""
         value, step = self.values[site], site.out_features
         if hasattr(self.form, "by_rows") and self.form.by_rows(site, value.scheme):
             step = rows_of_a_piece(site.in_features, value.scheme)
         for row in range(0, site.out_features, step):
-            yield row, value.rows(row, min(row + step, site.out_features))
+            yield value.rows(row, min(row + step, site.out_features))
 
     def verify(self, folder: Path) -> None:
         """Read back every tensor's bytes, decode every linear, and compare both with what was meant."""
