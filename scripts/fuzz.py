@@ -243,6 +243,7 @@ def record(name: str, engine: str, result: dict[str, Any]) -> None:
 def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watch, write: bool) -> None:
     """The same with atheris, which never returns: the result is entered from inside, then the process ends."""
     import atheris
+    from yaml import YAMLError
 
     with atheris.instrument_imports(include=["outlierq"], enable_loader_override=False):
         import outlierq.calibrate.stats_file
@@ -270,7 +271,7 @@ def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watc
             return structured(
                 data if rng.random() < 0.7 and not name.startswith("gguf") else rng.choice(originals), rng
             )[:largest]
-        except (ValueError, RecursionError, LookupError):  # no longer of the form that the mutator takes apart
+        except (ValueError, RecursionError, LookupError, YAMLError):  # no longer what the mutator takes apart
             return structured(rng.choice(originals), rng)[:largest]
 
     def one(case: bytes) -> None:
