@@ -125,6 +125,12 @@ class TestQuantize:
         assert again.stderr.splitlines()[-3].startswith("error: ") and "exists already" in again.stderr
         assert "Traceback" not in again.stderr
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+    def test_a_result_that_could_not_be_printed_is_no_success(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "outlierq", "recipes", "list", "--json"], stdout=full)
+        assert done.returncode == 1
+
     def test_debug_shows_the_traceback(self, tiny_llama, tmp_path):
         done = process("--debug", "quantize", tiny_llama, "-r", "none", "-o", tmp_path / "out")
         assert done.returncode == 1 and "Traceback" in done.stderr and "RecipeError" in done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference.statistics import correlated_inputs, random_weight, statistics_of
 
-from outlierq.ops.errors import diagonal_blocks, output_error, relative_output_error, relative_weight_error
+from outlierq.ops.errors import RelativeErrors, diagonal_blocks, output_error
 from outlierq.ops.precision import matmul_operands
 
 
@@ -18,18 +18,28 @@ def test_the_output_error_is_the_mean_over_tokens_of_the_squared_change():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_relative_output_error_divides_by_the_mean_squared_output():
+def test_relative_errors_are_those_of_all_rows_whatever_pieces_they_come_in():
     x = correlated_inputs(200, 32)
-    w, approximation = random_weight(7, 32), random_weight(7, 32) * 1.1
-    found = relative_output_error(w, approximation, statistics_of(x).hessian)
-    assert found == pytest.approx(0.01, rel=1e-3)
-    assert relative_weight_error(w, approximation) == pytest.approx(0.01, rel=1e-3)
+    hessian, w = statistics_of(x).hessian, random_weight(7, 32)
+    change = random_weight(7, 32) * 0.1
+    found = RelativeErrors()
+    for rows in (slice(0, 3), slice(3, 7)):
+        found.add(w[rows], w[rows] + change[rows], hessian)
+    power, lost = (((x.double() @ each.double().T) ** 2).sum().item() for each in (w, change))
+    assert found.output == pytest.approx(lost / power, rel=1e-4)
+    assert found.weight == pytest.approx((change.norm() / w.norm()).item(), rel=1e-5)
+
+
+def test_without_a_hessian_the_output_error_is_not_known():
+    found = RelativeErrors()
+    found.add(torch.ones(2, 4), torch.full((2, 4), 1.1), None)
+    assert found.output is None and found.weight == pytest.approx(0.1, rel=1e-5)
 
 
 def test_an_all_zero_weight_has_no_relative_error():
-    zero = torch.zeros(3, 8)
-    assert relative_output_error(zero, zero, torch.eye(8)) == 0
-    assert relative_weight_error(zero, zero) == 0
+    found = RelativeErrors()
+    found.add(torch.zeros(3, 8), torch.zeros(3, 8), torch.eye(8))
+    assert (found.output, found.weight) == (0, 0)
 
 
 def test_diagonal_blocks_are_cut_along_the_diagonal():

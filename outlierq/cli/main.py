@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import Any
 
 import typer
@@ -101,9 +100,10 @@ def run() -> None:
         sys.exit(code)
     # Taking torch and transformers apart would take the interpreter another second, with nothing left to do.
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # whoever read it went away
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # what was printed is lost, on a full disk for example
+        code = code or EXIT_ERROR
     os._exit(code)
 
 

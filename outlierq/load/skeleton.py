@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
@@ -31,24 +29,6 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
     checkpoint gives the plain model. SourceError when transformers cannot build the model.
     """
-    with _importing():
-        return _build(checkpoint, trust_remote_code)
-
-
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Without garbage collection: imports make a million objects, all to stay; looking for garbage takes a fifth."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
-def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Module:
-    """Import transformers and its class for this config, and make the model."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

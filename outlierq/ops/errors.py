@@ -13,10 +13,37 @@ def output_error(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((change @ hessian) * change).sum()
 
 
-def relative_output_error(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Output error of `approximation` divided by the mean squared output of `w`; 0 for an all-zero output."""
-    power = output_error(w, hessian).item()
-    return output_error(approximation - w, hessian).item() / power if power > 0 else 0.0
+class RelativeErrors:
+    """Adds up what was lost over rows of one weight. output: relative squared error, None without a hessian.
+
+    weight: relative root-mean-square error.
+    """
+
+    def __init__(self) -> None:
+        self._change = self._power = self._output_change = self._output_power = 0.0
+        self._known = False
+
+    def add(self, rows: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> None:
+        """Some rows, float32 [rows, in], and what became of them; `approximation` is overwritten."""
+        change = approximation.sub_(rows)
+        self._change += change.square().sum().item()
+        self._power += rows.square().sum().item()
+        if hessian is not None:
+            self._known = True
+            self._output_change += output_error(change, hessian).item()
+            self._output_power += output_error(rows, hessian).item()
+
+    @property
+    def output(self) -> float | None:
+        """Squared error of the output over its power; 0 for an all-zero output."""
+        if not self._known:
+            return None
+        return self._output_change / self._output_power if self._output_power > 0 else 0.0
+
+    @property
+    def weight(self) -> float:
+        """Root of the squared error of the weight over its power; 0 for an all-zero weight."""
+        return (self._change / self._power) ** 0.5 if self._power > 0 else 0.0
 
 
 def relative_error_of_both(
@@ -40,12 +67,6 @@ def relative_error_of_both(
         inputs[:, columns] = rows[:, columns]
     found = inputs @ approximation.T
     return (found.sub_(expected).square_().sum(1) * counts).sum().item() / power if power > 0 else 0.0
-
-
-def relative_weight_error(w: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Squared Frobenius norm of the change divided by that of the weight."""
-    power = w.square().sum().item()
-    return (approximation - w).square().sum().item() / power if power > 0 else 0.0
 
 
 def diagonal_blocks(hessian: torch.Tensor, columns: int) -> torch.Tensor:

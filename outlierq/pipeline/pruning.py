@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
-from outlierq.core.model import Block, CarriedFile, Checkpoint, Structure, TensorInfo
+from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
+from outlierq.pipeline.derived import DerivedCheckpoint
 from outlierq.registry import Method
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
 GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
 
 
-class PrunedCheckpoint:
+class PrunedCheckpoint(DerivedCheckpoint):
     """A checkpoint without some experts; those that stay are numbered anew. Satisfies `Checkpoint`.
 
     renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay. decided:
@@ -40,12 +39,11 @@ class PrunedCheckpoint:
         notes: tuple[str, ...],
         decided: bool = True,
     ):
-        self.original, self._renamed, self._rows = original, renamed, rows
-        self.config, self._identity, self.notes = config, identity, notes
+        super().__init__(original, identity)
+        self._renamed, self._rows = renamed, rows
+        self.config, self.notes = config, notes
         self.method: str = identity[0]
         self._decided = decided
-        self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
-        self.path, self.revision = getattr(original, "path", None), getattr(original, "revision", None)
         self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
 
     def _info(self, name: str) -> TensorInfo:
@@ -55,17 +53,6 @@ class PrunedCheckpoint:
             return info
         count = len(self._rows[name])
         return replace(info, shape=(count, *info.shape[1:]), nbytes=info.nbytes // info.shape[0] * count)
-
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the original."""
-        return self.original.files
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the original and of what was kept."""
-        text = json.dumps([self.original.fingerprint, self._identity], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, or the rows of it that stay."""

@@ -6,15 +6,14 @@ float32 logits on a short probe must be those of the original.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, SourceError
-from outlierq.core.model import CarriedFile, Checkpoint, Structure, TensorInfo
+from outlierq.core.model import Checkpoint, Structure, TensorInfo
 from outlierq.export import exporter
+from outlierq.pipeline.derived import DerivedCheckpoint
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 from outlierq.pipeline.pruning import PrunedCheckpoint, pruned
 from outlierq.registry import Method, transform_method
@@ -28,17 +27,15 @@ if TYPE_CHECKING:
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class RewrittenCheckpoint:
+class RewrittenCheckpoint(DerivedCheckpoint):
     """A checkpoint with changed tensors. Satisfies `Checkpoint`.
 
     original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
     """
 
     def __init__(self, original: Checkpoint, rewrite: Rewrite, method: str, options: Mapping[str, Any] | None = None):
-        self.original, self.rewrite, self.method = original, rewrite, method
-        self._identity = [method, options or {}]
-        self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
-        self.path, self.revision = getattr(original, "path", None), getattr(original, "revision", None)
+        super().__init__(original, [method, options or {}])
+        self.rewrite, self.method = rewrite, method
         self.notes: tuple[str, ...] = rewrite.notes
         self.config: dict[str, Any] = original.config
         self.tensors: dict[str, TensorInfo] = dict(original.tensors)
@@ -61,17 +58,6 @@ class RewrittenCheckpoint:
         self.tensors[head] = TensorInfo(head, shared.dtype, shared.shape, shared.nbytes)
         self.config = _untied(self.config)
         self.notes += (f"rotate: {head} can no longer share the tensor of {table}: {shared.nbytes:,} bytes more",)
-
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the original."""
-        return self.original.files
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the original, the methods and their options."""
-        text = json.dumps([self.original.fingerprint, self._identity], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, rewritten, in its stored dtype."""

@@ -18,7 +18,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.clip_search import static_scale, weighed_rows
-from outlierq.ops.errors import output_error, relative_error_of_both
+from outlierq.ops.errors import RelativeErrors, relative_error_of_both
 from outlierq.ops.solve import sharing_factors
 
 # Weights quantized at a time without statistics: 4 MiB in float32. Smaller pieces fit the cache better, but threads
@@ -243,8 +243,8 @@ def _quantize_together(
     done = {}
     for site, place in places.items():
         part, weight = result.rows(place.start, place.stop), stack[place]
-        errors = _Errors()
-        errors.add(weight, part, stats.hessian)
+        errors = RelativeErrors()
+        errors.add(weight, part.dequantize(), stats.hessian)
         done[site] = (part, _row(site, part, method.name, errors.output, errors.weight, share * len(weight), notes))
     return done
 
@@ -259,49 +259,16 @@ def _quantize_rows_of(
     most_weights: int,
 ) -> tuple[QuantTensor, SiteRow]:
     """One linear, as many of its rows at a time as have `most_weights` weights."""
-    started, done, errors = time.perf_counter(), [], _Errors()
+    started, done, errors = time.perf_counter(), [], RelativeErrors()
     with collecting() as notes:
         for piece in weight.split(_whole_blocks(most_weights // site.in_features, scheme)):
             rows = piece.float()
             _check_finite(site, int((~rows.isfinite()).sum()), rows.square().sum().item())
             done.append(method.function(rows, stats, scheme, **options))
-            errors.add(rows, done[-1], stats.hessian)
+            errors.add(rows, done[-1].dequantize(), stats.hessian)
     result = QuantTensor.stack(done)
     seconds = time.perf_counter() - started
     return result, _row(site, result, method.name, errors.output, errors.weight, seconds, notes)
-
-
-class _Errors:
-    """Adds up what was lost over rows of one weight. output: relative squared error, None without a hessian.
-
-    weight: relative root-mean-square error.
-    """
-
-    def __init__(self) -> None:
-        self._change = self._power = self._output_change = self._output_power = 0.0
-        self._known = False
-
-    def add(self, rows: torch.Tensor, quantized: QuantTensor, hessian: torch.Tensor | None) -> None:
-        """Some rows, float32, and what became of them."""
-        change = quantized.dequantize().sub_(rows)
-        self._change += change.square().sum().item()
-        self._power += rows.square().sum().item()
-        if hessian is not None:
-            self._known = True
-            self._output_change += output_error(change, hessian).item()
-            self._output_power += output_error(rows, hessian).item()
-
-    @property
-    def output(self) -> float | None:
-        """Squared error of the output over its power; 0 for an all-zero output."""
-        if not self._known:
-            return None
-        return self._output_change / self._output_power if self._output_power > 0 else 0.0
-
-    @property
-    def weight(self) -> float:
-        """Root of the squared error of the weight over its power; 0 for an all-zero weight."""
-        return (self._change / self._power) ** 0.5 if self._power > 0 else 0.0
 
 
 def _row(
