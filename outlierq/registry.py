@@ -27,13 +27,17 @@ METHOD_MODULES = {
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function. stage: "quantize", "transform" or "rewrite"; needs: statistics it reads; paper: source."""
+    """A registered function. stage: "quantize", "transform" or "rewrite"; needs: statistics it reads; paper: source.
+
+    at_once: of a quantizer, or None. The same with fewer passes over memory: see `quantizer`.
+    """
 
     name: str
     stage: str
     function: Callable[..., Any]
     needs: frozenset[str]
     paper: str
+    at_once: Callable[..., Any] | None = None
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -60,19 +64,27 @@ class Method:
 _methods: dict[tuple[str, str], Method] = {}
 
 
-def _register(stage: str, name: str, needs: tuple[str, ...], paper: str) -> Callable:
+def _register(
+    stage: str, name: str, needs: tuple[str, ...], paper: str, at_once: Callable[..., Any] | None = None
+) -> Callable:
     def keep(function: Callable) -> Callable:
         if (stage, name) in _methods:
             raise ValueError(f"two {stage} methods are called {name!r}")
-        _methods[stage, name] = Method(name, stage, function, frozenset(needs), paper)
+        _methods[stage, name] = Method(name, stage, function, frozenset(needs), paper, at_once)
         return function
 
     return keep
 
 
-def quantizer(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
-    """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`."""
-    return _register("quantize", name, needs, paper)
+def quantizer(
+    name: str, *, needs: tuple[str, ...] = (), paper: str, at_once: Callable[..., Any] | None = None
+) -> Callable:
+    """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`.
+
+    at_once: `function(w, scheme, *, options)` for rows in their stored dtype, without statistics: the same
+    `QuantTensor`, the sum of the squares of the weights and that of their errors; or None where it cannot.
+    """
+    return _register("quantize", name, needs, paper, at_once)
 
 
 def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:

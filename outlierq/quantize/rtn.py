@@ -10,11 +10,23 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.native import round_rows
 from outlierq.ops.scale_search import search_grid
 from outlierq.registry import quantizer
 
 
-@quantizer("rtn", paper="Gholami et al. 2021, arXiv:2103.13630, section III (uniform quantization, min-max range)")
+def _at_once(
+    w: torch.Tensor, scheme: QuantScheme, *, scale_search: str = "minmax"
+) -> tuple[QuantTensor, float, float] | None:
+    """`rtn` in one pass, where nothing is searched."""
+    return round_rows(w, scheme) if scale_search == "minmax" else None
+
+
+@quantizer(
+    "rtn",
+    paper="Gholami et al. 2021, arXiv:2103.13630, section III (uniform quantization, min-max range)",
+    at_once=_at_once,
+)
 def rtn(
     w: torch.Tensor,
     stats: InputStats | None,

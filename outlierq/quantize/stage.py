@@ -155,21 +155,35 @@ def _quantized_rows(
     seconds, change, power, bits, notes = 0.0, 0.0, 0.0, 0.0, []
     for piece in pieces:
         started = time.perf_counter()
-        rows = piece.to(torch.float32, copy=True)
-        squares = _sum_of_squares(rows)
-        if not math.isfinite(squares):
-            bad = sum(int((~each.isfinite()).sum()) for each in itertools.chain([rows], pieces))
-            _check_finite(site, bad, squares)
         with collecting() as said:
-            done = method.function(rows, None, scheme, **options)
+            found = method.at_once(piece, scheme, **options) if method.at_once else None
+            done, squares, lost = found or _one_by_one(site, piece, pieces, scheme, method, options)
         notes += said
         power += squares
-        change += _sum_of_squares(done.dequantize().sub_(rows))
-        bits += done.bits_per_weight * len(rows) / site.out_features
+        change += lost
+        bits += done.bits_per_weight * len(piece) / site.out_features
         seconds += time.perf_counter() - started
         yield done
     error = (change / power) ** 0.5 if power else 0.0
     return replace(_row(site, done, method.name, None, error, seconds, notes), bits_per_weight=bits)
+
+
+def _one_by_one(
+    site: LinearSite,
+    piece: torch.Tensor,
+    others: Iterator[torch.Tensor],
+    scheme: QuantScheme,
+    method: Method,
+    options: Mapping[str, Any],
+) -> tuple[QuantTensor, float, float]:
+    """What `Method.at_once` gives, one step after the other. NumbersError also counts in `others`, which follow."""
+    rows = piece.to(torch.float32, copy=True)
+    squares = _sum_of_squares(rows)
+    if not math.isfinite(squares):
+        bad = sum(int((~each.isfinite()).sum()) for each in itertools.chain([rows], others))
+        _check_finite(site, bad, squares)
+    done = method.function(rows, None, scheme, **options)
+    return done, squares, _sum_of_squares(done.dequantize().sub_(rows))
 
 
 def rows_of_a_piece(columns: int, scheme: QuantScheme) -> int:
