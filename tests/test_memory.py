@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_llama
 from safetensors.torch import load_file
 
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
@@ -25,7 +26,16 @@ from outlierq.load.folder import FolderCheckpoint
 from outlierq.ops import solve
 from outlierq.pipeline import memory
 from outlierq.pipeline import quantize as quantizing
-from outlierq.pipeline.memory import NO_SAVINGS, Savings, choose, in_passes, peaks, smallest_ceiling, work_of
+from outlierq.pipeline.memory import (
+    BASE_BYTES,
+    NO_SAVINGS,
+    Savings,
+    choose,
+    in_passes,
+    peaks,
+    smallest_ceiling,
+    work_of,
+)
 from outlierq.pipeline.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
@@ -211,7 +221,7 @@ def test_a_higher_ceiling_needs_no_more_savings_and_harmless_ones_come_first(tin
 
 def test_a_ceiling_that_cannot_be_met_is_refused_with_the_least_that_can(tiny_llama):
     work = work_of(planned(tiny_llama))
-    with pytest.raises(OutlierqError, match=r"5\d\d MiB") as refused:
+    with pytest.raises(OutlierqError, match=r"6\d\d MiB") as refused:
         choose(work, 300 << 20)
     named = int(re.search(r"(\d+)MiB or more", str(refused.value))[1])
     choose(work, named << 20)
@@ -225,9 +235,9 @@ def test_what_the_model_of_memory_does_not_know_is_refused(tiny_llama, tmp_path,
     assert outlierq("eval", tiny_llama, "--tasks", "wikitext", "--max-memory", "8GiB").code == 2
     measured = outlierq("eval", tiny_llama, "--max-memory", "100MiB")
     assert measured.code == 1 and "too little to measure" in measured.err
-    gate = outlierq("quantize", tiny_llama, "--max-memory", "501MiB", "--max-kl", "1", "-o", tmp_path / "out")
+    gate = outlierq("quantize", tiny_llama, "--max-memory", "601MiB", "--max-kl", "1", "-o", tmp_path / "out")
     assert gate.code == 1 and "too little" in gate.err and not (tmp_path / "out").exists()
-    collected = outlierq("calibrate", tiny_llama, "--max-memory", "501MiB", "-o", tmp_path / "stats")
+    collected = outlierq("calibrate", tiny_llama, "--max-memory", "601MiB", "-o", tmp_path / "stats")
     assert collected.code == 1 and "or more" in collected.err
 
 
@@ -243,18 +253,23 @@ def test_spilled_hidden_states_are_read_as_they_were_written_and_are_not_residen
     size = (64, 128, 2048)  # 32 MiB in bfloat16
     hidden = HiddenStates(size, torch.bfloat16, 4, folder=tmp_path, spill_bytes=0)
     values = torch.randn(size[1:]).bfloat16()
-    before = mapped_bytes()
     for batch in range(len(hidden)):
         hidden.write(batch, values.expand(4, -1, -1) * batch)
         hidden.done_with(batch)
-    assert mapped_bytes() - before < hidden.values.nbytes // 4
+    assert mapped("hidden-states-", "Size") == hidden.values.nbytes
+    assert mapped("hidden-states-", "Rss") < hidden.values.nbytes // 4
     assert all(torch.equal(hidden[batch][0], values * batch) for batch in range(len(hidden)))
 
 
-def mapped_bytes() -> int:
-    """Resident bytes of mapped files and shared memory."""
-    status = Path("/proc/self/status").read_text()
-    return sum(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) << 10 for key in ("RssFile", "RssShmem"))
+def mapped(name: str, key: str) -> int:
+    """Bytes of this process's mappings of files whose path holds `name`, removed ones too. key: as in smaps(5)."""
+    mapping, found = "", 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mapping = line
+        elif name in mapping and line.startswith(f"{key}:"):
+            found += int(line.split()[1]) << 10
+    return found
 
 
 def test_hidden_states_can_be_saved_and_taken_up_with_another_size_of_batches(tmp_path):
@@ -335,16 +350,31 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+# What may differ between two runs on one machine though both make the same: pages of libraries, and of a huge page.
+PAGES = 48 << 20
+
+
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="no limit to set")
 def test_a_run_stays_below_its_ceiling_under_a_limit_of_the_system(tiny_llama, tmp_path):
-    ceiling = smallest_ceiling(work_of(planned(tiny_llama)))
-    settings = [word for key in SMALL for word in ("--set", key)]
-    size = -(-ceiling >> 20)
-    done, peak = limited(
-        ceiling, "quantize", tiny_llama, *settings, "--max-memory", f"{size + 1}MiB", "-o", tmp_path / "out", "--quiet"
-    )
-    assert done.returncode == 0, done.stderr
-    assert 200 << 20 < peak < ceiling
+    """The system ends a run that allocates more than its ceiling. How much of it is resident is held against a run of
+    next to nothing: how many pages of libraries are, too, is the machine's choice."""
+    wide = write_llama(tmp_path / "wide", hidden_size=512, intermediate_size=3072, num_hidden_layers=1)
+    quick = ["--set", "quantize.refine_passes=1", "--set", "quantize.scale_search=minmax"]
+    settings = [word for key in SMALL for word in ("--set", key)] + quick
+    peaks_of, ceilings = [], []
+    for source in (tiny_llama, wide):
+        ceiling = (smallest_ceiling(work_of(planned(source))) >> 20) + 1
+        out = tmp_path / f"{source.name}-out"
+        done, peak = limited(
+            ceiling << 20, "quantize", source, *settings, "--max-memory", f"{ceiling}MiB", "-o", out, "--quiet"
+        )
+        assert done.returncode == 0, done.stderr
+        peaks_of.append(peak)
+        ceilings.append(ceiling << 20)
+    nothing, peak = peaks_of
+    assert nothing > 200 << 20
+    # Without a ceiling the same run makes 275 MiB.
+    assert 20 << 20 < peak - nothing < ceilings[1] - BASE_BYTES + PAGES < 240 << 20
 
 
 @pytest.mark.slow
@@ -359,7 +389,7 @@ def test_a_model_of_eight_times_the_ceiling_is_quantized_under_a_limit_of_the_sy
     shape = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 260,
         "hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10, "num_key_value_heads": 2,
-        "num_hidden_layers": 640, "max_position_embeddings": 512, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "num_hidden_layers": 720, "max_position_embeddings": 512, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     size = write_random_llama(tmp_path / "large", shape, tokenizer_from=tokenizer)
@@ -369,7 +399,7 @@ def test_a_model_of_eight_times_the_ceiling_is_quantized_under_a_limit_of_the_sy
         "quantize.refine_passes": 0, "quantize.scale_search": "minmax",
     }  # fmt: skip
     settings = [word for key, value in quick.items() for word in ("--set", f"{key}={value}")]
-    ceiling = 656
+    ceiling = 754
     assert size >= 8 * ceiling << 20
     done, peak = limited(
         ceiling << 20,
