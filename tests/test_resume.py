@@ -221,6 +221,36 @@ def test_restart_throws_the_unfinished_run_away(unfinished, tiny_llama, uninterr
     assert result(out) == result(uninterrupted["data-free"])
 
 
+@pytest.mark.parametrize("sign", [journal.JOURNAL, journal.REPORT_NAME])
+def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_again(tmp_path, sign, monkeypatch):
+    """Also when the former run had only to get its name: then its journal is gone already, and its report is there."""
+    work, removed = tmp_path / "out.partial", []
+
+    class Cut(Exception):
+        """The end of the process."""
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            if removed:
+                raise Cut
+            removed.append(path.name)
+        original(path, missing_ok)
+
+    original = Path.unlink
+    work.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", sign):
+        (work / name).write_text("{}")
+    monkeypatch.setattr(Path, "unlink", unlink)
+    for _ in range(3):
+        removed.clear()
+        with pytest.raises(Cut), journal.working(tmp_path / "out", restart=True):
+            pass
+        assert (work / sign).is_file()
+    removed.clear()
+    with journal.working(tmp_path / "out", restart=True):
+        assert [path.name for path in work.iterdir()] == [journal.LOCK]
+
+
 def test_a_run_that_failed_before_its_first_unit_stands_in_nobodys_way(tiny_llama, uninterrupted, tmp_path):
     out = tmp_path / "out"
     assert in_child("before anything is written", compress, tiny_llama, out, "rtn-w8", []) == KILLED

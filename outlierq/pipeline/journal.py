@@ -223,9 +223,10 @@ def refuse_existing(out: Path) -> None:
 
 
 def _clear(work: Path, kept: Collection[str]) -> None:
-    """Remove everything else from a work folder. The journal goes last: without it nobody knows the rest for ours."""
-    others = (path for path in work.iterdir() if path.name not in (*kept, LOCK, JOURNAL))
-    for path in (*others, work / JOURNAL):
+    """Remove everything else from a work folder. What shows that the rest is ours goes last: `_refuse_foreign`."""
+    signs = [name for name in (REPORT_NAME, JOURNAL) if name not in kept]
+    others = (path for path in work.iterdir() if path.name not in (*kept, LOCK, *signs))
+    for path in (*others, *(work / name for name in signs)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
