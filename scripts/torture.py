@@ -278,6 +278,7 @@ def _be_the_command(
         prepare()
         sys.argv = ["outlierq", *words]
         signal.signal(signal.SIGTERM, main._terminate)  # as `run` does first
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
         os.write(tell, b".")
         main._run()
         code = 0
