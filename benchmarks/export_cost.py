@@ -1,12 +1,16 @@
 """What a format costs: seconds from quantized values in memory to its files on the disk, against writing bytes alone.
 
 Both sides write the same sizes in the same order to files that are allocated first, from memory, and are timed until
-fdatasync returns; they take turns. Reading back and decoding, which every run of outlierq adds, is timed apart. Peak
-memory is what exporting needs beside the values themselves, as a share of one shard. Each format runs in a process of
-its own. CPU seconds are kept beside wall seconds: on a fast disk they are what is left of the difference. The model is
-a random Llama with hardly any embedding, so that nearly all bytes are packed weights. Linears are exported in two
-threads, as a run without calibration does it.
+everything, small files too, is forced onto the disk; they take turns. Bytes alone are written in one go and forced out
+at the end. Exporting does as a run without calibration does: two threads, each on a block of its own, and whenever one
+is done all that is written is forced out, while the next ones are packed. Reading back and decoding, which every run of
+outlierq adds, is timed apart. Peak memory is what exporting needs beside the values themselves, as a share of one
+shard. Each format runs in a process of its own. CPU seconds are kept beside wall seconds: on a fast disk they are what
+is left of the difference. The model is a random Llama with hardly any embedding, so that nearly all bytes are packed
+weights.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -18,8 +22,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from random_llama import write_random_llama
 from record import write_results
@@ -27,6 +33,9 @@ from throughput import CONFIG
 
 from outlierq.core.model import LinearSite
 from outlierq.quantize.stage import rows_of_a_piece
+
+if TYPE_CHECKING:
+    from outlierq.export.writer import ShardWriter
 
 RATIO_LIMIT = 1.5
 BLOCKS, SHARD, WORKERS = 6, "200MB", 2
@@ -79,20 +88,30 @@ class Case:
         for name, tensor in self.others.items():
             writer.write(*(self.form.plain(name, tensor) if hasattr(self.form, "plain") else (name, tensor)))
 
-        def one(site: LinearSite) -> None:
-            next_row: Counter[str] = Counter()
-            for value in self.pieces(site):
-                for name, tensor in self.form.encode(site, value).items():
-                    whole = tuple(tensor.shape) == self.plan.layout.places[name].tensor.shape
-                    if not whole or name not in next_row:
-                        writer.write(name, tensor, None if whole else next_row[name])
-                    next_row[name] += len(tensor) if tensor.ndim else 0
+        def one(block: list[LinearSite]) -> None:
+            for site in block:
+                self.export_linear(site, writer)
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            list(pool.map(one, self.values))
-        writer.sync()
+            for _ in pool.map(one, self.blocks):
+                writer.sync()
         write_small(folder, self.plan.small_files)
         writer.close()
+
+    @property
+    def blocks(self) -> list[list[LinearSite]]:
+        """Linears by block: the units of a run."""
+        return [list(sites) for _, sites in groupby(self.values, key=lambda site: site.block)]
+
+    def export_linear(self, site: LinearSite, writer: ShardWriter) -> None:
+        """Its pieces, packed and written."""
+        next_row: Counter[str] = Counter()
+        for value in self.pieces(site):
+            for name, tensor in self.form.encode(site, value).items():
+                whole = tuple(tensor.shape) == self.plan.layout.places[name].tensor.shape
+                if not whole or name not in next_row:
+                    writer.write(name, tensor, None if whole else next_row[name])
+                next_row[name] += len(tensor) if tensor.ndim else 0
 
     def pieces(self, site: LinearSite) -> Iterator[object]:
         """The parts in which a run writes a linear: small ones where the format allows it."""
@@ -129,6 +148,8 @@ class Case:
 
     def write_plainly(self, folder: Path) -> None:
         """The same sizes in the same order, of bytes that are there already."""
+        from outlierq.export.writer import write_small
+
         folder.mkdir()
         layout = self.plan.layout
         largest = max(place.tensor.nbytes for place in layout.places.values())
@@ -145,8 +166,7 @@ class Case:
         for descriptor in files.values():
             os.fdatasync(descriptor)
             os.close(descriptor)
-        for name, content in self.plan.small_files.items():
-            (folder / name).write_bytes(content)
+        write_small(folder, self.plan.small_files)
 
     def _filling(self, size: int) -> bytes:
         """Random bytes, made once: it is writing that is timed."""
@@ -192,7 +212,10 @@ def measured(name: str, source: Path, disk: Path, repeats: int, threads: int) ->
     """One format in this process."""
     import torch
 
+    from outlierq.pipeline.events import keep_freed_memory
+
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as a run without calibration does
     case = Case(name, source)
     ways = {"export": case.export, "plain": case.write_plainly}
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

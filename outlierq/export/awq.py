@@ -14,6 +14,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
+from outlierq.ops import native_packing
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,11 @@ def _words(values: torch.Tensor) -> torch.Tensor:
     import numpy as np
     import torch
 
-    codes = values.cpu().contiguous().numpy()
+    values = values.cpu().contiguous()
+    found = native_packing.awq_words(values, 8 if values.dtype == torch.int8 else 0)
+    if found is not None:
+        return found
+    codes = values.numpy()
     flip = np.uint8(0x88 if codes.dtype == np.int8 else 0)
     eights = codes.view(np.uint8).reshape(-1, PER_WORD, codes.shape[1])
     words = np.empty((codes.shape[1], len(eights)), np.uint32)

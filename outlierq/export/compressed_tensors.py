@@ -15,7 +15,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import byte_codes, cache_facts, client_facts, expert_facts
 from outlierq.export.ct_config import format_of, quantization_config
-from outlierq.ops.packing import e2m1_codes, pack, pack_bytes, words_for
+from outlierq.ops.packing import pack, pack_down, pack_e2m1, words_for
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +106,7 @@ def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]
     if quantized.zero_point is not None:
         # Not .contiguous(): a single group is a row whose strides it leaves alone, and packing views them as words.
         rows = quantized.zero_point.T.clone(memory_format=torch.contiguous_format)
-        packed = pack(rows, scheme.bits)
-        tensors[f"{stem(site)}.weight_zero_point"] = packed.T.contiguous()
+        tensors[f"{stem(site)}.weight_zero_point"] = pack_down(rows, scheme.bits)
     return tensors
 
 
@@ -124,12 +123,8 @@ def _float4_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str,
 
 def _float4(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
     """Two E2M1 codes per byte, that of the even column in the low half."""
-    import torch
-
-    rows, columns = quantized.shape
-    codes = e2m1_codes(quantized.codes.cpu().contiguous().view(torch.uint8).numpy())
     tensors = {
-        f"{stem(site)}.weight_packed": torch.from_numpy(pack_bytes(codes, 4).reshape(rows, columns // 2)),
+        f"{stem(site)}.weight_packed": pack_e2m1(quantized.codes),
         f"{stem(site)}.weight_scale": quantized.scale,
     }
     if quantized.super_scale is not None:

@@ -9,6 +9,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.clients import client_facts
+from outlierq.ops import native_packing
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,10 @@ def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
     """The dequantized weight, or rows of it, in its storage dtype."""
     import torch
 
-    dense = quantized.dequantize()
-    dense = dense.T if site.transposed else dense
-    return {site.weight: dense.to(getattr(torch, quantized.scheme.scale_dtype)).contiguous()}
+    dense = native_packing.dequantize(quantized)
+    if dense is None:
+        dense = quantized.dequantize().to(getattr(torch, quantized.scheme.scale_dtype))
+    return {site.weight: (dense.T if site.transposed else dense).contiguous()}
 
 
 def quantization_config(sites: object, *, also_kept: object = ()) -> None:

@@ -29,6 +29,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export.clients import byte_codes, client_facts
 from outlierq.export.gguf_header import ARCHITECTURES, gguf_header, rope_factors
 from outlierq.export.layout import Layout, OutputTensor, Place
+from outlierq.ops import native_packing
 from outlierq.ops.packing import e2m1_codes, interleave, pack_halves
 
 if TYPE_CHECKING:
@@ -120,9 +121,8 @@ class GgufFormat:
     def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
         """The tensor of `tensor_specs`."""
         name = gguf_name(site.weight)
-        blocks = encode_blocks(site, quantized)
         heads = self._heads(name)
-        return {name: blocks if heads is None else blocks[_rotated_rows(len(blocks), heads)]}
+        return {name: encode_blocks(site, quantized, heads and _rotated_rows(site.out_features, heads))}
 
     def row_order(self, site: LinearSite) -> dict[str, Any]:
         """What a decoder must know beside the bytes: the heads over which rows are reordered, 0 when they are not."""
@@ -147,7 +147,7 @@ class GgufFormat:
         factors = np.array(rope_factors(checkpoint.config), "<f4")
         own = [OutputTensor(ROPE_FACTORS, "F32", factors.shape, HEADER)] if factors.size else []
         entries = [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in (*own, *tensors)]
-        header = gguf_header(checkpoint, entries)
+        header, differences = gguf_header(checkpoint, entries)
         # It depends on the config alone, so it is written with the header and belongs to no unit of work.
         places = {tensor.name: Place(tensor, FILE_NAME, len(header)) for tensor in own}
         header += factors.tobytes() + b"\0" * (-factors.nbytes % ALIGNMENT)
@@ -155,7 +155,7 @@ class GgufFormat:
         for tensor in tensors:
             places[tensor.name] = Place(tensor, FILE_NAME, offset)
             offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
-        return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset})
+        return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset}, differences)
 
     def keeps_file(self, name: str) -> bool:
         """Whether a file beside the weights is carried over; config and tokenizer are inside the GGUF file."""
@@ -166,13 +166,17 @@ class GgufFormat:
         return
 
 
-def encode_blocks(site: LinearSite, quantized: QuantTensor) -> torch.Tensor:
-    """Uint8 [out, bytes of a row] in the order of the model's rows."""
+def encode_blocks(site: LinearSite, quantized: QuantTensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Uint8 [out, bytes of a row]. order: int64, the model's row at each place; None: as they are."""
     import torch
 
-    codes = byte_codes(site, quantized).cpu().contiguous().view(torch.uint8).numpy()
-    parts = (_superblock if ggml_type(quantized.scheme) == "Q4_K" else _block)(quantized, codes)
-    return torch.from_numpy(interleave(parts).reshape(len(quantized.codes), -1))
+    codes, kind = byte_codes(site, quantized), ggml_type(quantized.scheme)
+    blocks = native_packing.gguf_blocks(kind, quantized, order)
+    if blocks is not None:
+        return blocks
+    parts = (_superblock if kind == "Q4_K" else _block)(quantized, codes.cpu().contiguous().view(torch.uint8).numpy())
+    blocks = torch.from_numpy(interleave(parts).reshape(len(codes), -1))
+    return blocks if order is None else blocks[order]
 
 
 def _block(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from math import pi
@@ -12,13 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint
+from outlierq.core.untrusted import json_object
+from outlierq.export.gguf_sentencepiece import UNKNOWN, Pieces, is_sentencepiece, pieces_of
+from outlierq.export.sentencepiece_model import pieces_of_model
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, SpecialVocab
 
 # model_type of transformers -> architecture of llama.cpp.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 ALIGNMENT = 32
 PACKED = ("Q", "MX")  # how the names of packed ggml types begin
 # What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
@@ -28,8 +39,8 @@ ELSEWHERE = "use another export.format, and llama.cpp's own converter for the or
 HeaderEntry = tuple[str, str, tuple[int, ...], int]
 
 
-def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> bytes:
-    """The bytes before the first tensor, padded to 32.
+def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes before the first tensor, padded to 32, and sentences on text that llama.cpp splits in another way.
 
     tensors: (name, ggml type or safetensors dtype, shape or [rows, bytes of a row], bytes) in file order. SourceError
     for a model that llama.cpp would run in another way than transformers.
@@ -45,7 +56,7 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> bytes
     with TemporaryDirectory() as folder:
         writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[config["model_type"]])
         _add_model(writer, checkpoint, tensors)
-        _add_tokenizer(writer, checkpoint)
+        differences = _add_tokenizer(writer, checkpoint)
         for name, kind, shape, nbytes in tensors:
             quantized = kind.startswith(PACKED)
             given = np.uint8 if quantized else np.float32  # of bytes, gguf tells the logical shape from the type
@@ -55,7 +66,7 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> bytes
         writer.write_ti_data_to_file()
         writer.close()
         header = (Path(folder) / "header.gguf").read_bytes()
-    return header + b"\0" * (-len(header) % ALIGNMENT)
+    return header + b"\0" * (-len(header) % ALIGNMENT), differences
 
 
 def _check_model(checkpoint: Checkpoint) -> None:
@@ -123,7 +134,8 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
     writer.add_type("model")
-    writer.add_name(Path(checkpoint.source).name or "model")
+    # llama.cpp treats the special tokens of whatever is called Phi-3 as those of Phi-3.
+    writer.add_name(re.sub("phi-?3", "phi_3", Path(checkpoint.source).name, flags=re.IGNORECASE) or "model")
     writer.add_quantization_version(2)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config.get("max_position_embeddings", 2048))
@@ -149,22 +161,91 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     writer.add_file_type(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
 
 
-def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Vocabulary, merges, special tokens and chat template; SourceError for tokenizers that llama.cpp would change."""
-    from gguf import SpecialVocab, TokenType
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Vocabulary, merges or scores, special tokens and chat template.
 
+    Returns sentences on text that llama.cpp splits in another way; SourceError where it would do so throughout.
+    """
     files = {file.name: file.read() for file in checkpoint.files if file.name in TOKENIZER_FILES}
-    if "tokenizer.json" not in files:
-        raise SourceError(f"{checkpoint.source} has no tokenizer.json to write into a GGUF file", hint=ELSEWHERE)
-    tokenizer = json.loads(files["tokenizer.json"])
+    source, size = checkpoint.source, checkpoint.config["vocab_size"]
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
+        raise SourceError(
+            f"{source} has no tokenizer.json and no tokenizer.model to write into a GGUF file", hint=ELSEWHERE
+        )
+    settings = _settings(files)
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    tokenizer = _content(files, "tokenizer.json") if "tokenizer.json" in files else None
+    if tokenizer is not None and not is_sentencepiece(tokenizer):
+        _add_bytes(writer, tokenizer, size, source)
+        _special(files, checkpoint.config, merges=True).add_to_gguf(writer, quiet=True)
+        return ()
+    special = _special(files, checkpoint.config, merges=False)
+    try:
+        if tokenizer is not None:
+            told = {**settings, "model_type": checkpoint.config["model_type"]}
+            pieces = pieces_of(tokenizer, size, told, special.special_token_ids)
+            ids = {"unk": pieces.types.index(UNKNOWN)} if UNKNOWN in pieces.types else {}
+        else:
+            added = _content(files, "added_tokens.json")
+            pieces, ids = pieces_of_model(files["tokenizer.model"], size, settings, added)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SourceError(f"the tokenizer of {source} is damaged: {type(error).__name__} {error}") from error
+    _add_pieces(writer, pieces)
+    special.special_token_ids = {**ids, **special.special_token_ids}
+    # llama.cpp puts a begin of text before everything unless it is told not to.
+    special.add_special_token = dict(zip(("bos", "eos"), pieces.ends, strict=True))
+    special.add_to_gguf(writer, quiet=True)
+    return pieces.differences
+
+
+def _special(files: Mapping[str, bytes], config: Mapping[str, Any], *, merges: bool) -> SpecialVocab:
+    """gguf's reading of special tokens and chat template."""
+    import logging
+
+    from gguf import SpecialVocab
+
+    # What it guesses is put around text is not used where there are no merges.
+    logging.getLogger("gguf.vocab").setLevel(logging.WARNING if merges else logging.ERROR)
+    with TemporaryDirectory() as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_bytes(content)
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return SpecialVocab(folder, load_merges=merges, n_vocab=config["vocab_size"])
+
+
+def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file."""
+    return json_object(files.get(name, b"{}"), name, SourceError)
+
+
+def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with special tokens as text, as older files describe them by objects."""
+    settings = _content(files, "tokenizer_config.json")
+    texts = {key: value["content"] for key, value in settings.items() if isinstance(value, dict) and "content" in value}
+    return {**settings, **texts}
+
+
+def _add_pieces(writer: GGUFWriter, pieces: Pieces) -> None:
+    """A SentencePiece vocabulary."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces.tokens)
+    writer.add_token_scores(pieces.scores)
+    writer.add_token_types(pieces.types)
+    writer.add_add_space_prefix(pieces.space_prefix)
+
+
+def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, source: str) -> None:
+    """A byte-level vocabulary, with the name of the way it splits text."""
+    from gguf import TokenType
+
     name = pre_tokenizer_name(tokenizer)
     if name is None:
         raise SourceError(
-            f"the way the tokenizer of {checkpoint.source} splits text has no name in llama.cpp that is known here "
-            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2)",
+            f"the way the tokenizer of {source} splits text has no name in llama.cpp that is known here "
+            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2; SentencePiece BPE as in Llama 2)",
             hint=ELSEWHERE,
         )
-    size = checkpoint.config["vocab_size"]
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size
     for token, number in tokenizer["model"]["vocab"].items():
@@ -176,11 +257,6 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    with TemporaryDirectory() as folder:
-        for file, content in files.items():
-            (Path(folder) / file).write_bytes(content)
-        (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
-        SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:

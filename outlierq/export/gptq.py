@@ -17,7 +17,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
-from outlierq.ops.packing import WORD, pack
+from outlierq.ops.packing import WORD, pack, pack_down
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def encode(site: LinearSite, quantized: QuantTensor, *, version: int = 1) -> dic
         zeros = zeros - pack(ones, bits)  # int32 wraps, as the readers' addition does
     width = quantized.scheme.columns_per_group(site.in_features)
     return {
-        f"{stem}.qweight": pack(codes, bits).T.contiguous(),
+        f"{stem}.qweight": pack_down(codes, bits),
         f"{stem}.qzeros": zeros,
         f"{stem}.scales": quantized.scale.T.contiguous(),
         f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32) // width,

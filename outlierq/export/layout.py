@@ -43,11 +43,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """places: by tensor name, in file order. headers: the first bytes of each shard. sizes: bytes of each shard."""
+    """places: by tensor name, in file order. headers: the first bytes of each shard. sizes: bytes of each shard.
+
+    notes: what of the source they do not hold, as sentences.
+    """
 
     places: dict[str, Place]
     headers: dict[str, bytes]
     sizes: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def index(self) -> bytes | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from outlierq.load.foreign import tokenizer_faults
+from outlierq.load.gguf_file import read_gguf_header
+from outlierq.load.gguf_tokenizer import with_spaces_of
 from outlierq.load.names import checkpoint_names
 from outlierq.load.packed import unpacked
 from outlierq.load.skeleton import build_skeleton, load_tensors_into
@@ -41,4 +43,5 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     place = {"gguf_file": path.name} if checkpoint.kind == "gguf" else {}
     folder = path.parent if place else checkpoint.path
     with tokenizer_faults(checkpoint.source):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **place)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **place)
+    return with_spaces_of(found, read_gguf_header(path).fields) if place else found

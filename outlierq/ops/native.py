@@ -36,8 +36,16 @@ def library() -> ctypes.CDLL | None:
     if found is None:
         return None
     compiled = ctypes.CDLL(found.origin)
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
+    # Of pack.c: ops/native_packing.py.
+    compiled.outlierq_pack.argtypes = (pointer, size, number, number, number, pointer)
+    compiled.outlierq_pack_gptq.argtypes = (pointer, size, size, number, number, pointer)
+    compiled.outlierq_pack_awq.argtypes = (pointer, size, size, number, pointer)
+    compiled.outlierq_gguf_blocks.argtypes = (number, pointer, size, size, size, pointer, pointer, pointer, pointer)
+    compiled.outlierq_gguf_superblocks.argtypes = (pointer, size, size, pointer, pointer, pointer, pointer, pointer)
+    compiled.outlierq_dequantize.argtypes = (pointer, size, size, pointer, number, pointer, pointer)
+    compiled.outlierq_any_masked.argtypes = (pointer, size, number, number)
     return compiled
 
 

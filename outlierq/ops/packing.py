@@ -1,7 +1,8 @@
 """Dense packing of small integers into int32 words or bytes, least significant bits first.
 
 Neighbouring codes are moved together inside wider machine words, in pieces that stay in the cache: on one core 4-bit
-codes take hardly twice as long as a copy of them. numpy does it: on small integers it is quicker than torch.
+codes take hardly twice as long as a copy of them. numpy does it (on small integers it is quicker than torch), or, where
+there is one, what was compiled from C (ops/native_packing.py), to the same byte.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from outlierq.ops import native_packing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +38,13 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
     rows, count = values.shape
     words = words_for(count, bits)
-    values = values if values.dtype == torch.int8 else values.to(torch.uint8)
-    codes = values.detach().cpu().contiguous().numpy()
-    flip = 1 << (bits - 1) if codes.dtype == np.int8 else 0
-    codes = codes.view(np.uint8)
-    if count % 8 or count * bits % WORD:
+    given, flip = _bytes(values, bits)
+    whole = not (count % 8 or count * bits % WORD)
+    packed = native_packing.bit_string(given, bits, flip) if whole else None
+    if packed is not None:
+        return packed.view(torch.int32).view(rows, words)
+    codes = given.numpy().view(np.uint8)
+    if not whole:
         filled = np.full((rows, _whole(words * WORD // bits, 8)), flip, np.uint8)
         filled[:, :count] = codes
         packed = pack_bytes(filled, bits, flip).reshape(rows, -1)
@@ -69,6 +74,22 @@ def pack_bytes(codes: np.ndarray, bits: int, flip: int = 0) -> np.ndarray:
         else:
             out.reshape(-1, bits)[:] = _eights(piece, bits, flip)
     return packed
+
+
+def pack_down(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """`pack`, transposed: int32 [n * bits / 32, rows], each column one bit string."""
+    codes, flip = _bytes(values, bits)
+    words = native_packing.gptq_words(codes, bits, flip)
+    return pack(codes, bits).T.contiguous() if words is None else words
+
+
+def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """E2M1 numbers [..., n] in float8_e4m3fn, n a multiple of 8, as uint8 [..., n / 2]: two codes in each byte."""
+    stored = values.detach().cpu().contiguous()
+    packed = native_packing.bit_string(stored, 4, e2m1=True)
+    if packed is None:
+        packed = torch.from_numpy(pack_bytes(e2m1_codes(stored.view(torch.uint8).numpy()), 4))
+    return packed.view(*values.shape[:-1], values.shape[-1] // 2)
 
 
 def pack_halves(codes: np.ndarray, run: int, flip: int = 0) -> np.ndarray:
@@ -126,6 +147,12 @@ def e2m1_codes(stored: np.ndarray) -> np.ndarray:
         high |= low
         np.bitwise_or(high, half, out=out)
     return codes
+
+
+def _bytes(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
+    """Codes of one byte, contiguous on the CPU, and what is to be added to them: 2^(bits-1) to signed ones."""
+    signed = values.dtype == torch.int8
+    return (values if signed else values.to(torch.uint8)).detach().cpu().contiguous(), signed << (bits - 1)
 
 
 def _whole(count: int, unit: int) -> int:

@@ -7,14 +7,16 @@ and the scales of a row are then the least-squares solution for its codes, kept 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from outlierq.ops.grid import Grid, in_groups, nearest_code
 
 BLOCK = 128
-ROWS = 256
-# Elements of the products of a part of the rows with the hessian, in float32: 128 MiB, and about twice that is in use.
-FIT_ELEMENTS = 1 << 25
+# Elements of the products of a part of the rows with the hessian, in float32; about twice that is in use. So many stay
+# in the cache, as long as the hessian is not read for a handful of rows; and never more than 128 MiB.
+FIT_ELEMENTS, LEAST_ROWS, MOST_FIT_ELEMENTS = 1 << 21, 32, 1 << 25
 
 
 def refine(
@@ -36,6 +38,12 @@ def row_errors(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((change @ hessian) * change).sum(1)
 
 
+def fitted_together(groups: int, columns: int) -> int:
+    """Rows whose scales are refitted at a time. groups: scales of a row; columns: its weights."""
+    each = groups * columns
+    return max(1, min(max(LEAST_ROWS, FIT_ELEMENTS // each), MOST_FIT_ELEMENTS // each))
+
+
 def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> Grid:
     """The scales of all groups of a row, jointly: solve (C H C^T) s = C H w with C the row's codes by group.
 
@@ -47,12 +55,17 @@ def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torc
     groups, columns = centred.shape[1:]
     by_group = hessian.view(groups, columns, -1)
     scale = grid.scale.clone()
-    rows = max(1, min(ROWS, FIT_ELEMENTS // (groups * hessian.shape[0])))
+    rows = fitted_together(groups, hessian.shape[0])
+    # Made once: fresh memory for every part costs as much as the work on it, and the heap would keep holes of its size.
+    room, products = torch.empty(2, groups * min(rows, len(w)) * hessian.shape[0], device=w.device)
     for start in range(0, len(w), rows):
         part = centred[start : start + rows]
-        weighted = torch.bmm(part.transpose(0, 1), by_group)  # [groups, rows, in]: one group's share of C H
-        gram = (weighted.view(groups, len(part), groups, columns) * part).sum(-1).permute(1, 0, 2)
-        target = (weighted * w[start : start + rows]).sum(-1).T
+        shape = groups, len(part), hessian.shape[0]
+        # [groups, rows, in]: one group's share of C H
+        weighted = torch.bmm(part.transpose(0, 1), by_group, out=room[: prod(shape)].view(shape))
+        product = products[: prod(shape)].view(groups, len(part), groups, columns)
+        gram = torch.mul(weighted.view_as(product), part, out=product).sum(-1).permute(1, 0, 2)
+        target = torch.mul(weighted, w[start : start + rows], out=product.view(shape)).sum(-1).T
         ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-6
         gram = gram + ridge[:, None, None] * torch.eye(groups, device=w.device)
         solved, failed = torch.linalg.solve_ex(gram, target)

@@ -51,15 +51,16 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def return_memory_at_once() -> None:
-    """Let what is freed go back to the system at once from 128 KiB on, where the C library can be told (glibc).
+def return_memory_at_once(least: int = 128 << 10) -> None:
+    """Let what is freed go back to the system at once from `least` bytes on, where the C library can be told (glibc).
 
     glibc raises that size by itself, up to 32 MiB, and then keeps what is freed for later: of a large matrix between
-    two small ones that are in use nothing is given back.
+    two small ones that are in use nothing is given back, and how much stays differs from block to block.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
+        libc.mallopt(M_MMAP_THRESHOLD, least)
+        libc.mallopt(M_TRIM_THRESHOLD, 4 * least)
 
 
 def keep_freed_memory() -> None:

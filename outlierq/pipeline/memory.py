@@ -23,7 +23,7 @@ from outlierq.core.model import Block, InputGroup, LinearSite, Structure
 from outlierq.export import exporter
 from outlierq.load.lookup import tables
 from outlierq.load.shards import DTYPES
-from outlierq.ops.refine import FIT_ELEMENTS
+from outlierq.ops.refine import fitted_together
 from outlierq.pipeline.events import return_memory_at_once
 from outlierq.pipeline.output import PIECE_BYTES
 from outlierq.quantize.stage import ROWS_PER_WORD
@@ -55,6 +55,9 @@ JUDGING_ROWS, JUDGING_COPIES = 1024, 10
 ENCODING = 12
 # Weights of a stack that are solved at a time when memory is short, and sequences of a batch: the least.
 LEAST_WEIGHTS = 1 << 18
+# Without a ceiling, freed memory goes back to the system at once from this size on: that of whole stacks and hessians.
+# Fresh pages take time, so work that makes many temporary matrices keeps them below.
+LARGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -385,7 +388,8 @@ class _Phases:
         found = solved
         if work.method == "gptq":
             # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
-            refitting = min(FIT_ELEMENTS * FLOAT * 2, 2 * piece * FLOAT * -(-width // (work.group or width)))
+            groups = -(-width // (work.group or width))
+            refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
             found = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
             found = max(found, 3 * hessian + FLOAT * piece)
         if work.activations:
@@ -517,6 +521,8 @@ def too_low(work: Work, ceiling: int) -> OutlierqError:
 def obeying(work: Work, ceiling: int | None, device: str) -> Savings:
     """The savings of a run with this ceiling, and the allocators told of it; none without a ceiling."""
     if ceiling is None:
+        if work.statistics:
+            return_memory_at_once(LARGE)
         return NO_SAVINGS
     savings = choose(work, ceiling)
     obey(device, ceiling)

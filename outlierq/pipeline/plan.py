@@ -92,7 +92,7 @@ class Plan:
         overrides = self.recipe.quantize.overrides if self.recipe.quantize else ()
         modules = [planned.site.module for planned in self.sites]
         unused = [o.match for o in overrides if not any(fnmatchcase(module, o.match) for module in modules)]
-        noted = rewrite_notes(self.checkpoint) + noted + self.approximations + self._limits
+        noted = rewrite_notes(self.checkpoint) + noted + self.approximations + [*self.layout.notes] + self._limits
         return noted + [f"the override {match!r} matches no linear" for match in unused]
 
     @property

@@ -386,6 +386,7 @@ class _Run:
         for group in groups:
             if any(name in mine for name in names_of(group)):
                 found |= self._quantize_one(group, mine, stats, tensors)
+                return_freed_memory()
         everything = {site: result for made in self.ranks.gather(found) for site, result in made.items()}
         if not self.ranks.lead:
             return {}

@@ -4,6 +4,7 @@ A job is JSON: `folder` (checkpoint), `prompt` (token ids), `new_tokens` (contin
 (lists of token ids to score), `options` (keywords for the client). A client answers in JSON: `client` (name and
 version), `tokens` (the continuation), `losses` (per window the negative log-likelihood in nats of tokens 1, 2, ...),
 and how its linears are called where it says so. Each client runs in an environment and a process of its own.
+llama.cpp also answers to `texts` with `ids`: what its own tokenizer makes of each.
 """
 
 from __future__ import annotations
@@ -68,13 +69,19 @@ class Refused(Exception):
 
 def ask(client: str, folder: Path, work: Path, *, count: int = WINDOWS, **options: Any) -> Answer:
     """Let a client load a checkpoint, continue the prompt and score the first `count` windows, or raise `Refused`."""
+    prompt, windows = questions()
+    asked = {"folder": str(folder.absolute()), "prompt": prompt, "new_tokens": NEW_TOKENS, "windows": windows[:count]}
+    answer = run_job(client, {**asked, "options": options}, work)
+    return Answer(answer["client"], answer["tokens"], np.array(answer["losses"]), answer.get("linears", {}))
+
+
+def run_job(client: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The answer of a client to a job, or `Refused`."""
     python, script = python_of(client), SCRIPTS / CLIENTS[client][1]
     assert python.exists(), f"{client} is not installed in {home()}: run scripts/install_clients.sh"
-    assert folder.exists(), f"there is no checkpoint {folder}"
-    prompt, windows = questions()
+    assert Path(asked["folder"]).exists(), f"there is no checkpoint {asked['folder']}"
     job, out = work / "job.json", work / "answer.json"
-    asked = {"folder": str(folder.absolute()), "prompt": prompt, "new_tokens": NEW_TOKENS, "windows": windows[:count]}
-    job.write_text(json.dumps({**asked, "options": options}))
+    job.write_text(json.dumps(asked))
     out.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     log = work / "log.txt"
@@ -82,9 +89,9 @@ def ask(client: str, folder: Path, work: Path, *, count: int = WINDOWS, **option
         done = subprocess.run([python, script, job, out], stdout=said, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-100:])
-        raise Refused(f"{client} stopped with code {done.returncode} on {folder.name}:\n{last}")
-    answer = json.loads(out.read_text())
-    return Answer(answer["client"], answer["tokens"], np.array(answer["losses"]), answer.get("linears", {}))
+        name = Path(asked["folder"]).name
+        raise Refused(f"{client} stopped with code {done.returncode} on {name}:\n{last}")
+    return json.loads(out.read_text())
 
 
 @cache

@@ -39,6 +39,7 @@ def main() -> None:
         "client": f"llama-cpp-python {llama_cpp.__version__}",
         "tokens": ids[len(job["prompt"]) :],
         "losses": losses,
+        "ids": [model.tokenize(text.encode(), add_bos=True, special=True) for text in job.get("texts", [])],
         "load_seconds": loaded - start,
         "seconds": time.perf_counter() - loaded,
     }
