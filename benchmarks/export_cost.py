@@ -77,6 +77,7 @@ class Case:
         self.form = exporter(self.plan.recipe.export.format, self.plan.checkpoint.config)
         self.values = quantized_values(self.plan.schemes)
         packed = {site.weight for site in self.values}
+        self.pieces = {site: list(self.pieces_of(site)) for site in self.values}  # a run gets them from its quantizer
         self.others = {n: self.plan.checkpoint.read(n) for n in self.plan.checkpoint.tensors if n not in packed}
 
     def export(self, folder: Path) -> None:
@@ -106,14 +107,14 @@ class Case:
     def export_linear(self, site: LinearSite, writer: ShardWriter) -> None:
         """Its pieces, packed and written."""
         next_row: Counter[str] = Counter()
-        for value in self.pieces(site):
+        for value in self.pieces[site]:
             for name, tensor in self.form.encode(site, value).items():
                 whole = tuple(tensor.shape) == self.plan.layout.places[name].tensor.shape
                 if not whole or name not in next_row:
                     writer.write(name, tensor, None if whole else next_row[name])
                 next_row[name] += len(tensor) if tensor.ndim else 0
 
-    def pieces(self, site: LinearSite) -> Iterator[object]:
+    def pieces_of(self, site: LinearSite) -> Iterator[object]:
         """The parts in which a run writes a linear: small ones where the format allows it."""
         value, step = self.values[site], site.out_features
         if hasattr(self.form, "by_rows") and self.form.by_rows(site, value.scheme):

@@ -1,6 +1,7 @@
-"""Rounding in one pass over memory: rows.c, compiled when outlierq was installed, where there was a compiler for C.
+"""What was compiled when outlierq was installed, where there was a compiler for C, and its rounding: native/rows.c.
 
-Without it torch does the same in some 13 passes, with the same codes, scales and zero points, bit for bit.
+Without it torch does the same in more passes over memory (rounding: 13 instead of one), with the same results, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class _Scheme(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """What was compiled, or None. Calls let other threads run."""
-    found = find_spec("outlierq.ops._rows")
+    found = find_spec("outlierq.native.compiled")  # in a folder that is no package: it is no module
     if found is None:
         return None
     compiled = ctypes.CDLL(found.origin)
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
+    compiled.outlierq_scale_rows.argtypes = (pointer, pointer, number, size, size, pointer)
     # Of pack.c: ops/native_packing.py.
     compiled.outlierq_pack.argtypes = (pointer, size, number, number, number, pointer)
     compiled.outlierq_pack_gptq.argtypes = (pointer, size, size, number, number, pointer)
@@ -47,6 +49,16 @@ def library() -> ctypes.CDLL | None:
     compiled.outlierq_dequantize.argtypes = (pointer, size, size, pointer, number, pointer, pointer)
     compiled.outlierq_any_masked.argtypes = (pointer, size, number, number)
     return compiled
+
+
+def fresh(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result, of numpy: torch asks for aligned memory, and what it frees is too small for the padding of
+    the next such request, so that glibc takes up to 64 MiB anew in every thread, all of it cleared by the system.
+    """
+    import numpy as np
+
+    *others, last = shape
+    return torch.from_numpy(np.empty((*others, last * dtype.itemsize), np.uint8)).view(dtype)
 
 
 def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, float, float] | None:
@@ -64,9 +76,9 @@ def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, 
         return None
     rows, columns = weight.shape
     groups = scheme.groups(columns)
-    codes = torch.empty(rows, columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)
-    scale = torch.empty(rows, groups, dtype=scale_dtype)
-    zero_point = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+    codes = fresh(rows, columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)
+    scale = fresh(rows, groups, dtype=scale_dtype)
+    zero_point = None if scheme.symmetric else fresh(rows, groups, dtype=torch.uint8)
     sums = (ctypes.c_double * 2)()
     asked = _Scheme(DTYPES[weight.dtype], DTYPES[scale_dtype], scheme.symmetric, scheme.code_min, scheme.code_max)
     wrong = compiled.outlierq_round_rows(
@@ -81,3 +93,20 @@ def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, 
         ctypes.addressof(sums),
     )
     return None if wrong else (QuantTensor(codes, scale, zero_point, scheme), *sums)
+
+
+def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """`values` [rows, columns] times `scale`, one number or one per row, in bfloat16.
+
+    Both are float32 on the CPU, or the answer is None.
+    """
+    compiled = library()
+    fits = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in (values, scale))
+    if compiled is None or not fits or not values.is_contiguous() or scale.numel() not in (1, len(values)):
+        return None
+    scaled = torch.empty(values.shape, dtype=torch.bfloat16)
+    many = scale.contiguous()
+    compiled.outlierq_scale_rows(
+        values.data_ptr(), many.data_ptr(), scale.numel() == 1, *values.shape, scaled.data_ptr()
+    )
+    return scaled

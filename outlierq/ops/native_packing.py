@@ -1,4 +1,4 @@
-"""Packing and unpacking in one pass over memory: pack.c, compiled when outlierq was installed (ops/native.py).
+"""Packing and unpacking in one pass over memory: native/pack.c, compiled when outlierq was installed (ops/native.py).
 
 Every function gives None where there is no compiled code, or nothing in it for what is asked: numpy or torch then does
 the same, to the same byte.
@@ -36,7 +36,7 @@ def bit_string(codes: torch.Tensor, bits: int, flip: int = 0, *, e2m1: bool = Fa
     compiled, count = _compiled(), codes.numel()
     if compiled is None:
         return None
-    packed = _fresh(count * bits // 8, dtype=torch.uint8)
+    packed = native.fresh(count * bits // 8, dtype=torch.uint8)
     compiled.outlierq_pack(codes.data_ptr(), count // 8, bits, flip, e2m1, packed.data_ptr())
     return packed
 
@@ -46,7 +46,7 @@ def gptq_words(codes: torch.Tensor, bits: int, flip: int) -> torch.Tensor | None
     compiled, (rows, columns) = _compiled(), codes.shape
     if compiled is None or columns % WORD:
         return None
-    words = _fresh(columns * bits // WORD, rows, dtype=torch.int32)
+    words = native.fresh(columns * bits // WORD, rows, dtype=torch.int32)
     compiled.outlierq_pack_gptq(codes.data_ptr(), rows, columns, bits, flip, words.data_ptr())
     return words
 
@@ -56,7 +56,7 @@ def awq_words(codes: torch.Tensor, flip: int) -> torch.Tensor | None:
     compiled, (rows, columns) = _compiled(), codes.shape
     if compiled is None:
         return None
-    words = _fresh(columns, rows // 8, dtype=torch.int32)
+    words = native.fresh(columns, rows // 8, dtype=torch.int32)
     compiled.outlierq_pack_awq(codes.data_ptr(), rows, columns, flip, words.data_ptr())
     return words
 
@@ -70,7 +70,7 @@ def gguf_blocks(kind: str, quantized: QuantTensor, order: torch.Tensor | None) -
         return None
     number, width, nbytes = GGUF_BLOCKS[kind]
     count, groups = columns // width, scale.shape[1]
-    blocks = _fresh(rows, count * nbytes, dtype=torch.uint8)
+    blocks = native.fresh(rows, count * nbytes, dtype=torch.uint8)
     given, scales = codes.data_ptr(), scale.data_ptr()
     zeros, units, places = (
         None if part is None else part.data_ptr() for part in (zero_point, quantized.super_scale, order)
@@ -91,7 +91,7 @@ def dequantize(quantized: QuantTensor) -> torch.Tensor | None:
     compiled = _compiled() if plain and quantized.outlier_columns is None else None
     if compiled is None or not _are_bytes(quantized.codes, quantized.zero_point) or not _plain(scale):
         return None
-    dense = _fresh(*quantized.shape, dtype=dtype)
+    dense = native.fresh(*quantized.shape, dtype=dtype)
     compiled.outlierq_dequantize(
         quantized.codes.data_ptr(),
         scale.numel(),
@@ -110,16 +110,6 @@ def any_masked(numbers: torch.Tensor, mask: int) -> bool | None:
     if compiled is None or not _plain(numbers):
         return None
     return bool(compiled.outlierq_any_masked(numbers.data_ptr(), numbers.numel(), numbers.element_size(), mask))
-
-
-def _fresh(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a result, of numpy: torch asks for aligned memory, and what it frees is too small for the padding of
-    the next such request, so that glibc takes up to 64 MiB anew in every thread, all of it cleared by the system.
-    """
-    import numpy as np
-
-    *others, last = shape
-    return torch.from_numpy(np.empty((*others, last * dtype.itemsize), np.uint8)).view(dtype)
 
 
 def _compiled() -> ctypes.CDLL | None:

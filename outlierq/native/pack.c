@@ -62,11 +62,26 @@ INLINE void pack_eights(const uint8_t *codes, int64_t count, int bits, uint64_t 
             word = (word & low[1]) | (word >> 2 * gap & high[1]);
             words[i] = (word & low[2]) | (word >> 4 * gap & high[2]);
         }
+        if (bits == 4) {
+            for (int64_t i = 0; i < run; i++) {
+                uint32_t half = (uint32_t)words[i];
+                memcpy(to + 4 * i, &half, 4);
+            }
+            continue;
+        }
         /* What a word writes too much, the next ones overwrite; the last ones write no more than they have. */
         for (int64_t i = 0; i <= last; i++) memcpy(to + i * bits, words + i, 8);
         for (int64_t i = last < 0 ? 0 : last + 1; i < run; i++)
             for (int byte = 0; byte < bits; byte++) to[i * bits + byte] = (uint8_t)(words[i] >> 8 * byte);
     }
+}
+
+/* The same for any width; of the usual one the compiler knows more. */
+INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, int flip, uint8_t *out) {
+    if (bits == 4)
+        pack_eights(codes, count, 4, in_every_byte((uint8_t)flip), 0, out);
+    else
+        pack_eights(codes, count, bits, in_every_byte((uint8_t)flip), 0, out);
 }
 
 /* 8 * count codes as a bit string of count * bits bytes. */
@@ -76,10 +91,8 @@ void outlierq_pack(const uint8_t *codes, int64_t count, int bits, int flip, int 
         for (int64_t i = 0; i < 8 * count; i++) out[i] = codes[i] ^ (uint8_t)flip;
     else if (is_e2m1)
         pack_eights(codes, count, 4, 0, 1, out);
-    else if (bits == 4)
-        pack_eights(codes, count, 4, in_every_byte((uint8_t)flip), 0, out);
     else
-        pack_eights(codes, count, bits, in_every_byte((uint8_t)flip), 0, out);
+        pack_codes(codes, count, bits, flip, out);
 }
 
 /* Ask for bytes that are needed soon: processors do not see by themselves that pieces of many rows are read in turn. */
@@ -100,7 +113,7 @@ void outlierq_pack_gptq(const uint8_t *codes, int64_t rows, int64_t columns, int
             for (int64_t r = 0; r < height; r++) {
                 const uint8_t *some = codes + (row + r) * columns + column;
                 fetch(some + width, at_most(columns - column - width, COLUMNS));
-                pack_eights(some, width / 8, bits, in_every_byte((uint8_t)flip), 0, (uint8_t *)tile[r]);
+                pack_codes(some, width / 8, bits, flip, (uint8_t *)tile[r]);
             }
             uint32_t *corner = out + column * bits / 32 * rows + row;
             for (int64_t w = 0; w < width * bits / 32; w++)

@@ -1,20 +1,12 @@
-/* Rounding a weight to the nearest point of its min-max grid in one pass over memory: ops/native.py.
+/* Rows in one pass over memory: rounded to the nearest points of their min-max grids, or scaled. ops/native.py.
 
    The same operations in the same order as ops/grid.py, so codes, scales and zero points are equal bit for bit.
    Compile without contraction of a * b + c and without -ffast-math: both would change last bits. */
 
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "floats.h"
 
-enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum outcome { DONE, NOT_FINITE, SCALE_TOO_LARGE, NO_MEMORY };
 
 struct scheme {
@@ -23,18 +15,6 @@ struct scheme {
     float code_min, code_max;
 };
 
-INLINE float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint32_t as_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
 INLINE float larger(float a, float b) { return a > b ? a : b; }
 INLINE float smaller(float a, float b) { return a < b ? a : b; }
 
@@ -42,26 +22,6 @@ INLINE float smaller(float a, float b) { return a < b ? a : b; }
 INLINE float nearest(float value) {
     value = smaller(larger(value, -1048576.0f), 1048576.0f);
     return (value + 12582912.0f) - 12582912.0f;
-}
-
-/* Half precision: 5 bits of exponent with bias 15, 10 of mantissa. As if of single precision, it is 2^112 too small. */
-INLINE float of_float16(uint16_t half) {
-    float size = as_float((uint32_t)(half & 0x7FFF) << 13) * 0x1p112f;
-    uint32_t special = (half & 0x7C00) == 0x7C00 ? 0x7F800000u : 0u;
-    return as_float(as_bits(size) | special | (uint32_t)(half & 0x8000) << 16);
-}
-
-/* To the nearest, ties to even, of a number that is not negative. */
-INLINE uint16_t to_float16(float value) {
-    uint32_t bits = as_bits(value);
-    if (value < 0x1p-14f) return (uint16_t)(as_bits(value + 0.5f) - as_bits(0.5f)); /* steps of 2^-24, as at 0.5 */
-    if (value >= 65520.0f) return 0x7C00;
-    return (uint16_t)((bits - (112u << 23) + 0xFFF + (bits >> 13 & 1)) >> 13);
-}
-
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits = as_bits(value);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 /* Keep a scale, which is not negative, and give it as it will be read back. Zero becomes 1: all its weights are 0. */
@@ -142,4 +102,14 @@ int outlierq_round_rows(const void *weights, const struct scheme *scheme, int64_
     }
     free(row);
     return outcome;
+}
+
+/* values [rows, columns], each row times its scale, or all times the only one, as bfloat16. */
+FOR_EACH_PROCESSOR
+void outlierq_scale_rows(const float *values, const float *scales, int one_scale, int64_t rows, int64_t columns,
+                         uint16_t *restrict scaled) {
+    for (int64_t r = 0; r < rows; r++) {
+        float scale = scales[one_scale ? 0 : r];
+        for (int64_t i = r * columns; i < (r + 1) * columns; i++) scaled[i] = to_bfloat16(values[i] * scale);
+    }
 }

@@ -1,0 +1,14 @@
+"""The compiled part; pyproject.toml says all else. Without a compiler for C it is left out, and torch does its work."""
+
+from setuptools import Extension, setup
+
+# Not a Python module: outlierq/ops/native.py loads it. Contracted or reordered sums would change last bits.
+NATIVE = Extension(
+    "outlierq.native.compiled",
+    ["outlierq/native/rows.c", "outlierq/native/pack.c"],
+    depends=["outlierq/native/floats.h"],
+    extra_compile_args=["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    optional=True,
+)
+
+setup(ext_modules=[NATIVE])
