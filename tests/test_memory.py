@@ -20,10 +20,12 @@ from outlierq.calibrate.runner import BlockRunner, HiddenStates
 from outlierq.calibrate.spilled import SpilledStats, each_changed
 from outlierq.core.errors import OutlierqError, OutputError
 from outlierq.core.model import InputGroup, LinearSite
+from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.load import open_checkpoint
+from outlierq.load import load_model, open_checkpoint, skeleton
 from outlierq.load.folder import FolderCheckpoint
-from outlierq.ops import solve
+from outlierq.ops import refine, scale_search, solve
+from outlierq.ops.grid import in_groups
 from outlierq.pipeline import memory
 from outlierq.pipeline import quantize as quantizing
 from outlierq.pipeline.memory import (
@@ -256,8 +258,9 @@ def test_spilled_hidden_states_are_read_as_they_were_written_and_are_not_residen
     for batch in range(len(hidden)):
         hidden.write(batch, values.expand(4, -1, -1) * batch)
         hidden.done_with(batch)
-    assert mapped("hidden-states-", "Size") == hidden.values.nbytes
-    assert mapped("hidden-states-", "Rss") < hidden.values.nbytes // 4
+    file = f"{tmp_path.name}/hidden-states-"  # others may still be mapped, of tests before
+    assert mapped(file, "Size") == hidden.values.nbytes
+    assert mapped(file, "Rss") < hidden.values.nbytes // 4
     assert all(torch.equal(hidden[batch][0], values * batch) for batch in range(len(hidden)))
 
 
@@ -319,6 +322,56 @@ def test_the_factor_is_the_same_as_without_working_in_place():
     damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(6)
     expected = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     assert torch.equal(solve.inverse_cholesky(hessian, 0.01, order)[0], expected)
+
+
+IN_PIECES = {
+    "symmetric": QuantScheme(4, 32),
+    "zero points": QuantScheme(4, 32, symmetric=False),
+    "blocks of rows": QuantScheme(8, kind="float", block=(16, 16)),
+    "unit of the weight": QuantScheme(4, 16, kind="float", scale_dtype="float8_e4m3fn", scales="two-level"),
+    "units of groups": QuantScheme(4, 32, symmetric=False, scale_dtype="float16", scales="two-level"),
+}
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_scales_searched_and_refitted_some_rows_at_a_time_are_those_of_all_at_once(name, monkeypatch):
+    scheme, generator = IN_PIECES[name], torch.Generator().manual_seed(0)
+    w, inputs = (torch.randn(rows, 256, generator=generator) for rows in (80, 300))
+    hessian = inputs.T @ inputs / len(inputs)
+    found = []
+    for pieces in (1 << 30, 1):
+        monkeypatch.setattr(scale_search, "PIECE_WEIGHTS", pieces)
+        monkeypatch.setattr(refine, "FIT_ELEMENTS", pieces)
+        monkeypatch.setattr(refine, "LEAST_ROWS", 1)
+        grid = scale_search.search_grid(w, scheme, hessian)
+        if scheme.block is None:
+            codes = grid.encode(in_groups(w, scheme)).view(w.shape)
+            refitted = refine.refit_scales(w, codes, grid, hessian)
+            assert not torch.equal(refitted.scale, grid.scale)
+            found.append((grid, refitted))
+        else:
+            found.append((grid,))
+    for whole, pieced in zip(*found, strict=True):
+        # A sum over other numbers of rows may differ in its last bit, and then a group may prefer its neighbour.
+        close = torch.isclose(pieced.scale, whole.scale, rtol=1e-4)
+        assert close.float().mean() > 0.98
+        assert (pieced.zero_point is None) == (whole.zero_point is None)
+        assert pieced.scale.shape == whole.scale.shape
+    assert refine.fitted_together(8, 256) == 1
+
+
+def test_a_model_is_not_read_in_two_dtypes_at_once(untied_llama, monkeypatch):
+    portions, read_many = [], FolderCheckpoint.read_many
+    monkeypatch.setattr(
+        FolderCheckpoint, "read_many", lambda self, names: portions.append([*names]) or read_many(self, portions[-1])
+    )
+    monkeypatch.setattr(skeleton, "PORTION_BYTES", 20_000)
+    checkpoint = open_checkpoint(str(untied_llama))
+    model = load_model(checkpoint, dtype="bfloat16")
+    sizes = {name: info.nbytes for name, info in checkpoint.tensors.items()}
+    assert len(portions) > 10 and all(sum(sizes[name] for name in some[:-1]) < 20_000 for some in portions)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, load_file_of(untied_llama, name).bfloat16())
 
 
 def limited(ceiling: int, *words: object) -> tuple[subprocess.CompletedProcess, int]:

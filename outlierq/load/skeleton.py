@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
@@ -21,6 +21,9 @@ NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_imple
 # Far above any model there is.
 LAYERS, MOST_LAYERS = re.compile(r"(num|n)_\w*(layers?|blocks?)"), 10_000
 MOST_EXPERTS, MOST_LEARNED_POSITIONS = 1 << 16, 1 << 15
+
+# Read at a time, before it gets the dtype in which it is used.
+PORTION_BYTES = 32 << 20
 
 
 def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -207,10 +210,10 @@ def load_tensors_into(
     wanted = getattr(torch, dtype or checkpoint.dtype) if not isinstance(dtype, torch.dtype) else dtype
     slots = _slots_of(module, f"{prefix}." if prefix else "", tuple(f"{part}." for part in skip))
     sources = {slot: names[full] for slot, full in slots.items() if full in names}
-    tensors = read_all(checkpoint, dict.fromkeys(sources.values()))
     filled = {
         name: tensor.to(device=device, dtype=wanted if tensor.is_floating_point() else None)
-        for name, tensor in tensors.items()
+        for some in _portions(checkpoint, dict.fromkeys(sources.values()))
+        for name, tensor in read_all(checkpoint, some).items()
     }
     shared: dict[str, torch.nn.Parameter] = {}
     for slot, tensor in sources.items():
@@ -223,6 +226,23 @@ def _slots_of(module: torch.nn.Module, prefix: str, skip: tuple[str, ...]) -> di
     parameters = (name for name, _ in module.named_parameters(remove_duplicate=False))
     buffers = (name for name, _ in module.named_buffers(remove_duplicate=False))
     return {name: prefix + name for name in (*parameters, *buffers) if not (prefix + name).startswith(skip)}
+
+
+def _portions(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[list[str]]:
+    """The names in runs of about PORTION_BYTES: a whole model is not in memory in two dtypes at once.
+
+    What tells no sizes (random weights, for a look at the model) is read at once.
+    """
+    known = getattr(checkpoint, "tensors", {})
+    some, size = [], 0
+    for name in names:
+        some.append(name)
+        size += known[name].nbytes if name in known else 0
+        if size >= PORTION_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:

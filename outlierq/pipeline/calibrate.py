@@ -13,7 +13,14 @@ from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged, make_room
 from outlierq.pipeline.calibration import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
-from outlierq.pipeline.events import Event, Listener, fetching, return_freed_memory, silent
+from outlierq.pipeline.events import (
+    Event,
+    Listener,
+    fetching,
+    return_freed_memory,
+    return_memory_at_once,
+    silent,
+)
 from outlierq.pipeline.journal import locked
 from outlierq.pipeline.memory import obeying, work_of_calibration
 from outlierq.pipeline.ranks import ALONE, Ranks
@@ -41,6 +48,7 @@ def calibrate(
 
     ranks.use(device)
     fields = ALL_FIELDS | BLOCK_FIELDS if only is None else only
+    return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     make_room(checkpoint, structure, fetching(listen))

@@ -178,6 +178,8 @@ def check_known(plan: Plan) -> None:
 
 def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_length: int) -> int:
     """Upper bound of resident memory while these models are measured side by side on a text, all weights in memory."""
+    from outlierq.evaluate.divergence import CHUNK_ELEMENTS
+
     itemsize = 4 if dtype == "float32" else 2
     found, most = 0, 0
     for model in models:
@@ -188,7 +190,7 @@ def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_lengt
         token = itemsize * (4 * min(inner, 8 * config.hidden_size) + 12 * config.hidden_size)
         scores = config.num_attention_heads * window_length * 2 * FLOAT
         most = max(most, window_length * (token + scores), 2 * FLOAT * max(sizes))
-    logits = 4 * FLOAT * min(1 << 24, window_length * models[0].config.get_text_config().vocab_size)
+    logits = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
     return BASE_BYTES + found + most + logits
 
 

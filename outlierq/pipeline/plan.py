@@ -15,6 +15,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.layout import INDEX_NAME, Layout, OutputTensor, make_layout
+from outlierq.pipeline.events import return_memory_at_once
 from outlierq.pipeline.rewriting import original_of, rewrite_notes, rewritten
 from outlierq.recipe import GroupPolicy, Recipe, parse_size
 
@@ -182,6 +183,7 @@ def make_plan(
             hint="start from the original checkpoint; with --format alone it is converted without loss",
         )
     checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats, trust_remote_code=trust_remote_code)
+    return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)

@@ -33,7 +33,15 @@ from outlierq.pipeline.calibration import (
     token_set,
 )
 from outlierq.pipeline.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
-from outlierq.pipeline.events import Event, Listener, fetching, peak_bytes, return_freed_memory, silent
+from outlierq.pipeline.events import (
+    Event,
+    Listener,
+    fetching,
+    peak_bytes,
+    return_freed_memory,
+    return_memory_at_once,
+    silent,
+)
 from outlierq.pipeline.experts import (
     STARVED,
     check_static,
@@ -44,7 +52,7 @@ from outlierq.pipeline.experts import (
     tokens_of,
 )
 from outlierq.pipeline.journal import Journal, finish, former_shards, work_folder, working
-from outlierq.pipeline.memory import NO_SAVINGS, Savings, check_known, obeying, work_of
+from outlierq.pipeline.memory import LARGE, NO_SAVINGS, Savings, check_known, obeying, work_of
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
 from outlierq.pipeline.ranks import ALONE, Ranks
@@ -105,6 +113,9 @@ def quantize(
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         drop_shards(original_of(plan.checkpoint))
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
+    if max_memory is None:
+        return_memory_at_once(LARGE)  # this process may go on, with a gate for example
+    return_freed_memory()
     return report
 
 

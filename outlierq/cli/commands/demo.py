@@ -57,6 +57,7 @@ def command(
     shared.show(terminal.before_after(report, measured))
     typer.echo(f"measured on {measured.windows} windows of {measured.window_length} tokens of the {text_name}\n")
     typer.echo(f"prompt:  {PROMPT}")
+    del after  # room for the same model with packed weights
     packed = evaluation.load_for_evaluation(written, dtype="bfloat16", device=where, runtime="packed")
     for name, model in (("before", before), ("after", packed)):
         typer.echo(f"{name + ':':<8} {complete(model, tokenizer, PROMPT, max_new_tokens=32, chat=True).strip()}")
