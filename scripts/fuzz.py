@@ -271,7 +271,7 @@ def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watc
             return structured(
                 data if rng.random() < 0.7 and not name.startswith("gguf") else rng.choice(originals), rng
             )[:largest]
-        except (ValueError, AttributeError, RecursionError, LookupError, YAMLError):
+        except (ValueError, TypeError, AttributeError, RecursionError, LookupError, YAMLError):
             # no longer what the mutator takes apart
             return structured(rng.choice(originals), rng)[:largest]
 
