@@ -70,7 +70,7 @@ def faults(name: str, client: str, found: Agreement, arithmetic: float) -> list[
     limits = {
         "ratio of perplexities - 1": (abs(found.ratio - 1), PERPLEXITY[inputs]),
         "typical": (found.typical, arithmetic * ARITHMETIC.get(client, ARITHMETIC["others"])),
-        "regret": (found.regret, found.large),
+        "regret": (found.regret, 2 * found.large),  # it compares two tokens, and the loss of each may be off
     }
     return [f"{key}: {value:.4f} above {limit:.4f}" for key, (value, limit) in limits.items() if value > limit]
 
