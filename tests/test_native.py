@@ -82,19 +82,6 @@ def test_rows_that_are_not_contiguous_are_left_to_torch():
     assert native.round_rows(weights(torch.bfloat16).T, QuantScheme(8, None, symmetric=True)) is None
 
 
-@needs_compiler
-@pytest.mark.parametrize("count", [1, 33])
-def test_scaled_rows_are_those_of_torch(count):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(33, 100, generator=generator) * 10.0 ** torch.randint(-30, 30, (33, 1), generator=generator)
-    values[3, 4], values[5, 6], values[7, 8] = float("inf"), -float("inf"), float("nan")
-    scale = torch.rand(count, 1, generator=generator)
-    found, expected = native.scale_rows(values, scale), (values * scale).bfloat16()
-    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().sum() == 1
-    assert torch.equal(found.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16))
-    assert native.scale_rows(values.double(), scale) is None and native.scale_rows(values.T, scale) is None
-
-
 def test_without_the_library_the_output_is_the_same_to_the_byte(tiny_llama, tmp_path, monkeypatch):
     from outlierq.load import open_checkpoint
     from outlierq.pipeline.plan import make_plan

@@ -1,4 +1,4 @@
-/* Rows in one pass over memory: rounded to the nearest points of their min-max grids, or scaled. ops/native.py.
+/* Rounding a weight to the nearest point of its min-max grid in one pass over memory: ops/native.py.
 
    The same operations in the same order as ops/grid.py, so codes, scales and zero points are equal bit for bit.
    Compile without contraction of a * b + c and without -ffast-math: both would change last bits. */
@@ -102,14 +102,4 @@ int outlierq_round_rows(const void *weights, const struct scheme *scheme, int64_
     }
     free(row);
     return outcome;
-}
-
-/* values [rows, columns], each row times its scale, or all times the only one, as bfloat16. */
-FOR_EACH_PROCESSOR
-void outlierq_scale_rows(const float *values, const float *scales, int one_scale, int64_t rows, int64_t columns,
-                         uint16_t *restrict scaled) {
-    for (int64_t r = 0; r < rows; r++) {
-        float scale = scales[one_scale ? 0 : r];
-        for (int64_t i = r * columns; i < (r + 1) * columns; i++) scaled[i] = to_bfloat16(values[i] * scale);
-    }
 }

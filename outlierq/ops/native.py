@@ -39,7 +39,6 @@ def library() -> ctypes.CDLL | None:
     compiled = ctypes.CDLL(found.origin)
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
-    compiled.outlierq_scale_rows.argtypes = (pointer, pointer, number, size, size, pointer)
     # Of pack.c: ops/native_packing.py.
     compiled.outlierq_pack.argtypes = (pointer, size, number, number, number, pointer)
     compiled.outlierq_pack_gptq.argtypes = (pointer, size, size, number, number, pointer)
@@ -93,20 +92,3 @@ def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, 
         ctypes.addressof(sums),
     )
     return None if wrong else (QuantTensor(codes, scale, zero_point, scheme), *sums)
-
-
-def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-    """`values` [rows, columns] times `scale`, one number or one per row, in bfloat16.
-
-    Both are float32 on the CPU, or the answer is None.
-    """
-    compiled = library()
-    fits = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in (values, scale))
-    if compiled is None or not fits or not values.is_contiguous() or scale.numel() not in (1, len(values)):
-        return None
-    scaled = torch.empty(values.shape, dtype=torch.bfloat16)
-    many = scale.contiguous()
-    compiled.outlierq_scale_rows(
-        values.data_ptr(), many.data_ptr(), scale.numel() == 1, *values.shape, scaled.data_ptr()
-    )
-    return scaled

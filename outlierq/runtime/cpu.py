@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from outlierq.core.scheme import ActivationScheme
 from outlierq.ops.activations import scale_that_holds
 from outlierq.ops.int8_split import int8_product
-from outlierq.ops.native import scale_rows
 from outlierq.runtime.layout import qlinear, unpack_int4
 
 # Up to so many tokens torch's product on packed codes beats decoding.
@@ -70,10 +69,6 @@ def int8_linear(
     low = x if columns is None else x.index_fill(1, columns.long(), 0.0)
     rounded, step = quantize_input(low, input_scale, per_token)
     y = qlinear(rounded, codes, scale) if opaque else int8_product(rounded, codes) * scale
-    if columns is None and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():  # torch knows no library
-        scaled = scale_rows(y, step)
-        if scaled is not None:
-            return scaled
     y.mul_(step)
     if columns is not None:
         y.addmm_(x[:, columns.long()].float(), kept[:, : columns.numel()].float().t())
