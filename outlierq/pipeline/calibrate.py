@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_shards
@@ -22,9 +23,12 @@ from outlierq.pipeline.events import (
     silent,
 )
 from outlierq.pipeline.journal import locked
-from outlierq.pipeline.memory import obeying, work_of_calibration
+from outlierq.pipeline.memory import Savings, obeying, work_of_calibration
 from outlierq.pipeline.ranks import ALONE, Ranks
 from outlierq.recipe import Calibration
+
+if TYPE_CHECKING:
+    from outlierq.calibrate.text import TokenSet
 
 
 def calibrate(
@@ -57,21 +61,7 @@ def calibrate(
     )
     tokens = ranks.first(lambda: token_set(checkpoint, settings))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, ranks.first(lambda: former_shards(out)))
-    identity = StatsIdentity(
-        model_fingerprint=checkpoint.fingerprint,
-        token_fingerprint=tokens.fingerprint,
-        token_description=tokens.description,
-        settings={
-            "fields": sorted(fields),
-            "skip_first_tokens": settings.skip_first_tokens,
-            "batch_size": savings.batch_size or settings.batch_size,
-            "dtype": checkpoint.dtype,
-            "seed": settings.seed,
-            **({"all_experts": True} if settings.all_experts else {}),
-            **({"shards": settings.shards} if settings.shards > 1 else {}),
-        },
-        mode="static",
-    )
+    identity = _identity(checkpoint, tokens, settings, fields, savings)
     names = checkpoint_names(checkpoint, skeleton)
     with locked(out) if ranks.lead else nullcontext():
         writer = StatsWriter(out, identity) if ranks.lead else None
@@ -96,6 +86,27 @@ def calibrate(
                 path.unlink()
             writer.finish()
     return identity
+
+
+def _identity(
+    checkpoint: Checkpoint, tokens: TokenSet, settings: Calibration, fields: frozenset[str], savings: Savings
+) -> StatsIdentity:
+    """What the statistics belong to: a run continues only with the same."""
+    return StatsIdentity(
+        model_fingerprint=checkpoint.fingerprint,
+        token_fingerprint=tokens.fingerprint,
+        token_description=tokens.description,
+        settings={
+            "fields": sorted(fields),
+            "skip_first_tokens": settings.skip_first_tokens,
+            "batch_size": savings.batch_size or settings.batch_size,
+            "dtype": checkpoint.dtype,
+            "seed": settings.seed,
+            **({"all_experts": True} if settings.all_experts else {}),
+            **({"shards": settings.shards} if settings.shards > 1 else {}),
+        },
+        mode="static",
+    )
 
 
 @dataclass(frozen=True)
