@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 # Not a Python module: outlierq/ops/native.py loads it. Contracted or reordered sums would change last bits.
 NATIVE = Extension(
     "outlierq.native.compiled",
-    ["outlierq/native/rows.c", "outlierq/native/pack.c"],
+    [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens")],
     depends=["outlierq/native/floats.h"],
     extra_compile_args=["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     optional=True,

@@ -10,6 +10,7 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops import native
 from outlierq.quantize.rtn import rtn
+from outlierq.runtime import cpu
 
 needs_compiler = pytest.mark.skipif(native.library() is None and not shutil.which("gcc"), reason="no compiler for C")
 
@@ -80,6 +81,35 @@ def test_schemes_of_other_kinds_are_left_to_torch(scheme):
 
 def test_rows_that_are_not_contiguous_are_left_to_torch():
     assert native.round_rows(weights(torch.bfloat16).T, QuantScheme(8, None, symmetric=True)) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_tokens_are_those_of_torch(dtype, monkeypatch):
+    x = torch.cat([weights(dtype, 100), torch.zeros(4, 100, dtype=dtype)])
+    x[48, 3], x[49, 3], x[50, 3], x[51, :] = 1e-44, float("nan"), -float("inf"), torch.arange(100) - 36.5
+    x[51, 0] = 127  # scale 1: ties
+    codes, scale = native.round_tokens(x)
+    monkeypatch.setattr(cpu, "round_tokens", lambda x: None)
+    expected, step = cpu.quantize_input(x, None, per_token=True)
+    assert torch.equal(codes[:48], expected[:48]) and torch.equal(codes[51], expected[51])
+    assert torch.equal(scale.nan_to_num(-1), step.nan_to_num(-1))
+    assert scale[48] == 1 and scale[49].isnan() and scale[50].isinf() and scale[51] == 1
+    assert native.round_tokens(x.T) is None and native.round_tokens(x.double()) is None
+
+
+@needs_compiler
+def test_scaled_rows_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(33, 100, generator=generator) * 10.0 ** torch.randint(-30, 30, (33, 1), generator=generator)
+    values[3, 4], values[5, 6], values[7, 8] = float("inf"), -float("inf"), float("nan")
+    scale = torch.rand(33, 1, generator=generator)
+    found, expected = native.scale_rows(values, scale), (values * scale).bfloat16()
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().sum() == 1
+    assert torch.equal(found.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16))
+    for other in (values.double(), values[:, :50]):
+        assert native.scale_rows(other, scale) is None
+    assert native.scale_rows(values, scale[:1]) is None
 
 
 def test_without_the_library_the_output_is_the_same_to_the_byte(tiny_llama, tmp_path, monkeypatch):

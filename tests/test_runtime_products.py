@@ -15,7 +15,7 @@ from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.ops.activations import fake_quantize
 from outlierq.ops.int8_split import split_matmul
-from outlierq.runtime import QuantLinear, cpu, dispatch, layout
+from outlierq.runtime import QuantLinear, cpu, dispatch, layout, pages
 
 PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")
 STATIC = ActivationScheme(dynamic=False, per="tensor")
@@ -268,3 +268,29 @@ def test_no_tokens_give_no_outputs():
         if scheme.activations is None or scheme.activations.per == "token":
             x = torch.empty(0, columns, dtype=torch.bfloat16)
             assert QuantLinear(weight(rows, columns, scheme))(x).shape == (0, rows)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8 per tensor", "w8a8 static"])
+def test_integers_do_not_hide_a_nan(name):
+    rows, columns, scheme, _ = WEIGHTS[name]
+    layer = QuantLinear(weight(rows, columns, scheme))
+    x = torch.randn(3, columns).bfloat16()
+    x[1, 5] = float("nan")
+    assert layer(x).isnan().all(1).tolist() == ([True] * 3 if name == "w8a8 per tensor" else [False, True, False])
+
+
+def test_a_weight_in_huge_pages_is_the_same_weight(monkeypatch):
+    for tensor in (torch.randn(1 << 20), layout.pack_int8(torch.randint(-128, 128, (2048, 2048), dtype=torch.int8))):
+        before = tensor.to_dense() if tensor.is_mkldnn else tensor.clone()
+        assert pages.gather(tensor) in (0, (tensor.nbytes // pages.PAGE - 1) * pages.PAGE, tensor.nbytes)
+        assert torch.equal(tensor.to_dense() if tensor.is_mkldnn else tensor, before)
+    asked = []
+    monkeypatch.setattr(pages, "_advise", lambda: lambda *call: asked.append(call) or 0)
+    tensor = torch.zeros(3 * pages.PAGE + 5, dtype=torch.uint8)
+    gathered = pages.gather(tensor[5:])
+    if sys.platform.startswith("linux"):
+        ((first, size, _),) = asked
+        assert gathered == size >= 2 * pages.PAGE and first % pages.PAGE == size % pages.PAGE == 0
+        assert tensor.data_ptr() + 5 <= first and first + size <= tensor.data_ptr() + tensor.nbytes
+        monkeypatch.setattr(pages, "_advise", lambda: lambda *call: -1)
+    assert pages.gather(tensor) == 0 and pages.gather(torch.zeros(8)) == 0

@@ -1,4 +1,4 @@
-/* What the compiled code of this folder shares: code for each kind of processor, and floats of 16 and 32 bits. */
+/* What the compiled code of this folder shares: code for each kind of processor, floats of 16 and 32 bits, rounding. */
 
 #ifndef OUTLIERQ_FLOATS_H
 #define OUTLIERQ_FLOATS_H
@@ -50,6 +50,25 @@ INLINE uint16_t to_bfloat16(float value) {
     uint32_t bits = as_bits(value);
     uint32_t found = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000u ? 0x7FC0 : found);
+}
+
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+INLINE float smaller(float a, float b) { return a < b ? a : b; }
+
+/* Nearest integer, ties to even: beyond 1.5 * 2^23 a float has no fraction. Larger numbers saturate later anyway. */
+INLINE float nearest(float value) {
+    value = smaller(larger(value, -1048576.0f), 1048576.0f);
+    return (value + 12582912.0f) - 12582912.0f;
+}
+
+/* `count` numbers from number `start` on, as float32. */
+INLINE void read_row(const void *numbers, enum dtype dtype, int64_t start, int64_t count, float *row) {
+    const uint16_t *halves = (const uint16_t *)numbers + start;
+    if (dtype == FLOAT32) memcpy(row, (const float *)numbers + start, count * 4);
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) row[i] = as_float((uint32_t)halves[i] << 16);
+    if (dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++) row[i] = of_float16(halves[i]);
 }
 
 #endif

@@ -15,15 +15,6 @@ struct scheme {
     float code_min, code_max;
 };
 
-INLINE float larger(float a, float b) { return a > b ? a : b; }
-INLINE float smaller(float a, float b) { return a < b ? a : b; }
-
-/* Nearest integer, ties to even: beyond 1.5 * 2^23 a float has no fraction. Larger numbers saturate later anyway. */
-INLINE float nearest(float value) {
-    value = smaller(larger(value, -1048576.0f), 1048576.0f);
-    return (value + 12582912.0f) - 12582912.0f;
-}
-
 /* Keep a scale, which is not negative, and give it as it will be read back. Zero becomes 1: all its weights are 0. */
 INLINE float stored(float scale, enum dtype dtype, void *scales, int64_t place) {
     float rounded = scale;
@@ -34,15 +25,6 @@ INLINE float stored(float scale, enum dtype dtype, void *scales, int64_t place) 
     if (dtype == BFLOAT16) ((uint16_t *)scales)[place] = to_bfloat16(rounded);
     if (dtype == FLOAT16) ((uint16_t *)scales)[place] = to_float16(rounded);
     return rounded;
-}
-
-INLINE void read_row(const void *weights, enum dtype dtype, int64_t start, int64_t count, float *row) {
-    const uint16_t *halves = (const uint16_t *)weights + start;
-    if (dtype == FLOAT32) memcpy(row, (const float *)weights + start, count * 4);
-    if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) row[i] = as_float((uint32_t)halves[i] << 16);
-    if (dtype == FLOAT16)
-        for (int64_t i = 0; i < count; i++) row[i] = of_float16(halves[i]);
 }
 
 /* The range of a group, extended to hold 0, and what its squares add up to (NaN or infinite: a weight is, too). */

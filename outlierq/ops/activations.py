@@ -6,12 +6,14 @@ import torch
 
 from outlierq.core.scheme import FP8_MAX, ActivationScheme
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., K] rounded to the scheme's grid and back, in the dtype of `x`.
 
     scale: [1] of a static scheme; a dynamic one takes max|x| / code_max over its token, group of columns or tensor
-    (1 where all values are 0).
+    (1 where that is no normal number, as where all values are 0).
     """
     wide = x.float()
     if scheme.per == "group":
@@ -30,8 +32,12 @@ def dynamic_scale(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
 
 
 def scale_that_holds(largest: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
-    """The scale for these largest |x|; 1 where they are 0."""
-    return torch.where(largest > 0, largest / scheme.code_max, 1.0)
+    """The scale for these largest |x|; 1 where it would be 0 or too small for a normal number.
+
+    That of a NaN is NaN: rounded to integers, nothing else would tell of it.
+    """
+    scale = largest / scheme.code_max
+    return torch.where(scale < SMALLEST, 1.0, scale)
 
 
 def round_to_grid(x: torch.Tensor, scale: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""What was compiled when outlierq was installed, where there was a compiler for C, and its rounding: native/rows.c.
+"""What was compiled when outlierq was installed, where there was a compiler for C, and the rounding of weights and of
+inputs with it: native/rows.c, native/tokens.c.
 
-Without it torch does the same in more passes over memory (rounding: 13 instead of one), with the same results, bit for
-bit.
+Without it torch does the same in more passes over memory (rounding a weight: 13 instead of one), with the same results,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def library() -> ctypes.CDLL | None:
     compiled = ctypes.CDLL(found.origin)
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
+    compiled.outlierq_round_tokens.argtypes = (pointer, number, size, size, pointer, pointer)
+    compiled.outlierq_scale_rows.argtypes = (pointer, pointer, size, size, pointer)
     # Of pack.c: ops/native_packing.py.
     compiled.outlierq_pack.argtypes = (pointer, size, number, number, number, pointer)
     compiled.outlierq_pack_gptq.argtypes = (pointer, size, size, number, number, pointer)
@@ -92,3 +95,23 @@ def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, 
         ctypes.addressof(sums),
     )
     return None if wrong else (QuantTensor(codes, scale, zero_point, scheme), *sums)
+
+
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(int8 codes of `x` [tokens, in], float32 scales [tokens, 1]) on the grid of `ops.activations`; None: as above."""
+    if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous() or library() is None:
+        return None
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+    places = (codes.data_ptr(), scale.data_ptr())
+    failed = library().outlierq_round_tokens(x.data_ptr(), DTYPES[x.dtype], *x.shape, *places)
+    return None if failed else (codes, scale)
+
+
+def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """float32 `values` [rows, columns] times `scale` [rows, 1], in bfloat16; None: as above."""
+    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in (values, scale))
+    if not fits or scale.shape != (len(values), 1) or library() is None:
+        return None
+    scaled = torch.empty(values.shape, dtype=torch.bfloat16)
+    library().outlierq_scale_rows(values.data_ptr(), scale.data_ptr(), *values.shape, scaled.data_ptr())
+    return scaled

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from outlierq.ops.activations import SMALLEST
 from outlierq.ops.int8_split import int8_product
 
 CODE_MAX = 127.0
-SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def quant_rows(

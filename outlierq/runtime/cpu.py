@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from outlierq.core.scheme import ActivationScheme
 from outlierq.ops.activations import scale_that_holds
 from outlierq.ops.int8_split import int8_product
+from outlierq.ops.native import round_tokens, scale_rows
 from outlierq.runtime.layout import qlinear, unpack_int4
 
 # Up to so many tokens torch's product on packed codes beats decoding.
@@ -69,6 +70,10 @@ def int8_linear(
     low = x if columns is None else x.index_fill(1, columns.long(), 0.0)
     rounded, step = quantize_input(low, input_scale, per_token)
     y = qlinear(rounded, codes, scale) if opaque else int8_product(rounded, codes) * scale
+    if columns is None and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        scaled = scale_rows(y, step)
+        if scaled is not None:
+            return scaled
     y.mul_(step)
     if columns is not None:
         y.addmm_(x[:, columns.long()].float(), kept[:, : columns.numel()].float().t())
@@ -78,9 +83,17 @@ def int8_linear(
 def quantize_input(
     x: torch.Tensor, input_scale: torch.Tensor | None, per_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 codes of `x` [tokens, in], scale: [1], [] or [tokens, 1]), with a given scale or one found now."""
+    """(int8 codes of `x` [tokens, in], scale: [] or [tokens, 1]), with a given scale or one found now.
+
+    A NaN makes its token's scale NaN, since no integer tells of it.
+    """
     if input_scale is not None:
-        return (x / input_scale).round_().clamp_(-128, 127).to(torch.int8), input_scale
+        step = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, input_scale)
+        return (x / input_scale).round_().clamp_(-128, 127).to(torch.int8), step
+    if per_token and not torch.compiler.is_compiling():  # which cannot see into a library
+        found = round_tokens(x)
+        if found is not None:
+            return found
     wide = x.to(torch.float32, copy=True)  # in place from here on: fresh memory costs more than the arithmetic
     largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
     step = scale_that_holds(largest if per_token else largest.amax(), ActivationScheme())

@@ -18,7 +18,7 @@ from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.kernels.plan import check_columns
 from outlierq.ops.activations import fake_quantize
-from outlierq.runtime import dispatch, layout  # dispatch registers the operators
+from outlierq.runtime import dispatch, layout, pages  # dispatch registers the operators
 
 BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cache
 
@@ -50,6 +50,7 @@ class QuantLinear(torch.nn.Module):
         for name, value in parts.items():
             self.register_buffer(name, None if value is None else value.to(device))
         self.opaque = self.words.is_mkldnn  # packed by oneDNN
+        pages.gather(self.words)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product and the bias."""
