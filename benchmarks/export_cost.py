@@ -216,8 +216,8 @@ def measured(name: str, source: Path, disk: Path, repeats: int, threads: int) ->
     from outlierq.pipeline.events import keep_freed_memory
 
     torch.set_num_threads(threads)
-    keep_freed_memory()  # as a run without calibration does
     case = Case(name, source)
+    keep_freed_memory()  # as a run without calibration does once it is planned
     ways = {"export": case.export, "plain": case.write_plainly}
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with TemporaryDirectory(dir=disk) as work:

@@ -43,9 +43,15 @@ INLINE uint64_t nibbles(uint64_t bytes, uint64_t flip, int is_e2m1) {
     return is_e2m1 ? e2m1(bytes) : (bytes ^ flip) & in_every_byte(15);
 }
 
+/* Ask for bytes that are needed soon: processors see neither that pieces of many rows are read in turn nor that a page of
+   memory is followed by the next. */
+INLINE void fetch(const uint8_t *place, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64) FETCH(place + i);
+}
+
 /* `count` words of eight codes into `bits` bytes each: in a word codes, then pairs, then fours move together. */
 INLINE void pack_eights(const uint8_t *codes, int64_t count, int bits, uint64_t flip, int is_e2m1, uint8_t *out) {
-    enum { RUN = 128 };
+    enum { RUN = 128, AHEAD = 4 };
     uint64_t words[RUN], low[3], high[3], first = mask(bits, 8);
     for (int step = 0; step < 3; step++) {
         low[step] = mask(bits << step, 16 << step);
@@ -55,6 +61,7 @@ INLINE void pack_eights(const uint8_t *codes, int64_t count, int bits, uint64_t 
     for (int64_t start = 0; start < count; start += RUN) {
         int64_t run = at_most(count - start, RUN), last = run - (7 + bits) / bits;
         uint8_t *to = out + start * bits;
+        fetch(codes + 8 * (start + AHEAD * RUN), 8 * at_most(count - start - AHEAD * RUN, RUN));
         for (int64_t i = 0; i < run; i++) {
             uint64_t word = word_at(codes + 8 * (start + i));
             word = is_e2m1 ? e2m1(word) : (word ^ flip) & first;
@@ -93,11 +100,6 @@ void outlierq_pack(const uint8_t *codes, int64_t count, int bits, int flip, int 
         pack_eights(codes, count, 4, 0, 1, out);
     else
         pack_codes(codes, count, bits, flip, out);
-}
-
-/* Ask for bytes that are needed soon: processors do not see by themselves that pieces of many rows are read in turn. */
-INLINE void fetch(const uint8_t *place, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64) FETCH(place + i);
 }
 
 /* GPTQ: codes [rows, columns], columns a multiple of 32, as words [columns * bits / 32, rows], packed along columns.
