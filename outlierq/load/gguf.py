@@ -21,6 +21,7 @@ from outlierq.load.fingerprint import fingerprint
 from outlierq.load.gguf_file import GgufHeader, dequantized, read_gguf_header
 from outlierq.load.gguf_rope import ROPE_FACTORS, restore_rope
 from outlierq.load.shards import lookup, sample
+from outlierq.load.skeleton import config_errors
 from outlierq.load.unchanged import stamps_of
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _parsed_config(header: GgufHeader) -> dict[str, Any]:
         raise SourceError(f"{header.path.name} does not say its architecture (general.architecture)")
     try:
         return load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except config_errors() as error:
         raise SourceError(
             f"transformers cannot read the config of {header.path.name} "
             f"(architecture {header.fields['general.architecture']}): {error}",
@@ -195,7 +196,6 @@ def _parsed_config(header: GgufHeader) -> dict[str, Any]:
 
 def _full_config(header: GgufHeader, parsed: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The content of a config.json: what the metadata says, the class that runs it, and the dtype."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -208,7 +208,7 @@ def _full_config(header: GgufHeader, parsed: dict[str, Any], dtype: str) -> dict
     content.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]])
     try:
         config = CONFIG_MAPPING[model_type].from_dict({**content, "dtype": dtype})
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except config_errors() as error:
         raise SourceError(f"the metadata of {header.path.name} gives no valid config: {error}") from error
     full = json.loads(config.to_json_string(use_diff=True))
     return {**full, "dtype": dtype, "tie_word_embeddings": content["tie_word_embeddings"]}

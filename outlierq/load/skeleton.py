@@ -55,7 +55,6 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
 
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """The config object of transformers, without cache and without quantization."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     content = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_THE_SKELETON}
@@ -67,16 +66,14 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"config.json of {checkpoint.source} has model_type {model_type!r}, unknown to transformers",
             hint=f"did you mean {close}?" if close else None,
         )
-    _check_counts(checkpoint, content)
+    _check_content(checkpoint, content)
     try:
         if own_code:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(content)
         parts = (config, config.get_text_config())
-    except (
-        StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError
-    ) as error:  # fmt: skip
+    except config_errors() as error:
         raise SourceError(f"config.json of {checkpoint.source} is not valid: {error}") from error
     _check_sizes(checkpoint, parts)
     for part in parts:
@@ -85,12 +82,24 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     return config
 
 
-def _check_counts(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
-    """Refuse numbers of layers for which transformers would make endless lists before anybody can look at them."""
+def config_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises for content that makes no config."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    return (StrictDataclassError, *plain)
+
+
+def _check_content(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
+    """Refuse what transformers would take unseen: types that are no names, and numbers of layers that make endless
+    lists before anybody can look at them.
+    """
     most = max(MOST_LAYERS, len(checkpoint.tensors))
     for key, value in content.items():
+        if key == "model_type" and not isinstance(value, str | None):
+            raise SourceError(f"config.json of {checkpoint.source} has a part whose model_type is no name")
         if isinstance(value, dict):
-            _check_counts(checkpoint, value)
+            _check_content(checkpoint, value)
         elif isinstance(value, int | float) and value > most and LAYERS.fullmatch(key):
             raise SourceError(f"config.json of {checkpoint.source} asks for {value:,} layers ({key})")
 
