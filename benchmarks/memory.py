@@ -25,6 +25,8 @@ SHAPES = {
     "awq": (1024, 2816, 16, 4, 2, "awq-gptq-w4", {}),
     "long": (512, 1024, 8, 8, 2, "gptq-w4", {"samples": 64, "sequence_length": 1024, "batch_size": 8}),
     "sequential": (768, 2048, 12, 4, 3, "gptq-w4", {"mode": "sequential"}),
+    "rotated": (1024, 2816, 16, 4, 2, "rotate-w4a8", {}),
+    "rotated, square": (2048, 2048, 16, 16, 2, "rotate-w8a8", {}),
     "data-free": (2048, 5632, 16, 4, 4, "rtn-w4", None),
 }
 TEXT = {"samples": 16, "sequence_length": 256, "batch_size": 4}

@@ -26,6 +26,7 @@ from outlierq.load import load_model, open_checkpoint, skeleton
 from outlierq.load.folder import FolderCheckpoint
 from outlierq.ops import refine, scale_search, solve
 from outlierq.ops.grid import in_groups
+from outlierq.ops.hadamard import Rotation
 from outlierq.pipeline import memory
 from outlierq.pipeline import quantize as quantizing
 from outlierq.pipeline.memory import (
@@ -41,6 +42,7 @@ from outlierq.pipeline.memory import (
 from outlierq.pipeline.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
+from outlierq.transform.rotate import Change, Spin
 
 SMALL = ["calibration.samples=6", "calibration.sequence_length=32", "calibration.batch_size=4"]
 HARMLESS = Savings(spill_bytes=0, stats_bytes=1)
@@ -231,9 +233,7 @@ def test_a_ceiling_that_cannot_be_met_is_refused_with_the_least_that_can(tiny_ll
         choose(work, (named - 1) << 20)
 
 
-def test_what_the_model_of_memory_does_not_know_is_refused(tiny_llama, tmp_path, outlierq):
-    rotated = outlierq("plan", tiny_llama, "-r", "rotate-w8a8", "--max-memory", "8GiB")
-    assert rotated.code == 1 and "rewrites" in rotated.err
+def test_what_does_not_fit_is_refused_by_every_command(tiny_llama, tmp_path, outlierq):
     assert outlierq("eval", tiny_llama, "--tasks", "wikitext", "--max-memory", "8GiB").code == 2
     measured = outlierq("eval", tiny_llama, "--max-memory", "100MiB")
     assert measured.code == 1 and "too little to measure" in measured.err
@@ -428,6 +428,30 @@ def test_a_run_stays_below_its_ceiling_under_a_limit_of_the_system(tiny_llama, t
     assert nothing > 200 << 20
     # Without a ceiling the same run makes 275 MiB.
     assert 20 << 20 < peak - nothing < ceilings[1] - BASE_BYTES + PAGES < 240 << 20
+
+
+def test_what_a_rotation_makes_in_float64_is_counted(tiny_llama):
+    rotated, plain = (work_of(planned(tiny_llama, recipe)) for recipe in ("rotate-w8a8", "w8a8-dynamic"))
+    assert set(rotated.making) >= {site.weight for site in rotated.structure.sites} and not plain.making
+    shape = (512, 256)
+    spin = Spin(Rotation.of(256, 0))
+    both = Change("w", by_input=(spin,), by_output=(Spin(Rotation.of(512, 1)),))
+    assert both.making_bytes(shape) >= 2 * 8 * 512 * 256
+    assert Change("w", by_input=(spin,)).making_bytes((1 << 20, 256)) < 1 << 27
+    assert peaks(rotated, NO_SAVINGS)["rewrite"] > BASE_BYTES and "rewrite" not in peaks(plain, NO_SAVINGS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_rotated_run_ends_well_under_the_least_ceiling_that_plan_accepts(tmp_path):
+    source = write_llama(tmp_path / "wide", hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
+    ceiling = (smallest_ceiling(work_of(planned(source, "rotate-w8a8"))) >> 20) + 1
+    assert ceiling < 900
+    words = [word for key in SMALL for word in ("--set", key)]
+    done, _ = limited(
+        ceiling << 20,
+        "quantize", source, "-r", "rotate-w8a8", *words, "--max-memory", f"{ceiling}MiB", "-o", tmp_path / "out", "-q",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -413,6 +414,20 @@ def test_a_result_in_the_way_is_said_before_the_experts_are_studied(outlierq, mi
     (tmp_path / "out" / "other").write_text("")
     answer = outlierq("quantize", mixtures("Mixtral"), "-r", "reap", "-o", tmp_path / "out")
     assert answer.code == 1 and "exists already" in answer.err and not (tmp_path / "out.experts").exists()
+
+
+def test_a_ceiling_holds_for_the_study_of_the_experts_and_for_what_follows(outlierq, mixtures, tmp_path):
+    few = ("-s", "calibration.samples=8", "-s", "calibration.sequence_length=48")
+    words = (mixtures("Qwen3Moe"), "-r", "reap", *few)
+    refused = outlierq("plan", *words, "--max-memory", "300MiB")
+    least = re.search(r"give --max-memory (\d+)MiB or more", refused.err)[1]
+    assert refused.code == 1
+    early = outlierq("quantize", *words, "--max-memory", f"{int(least) - 1}MiB", "-o", tmp_path / "out")
+    assert early.code == 1 and f"{least}MiB or more" in early.err and not (tmp_path / "out.experts").exists()
+    accepted = outlierq("plan", *words, "--max-memory", f"{least}MiB")
+    assert accepted.code == 0 and "memory stays below" in accepted.out
+    answer = outlierq("quantize", *words, "--max-memory", f"{least}MiB", "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
 
 
 def test_a_plan_without_statistics_cannot_be_followed(mixtures):

@@ -9,8 +9,10 @@ from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.pipeline.events import Listener, silent
 from outlierq.pipeline.journal import refuse_existing
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.memory import Work, check_together, work_of, work_of_calibration
+from outlierq.pipeline.plan import Plan, make_plan
 from outlierq.pipeline.ranks import ALONE, Ranks
+from outlierq.pipeline.rewriting import original_of
 from outlierq.recipe import Calibration, Recipe
 from outlierq.registry import transform_method
 
@@ -31,14 +33,15 @@ def expert_stats(
     trust_remote_code: bool = False,
     listen: Listener = silent,
     ranks: Ranks = ALONE,
+    max_memory: int | None = None,
 ) -> Path | None:
     """The folder of the statistics that the recipe's pruning needs: those given, or else made here, beside `out`.
 
     None when the recipe prunes nothing, or names statistics itself. The text is that of the recipe's calibration; a
-    stopped run continues.
+    stopped run continues. max_memory: bytes, here and in the run that follows; OutlierqError before any work when they
+    are too few for either.
     """
-    steps = [step for step in recipe.pruning if not step.options.get("stats_folder")]
-    if not steps:
+    if not _fields(recipe):
         return None
     if given is not None:
         return given
@@ -46,7 +49,9 @@ def expert_stats(
     if not folder.exists():
         # What stands in the way shows before the work, not after it.
         refuse_existing(out)
-        make_plan(checkpoint, recipe, trust_remote_code=trust_remote_code)
+        plan = make_plan(checkpoint, recipe, trust_remote_code=trust_remote_code)
+        if max_memory is not None:
+            check_together(works_of(plan, device, trust_remote_code), max_memory)
     if restart and ranks.lead:
         shutil.rmtree(folder, ignore_errors=True)
     calibrate(
@@ -55,11 +60,32 @@ def expert_stats(
         folder,
         device=device,
         trust_remote_code=trust_remote_code,
-        only=frozenset().union(*(transform_method(step.method).needs for step in steps)),
+        only=_fields(recipe),
         listen=listen,
         ranks=ranks,
+        max_memory=max_memory,
     )
     return folder
+
+
+def works_of(plan: Plan, device: str = "cpu", trust_remote_code: bool = False) -> list[Work]:
+    """What a run has to do: what the plan says, and before it the statistics that the pruning needs, if it does."""
+    from outlierq.load import build_skeleton, find_structure
+
+    found, fields = [work_of(plan, device=device)], _fields(plan.recipe)
+    if fields:
+        before = original_of(plan.checkpoint)
+        skeleton = build_skeleton(before, trust_remote_code=trust_remote_code)
+        settings = plan.recipe.calibration or Calibration()
+        structure = find_structure(before, skeleton)
+        found.append(work_of_calibration(before, skeleton, structure, settings, fields, device))
+    return found
+
+
+def _fields(recipe: Recipe) -> frozenset[str]:
+    """The statistics that the recipe's pruning needs and does not name; empty when it prunes nothing."""
+    steps = [step for step in recipe.pruning if not step.options.get("stats_folder")]
+    return frozenset().union(*(transform_method(step.method).needs for step in steps))
 
 
 def _folder(out: Path) -> Path:

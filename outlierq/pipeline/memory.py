@@ -12,7 +12,7 @@ same, while a test can only hold a run to what it made itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from outlierq.export import exporter
 from outlierq.load.lookup import tables
 from outlierq.load.shards import DTYPES
 from outlierq.ops.refine import fitted_together
+from outlierq.pipeline.derived import making_bytes
 from outlierq.pipeline.events import return_memory_at_once
 from outlierq.pipeline.output import PIECE_BYTES
 from outlierq.quantize.stage import ROWS_PER_WORD
@@ -112,7 +113,8 @@ class Work:
     attention keeps its scores. calibration: None when no model is run. fields: statistics that are kept, and whether
     there are any. looked_up: tables of which rows are read when they are needed. by_rows: other tensors are copied some
     rows at a time. group: the smallest group size. permutes: a step looks at all statistics of a block together.
-    from_file: statistics are read, not made. writes_stats: they are what is wanted, and the final logits.
+    from_file: statistics are read, not made. writes_stats: they are what is wanted, and the final logits. making: what
+    reading a tensor holds beside the tensor, where a recipe rewrites the model; those that are not named: nothing.
     """
 
     structure: Structure
@@ -139,11 +141,13 @@ class Work:
     permutes: bool = False
     from_file: bool = False
     writes_stats: bool = False
+    making: Mapping[str, int] = field(default_factory=dict)
 
 
 def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Work:
     """What `quantize` has to do. stats: statistics come from a file."""
     recipe = plan.recipe
+    making = {name: making_bytes(plan.checkpoint, name) for name in plan.checkpoint.tensors}
     needs = recipe.needs if recipe.calibration is not None else frozenset()  # a conversion has no method to ask
     running = bool(needs) and not stats
     known = _known(plan.checkpoint, plan.skeleton, plan.structure, plan.names, recipe.calibration, device)
@@ -161,19 +165,8 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Work:
         activations=any(scheme.activations for scheme in plan.schemes.values()),
         statistics=bool(needs),
         by_rows=hasattr(plan.checkpoint, "read_rows") and not hasattr(form, "plain"),
+        making={name: size for name, size in making.items() if size},
     )
-
-
-def check_known(plan: Plan) -> None:
-    """OutlierqError when the recipe has a step of which this model does not know what it needs."""
-    from outlierq.pipeline.rewriting import original_of
-
-    if original_of(plan.checkpoint) is not plan.checkpoint:
-        raise OutlierqError(
-            "--max-memory does not know how much a recipe needs that rewrites or prunes the whole model",
-            hint="write the rewritten model first (no `quantize` section, export.format: dense), and quantize that "
-            "with --max-memory",
-        )
 
 
 def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_length: int) -> int:
@@ -258,6 +251,8 @@ def peaks(work: Work, savings: Savings) -> dict[str, int]:
         found["solve"] = block.solving()
     if work.transforms and not work.writes_stats:
         found["transform"] = block.transforming()
+    if work.making:
+        found["rewrite"] = block.rewriting()
     return {phase: block.base + size for phase, size in found.items()}
 
 
@@ -270,6 +265,7 @@ class _Phases:
         elements = sum(work.elements[name] for name in self.block.tensors)
         self.running, self.dense = elements * work.itemsize, elements * FLOAT
         self.stored = sum(work.stored[name] for name in self.block.tensors)
+        self.making = max((work.making.get(name, 0) for name in self.block.tensors), default=0)
         self.inputs = list(_inputs(self.block))
         self.base = BASE_BYTES + len(work.structure.blocks) * BLOCK_BYTES
         self.base += work.tokenizer_bytes * TOKENIZER_FACTOR + work.text_bytes * TEXT_FACTOR
@@ -278,7 +274,7 @@ class _Phases:
     @property
     def loading(self) -> int:
         """A block that gets its weights; stored in another dtype they are there twice for a moment."""
-        return self.running + (self.stored if self.stored != self.running else 0)
+        return self.running + (self.stored if self.stored != self.running else 0) + self.making
 
     def hidden(self) -> int:
         """Hidden states that are resident."""
@@ -324,7 +320,8 @@ class _Phases:
         """What is outside of the blocks, in memory; stored in another dtype it is there twice for a moment."""
         structure = self.work.structure
         names = {*structure.outside_tensors, *(site.weight for site in structure.outside_sites)} - without
-        return sum(self.work.stored[name] for name in names) * (1 if self.stored == self.running else 2)
+        making = max((self.work.making.get(name, 0) for name in names), default=0)
+        return making + sum(self.work.stored[name] for name in names) * (1 if self.stored == self.running else 2)
 
     def statistics(self) -> int:
         """Statistics of one block that are in memory at once."""
@@ -365,7 +362,7 @@ class _Phases:
         codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
         running = self.running if self._keeps_weights else 0
         largest = max(self._solving(width, rows) for width, rows, _ in self.inputs)
-        return self._held() + tensors + codes + running + largest + self.hidden()
+        return self._held() + tensors + codes + running + max(largest, self.making) + self.hidden()
 
     @property
     def _keeps_weights(self) -> bool:
@@ -405,20 +402,35 @@ class _Phases:
         stack = FLOAT * rows * width
         judged = JUDGING_COPIES * FLOAT * min(rows, JUDGING_ROWS) * width
         choosing = self.dense + 3 * stack + max(3 * self._largest_hessian + judged, stack)
-        comparing = self.dense + self.running + self.dense + self.stored
+        comparing = self.dense + self.running + self.dense + self.stored + self.making
         return self.running + self._held() + self.stored + max(choosing, comparing) + self.hidden()
 
     def writing(self) -> int:
         """The largest linear is encoded and read back, or the largest other tensor is copied."""
         work = self.work
         linear = max((work.elements[s.weight] for s in work.quantized), default=0) * ENCODING
-        plain = max(work.stored.values(), default=0) * 2
+        plain = max((2 * size + work.making.get(name, 0) for name, size in work.stored.items()), default=0)
         plain = min(plain, 4 * PIECE_BYTES) if work.by_rows else plain
+        linear += self.making
         if not work.statistics:
             return max(linear, plain)
         block = self._held() + (self.dense if work.transforms else self.stored) + self.hidden()
         codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
         return max(block + codes + linear, plain)
+
+    def rewriting(self) -> int:
+        """A rewrite is looked for and proved: the whole model runs in float32, block by block, on a short text.
+
+        Of tables and head only the first rows do, but they are read whole.
+        """
+        from outlierq.pipeline.anatomy import ROWS
+
+        work = self.work
+        outside = set(work.stored) - {name for block in work.structure.blocks for name in block.tensors}
+        largest = max((work.elements[name] for name in self.block.tensors), default=0)
+        few = sum(min(work.elements[name], ROWS * work.hidden) for name in outside) * 2 * FLOAT
+        read = max((work.stored[name] + work.making.get(name, 0) for name in outside), default=0)
+        return max(2 * self.dense + 3 * FLOAT * largest + self.making, few + read)
 
     def filing(self) -> int:
         """The statistics of a block are written: beside themselves as copies, as bytes, and as the file's content."""
@@ -473,7 +485,7 @@ def choose(work: Work, ceiling: int) -> Savings:
             return savings
         tried = next((more for more in _more(work, savings, phase) if peaks(work, more)[phase] < found[phase]), None)
         if tried is None:
-            raise too_low(work, ceiling)
+            raise too_low(found[phase], ceiling)
         savings = tried
 
 
@@ -510,9 +522,16 @@ def smallest_ceiling(work: Work) -> int:
         savings = tried
 
 
-def too_low(work: Work, ceiling: int) -> OutlierqError:
-    """The refusal of a ceiling."""
-    least, mib = smallest_ceiling(work), 1 << 20
+def check_together(works: Sequence[Work], ceiling: int) -> None:
+    """OutlierqError when the ceiling is too low for one of several pieces of work, with the least that does for all."""
+    least = max(map(smallest_ceiling, works))
+    if ceiling < least:
+        raise too_low(least, ceiling)
+
+
+def too_low(least: int, ceiling: int) -> OutlierqError:
+    """The refusal of a ceiling below the least that works."""
+    mib = 1 << 20
     return OutlierqError(
         f"--max-memory {ceiling / mib:.0f} MiB is too little for this run: it needs up to {least / mib:.0f} MiB, of "
         f"which Python, torch and transformers are {BASE_BYTES // mib} MiB",

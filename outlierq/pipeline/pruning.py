@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
-from outlierq.pipeline.derived import DerivedCheckpoint
+from outlierq.pipeline.derived import DerivedCheckpoint, making_bytes
 from outlierq.registry import Method
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class PrunedCheckpoint(DerivedCheckpoint):
             )
         tensor = self.original.read(self._renamed[name])
         return tensor[self._rows[name]] if name in self._rows else tensor
+
+    def making_bytes(self, name: str) -> int:
+        """Upper bound of what reading a tensor holds beside the tensor itself."""
+        before = self._renamed[name]
+        return making_bytes(self.original, before) + (self.original.tensors[before].nbytes if name in self._rows else 0)
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors."""

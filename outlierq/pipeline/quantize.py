@@ -52,7 +52,7 @@ from outlierq.pipeline.experts import (
     tokens_of,
 )
 from outlierq.pipeline.journal import Journal, finish, former_shards, work_folder, working
-from outlierq.pipeline.memory import LARGE, NO_SAVINGS, Savings, check_known, obeying, work_of
+from outlierq.pipeline.memory import LARGE, NO_SAVINGS, Savings, obeying, work_of
 from outlierq.pipeline.output import Output, as_matrix, from_matrix
 from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
 from outlierq.pipeline.ranks import ALONE, Ranks
@@ -86,8 +86,6 @@ def quantize(
     ranks: the processes that share the work; all of them call this, and only the lead gets a report. max_memory: bytes
     that this process, and its GPU, may hold; OutlierqError before any work when they are too few.
     """
-    if max_memory is not None:
-        check_known(plan)
     savings = obeying(work_of(plan, stats=stats is not None, device=device), max_memory, device)
     ranks.use(device)
     make_room(original_of(plan.checkpoint), plan.structure, fetching(listen), together=is_data_free(plan))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Checkpoint, Structure, TensorInfo
 from outlierq.export import exporter
-from outlierq.pipeline.derived import DerivedCheckpoint
+from outlierq.pipeline.derived import DerivedCheckpoint, making_bytes
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
 from outlierq.pipeline.pruning import PrunedCheckpoint, pruned
 from outlierq.registry import Method, transform_method
@@ -67,6 +67,16 @@ class RewrittenCheckpoint(DerivedCheckpoint):
         if change is not None:
             return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
         return self.zeros(name) if name in self.rewrite.zeros else self.original.read(name)
+
+    def making_bytes(self, name: str) -> int:
+        """Upper bound of what reading a tensor holds beside the tensor itself."""
+        change, below = self.rewrite.changes.get(name), self.original
+        if change is None:
+            return 0 if name in self.rewrite.zeros else making_bytes(below, name)
+        read = {change.source, change.weight or change.source}
+        stored = sum(below.tensors[source].nbytes + making_bytes(below, source) for source in read)
+        copy = self.tensors[name].nbytes if change.transposed else 0  # its rows and columns change places
+        return stored + copy + change.making_bytes(below.tensors[change.weight or change.source].shape)
 
     def zeros(self, name: str) -> torch.Tensor:
         """What a tensor that was added holds."""

@@ -18,6 +18,7 @@ W b / n, and the norm's bias 1. No division by a gain is needed, and nothing is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # Weights rotated at a time where rows are independent: 8 MB in float64.
 PIECE_WEIGHTS = 1 << 20
+# Copies in float64 that are there at once, at most: before and after each of two rotations, and places picked out.
+COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,16 @@ class Change:
     weight: str | None = None
     constant: float | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether rows and columns both change, so that no part of a matrix can be made without the others."""
+        return bool((self.by_output or self.centred) and (self.norm is not None or self.by_input))
+
+    def making_bytes(self, shape: tuple[int, ...]) -> int:
+        """Upper bound of what float64 copies hold while a matrix of this shape is made (the weight, for a bias)."""
+        elements = math.prod(shape)
+        return COPIES * 8 * (elements if self.whole or self.weight else min(elements, PIECE_WEIGHTS + shape[-1]))
+
     def apply(self, read: Read, dtype: torch.dtype, *, rows: int | None = None) -> torch.Tensor:
         """The new tensor in `dtype`, computed in float64. read: gives tensors of the source. rows: only the first."""
         stored = read(self.source)[:rows]
@@ -131,12 +144,12 @@ class Change:
         if self.weight is not None:
             return self._bias(stored, read).to(dtype)
         matrix = stored.T if self.transposed else stored
-        if not (self.by_output or self.centred):
-            result = _by_pieces(matrix, dtype, lambda piece: self._inputs(piece, read))
-        elif self.norm is None and not self.by_input:
+        if self.whole:
+            result = self._outputs(self._inputs(matrix.double(), read)).to(dtype)
+        elif self.by_output or self.centred:
             result = _by_pieces(matrix.T, dtype, lambda piece: self._outputs(piece.T).T).T
         else:
-            result = self._outputs(self._inputs(matrix.double(), read)).to(dtype)
+            result = _by_pieces(matrix, dtype, lambda piece: self._inputs(piece, read))
         return (result.T if self.transposed else result).contiguous()
 
     def _inputs(self, matrix: torch.Tensor, read: Read) -> torch.Tensor:

@@ -38,10 +38,12 @@ def command(
         plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
     expected, savings = estimate(plan), None
     if max_memory is not None:
-        from outlierq.pipeline.memory import check_known, choose, work_of
+        from outlierq.pipeline.expert_stats import works_of
+        from outlierq.pipeline.memory import check_together, choose
 
-        check_known(plan)
-        savings = choose(work_of(plan), shared.ceiling(max_memory)).sentences
+        works, ceiling = works_of(plan, trust_remote_code=trust_remote_code), shared.ceiling(max_memory)
+        check_together(works, ceiling)
+        savings = list(dict.fromkeys(said for work in works for said in choose(work, ceiling).sentences))
     if as_json:
         shared.print_json(describe(plan, expected) | ({} if savings is None else {"max_memory": savings}))
         return

@@ -91,6 +91,7 @@ def command(
             trust_remote_code=trust_remote_code,
             listen=listen,
             ranks=ranks,
+            max_memory=ceiling,
         )
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
         plan = make_plan(checkpoint, chosen, expert_stats=chosen_by, trust_remote_code=trust_remote_code)
