@@ -5,18 +5,17 @@ The decoder is numpy alone and shares nothing with the exporter, whose work it v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from outlierq.core.errors import SourceError
-from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.decoded import DecodedCheckpoint
 from outlierq.load.described import check_member
-from outlierq.load.shards import lookup
 from outlierq.ops.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
 if TYPE_CHECKING:
@@ -65,46 +64,12 @@ class SplitWeight:
     members: Mapping[str, str]
 
 
-class SplitCheckpoint:
-    """An int8 checkpoint presented as a plain one with float32 weights. Satisfies `Checkpoint`.
+class SplitCheckpoint(DecodedCheckpoint):
+    """An int8 checkpoint. Subclasses say how a linear decodes and what module computes it."""
 
-    linears: by the name of their weight. Subclasses say how a linear decodes and what module computes it.
-    """
-
-    def __init__(self, stored: Checkpoint, linears: Mapping[str, SplitWeight]):
-        self._stored, self.linears = stored, dict(linears)
-        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
-        self.path, self.revision = stored.path, stored.revision
-        self.config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
-        members = {name for linear in self.linears.values() for name in linear.members.values()}
-        self.tensors: dict[str, TensorInfo] = {n: info for n, info in stored.tensors.items() if n not in members}
-        for name, linear in self.linears.items():
-            self.tensors[name] = TensorInfo(name, "F32", linear.shape, linear.shape[0] * linear.shape[1] * 4)
-
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the stored checkpoint."""
-        return self._stored.files
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the stored checkpoint."""
-        return self._stored.fingerprint
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or decoded to float32."""
-        lookup(self.tensors, name)
-        if name not in self.linears:
-            return self._stored.read(name)
+    def decoded(self, name: str) -> torch.Tensor:
+        """The linear with this weight, float32 [out, in]."""
         return torch.from_numpy(self.decode(self.parts(name)))
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
-
-    def parts(self, name: str) -> dict[str, torch.Tensor]:
-        """The stored tensors of the linear with this weight, by role."""
-        return {role: self._stored.read(member) for role, member in self.linears[name].members.items()}
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Float32 [out, in]."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.activations import input_scheme, round_inputs
 from outlierq.load.attention import attention_names, round_cache, stored_prefix
+from outlierq.load.decoded import DecodedCheckpoint
 from outlierq.load.decoders import (
     decode_float_quantized,
     decode_int_quantized,
@@ -20,7 +20,6 @@ from outlierq.load.decoders import (
 )
 from outlierq.load.described import check_described, check_member, fits
 from outlierq.load.e2m1 import decode_e2m1
-from outlierq.load.shards import lookup
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,63 +110,30 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, found))
 
 
-class UnpackedCheckpoint:
-    """A checkpoint whose packed weights are presented as float32 tensors. Satisfies `Checkpoint`.
+class UnpackedCheckpoint(DecodedCheckpoint):
+    """A checkpoint of compressed-tensors.
 
     cache: stored prefix of an attention module -> names of its scales for keys and values.
     """
 
-    def __init__(self, packed: Checkpoint, weights: dict[str, PackedWeight], cache: dict[str, tuple[str, str]]):
-        self._packed, self._weights, self._cache = packed, weights, cache
-        self.source, self.kind, self.dtype = packed.source, packed.kind, packed.dtype
-        self.path, self.revision = packed.path, packed.revision
-        self.config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
-        members = {name for weight in weights.values() for name in weight.members.values()}
-        members |= {name for names in cache.values() for name in names}
-        self.tensors: dict[str, TensorInfo] = {
-            name: info for name, info in packed.tensors.items() if name not in members
-        }
-        for name, weight in weights.items():
-            rows, columns = weight.shape
-            self.tensors[name] = TensorInfo(name, "F32", weight.shape, rows * columns * 4)
+    linears: dict[str, PackedWeight]
 
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the packed checkpoint."""
-        return self._packed.files
+    def __init__(self, stored: Checkpoint, linears: dict[str, PackedWeight], cache: dict[str, tuple[str, str]]):
+        super().__init__(stored, linears, aside=[name for names in cache.values() for name in names])
+        self._cache = cache
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the packed checkpoint."""
-        return self._packed.fingerprint
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or decoded to float32."""
+    def decoded(self, name: str) -> torch.Tensor:
+        """The linear with this weight, float32 [out, in]."""
         import torch
 
-        lookup(self.tensors, name)
-        if name not in self._weights:
-            return self._packed.read(name)
-        weight = self._weights[name]
-        unread = ("weight_shape", "input_scale")
-        parts = {role: self._packed.read(stored) for role, stored in weight.members.items() if role not in unread}
-        return torch.from_numpy(_decode(weight, parts))
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
-
-    @property
-    def linears(self) -> Mapping[str, PackedWeight]:
-        """How each packed weight is stored, by the name of the weight."""
-        return self._weights
+        return torch.from_numpy(_decode(self.linears[name], self.parts(name, ("weight_shape", "input_scale"))))
 
     def quantized(self, name: str) -> QuantTensor:
         """Codes, scales and zero points of a packed weight. SourceError when they are not in groups of columns."""
-        weight = self._weights[name]
+        weight = self.linears[name]
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
-        parts = {role: self._packed.read(stored) for role, stored in weight.members.items()}
+        parts = self.parts(name)
         scale_dtype = self.dtype if weight.form in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
         scheme = QuantScheme(
             weight.bits,
@@ -197,10 +163,10 @@ class UnpackedCheckpoint:
         """
         inputs = {}
         for slot, tensor in names.items():
-            weight = self._weights.get(tensor)
+            weight = self.linears.get(tensor)
             if weight is not None and weight.inputs is not None:
                 static = weight.members.get("input_scale")
-                scale = None if weight.inputs.dynamic else self._packed.read(static)
+                scale = None if weight.inputs.dynamic else self._stored.read(static)
                 inputs[slot.removesuffix(".weight")] = (weight.inputs, scale)
         round_inputs(model, inputs)
         if self._cache:
@@ -208,7 +174,7 @@ class UnpackedCheckpoint:
             lost = sorted(self._cache.keys() - attention.keys())
             if lost:
                 raise SourceError(f"{self.source} has cache scales for {lost[0]}, which is no attention of the model")
-            read = self._packed.read
+            read = self._stored.read
             round_cache(model, {attention[p]: (read(key), read(value)) for p, (key, value) in self._cache.items()})
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.decoded import DecodedCheckpoint
 from outlierq.load.described import check_member
-from outlierq.load.shards import DTYPES, lookup
+from outlierq.load.shards import DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,12 +34,13 @@ class StoredLinear:
 Parts = Mapping[str, "torch.Tensor"]
 
 
-class WordPackedCheckpoint:
-    """A checkpoint whose packed weights are presented as float32 tensors. Satisfies `Checkpoint`.
+class WordPackedCheckpoint(DecodedCheckpoint):
+    """A checkpoint with packed codes.
 
-    linears: by the name of their weight. codes: stored tensors -> `QuantTensor`. dense: stored tensors -> float32
-    [out, in]; left out, what the codes mean.
+    codes: stored tensors -> `QuantTensor`. dense: stored tensors -> float32 [out, in]; left out, what the codes mean.
     """
+
+    linears: dict[str, StoredLinear]
 
     def __init__(
         self,
@@ -48,49 +49,21 @@ class WordPackedCheckpoint:
         codes: Callable[[Parts, StoredLinear], QuantTensor],
         dense: Callable[[Parts, StoredLinear], np.ndarray] | None = None,
     ):
-        self._stored, self.linears, self._codes, self._dense = stored, dict(linears), codes, dense
-        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
-        self.path, self.revision = stored.path, stored.revision
-        self.config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
-        members = {name for linear in self.linears.values() for name in linear.members.values()}
-        self.tensors: dict[str, TensorInfo] = {n: info for n, info in stored.tensors.items() if n not in members}
-        for name, linear in self.linears.items():
-            self.tensors[name] = TensorInfo(name, "F32", linear.shape, linear.shape[0] * linear.shape[1] * 4)
+        super().__init__(stored, linears)
+        self._codes, self._dense = codes, dense
 
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the stored checkpoint."""
-        return self._stored.files
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the stored checkpoint."""
-        return self._stored.fingerprint
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or decoded to float32."""
+    def decoded(self, name: str) -> torch.Tensor:
+        """The linear with this weight, float32 [out, in]."""
         import torch
 
-        lookup(self.tensors, name)
-        if name not in self.linears:
-            return self._stored.read(name)
-        linear, parts = self.linears[name], self._parts(name)
+        linear, parts = self.linears[name], self.parts(name)
         if self._dense is not None:
             return torch.from_numpy(self._dense(parts, linear))
         return self._codes(parts, linear).dequantize()
 
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
-
     def quantized(self, name: str) -> QuantTensor:
         """Codes, scales and zero points of a packed weight; symmetric when every zero point is the middle one."""
-        return as_symmetric(self._codes(self._parts(name), self.linears[name]))
-
-    def _parts(self, name: str) -> dict[str, torch.Tensor]:
-        """The stored tensors of a packed weight, by role."""
-        members = self.linears[name].members
-        return {role: self._stored.read(member) for role, member in members.items()}
+        return as_symmetric(self._codes(self.parts(name), self.linears[name]))
 
 
 def stems_of(stored: Checkpoint) -> list[str]:
