@@ -430,6 +430,17 @@ def test_a_run_stays_below_its_ceiling_under_a_limit_of_the_system(tiny_llama, t
     assert 20 << 20 < peak - nothing < ceilings[1] - BASE_BYTES + PAGES < 240 << 20
 
 
+def test_sums_of_shards_that_wait_for_each_other_are_counted(tiny_llama):
+    def collecting(shards: int, ranks: int = 1) -> int:
+        work = work_of(planned(tiny_llama, "gptq-w4", f"calibration.shards={shards}"), ranks=ranks)
+        return peaks(work, NO_SAVINGS)["collect"]
+
+    alone, halves, thirds, quarters = (collecting(shards) for shards in (1, 2, 3, 4))
+    assert halves - alone == pytest.approx(quarters - thirds, abs=1 << 16) and halves > alone
+    assert collecting(4, ranks=4) < quarters + memory.SEVERAL_BYTES
+    assert collecting(2, ranks=2) > collecting(2)
+
+
 def test_what_a_rotation_makes_in_float64_is_counted(tiny_llama):
     rotated, plain = (work_of(planned(tiny_llama, recipe)) for recipe in ("rotate-w8a8", "w8a8-dynamic"))
     assert set(rotated.making) >= {site.weight for site in rotated.structure.sites} and not plain.making

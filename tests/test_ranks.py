@@ -23,10 +23,11 @@ from outlierq.core.errors import NumbersError, OutlierqError, OutputError, Recip
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
-from outlierq.pipeline import calibration, ranks
+from outlierq.pipeline import calibration, memory, ranks
 from outlierq.pipeline.calibration import StatsFromRun, in_shards, token_set
 from outlierq.pipeline.data_free import output_beside
 from outlierq.pipeline.folding import waves
+from outlierq.pipeline.memory import Savings
 from outlierq.pipeline.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.ranks import ALONE, Ranks, SeveralRanks, joined
@@ -132,6 +133,22 @@ def test_experts_and_their_routers_are_shared_out(tmp_path, start, tools):
     assert result(tmp_path / "several", tools) == result(tmp_path / "one", tools)
     one, several = (json.loads((tmp_path / out / "outlierq.json").read_text())["notes"] for out in ("one", "several"))
     assert one == several and any("experts got" in text for text in one)
+
+
+def test_a_ceiling_holds_for_every_process_and_leaves_the_bytes_as_they_are(
+    untied_llama, tmp_path, start, tools, monkeypatch
+):
+    """Here the savings that change nothing: hidden states in a file, and a pass for every input of a block."""
+    words = ("quantize", untied_llama, "-r", "gptq-w4", *SMALL, "--set", "calibration.shards=3", "-q")
+    refused = start(2, *words, "--max-memory", "300MiB", "-o", tmp_path / "several")
+    assert refused.codes == [1, 1] and refused.err.count("MiB or more") == 1
+    assert start(1, *words, "-o", tmp_path / "one").codes == [0]
+    monkeypatch.setattr(memory, "choose", lambda work, ceiling: Savings(spill_bytes=0, stats_bytes=1))
+    ended = start(2, *words, "--max-memory", "4GiB", "-o", tmp_path / "several")
+    assert ended.codes == [0, 0], ended.err
+    assert result(tmp_path / "several", tools) == result(tmp_path / "one", tools)
+    notes = json.loads((tmp_path / "several" / "outlierq.json").read_text())["notes"]
+    assert any("a block with more is run several times" in note for note in notes)
 
 
 def test_statistics_of_several_processes_are_those_of_one(tiny_llama, tmp_path, start, tools):

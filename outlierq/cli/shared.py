@@ -49,8 +49,8 @@ MaxMemory = Annotated[
     typer.Option(
         "--max-memory",
         metavar="SIZE",
-        help="Most memory to hold, on the host and on the GPU each: 4GiB. What cannot stay below it is refused "
-        "before work starts.",
+        help="Most memory that a process may hold, on the host and on its GPU each: 4GiB. What cannot stay below it is "
+        "refused before work starts.",
     ),
 ]
 StreamFromHub = Annotated[
@@ -183,12 +183,10 @@ def ranks_of(context: typer.Context, stream_from_hub: bool) -> Ranks:
     return ranks
 
 
-def ceiling(max_memory: str | None, ranks: Ranks | None = None) -> int | None:
+def ceiling(max_memory: str | None) -> int | None:
     """The bytes of --max-memory, None without it."""
     if max_memory is None:
         return None
-    if ranks is not None:
-        refuse_several(ranks, "--max-memory")
     from outlierq.pipeline.events import return_memory_at_once
     from outlierq.recipe import parse_size
 

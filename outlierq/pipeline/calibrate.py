@@ -56,11 +56,11 @@ def calibrate(
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
     make_room(checkpoint, structure, fetching(listen))
-    savings = obeying(
-        work_of_calibration(checkpoint, skeleton, structure, settings, fields, device), max_memory, device
-    )
+    former = ranks.first(lambda: former_shards(out))
+    known = (checkpoint, skeleton, structure, settings, fields, device)
+    savings = obeying(work_of_calibration(*known, ranks=ranks.size, shards=former), max_memory, device)
     tokens = ranks.first(lambda: token_set(checkpoint, settings))
-    settings, _ = in_shards(settings, len(tokens.ids), ranks, ranks.first(lambda: former_shards(out)))
+    settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
     names = checkpoint_names(checkpoint, skeleton)
     with locked(out) if ranks.lead else nullcontext():

@@ -51,7 +51,7 @@ def expert_stats(
         refuse_existing(out)
         plan = make_plan(checkpoint, recipe, trust_remote_code=trust_remote_code)
         if max_memory is not None:
-            check_together(works_of(plan, device, trust_remote_code), max_memory)
+            check_together(works_of(plan, device, ranks.size, trust_remote_code=trust_remote_code), max_memory)
     if restart and ranks.lead:
         shutil.rmtree(folder, ignore_errors=True)
     calibrate(
@@ -68,17 +68,16 @@ def expert_stats(
     return folder
 
 
-def works_of(plan: Plan, device: str = "cpu", trust_remote_code: bool = False) -> list[Work]:
+def works_of(plan: Plan, device: str = "cpu", ranks: int = 1, *, trust_remote_code: bool = False) -> list[Work]:
     """What a run has to do: what the plan says, and before it the statistics that the pruning needs, if it does."""
     from outlierq.load import build_skeleton, find_structure
 
-    found, fields = [work_of(plan, device=device)], _fields(plan.recipe)
+    found, fields = [work_of(plan, device=device, ranks=ranks)], _fields(plan.recipe)
     if fields:
         before = original_of(plan.checkpoint)
         skeleton = build_skeleton(before, trust_remote_code=trust_remote_code)
-        settings = plan.recipe.calibration or Calibration()
-        structure = find_structure(before, skeleton)
-        found.append(work_of_calibration(before, skeleton, structure, settings, fields, device))
+        known = (before, skeleton, find_structure(before, skeleton), plan.recipe.calibration or Calibration(), fields)
+        found.append(work_of_calibration(*known, device, ranks=ranks))
     return found
 
 

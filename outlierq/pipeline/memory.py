@@ -41,6 +41,8 @@ FLOAT = 4  # bytes of a float32
 BASE_BYTES = 600 << 20
 # Another library's kernels, its context and pinned buffers in the host's memory once CUDA is in use.
 CUDA_BYTES = 3 << 30
+# torch.distributed, its threads and buffers, where several processes share the work.
+SEVERAL_BYTES = 64 << 20
 # Modules, names, headers and journal of one block (measured on 512 blocks: 87 kB), whatever its width.
 BLOCK_BYTES = 100_000
 # A tokenizer takes this many times the bytes of its file; a text file is read whole and cut into tokens.
@@ -115,6 +117,8 @@ class Work:
     rows at a time. group: the smallest group size. permutes: a step looks at all statistics of a block together.
     from_file: statistics are read, not made. writes_stats: they are what is wanted, and the final logits. making: what
     reading a tensor holds beside the tensor, where a recipe rewrites the model; those that are not named: nothing.
+    shards: of the text, each with sums of its own until they are merged. ranks: processes that share the work; all that
+    is said here is of one of them, the lead, which needs most.
     """
 
     structure: Structure
@@ -142,10 +146,12 @@ class Work:
     from_file: bool = False
     writes_stats: bool = False
     making: Mapping[str, int] = field(default_factory=dict)
+    shards: int = 1
+    ranks: int = 1
 
 
-def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Work:
-    """What `quantize` has to do. stats: statistics come from a file."""
+def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int = 1, shards: int | None = None) -> Work:
+    """What `quantize` has to do. stats: statistics come from a file. shards: of a run that goes on."""
     recipe = plan.recipe
     making = {name: making_bytes(plan.checkpoint, name) for name in plan.checkpoint.tensors}
     needs = recipe.needs if recipe.calibration is not None else frozenset()  # a conversion has no method to ask
@@ -166,7 +172,14 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Work:
         statistics=bool(needs),
         by_rows=hasattr(plan.checkpoint, "read_rows") and not hasattr(form, "plain"),
         making={name: size for name, size in making.items() if size},
+        shards=_shards(recipe.calibration, ranks, shards),
+        ranks=ranks,
     )
+
+
+def _shards(calibration: Calibration | None, ranks: int, former: int | None) -> int:
+    """Into how many parts the text is cut: as asked, as in the run that goes on, or one for each process."""
+    return (calibration.shards if calibration else None) or former or ranks
 
 
 def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_length: int) -> int:
@@ -199,13 +212,29 @@ def check_evaluation(models: Sequence[torch.nn.Module], dtype: str, window_lengt
 
 
 def work_of_calibration(
-    checkpoint: Any, skeleton: Any, structure: Structure, settings: Calibration, fields: frozenset[str], device: str
+    checkpoint: Any,
+    skeleton: Any,
+    structure: Structure,
+    settings: Calibration,
+    fields: frozenset[str],
+    device: str,
+    *,
+    ranks: int = 1,
+    shards: int | None = None,
 ) -> Work:
-    """What `calibrate` has to do."""
+    """What `calibrate` has to do. shards: of a run that goes on."""
     from outlierq.load import checkpoint_names
 
-    known = _known(checkpoint, skeleton, structure, checkpoint_names(checkpoint, skeleton), settings, device)
-    return Work(**known, calibration=settings, fields=fields, statistics=True, transforms=True, writes_stats=True)
+    return Work(
+        **_known(checkpoint, skeleton, structure, checkpoint_names(checkpoint, skeleton), settings, device),
+        calibration=settings,
+        fields=fields,
+        statistics=True,
+        transforms=True,
+        writes_stats=True,
+        shards=_shards(settings, ranks, shards),
+        ranks=ranks,
+    )
 
 
 def _known(
@@ -269,7 +298,8 @@ class _Phases:
         self.inputs = list(_inputs(self.block))
         self.base = BASE_BYTES + len(work.structure.blocks) * BLOCK_BYTES
         self.base += work.tokenizer_bytes * TOKENIZER_FACTOR + work.text_bytes * TEXT_FACTOR
-        self.base += CUDA_BYTES if work.cuda else 0
+        self.base += (CUDA_BYTES if work.cuda else 0) + (SEVERAL_BYTES if work.ranks > 1 else 0)
+        self.mine = -(-work.shards // work.ranks)  # shards that one process runs, one after another
 
     @property
     def loading(self) -> int:
@@ -281,10 +311,11 @@ class _Phases:
         calibration = self.work.calibration
         if calibration is None:
             return 0
-        whole = calibration.samples * calibration.sequence_length * self.work.hidden * self.work.itemsize
-        if whole <= self.savings.spill_bytes:
-            return whole
-        return 2 * self._batch_tokens * self.work.hidden * self.work.itemsize
+        token = self.work.hidden * self.work.itemsize
+        shard = -(-calibration.samples // self.work.shards) * calibration.sequence_length * token
+        if shard <= self.savings.spill_bytes:
+            return self.mine * shard
+        return 2 * self._batch_tokens * token
 
     @property
     def _batch_tokens(self) -> int:
@@ -343,8 +374,10 @@ class _Phases:
         return width * kept + (width * width * FLOAT if "hessian" in self.work.fields else 0)
 
     def collecting(self) -> int:
-        """The block runs over the text."""
-        return self.loading + self.hidden() + self.collected() + max(self.activations(), self._largest_hessian)
+        """The block runs over the text; sums of shards wait for those of their neighbours, and for other processes'."""
+        waiting = self.collected() * self.mine.bit_length()
+        received = 1 + (self.work.shards.bit_length() if self.work.ranks > 1 else 0)
+        return self.loading + self.hidden() + waiting + max(self.activations(), received * self._largest_hessian)
 
     @property
     def _largest_hessian(self) -> int:
@@ -361,6 +394,7 @@ class _Phases:
         tensors = self.dense if work.transforms else self.stored
         codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
         running = self.running if self._keeps_weights else 0
+        running += self.dense if self.work.ranks > 1 else 0  # passed on to the others as it was written
         largest = max(self._solving(width, rows) for width, rows, _ in self.inputs)
         return self._held() + tensors + codes + running + max(largest, self.making) + self.hidden()
 

@@ -84,9 +84,11 @@ def quantize(
 
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
     ranks: the processes that share the work; all of them call this, and only the lead gets a report. max_memory: bytes
-    that this process, and its GPU, may hold; OutlierqError before any work when they are too few.
+    that each process, and its GPU, may hold; OutlierqError before any work when they are too few.
     """
-    savings = obeying(work_of(plan, stats=stats is not None, device=device), max_memory, device)
+    former = ranks.first(lambda: None if restart else former_shards(work_folder(out)))
+    asked = work_of(plan, stats=stats is not None, device=device, ranks=ranks.size, shards=former)
+    savings = obeying(asked, max_memory, device)
     ranks.use(device)
     make_room(original_of(plan.checkpoint), plan.structure, fetching(listen), together=is_data_free(plan))
     with _working_together(out, restart, ranks) as work:

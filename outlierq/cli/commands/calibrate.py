@@ -64,7 +64,7 @@ def command(
             trust_remote_code=trust_remote_code,
             listen=listen,
             ranks=ranks,
-            max_memory=shared.ceiling(max_memory, ranks),
+            max_memory=shared.ceiling(max_memory),
         )
     if not ranks.lead:
         return

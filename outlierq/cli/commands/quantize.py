@@ -58,7 +58,7 @@ def command(
     asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
     checkpoint = None
     ranks = shared.ranks_of(context, stream_from_hub)
-    ceiling = shared.ceiling(max_memory, ranks)
+    ceiling = shared.ceiling(max_memory)
 
     def opened() -> object:
         if stream_from_hub:
