@@ -50,7 +50,8 @@ class QuantLinear(torch.nn.Module):
         for name, value in parts.items():
             self.register_buffer(name, None if value is None else value.to(device))
         self.opaque = self.words.is_mkldnn  # packed by oneDNN
-        pages.gather(self.words)
+        if self.form != "decoded" and self.bits == 8:  # products of 4 bits wait for arithmetic, not for memory
+            pages.gather(self.words)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product and the bias."""
