@@ -81,6 +81,14 @@ def unchanged(folder: Path) -> Iterator[Path]:
     assert folder_hashes(folder) == before, "a test wrote into a shared folder"
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Every run of a test sees the same random numbers: a failure can be repeated."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def result_cache(tmp_path_factory) -> Path:
     """Measurements are kept for this test run only."""

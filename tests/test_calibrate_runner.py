@@ -170,7 +170,7 @@ def test_a_run_collects_statistics_on_the_way():
     collector = Collector(model.layers[0], [group], {"sum_x"}, sequence_length=6)
     runner.run(model.layers[0], 0, hidden, collector)
     stats = collector.finish()["layers.0.linear"]
-    assert stats.tokens == 30 and torch.allclose(stats.sum_x, expected.sum(0))
+    assert stats.tokens == 30 and torch.allclose(stats.sum_x, expected.sum(0), atol=1e-5)  # a sum may be near 0
 
 
 def test_a_collector_without_a_run_has_no_statistics():

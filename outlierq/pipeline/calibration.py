@@ -211,8 +211,6 @@ class StatsFromRun:
         savings: Savings = NO_SAVINGS,
         folds: bool = True,
     ):
-        from outlierq.load import load_tensors_into, release
-
         self.model, self.checkpoint, self.structure, self.names = model, checkpoint, structure, names
         self.tokens, self.settings, self.fields = tokens, settings, fields
         self.work, self.device, self.listen = work, device, listen
@@ -223,37 +221,43 @@ class StatsFromRun:
         several = {"shards": self._count} if self._count > 1 else {}
         self.identity: dict[str, Any] = {"text": tokens.fingerprint, **several}
         self.seed, self.remark = settings.seed, ""
-        dtype = self._dtype = _torch_dtype(checkpoint.dtype)
-        block_names = [b.name for b in structure.blocks]
-
-        def materialise(name: str) -> None:
-            part = model.get_submodule(name) if name else model
-            skip = () if name else (*block_names, *self._unfilled)
-            load_tensors_into(part, checkpoint, names, prefix=name, skip=skip, dtype=dtype, device=device)
-
-        self._materialise = materialise
-        self._release = lambda name: release(model.get_submodule(name) if name else model)
-
-        def runner() -> BlockRunner:
-            return BlockRunner(
-                model,
-                structure,
-                materialise=materialise,
-                release=self._release,
-                device=device,
-                dtype=dtype,
-                batch_size=savings.batch_size or settings.batch_size,
-                work_folder=self._scratch,
-                spill_bytes=savings.spill_bytes,
-            )
-
-        self.shards = [Shard(text, runner()) for text in shards_of(tokens.ids, self._count, ranks)]
+        self._dtype = _torch_dtype(checkpoint.dtype)
+        self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, ranks)]
         self._started = False
         self._saved_at = time.monotonic()
         self.notes: list[str] = []
         self._block_stats: tuple[int, BlockStats] | None = None
         self._classes: torch.Tensor | None = None
         self._said: set[str] = set()  # what is true of the whole model is said once
+
+    def _runner(self) -> BlockRunner:
+        """Runs the blocks over one shard."""
+        return BlockRunner(
+            self.model,
+            self.structure,
+            materialise=self._materialise,
+            release=self._release,
+            device=self.device,
+            dtype=self._dtype,
+            batch_size=self._savings.batch_size or self.settings.batch_size,
+            work_folder=self._scratch,
+            spill_bytes=self._savings.spill_bytes,
+        )
+
+    def _materialise(self, name: str) -> None:
+        """Give a part of the model its weights; for the empty name, what is outside of the blocks."""
+        from outlierq.load import load_tensors_into
+
+        part = self.model.get_submodule(name) if name else self.model
+        skip = () if name else (*(block.name for block in self.structure.blocks), *self._unfilled)
+        how = {"dtype": self._dtype, "device": self.device}
+        load_tensors_into(part, self.checkpoint, self.names, prefix=name, skip=skip, **how)
+
+    def _release(self, name: str) -> None:
+        """Take the weights of a part again."""
+        from outlierq.load import release
+
+        release(self.model.get_submodule(name) if name else self.model)
 
     @property
     def sequential(self) -> bool:
