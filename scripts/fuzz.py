@@ -45,6 +45,7 @@ MEMORY = 256 << 20
 ADDRESS_SPACE = 8 << 30  # a larger allocation fails at once, and that is a finding
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class",
              "socket.connect", "socket.getaddrinfo")  # fmt: skip
+RELATIVE = ("os.remove", "os.rmdir", "shutil.rmtree")  # their second argument may be a folder to start from
 DELETING = ("os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
@@ -71,14 +72,19 @@ class Watch:
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if writes and not self._home(path):
                 self.seen.append(f"{path} opened for writing")
-        elif event in DELETING and not self._home(args[0]):
+        elif event in DELETING and not self._home(args[0], args[1] if event in RELATIVE else -1):
             self.seen.append(f"{event} {args[0]}")
 
-    def _home(self, path: Any) -> bool:
-        """Whether something may be written here. A number is a descriptor that was opened before."""
+    def _home(self, path: Any, folder: Any = -1) -> bool:
+        """Whether something may be written here. A number is a descriptor that was opened before.
+
+        folder: descriptor of the folder that the path starts from, if it is not the current one.
+        """
         if isinstance(path, int):
             return True
         name = os.fsdecode(path)
+        if isinstance(folder, int) and folder >= 0:
+            name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
         return "__pycache__" in name or os.path.realpath(name).startswith(self.homes)
 
     @contextmanager

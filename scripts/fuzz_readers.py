@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,43 @@ def read_skeleton(folder: Folder) -> None:
 
     checkpoint = open_folder(folder)
     find_structure(checkpoint, build_skeleton(checkpoint))
+
+
+WIDE_CONFIG = CONFIG | {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "rope_theta": 5e5} | {
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 2.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
+
+
+def plan_seeds() -> list[bytes]:
+    """A model as wide as a group of GGUF, with two ways to scale its rotary embedding."""
+    return [dump(WIDE_CONFIG), dump(WIDE_CONFIG | {"rope_scaling": CONFIG["rope_scaling"]})]
+
+
+def plan_folder(folder: Folder) -> None:
+    """Weights, and a tokenizer that GGUF files can hold."""
+    square = dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), (32, 32))
+    shapes = square | dict.fromkeys(("k_proj", "v_proj"), (16, 32)) | {"embed_tokens": (16, 32)}
+    tensors = {
+        name: ("BF16", shape, bytes(2 * prod(shape)))
+        for name in PLAIN
+        for shape in [list(shapes.get(name.split(".")[-2], (32,)))]
+    }
+    (folder / "model.safetensors").write_bytes(safetensors(tensors))
+    (folder / "tokenizer.json").write_bytes(byte_vocabulary_seeds()[0])
+
+
+def read_plan(folder: Folder) -> None:
+    """Plans for two formats; GGUF writes the config's numbers into its header."""
+    from outlierq.load import open_checkpoint
+    from outlierq.pipeline.plan import make_plan
+    from outlierq.recipe import load
+
+    checkpoint = open_checkpoint(str(folder))
+    for form in ("gguf", "compressed-tensors"):
+        make_plan(checkpoint, load("rtn-w8", [f"export.format={form}", "quantize.group_size=32"]))
 
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -636,6 +675,102 @@ def at(folder: Folder) -> Any:
     return SimpleNamespace(path=folder, source=str(folder), kind="huggingface")
 
 
+# ------------------------------------------------------------------------------ tokenizers on their way into GGUF files
+
+# 256 bytes and some pieces; the vocabulary of the model has more rows than the tokenizer has tokens.
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["<unk>", "<s>", "</s>", *BYTE_PIECES, "\u2581", "a", "b", "ab", "\u2581a"]
+GGUF_CONFIG = CONFIG | {"vocab_size": 280}
+SPECIAL = ["<s>", "</s>", "<unk>"]
+SETTINGS = {
+    "bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "add_bos_token": True,
+    "added_tokens_decoder": {
+        "0": {"content": "<unk>", "special": True}, "264": {"content": "<tool>", "special": False}
+    },
+    "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}", "legacy": False,
+}  # fmt: skip
+
+
+def added_token(number: int, text: str) -> dict[str, Any]:
+    """A special token as tokenizer.json describes it."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": text, **plain, "special": True}
+
+
+def byte_vocabulary_seeds() -> list[bytes]:
+    """A tokenizer.json of bytes and merges, as GPT-2's."""
+    model = {"type": "BPE", "unk_token": None, "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges": ["a b"]}
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return [dump({"added_tokens": [added_token(3, "<s>")], "pre_tokenizer": pre, "model": model})]
+
+
+def piece_vocabulary_seeds() -> list[bytes]:
+    """A tokenizer.json of characters and bytes, as Llama 2's."""
+    vocab = {piece: number for number, piece in enumerate(PIECES)}
+    model = {
+        "type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True, "vocab": vocab,
+        "merges": [["a", "b"], ["\u2581", "a"]],
+    }  # fmt: skip
+    steps = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    after = {
+        "type": "TemplateProcessing", "single": single, "pair": single,
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    return [
+        dump(
+            {"added_tokens": [added_token(PIECES.index(text), text) for text in SPECIAL], "model": model,
+             "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None, "post_processor": after}
+        )
+    ]  # fmt: skip
+
+
+def piece_model_seeds() -> list[bytes]:
+    """A tokenizer.model of the same pieces."""
+
+    def varint(rest: int) -> bytes:
+        return bytes([rest | 128]) + varint(rest >> 7) if rest > 127 else bytes([rest])
+
+    def sized(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys(BYTE_PIECES, 6)}
+    pieces = [
+        sized(1, text.encode()) + b"\x15" + struct.pack("<f", -number) + bytes([24, kinds.get(text, 1)])
+        for number, text in enumerate(PIECES)
+    ]
+    return [b"".join(sized(1, piece) for piece in pieces) + sized(2, bytes([24, 2])) + sized(3, bytes([32, 0]))]
+
+
+def gguf_tokenizer_folder(folder: Folder) -> None:
+    """Settings of a tokenizer, and one of each kind of tokenizer for the readers that change the settings."""
+    (folder / "tokenizer_config.json").write_bytes(dump(SETTINGS))
+
+
+def gguf_settings_folder(folder: Folder) -> None:
+    """The same with a tokenizer."""
+    (folder / "tokenizer.json").write_bytes(piece_vocabulary_seeds()[0])
+
+
+def read_gguf_tokenizer(folder: Folder) -> None:
+    """What an export to GGUF makes of the tokenizer."""
+    from types import SimpleNamespace
+
+    from outlierq.export.gguf_header import gguf_header
+
+    files = [SimpleNamespace(name=path.name, read=path.read_bytes) for path in folder.iterdir()]
+    gguf_header(
+        SimpleNamespace(source=str(folder), config=GGUF_CONFIG, files=files),
+        [("token_embd.weight", "F32", (280, 8), 8960)],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+
+
 def card_seeds() -> list[bytes]:
     """A README with metadata."""
     return [b"---\nlicense: apache-2.0\ntags: [a, b]\nbase_model: x/y\n---\n# A model\n"]
@@ -688,10 +823,23 @@ READERS: dict[str, Reader] = {
     "task-csv": Reader("test.csv", csv_seeds, mutate.bytes_of, lambda f: read_task_rows(f, "test.csv")),
     "task-parquet": Reader("test.parquet", parquet_seeds, mutate.bytes_of, lambda f: read_task_rows(f, "test.parquet")),
     "tokenizer": Reader("tokenizer.json", tokenizer_seeds, mutate.json_file, read_tokenizer, tokenizer_folder),
+    "vocabulary-bytes": Reader(
+        "tokenizer.json", byte_vocabulary_seeds, mutate.json_file, read_gguf_tokenizer, gguf_tokenizer_folder
+    ),
+    "vocabulary-pieces": Reader(
+        "tokenizer.json", piece_vocabulary_seeds, mutate.json_file, read_gguf_tokenizer, gguf_tokenizer_folder
+    ),
+    "vocabulary-model": Reader(
+        "tokenizer.model", piece_model_seeds, mutate.bytes_of, read_gguf_tokenizer, gguf_tokenizer_folder
+    ),
+    "vocabulary-settings": Reader(
+        "tokenizer_config.json", lambda: [dump(SETTINGS)], mutate.json_file, read_gguf_tokenizer, gguf_settings_folder
+    ),
     "card": Reader("README.md", card_seeds, change_card, read_card),
 }  # fmt: skip
 # A model is built for each of these inputs, so they are too slow for many.
 SLOW: dict[str, Reader] = {
     "skeleton": Reader("config.json", config_seeds, mutate.json_file, read_skeleton, config_folder),
+    "plan": Reader("config.json", plan_seeds, mutate.json_file, read_plan, plan_folder),
     "gguf": Reader("model.gguf", gguf_seeds, mutate.gguf_from, read_gguf),
 }

@@ -38,7 +38,8 @@ def json_value(
     if len(text) > LARGEST_JSON:
         raise error(f"{name} has {len(text)} bytes; more than {LARGEST_JSON} are not read", hint=hint)
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        # Decoded here, since json guesses other encodings and lets halves of characters through.
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=pairs)
         if SURROGATE.search(text):  # half a character cannot be written or printed anywhere
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as fault:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from math import pi
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint
-from outlierq.core.untrusted import json_object
+from outlierq.core.untrusted import brief, json_object
 from outlierq.export.gguf_sentencepiece import UNKNOWN, Pieces, is_sentencepiece, pieces_of
 from outlierq.export.sentencepiece_model import pieces_of_model
 
@@ -50,21 +51,24 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    config = checkpoint.config
     _check_model(checkpoint)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
-        writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[config["model_type"]])
+        writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[checkpoint.config["model_type"]])
         _add_model(writer, checkpoint, tensors)
         differences = _add_tokenizer(writer, checkpoint)
         for name, kind, shape, nbytes in tensors:
             quantized = kind.startswith(PACKED)
             given = np.uint8 if quantized else np.float32  # of bytes, gguf tells the logical shape from the type
             writer.add_tensor_info(name, shape, np.dtype(given), nbytes, GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        except (struct.error, OverflowError) as error:
+            raise SourceError(f"the config of {checkpoint.source} has a number that GGUF has no place for") from error
+        finally:
+            writer.close()
         header = (Path(folder) / "header.gguf").read_bytes()
     return header + b"\0" * (-len(header) % ALIGNMENT), differences
 
@@ -105,6 +109,14 @@ def _rope_type(config: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
+def _theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies. SourceError where it is none."""
+    theta = float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not theta > 0:
+        raise SourceError(f"rope_theta is {theta:g}; rotary frequencies need a positive one")
+    return theta
+
+
 def rope_factors(config: Mapping[str, Any]) -> list[float]:
     """By what Llama 3 divides each rotary frequency, [head dimension / 2]; empty where the model is no such one.
 
@@ -114,15 +126,17 @@ def rope_factors(config: Mapping[str, Any]) -> list[float]:
     """
     if _rope_type(config) != "llama3":
         return []
-    rope = _rope(config)
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope, theta = _rope(config), _theta(config)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    found = []
-    for index in range(0, size, 2):
-        turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
-        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-        found.append(1 / (kept + (1 - kept) / factor))
+    try:
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        found = []
+        for index in range(0, size, 2):
+            turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
+            kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+            found.append(1 / (kept + (1 - kept) / factor))
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise SourceError(f"the scaling of the rotary embedding is not that of Llama 3: {error}") from error
     return found
 
 
@@ -144,7 +158,7 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
-    writer.add_rope_freq_base(float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_rope_freq_base(_theta(config))
     writer.add_rope_dimension_count(head_dim)
     if _rope_type(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -164,32 +178,40 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Vocabulary, merges or scores, special tokens and chat template.
 
-    Returns sentences on text that llama.cpp splits in another way; SourceError where it would do so throughout.
+    Returns sentences on text that llama.cpp splits in another way; SourceError where it would do so throughout, and for
+    files that are not what they should be.
     """
     files = {file.name: file.read() for file in checkpoint.files if file.name in TOKENIZER_FILES}
-    source, size = checkpoint.source, checkpoint.config["vocab_size"]
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         raise SourceError(
-            f"{source} has no tokenizer.json and no tokenizer.model to write into a GGUF file", hint=ELSEWHERE
+            f"{checkpoint.source} has no tokenizer.json and no tokenizer.model to write into a GGUF file",
+            hint=ELSEWHERE,
         )
-    settings = _settings(files)
+    try:
+        return _add_described(writer, files, checkpoint.config, checkpoint.source)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SourceError(f"the tokenizer of {checkpoint.source} is damaged: {type(error).__name__} {error}") from error
+
+
+def _add_described(
+    writer: GGUFWriter, files: dict[str, bytes], config: Mapping[str, Any], source: str
+) -> tuple[str, ...]:
+    """The tokenizer that these files describe."""
+    settings, size = _settings(files), config["vocab_size"]
     files["tokenizer_config.json"] = json.dumps(settings).encode()
     tokenizer = _content(files, "tokenizer.json") if "tokenizer.json" in files else None
     if tokenizer is not None and not is_sentencepiece(tokenizer):
         _add_bytes(writer, tokenizer, size, source)
-        _special(files, checkpoint.config, merges=True).add_to_gguf(writer, quiet=True)
+        _special(files, config, merges=True).add_to_gguf(writer, quiet=True)
         return ()
-    special = _special(files, checkpoint.config, merges=False)
-    try:
-        if tokenizer is not None:
-            told = {**settings, "model_type": checkpoint.config["model_type"]}
-            pieces = pieces_of(tokenizer, size, told, special.special_token_ids)
-            ids = {"unk": pieces.types.index(UNKNOWN)} if UNKNOWN in pieces.types else {}
-        else:
-            added = _content(files, "added_tokens.json")
-            pieces, ids = pieces_of_model(files["tokenizer.model"], size, settings, added)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise SourceError(f"the tokenizer of {source} is damaged: {type(error).__name__} {error}") from error
+    special = _special(files, config, merges=False)
+    if tokenizer is not None:
+        told = {**settings, "model_type": config["model_type"]}
+        pieces = pieces_of(tokenizer, size, told, special.special_token_ids)
+        ids = {"unk": pieces.types.index(UNKNOWN)} if UNKNOWN in pieces.types else {}
+    else:
+        added = _content(files, "added_tokens.json")
+        pieces, ids = pieces_of_model(files["tokenizer.model"], size, settings, added)
     _add_pieces(writer, pieces)
     special.special_token_ids = {**ids, **special.special_token_ids}
     # llama.cpp puts a begin of text before everything unless it is told not to.
@@ -229,9 +251,8 @@ def _add_pieces(writer: GGUFWriter, pieces: Pieces) -> None:
     """A SentencePiece vocabulary."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces.tokens)
+    _add_tokens(writer, pieces.tokens, pieces.types)
     writer.add_token_scores(pieces.scores)
-    writer.add_token_types(pieces.types)
     writer.add_add_space_prefix(pieces.space_prefix)
 
 
@@ -248,13 +269,24 @@ def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, sour
         )
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size
-    for token, number in tokenizer["model"]["vocab"].items():
-        tokens[number], types[number] = token, TokenType.NORMAL
+    found = [(number, token, TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()]
     for added in tokenizer.get("added_tokens", []):
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], kind
+        found.append((added["id"], added["content"], kind))
+    for number, token, kind in found:
+        if not 0 <= number < size:
+            raise SourceError(f"the tokenizer of {source} has {token!r} as token {number} of {size}")
+        tokens[number], types[number] = token, kind
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
+    _add_tokens(writer, tokens, types)
+
+
+def _add_tokens(writer: GGUFWriter, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Texts and kinds of all tokens; TypeError where one is no text."""
+    wrong = [token for token in tokens if not isinstance(token, str)]
+    if wrong:
+        raise TypeError(f"{brief(wrong[0])} is no text of a token")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
 
