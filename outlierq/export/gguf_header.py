@@ -65,8 +65,10 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-        except (struct.error, OverflowError) as error:
-            raise SourceError(f"the config of {checkpoint.source} has a number that GGUF has no place for") from error
+        except (struct.error, OverflowError, ValueError, TypeError) as error:
+            raise SourceError(
+                f"the config or tokenizer of {checkpoint.source} holds what GGUF has no place for: {error}"
+            ) from error
         finally:
             writer.close()
         header = (Path(folder) / "header.gguf").read_bytes()
