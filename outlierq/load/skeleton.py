@@ -20,7 +20,7 @@ NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_imple
 
 # Far above any model there is.
 LAYERS, MOST_LAYERS = re.compile(r"(num|n)_\w*(layers?|blocks?)"), 10_000
-MOST_EXPERTS, MOST_LEARNED_POSITIONS = 1 << 16, 1 << 15
+MOST_EXPERTS, MOST_LEARNED_POSITIONS, MOST_CHANNELS = 1 << 16, 1 << 15, 1 << 20
 
 # Read at a time, before it gets the dtype in which it is used.
 PORTION_BYTES = 32 << 20
@@ -117,6 +117,10 @@ def _check_sizes(checkpoint: Checkpoint, parts: Iterable[Any]) -> None:
             experts = getattr(part, key, None)
             if isinstance(experts, int) and experts > MOST_EXPERTS:
                 raise SourceError(f"config.json of {checkpoint.source} asks for {experts} experts in a block")
+        for key in ("hidden_size", "head_dim", "qk_rope_head_dim", "rotary_dim"):
+            channels = getattr(part, key, None)
+            if isinstance(channels, int) and channels > MOST_CHANNELS:  # a table of frequencies is made, in real memory
+                raise SourceError(f"config.json of {checkpoint.source} asks for {channels:,} channels ({key})")
         positions = getattr(part, "max_position_embeddings", None)
         # Models with learned positions make a causal mask of this width and height, in real memory.
         if isinstance(positions, int) and positions > MOST_LEARNED_POSITIONS and not hasattr(part, "rope_parameters"):
