@@ -746,12 +746,12 @@ def piece_model_seeds() -> list[bytes]:
 
 
 def gguf_tokenizer_folder(folder: Folder) -> None:
-    """Settings of a tokenizer, and one of each kind of tokenizer for the readers that change the settings."""
+    """Settings beside a tokenizer that is changed."""
     (folder / "tokenizer_config.json").write_bytes(dump(SETTINGS))
 
 
 def gguf_settings_folder(folder: Folder) -> None:
-    """The same with a tokenizer."""
+    """A tokenizer beside settings that are changed."""
     (folder / "tokenizer.json").write_bytes(piece_vocabulary_seeds()[0])
 
 
