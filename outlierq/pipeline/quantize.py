@@ -94,7 +94,7 @@ def quantize(
     with _working_together(out, restart, ranks) as work:
         clock = Clock()
         with clock("calibrate"):
-            source = _stats_source(plan, work, stats, device, listen, ranks, savings)
+            source = _stats_source(plan, work, stats, device, listen, ranks, savings, former)
         with during("transform", "the whole model"), clock("transform"):
             rewrite_error = ranks.first(
                 lambda: prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
@@ -482,9 +482,16 @@ def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, 
 
 
 def _stats_source(
-    plan: Plan, work: Path, stats: Path | None, device: str, listen: Listener, ranks: Ranks, savings: Savings
+    plan: Plan,
+    work: Path,
+    stats: Path | None,
+    device: str,
+    listen: Listener,
+    ranks: Ranks,
+    savings: Savings,
+    former: int | None = None,
 ) -> StatsSource:
-    """Where statistics come from: nowhere, a file, or the model itself."""
+    """Where statistics come from: nowhere, a file, or the model itself. former: shards of the run that goes on."""
     needs, recipe = plan.recipe.needs, plan.recipe
     if not needs:
         unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
@@ -513,7 +520,6 @@ def _stats_source(
     from outlierq.calibrate.collect import stored_fields
 
     tokens = ranks.first(lambda: token_set(plan.checkpoint, recipe.calibration))
-    former = ranks.first(lambda: former_shards(work))
     settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
     source = StatsFromRun(
         plan.skeleton,
