@@ -18,6 +18,9 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint
+from outlierq.pipeline.memory import NO_SAVINGS, peaks, work_of
+from outlierq.pipeline.plan import make_plan
+from outlierq.recipe import load
 
 STARVED = 5
 SMALL = {
@@ -419,6 +422,8 @@ def test_a_result_in_the_way_is_said_before_the_experts_are_studied(outlierq, mi
 def test_a_ceiling_holds_for_the_study_of_the_experts_and_for_what_follows(outlierq, mixtures, tmp_path):
     few = ("-s", "calibration.samples=8", "-s", "calibration.sequence_length=48")
     words = (mixtures("Qwen3Moe"), "-r", "reap", *few)
+    pruned = make_plan(open_checkpoint(str(mixtures("Qwen3Moe"))), load("reap"))
+    assert work_of(pruned).making and "rewrite" not in peaks(work_of(pruned), NO_SAVINGS)  # nothing is run in float32
     refused = outlierq("plan", *words, "--max-memory", "300MiB")
     least = re.search(r"give --max-memory (\d+)MiB or more", refused.err)[1]
     assert refused.code == 1
@@ -432,8 +437,6 @@ def test_a_ceiling_holds_for_the_study_of_the_experts_and_for_what_follows(outli
 
 def test_a_plan_without_statistics_cannot_be_followed(mixtures):
     from outlierq.core.errors import RecipeError
-    from outlierq.pipeline.plan import make_plan
-    from outlierq.recipe import load
 
     plan = make_plan(open_checkpoint(str(mixtures("Mixtral"))), load("reap"))
     with pytest.raises(RecipeError, match="reap needs statistics of this model"):

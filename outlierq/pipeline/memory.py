@@ -100,7 +100,8 @@ class Savings:
                 "bits)"
             )
         if self.batch_size is not None:
-            said.append(f"{self.batch_size} sequences at a time (may change last bits)")
+            count = "one sequence" if self.batch_size == 1 else f"{self.batch_size} sequences"
+            said.append(f"{count} at a time (may change last bits)")
         return said
 
 
@@ -117,8 +118,9 @@ class Work:
     rows at a time. group: the smallest group size. permutes: a step looks at all statistics of a block together.
     from_file: statistics are read, not made. writes_stats: they are what is wanted, and the final logits. making: what
     reading a tensor holds beside the tensor, where a recipe rewrites the model; those that are not named: nothing.
-    shards: of the text, each with sums of its own until they are merged. ranks: processes that share the work; all that
-    is said here is of one of them, the lead, which needs most.
+    proves: the rewritten model is run beside the original, which is not done for a pruned one. shards: of the text,
+    each with sums of its own until they are merged. ranks: processes that share the work; all said here is of one of
+    them, the lead, which needs most.
     """
 
     structure: Structure
@@ -146,6 +148,7 @@ class Work:
     from_file: bool = False
     writes_stats: bool = False
     making: Mapping[str, int] = field(default_factory=dict)
+    proves: bool = False
     shards: int = 1
     ranks: int = 1
 
@@ -172,6 +175,7 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int 
         statistics=bool(needs),
         by_rows=hasattr(plan.checkpoint, "read_rows") and not hasattr(form, "plain"),
         making={name: size for name, size in making.items() if size},
+        proves=len(recipe.rewrites) > len(recipe.pruning),
         shards=_shards(recipe.calibration, ranks, shards),
         ranks=ranks,
     )
@@ -280,7 +284,7 @@ def peaks(work: Work, savings: Savings) -> dict[str, int]:
         found["solve"] = block.solving()
     if work.transforms and not work.writes_stats:
         found["transform"] = block.transforming()
-    if work.making:
+    if work.proves:
         found["rewrite"] = block.rewriting()
     return {phase: block.base + size for phase, size in found.items()}
 
