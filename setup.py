@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-# Not a Python module: outlierq/ops/native.py loads it. Contracted or reordered sums would change last bits.
+# Not a Python module: outlierq/ops/compiled/rounding.py loads it. Contracted or reordered sums would change last bits.
 NATIVE = Extension(
     "outlierq.native.compiled",
     [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens")],

@@ -69,7 +69,7 @@ class Case:
     def __init__(self, name: str, source: Path):
         from outlierq.export import exporter
         from outlierq.load import open_checkpoint
-        from outlierq.pipeline.plan import make_plan
+        from outlierq.pipeline.planning.plan import make_plan
         from outlierq.recipe import load
 
         recipe, settings = CASES[name]
@@ -126,7 +126,7 @@ class Case:
         """Read back every tensor's bytes, decode every linear, and compare both with what was meant."""
         from outlierq.export.writer import ShardWriter, compare
         from outlierq.load import decode_rows
-        from outlierq.pipeline.output import as_matrix
+        from outlierq.pipeline.ledger.output import as_matrix
 
         writer = ShardWriter(folder, self.plan.layout)
         for name, tensor in self.others.items():

@@ -23,8 +23,8 @@ from pydantic import (
 
 from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.limits import Limits, TaskLimit, share
+from outlierq.core.machine.untrusted import brief, yaml_tree
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
-from outlierq.core.untrusted import brief, yaml_tree
 from outlierq.registry import Method, method, transform_method
 
 WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms

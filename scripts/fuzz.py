@@ -254,12 +254,12 @@ def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watc
     with atheris.instrument_imports(include=["outlierq"], enable_loader_override=False):
         import outlierq.calibrate.stats_file
         import outlierq.calibrate.text
-        import outlierq.core.untrusted
-        import outlierq.load.folder
-        import outlierq.load.gguf_file
-        import outlierq.load.packed
-        import outlierq.load.shards
-        import outlierq.pipeline.journal
+        import outlierq.core.machine.untrusted
+        import outlierq.load.gguf.file
+        import outlierq.load.packed.compressed_tensors
+        import outlierq.load.source.folder
+        import outlierq.load.source.shards
+        import outlierq.pipeline.ledger.journal
         import outlierq.recipe  # noqa: F401
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, stop)

@@ -88,7 +88,7 @@ def safetensors_seeds() -> list[bytes]:
 
 def read_safetensors(folder: Folder) -> None:
     """Header, every tensor, rows of matrices, and the samples that the fingerprint takes."""
-    from outlierq.load.shards import read_header, read_rows, read_stored, sample
+    from outlierq.load.source.shards import read_header, read_rows, read_stored, sample
 
     stored = read_header(folder / "model.safetensors")
     for _ in read_stored(stored, stored):
@@ -148,7 +148,7 @@ def config_seeds() -> list[bytes]:
 
 def read_config(folder: Folder) -> None:
     """Open the folder and let transformers check its config."""
-    from outlierq.load.skeleton import _config
+    from outlierq.load.model.skeleton import _config
 
     _config(open_folder(folder), False)
 
@@ -190,7 +190,7 @@ def plan_folder(folder: Folder) -> None:
 def read_plan(folder: Folder) -> None:
     """Plans for two formats; GGUF writes the config's numbers into its header."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.recipe import load
 
     checkpoint = open_checkpoint(str(folder))
@@ -364,7 +364,7 @@ def read_gguf_headers(folder: Folder) -> None:
     """Headers, and the values of every tensor."""
     import torch
 
-    from outlierq.load.gguf_file import dequantized, read_gguf_header
+    from outlierq.load.gguf.file import dequantized, read_gguf_header
 
     header = read_gguf_header(folder / "model.gguf")
     for tensor in header.tensors.values():
@@ -435,10 +435,10 @@ def report_seeds() -> list[bytes]:
 
 def read_report(folder: Folder) -> None:
     """The report beside a checkpoint, as `eval`, `publish` and `inspect` read it."""
+    from outlierq.core.machine.untrusted import json_value
     from outlierq.core.outliers import OutlierReport
-    from outlierq.core.untrusted import json_value
+    from outlierq.pipeline.measure import read_report
     from outlierq.pipeline.publish import without_paths
-    from outlierq.pipeline.results import read_report
 
     raw = (folder / "outlierq.json").read_bytes()
     if b"outlier_report_version" in raw:
@@ -535,8 +535,8 @@ def asdict_row() -> dict[str, Any]:
 
 def read_journal(folder: Folder) -> None:
     """A run goes on behind the journal, or looks at it; rows and notes become a report."""
-    from outlierq.pipeline.inspection import describe_unfinished
-    from outlierq.pipeline.journal import Journal
+    from outlierq.pipeline.inspect import describe_unfinished
+    from outlierq.pipeline.ledger.journal import Journal
 
     raw = (folder / ".journal.jsonl").read_bytes()
     describe_unfinished(folder)
@@ -759,7 +759,7 @@ def read_gguf_tokenizer(folder: Folder) -> None:
     """What an export to GGUF makes of the tokenizer."""
     from types import SimpleNamespace
 
-    from outlierq.export.gguf_header import gguf_header
+    from outlierq.export.gguf.header import gguf_header
 
     files = [SimpleNamespace(name=path.name, read=path.read_bytes) for path in folder.iterdir()]
     gguf_header(

@@ -159,7 +159,7 @@ def _warm_up(work: Path) -> None:
 
     import outlierq
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 
@@ -263,7 +263,7 @@ def _be_the_command(
         from huggingface_hub.utils import _http
 
         from outlierq.cli import main
-        from outlierq.pipeline import calibration
+        from outlierq.pipeline.block import stats_run as calibration
 
         constants.HF_HUB_DISABLE_XET = True
         # These were read from the environment before there was a Hub.
@@ -296,7 +296,7 @@ def _be_the_command(
 
 def _count_units(path: Path) -> None:
     """Keep in a file how many units the journal has taken."""
-    from outlierq.pipeline.journal import Journal
+    from outlierq.pipeline.ledger.journal import Journal
 
     original = Journal.add
 
@@ -436,8 +436,8 @@ def _is_finishing(root: Path) -> bool:
 
 def _progress(root: Path) -> tuple[int, float]:
     """Units done and seconds spent, as `outlierq inspect` says; it must understand what is there."""
-    from outlierq.pipeline.inspection import describe_unfinished
-    from outlierq.pipeline.journal import JOURNAL
+    from outlierq.pipeline.inspect import describe_unfinished
+    from outlierq.pipeline.ledger.journal import JOURNAL
 
     work = root / "out.partial"
     if not (work / JOURNAL).is_file():

@@ -9,7 +9,7 @@ import sys
 
 from outlierq.cli.main import run
 from outlierq.core import errors
-from outlierq.pipeline.calibration import StatsFromRun
+from outlierq.pipeline.block.stats_run import StatsFromRun
 
 rank, block, end, *words = sys.argv[1:]
 collect = StatsFromRun._collect

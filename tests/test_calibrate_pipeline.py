@@ -13,8 +13,8 @@ from outlierq.calibrate.runner import BlockRunner
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
+from outlierq.pipeline.block.stats_run import NoStats, StatsFromFile, StatsFromRun, token_set
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.calibration import NoStats, StatsFromFile, StatsFromRun, token_set
 from outlierq.recipe import load
 
 SAMPLES, LENGTH = 6, 32
@@ -112,7 +112,9 @@ def test_a_run_collects_of_a_block_only_what_is_asked(folder, tiny_llama, tmp_pa
 
 
 def test_a_run_that_asks_for_inputs_alone_watches_no_attention(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("outlierq.pipeline.calibration.BlockObserver", lambda *a, **k: pytest.fail("it was watched"))
+    monkeypatch.setattr(
+        "outlierq.pipeline.block.stats_run.BlockObserver", lambda *a, **k: pytest.fail("it was watched")
+    )
     source = source_of(tiny_llama, tmp_path, {"abs_max"})
     _, stats = source.block(0)
     assert source.block_stats(0) is None and len(stats) == 4

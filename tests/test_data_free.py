@@ -16,11 +16,11 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import writer
 from outlierq.load import open_checkpoint, reading_ahead, rows_of
-from outlierq.load.decoders import decode_rows
-from outlierq.pipeline import data_free
-from outlierq.pipeline.journal import JOURNAL
-from outlierq.pipeline.output import Output
-from outlierq.pipeline.plan import make_plan
+from outlierq.load.packed.decoders import decode_rows
+from outlierq.pipeline.block import data_free
+from outlierq.pipeline.ledger.journal import JOURNAL
+from outlierq.pipeline.ledger.output import Output
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.quantize import stage
 from outlierq.recipe import load
@@ -189,7 +189,7 @@ def test_bytes_are_compared_to_the_last(size):
 
 
 def test_reading_ahead_reads_every_byte_and_ends_with_the_block(untied_llama, monkeypatch):
-    from outlierq.load import read_ahead
+    from outlierq.load.source import read_ahead
 
     read = []
     monkeypatch.setattr(read_ahead, "_read", lambda paths, stop: (read.extend(paths), stop.wait(20)))

@@ -11,11 +11,13 @@ import torch
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
 from outlierq.core.stats import InputStats
-from outlierq.detect import channel_ratio, farms, hill, iqr_rate, kurtosis, massive, owl, qsur, sigma_rate, sinks
-from outlierq.detect.concentration import top_share
-from outlierq.detect.llm_int8 import large_share, outlier_features
-from outlierq.detect.spectrum import stable_rank
-from outlierq.detect.token_range import token_range
+from outlierq.detect.blocks import massive, sinks
+from outlierq.detect.inputs import channel_ratio, iqr_rate, kurtosis, qsur, sigma_rate
+from outlierq.detect.inputs.concentration import top_share
+from outlierq.detect.inputs.llm_int8 import large_share, outlier_features
+from outlierq.detect.inputs.token_range import token_range
+from outlierq.detect.weights import farms, hill, owl
+from outlierq.detect.weights.spectrum import stable_rank
 
 
 def stats_of(x: torch.Tensor, sequences: int = 1) -> InputStats:

@@ -17,8 +17,8 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.export.bitsandbytes import obstacle, row_maxima
 from outlierq.export.layout import OutputTensor, make_layout
 from outlierq.load import load_model, open_checkpoint, unpacked
-from outlierq.load.bitsandbytes import decode_int8
-from outlierq.load.outlier_split import DynamicSplitLinear
+from outlierq.load.packed.bitsandbytes import decode_int8
+from outlierq.load.packed.outlier_split import DynamicSplitLinear
 from outlierq.recipe import load
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -40,7 +40,7 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def int8_folder(tiny_llama, tmp_path_factory) -> Path:
     """The tiny model through recipe llm-int8."""
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
 
     out = tmp_path_factory.mktemp("int8") / "out"
@@ -131,7 +131,7 @@ def test_other_schemes_are_kept_in_16_bits_with_a_reason():
 
 
 def test_a_recipe_with_nothing_to_store_is_refused_by_the_plan(tiny_llama):
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
 
     recipe = load("llm-int8", ["quantize.bits=4"])
     with pytest.raises(RecipeError, match="bitsandbytes stores int8"):

@@ -17,14 +17,14 @@ from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.export.gguf import GgufFormat, encode_blocks, ggml_type, gguf_name
-from outlierq.export.gguf_header import pre_tokenizer_name
+from outlierq.export.gguf.format import GgufFormat, encode_blocks, ggml_type, gguf_name
+from outlierq.export.gguf.header import pre_tokenizer_name
 from outlierq.export.writer import compare
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
-from outlierq.ops.scale_search import search_grid
+from outlierq.ops.search.scale_search import search_grid
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.plan import Plan, make_plan
+from outlierq.pipeline.planning.plan import Plan, make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load
@@ -395,7 +395,7 @@ def test_a_gptq_checkpoint_is_converted_and_one_with_zero_points_is_not(worded_l
 
 
 def test_a_calibrated_run_continues_after_a_stop(worded_llama, tmp_path, small, monkeypatch):
-    from outlierq.pipeline.output import Output
+    from outlierq.pipeline.ledger.output import Output
 
     settings = [text for text in small if text != "--set"]
     chosen = load("gptq-w4", ["export.format=gguf", "quantize.group_size=32", *settings])

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from outlierq.core.errors import SourceError
-from outlierq.export.gguf_header import gguf_header
-from outlierq.export.gguf_sentencepiece import REPLACE, pieces_of
-from outlierq.export.sentencepiece_model import pieces_of_model
+from outlierq.export.gguf.header import gguf_header
+from outlierq.export.gguf.piece_model import pieces_of_model
+from outlierq.export.gguf.sentencepiece import REPLACE, pieces_of
 from outlierq.load import load_tokenizer, open_checkpoint
-from outlierq.load.gguf_tokenizer import with_spaces_of
-from outlierq.pipeline.plan import Plan, make_plan
+from outlierq.load.gguf.tokenizer import with_spaces_of
+from outlierq.pipeline.planning.plan import Plan, make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load
@@ -216,7 +216,7 @@ def test_a_piece_has_the_rank_of_the_pair_that_really_makes_it():
 
 
 def test_random_merges_give_equal_pieces_wherever_no_difference_is_noted(monkeypatch):
-    monkeypatch.setattr("outlierq.export.gguf_sentencepiece.MOST_OTHERS", 1.0)
+    monkeypatch.setattr("outlierq.export.gguf.sentencepiece.MOST_OTHERS", 1.0)
     make, equal, noted = random.Random(0), 0, 0
     for _ in range(150):
         pieces, merges = list("abcd"[: make.randrange(1, 5)]), {}

@@ -15,8 +15,8 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter, gptq
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
-from outlierq.load.gptq import fields, gptq_rows
-from outlierq.pipeline.plan import make_plan
+from outlierq.load.packed.gptq import fields, gptq_rows
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 
@@ -121,7 +121,7 @@ def test_columns_in_activation_order_are_read_by_their_group():
     meant = random_weight(32, 64, scheme)
     stored = by_role(gptq.encode(site(32, 64), meant))
     stored["g_idx"] = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(1)).int()
-    from outlierq.load.gptq import gptq_dense
+    from outlierq.load.packed.gptq import gptq_dense
 
     assert np.array_equal(gptq_dense(stored, scheme, (32, 64), 1), bit_by_bit(stored, (32, 64), 4, 1))
     with pytest.raises(SourceError, match="activation order"):

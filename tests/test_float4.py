@@ -21,10 +21,10 @@ from outlierq.core.stats import InputStats
 from outlierq.export import compressed_tensors
 from outlierq.export.writer import compare
 from outlierq.load import decode_rows, open_checkpoint, unpacked
-from outlierq.load.e2m1 import decode_e2m1, e2m1_values
+from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_values
 from outlierq.ops.grid import nearest_code, power_of_two
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load
@@ -227,7 +227,7 @@ def test_transformers_computes_with_the_weights_that_we_decode(name, made):
 @RECIPES
 def test_verify_measures_it_and_the_packed_runtime_runs_it(name, made, tiny_llama, outlierq):
     from outlierq.load import load_model
-    from outlierq.pipeline.packed_model import load_packed_model
+    from outlierq.pipeline.measuring.packed_model import load_packed_model
 
     found = verify(str(made(name)), str(tiny_llama))
     assert found.sound and found.linears == 14 and not found.notes[1:]

@@ -16,7 +16,7 @@ from outlierq.core.model import Fold, InputGroup, TensorInfo
 from outlierq.core.move import Move
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.folding import carry_out, check_move, choose
+from outlierq.pipeline.block.fold import carry_out, check_move, choose
 from outlierq.registry import method
 
 W8A8 = QuantScheme(8, None, activations=ActivationScheme())

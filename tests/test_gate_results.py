@@ -12,8 +12,10 @@ import pytest
 from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Report
 from outlierq.load import open_checkpoint
-from outlierq.pipeline import evaluation, result_cache, results
-from outlierq.pipeline.results import Measurement, measure
+from outlierq.pipeline import measure as results
+from outlierq.pipeline.measure import Measurement, measure
+from outlierq.pipeline.measuring import cache as result_cache
+from outlierq.pipeline.measuring import models as evaluation
 
 SMALL = ("-s", "gate.windows=2", "-s", "gate.window_length=32")
 WINDOWS = ("--windows", 2, "--window-length", 32)

@@ -8,7 +8,7 @@ import torch
 
 from outlierq.kernels import plan
 from outlierq.ops.hadamard import core_order, hadamard, hadamard_core
-from outlierq.ops.kv_quant import kv_dequant, kv_quant
+from outlierq.ops.twins.kv_quant import kv_dequant, kv_quant
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}

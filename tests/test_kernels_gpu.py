@@ -17,9 +17,9 @@ from shim.wrappers import emulated, wrapper_inputs
 
 from outlierq.kernels import launch, layout, plan
 from outlierq.ops.hadamard import hadamard_transform
-from outlierq.ops.kv_quant import kv_dequant, kv_quant
-from outlierq.ops.packed_matmul import dequantize
-from outlierq.ops.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.kv_quant import kv_dequant, kv_quant
+from outlierq.ops.twins.packed_matmul import dequantize
+from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ import torch
 
 from outlierq.kernels import plan
 from outlierq.kernels.layout import KernelError
-from outlierq.ops.int8_split import split_matmul
-from outlierq.ops.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.int8_split import split_matmul
+from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -16,9 +16,9 @@ from shim.wrappers import emulated, wrapper_inputs
 from outlierq.kernels import launch, layout, plan
 from outlierq.kernels.layout import KernelError
 from outlierq.ops import hadamard
-from outlierq.ops.kv_quant import kv_dequant, kv_quant
-from outlierq.ops.packed_matmul import packed_matmul
-from outlierq.ops.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.kv_quant import kv_dequant, kv_quant
+from outlierq.ops.twins.packed_matmul import packed_matmul
+from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 

@@ -9,7 +9,7 @@ import shim
 import torch
 
 from outlierq.kernels import layout, plan
-from outlierq.ops.packed_matmul import dequantize, packed_matmul
+from outlierq.ops.twins.packed_matmul import dequantize, packed_matmul
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -17,9 +17,9 @@ from outlierq.core.errors import NumbersError, RecipeError, SourceError, StatsEr
 from outlierq.core.model import Fold, InputGroup
 from outlierq.core.scheme import CacheScheme
 from outlierq.load import load_model, open_checkpoint
-from outlierq.load.attention import attention_names, stored_prefix
-from outlierq.pipeline.cache import cache_tensors, moved_values
-from outlierq.pipeline.plan import CachePlan, Plan, make_plan
+from outlierq.load.model.attention import attention_names, stored_prefix
+from outlierq.pipeline.block.kv_cache import cache_tensors, moved_values
+from outlierq.pipeline.planning.plan import CachePlan, Plan, make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.quantize.kv_cache import cache_scale
 from outlierq.recipe import load, parse
@@ -149,7 +149,7 @@ def test_keys_and_other_folds_leave_the_scales_alone():
 
 @pytest.mark.parametrize("per", ["tensor", "head"])
 def test_the_written_scales_are_those_of_transformers_own_cache(per, model, tmp_path):
-    from outlierq.pipeline.calibration import token_set
+    from outlierq.pipeline.block.stats_run import token_set
 
     plan = plan_of(model, "kv-fp8", f"kv_cache.per={per}")
     quantize(plan, tmp_path / "out")

@@ -240,7 +240,7 @@ def test_every_simple_type_is_dequantized_as_gguf_does(tmp_path, type_name):
 
 @pytest.mark.parametrize("type_name", K_QUANTS)
 def test_every_k_quant_is_dequantized_as_gguf_does(tmp_path, type_name, monkeypatch):
-    from outlierq.load import gguf_file
+    from outlierq.load.gguf import file as gguf_file
 
     kind = GGMLQuantizationType[type_name]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

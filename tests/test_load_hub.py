@@ -12,7 +12,8 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from outlierq.core.errors import SourceError
-from outlierq.load import hub, open_checkpoint
+from outlierq.load import open_checkpoint
+from outlierq.load.hub import snapshot as hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

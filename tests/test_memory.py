@@ -22,14 +22,16 @@ from outlierq.core.errors import OutlierqError, OutputError
 from outlierq.core.model import InputGroup, LinearSite
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.load import load_model, open_checkpoint, skeleton
-from outlierq.load.folder import FolderCheckpoint
-from outlierq.ops import refine, scale_search, solve
+from outlierq.load import load_model, open_checkpoint
+from outlierq.load.model import skeleton
+from outlierq.load.source.folder import FolderCheckpoint
+from outlierq.ops import solve
 from outlierq.ops.grid import in_groups
 from outlierq.ops.hadamard import Rotation
-from outlierq.pipeline import memory
+from outlierq.ops.search import refine, scale_search
 from outlierq.pipeline import quantize as quantizing
-from outlierq.pipeline.memory import (
+from outlierq.pipeline.planning import memory
+from outlierq.pipeline.planning.memory import (
     BASE_BYTES,
     NO_SAVINGS,
     Savings,
@@ -39,7 +41,7 @@ from outlierq.pipeline.memory import (
     smallest_ceiling,
     work_of,
 )
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 from outlierq.transform.rotate import Change, Spin

@@ -15,9 +15,9 @@ from outlierq.core.notes import collecting
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.load import load_model, open_checkpoint
-from outlierq.ops.site_error import SiteError
+from outlierq.ops.search.site_error import SiteError
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 from outlierq.registry import Method, method

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops import native
+from outlierq.ops.compiled import rounding as native
 from outlierq.quantize.rtn import rtn
 from outlierq.runtime import cpu
 
@@ -114,7 +114,7 @@ def test_scaled_rows_are_those_of_torch():
 
 def test_without_the_library_the_output_is_the_same_to_the_byte(tiny_llama, tmp_path, monkeypatch):
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

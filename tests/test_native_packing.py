@@ -12,9 +12,10 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import FP4_MAX, QuantScheme
 from outlierq.export import awq, compressed_tensors, dense, gptq, gptq_v2
-from outlierq.export.gguf import encode_blocks
+from outlierq.export.gguf.format import encode_blocks
 from outlierq.export.writer import all_finite, as_bytes
-from outlierq.ops import native, native_packing
+from outlierq.ops.compiled import packing as native_packing
+from outlierq.ops.compiled import rounding as native
 from outlierq.ops.packing import e2m1_codes, pack, pack_bytes, pack_down, pack_e2m1
 from outlierq.quantize.rtn import rtn
 
@@ -266,7 +267,7 @@ def test_what_is_not_in_bytes_or_not_contiguous_is_left_to_numpy_and_torch():
 )
 def test_a_whole_run_writes_the_same_files(recipe, settings, tiny_llama, tmp_path, monkeypatch):
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

@@ -11,7 +11,7 @@ from reference.statistics import correlated_inputs, random_weight, row_errors, s
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, stored
-from outlierq.ops.refine import refine, refit_scales
+from outlierq.ops.search.refine import refine, refit_scales
 from outlierq.quantize.gptq import gptq
 
 SCHEMES = [

@@ -10,7 +10,7 @@ from reference.statistics import correlated_inputs, random_weight, statistics_of
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid
-from outlierq.ops.scale_search import group_error, search_grid
+from outlierq.ops.search.scale_search import group_error, search_grid
 
 SCHEMES = [
     QuantScheme(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (True, False)

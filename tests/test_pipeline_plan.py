@@ -8,7 +8,7 @@ import pytest
 
 from outlierq.core.errors import RecipeError
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.plan import Plan, make_plan
+from outlierq.pipeline.planning.plan import Plan, make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

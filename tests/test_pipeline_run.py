@@ -13,9 +13,10 @@ from outlierq.calibrate.runner import BlockRunner
 from outlierq.core.errors import NumbersError, OutputError, RecipeError, StatsError
 from outlierq.export import compressed_tensors
 from outlierq.load import load_model, open_checkpoint
-from outlierq.pipeline import calibration, folding
+from outlierq.pipeline.block import fold as folding
+from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

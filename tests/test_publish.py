@@ -30,9 +30,9 @@ tags: [not-carried]
 def compressed(tmp_path_factory, tools) -> Path:
     """A tiny model at 4 bits in several shards, measured by a gate that it passed. Read-only."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.measure import Measurement, judge, measure, record
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
-    from outlierq.pipeline.results import Measurement, judge, measure, record
     from outlierq.recipe import load
 
     work = tmp_path_factory.mktemp("publish")

@@ -23,15 +23,17 @@ from outlierq.core.errors import NumbersError, OutlierqError, OutputError, Recip
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
-from outlierq.pipeline import calibration, memory, ranks
-from outlierq.pipeline.calibration import StatsFromRun, in_shards, token_set
-from outlierq.pipeline.data_free import output_beside
-from outlierq.pipeline.folding import waves
-from outlierq.pipeline.memory import Savings
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.block import stats_run as calibration
+from outlierq.pipeline.block.data_free import output_beside
+from outlierq.pipeline.block.fold import waves
+from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.planning import memory
+from outlierq.pipeline.planning.memory import Savings
+from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.processes import ranks
+from outlierq.pipeline.processes.ranks import ALONE, Ranks, SeveralRanks, joined
+from outlierq.pipeline.processes.sharding import Merging, dealt, shards_of
 from outlierq.pipeline.quantize import quantize
-from outlierq.pipeline.ranks import ALONE, Ranks, SeveralRanks, joined
-from outlierq.pipeline.sharding import Merging, dealt, shards_of
 from outlierq.recipe import load
 
 SMALL = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=32")

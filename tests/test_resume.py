@@ -17,11 +17,12 @@ from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
-from outlierq.pipeline import calibration, journal
 from outlierq.pipeline import quantize as run
+from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.output import Output
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.ledger import journal
+from outlierq.pipeline.ledger.output import Output
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

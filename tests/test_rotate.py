@@ -12,10 +12,10 @@ import transformers
 
 from outlierq.core.errors import NumbersError, RecipeError, SourceError
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_model, open_checkpoint
-from outlierq.pipeline import rewriting
-from outlierq.pipeline.plan import make_plan
+from outlierq.pipeline.planning.plan import make_plan
 from outlierq.pipeline.quantize import quantize
-from outlierq.pipeline.rewriting import RewrittenCheckpoint, prove_rewrite, rewritten
+from outlierq.pipeline.remodel import rewrite as rewriting
+from outlierq.pipeline.remodel.rewrite import RewrittenCheckpoint, prove_rewrite, rewritten
 from outlierq.recipe import Recipe, load, parse
 from outlierq.transform.rotate import Anatomy, Rewrite, Spin, rotate
 
@@ -139,7 +139,7 @@ def test_every_option_keeps_the_function_and_changes_the_weights(options, kind, 
 
 
 def test_one_outlier_channel_of_the_stream_becomes_many_small_ones(llama):
-    from outlierq.pipeline.anatomy import Bench, Weights
+    from outlierq.pipeline.remodel.anatomy import Bench, Weights
 
     checkpoint = rewritten(open_checkpoint(str(llama)), ROTATE)
     skeleton = build_skeleton(checkpoint)
@@ -304,7 +304,7 @@ def test_a_large_table_is_rotated_by_pieces(llama, monkeypatch):
 
 
 def test_only_some_rows_of_tall_tables_are_proved(llama, monkeypatch):
-    from outlierq.pipeline import anatomy
+    from outlierq.pipeline.remodel import anatomy
 
     checkpoint = rewritten(open_checkpoint(str(llama)), ROTATE)
     monkeypatch.setattr(anatomy, "ROWS", 50)

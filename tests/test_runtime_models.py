@@ -10,8 +10,8 @@ import torch
 
 from outlierq.core.notes import collecting
 from outlierq.load import load_model, load_tokenizer, open_checkpoint
-from outlierq.pipeline.evaluation import load_for_evaluation
-from outlierq.pipeline.packed_model import runtime_summary
+from outlierq.pipeline.measuring.models import load_for_evaluation
+from outlierq.pipeline.measuring.packed_model import runtime_summary
 from outlierq.runtime import QuantLinear
 
 IDS = torch.arange(4 * 48).view(4, 48) * 7 % 260
@@ -32,7 +32,7 @@ RECIPES = {
 def compressed(tiny_llama, tmp_path_factory):
     """A function: recipe name -> folder of the tiny model compressed by it, made once."""
     from outlierq import recipe
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
 
     folders: dict[str, Path] = {}
@@ -77,7 +77,7 @@ def test_biases_and_an_untied_head_come_along(tools, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from outlierq import recipe
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
 
     folder = tools.write_llama(tmp_path / "llama", dtype="float32", tie_word_embeddings=False, attention_bias=True)
@@ -121,7 +121,7 @@ def test_a_plain_checkpoint_is_loaded_dense_and_says_so(tiny_llama):
 
 def test_what_cannot_be_packed_stays_what_the_loader_makes_of_it(compressed, monkeypatch):
     from outlierq.core.errors import SourceError
-    from outlierq.load.packed import UnpackedCheckpoint
+    from outlierq.load.packed.compressed_tensors import UnpackedCheckpoint
 
     checkpoint = open_checkpoint(str(compressed("rtn-w4")))
     dense = log_probabilities(load_model(checkpoint))

@@ -14,7 +14,7 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.ops.activations import fake_quantize
-from outlierq.ops.int8_split import split_matmul
+from outlierq.ops.twins.int8_split import split_matmul
 from outlierq.runtime import QuantLinear, cpu, dispatch, layout, pages
 
 PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")

@@ -25,7 +25,7 @@ def many_shards(tmp_path_factory, tools) -> Path:
 @pytest.fixture
 def published(hub, many_shards, monkeypatch) -> str:
     """The commit under which the model is on the Hub. A request for a header asks for less than these small files."""
-    from outlierq.load import remote
+    from outlierq.load.hub import remote
 
     monkeypatch.setattr(remote, "FIRST_BYTES", 100)
     return hub.put(REPO, many_shards)
@@ -71,7 +71,7 @@ class TestDownload:
         assert open_checkpoint(REPO).revision == published
 
     def test_what_was_checked_is_not_read_again_until_it_changes(self, hub, published, many_shards, monkeypatch):
-        from outlierq.load import content
+        from outlierq.load.hub import content
 
         digests = []
         monkeypatch.setattr(content, "_digest", lambda path, wanted: digests.append(path) or wanted)

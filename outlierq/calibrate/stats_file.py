@@ -18,9 +18,9 @@ from outlierq.calibrate.stats_list import check_list, input_stats, value_of
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample
+from outlierq.core.machine.untrusted import checked, json_value
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
-from outlierq.core.untrusted import checked, json_value
 
 FORMAT_VERSION = 2  # 2: histograms, top tokens, block statistics and logits
 FINISHED = "stats.json"

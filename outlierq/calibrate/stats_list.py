@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from outlierq.core.errors import OutlierqError, StatsError
+from outlierq.core.machine.untrusted import brief
 from outlierq.core.stats import InputStats
-from outlierq.core.untrusted import brief
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.block_stats import MASS_COLUMNS
 from outlierq.core.errors import StatsError, during, nearest
-from outlierq.core.untrusted import json_object
+from outlierq.core.machine.untrusted import json_object
 
 if TYPE_CHECKING:
     import torch

@@ -117,7 +117,7 @@ def _run() -> None:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             app(prog_name="outlierq")
         else:
-            from outlierq.pipeline.ranks import joined
+            from outlierq.pipeline.processes.ranks import joined
 
             with joined() as ranks:
                 app(prog_name="outlierq", obj=ranks)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.evaluate.gate import GateRow
     from outlierq.pipeline.events import Event, Listener
-    from outlierq.pipeline.plan import Plan
-    from outlierq.pipeline.ranks import Ranks
+    from outlierq.pipeline.planning.plan import Plan
+    from outlierq.pipeline.processes.ranks import Ranks
     from outlierq.recipe import Recipe
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name), or a GGUF file.")]
@@ -175,7 +175,7 @@ def choose_device(wanted: str) -> str:
 
 def ranks_of(context: typer.Context, stream_from_hub: bool) -> Ranks:
     """The processes that share this command's work."""
-    from outlierq.pipeline.ranks import ALONE
+    from outlierq.pipeline.processes.ranks import ALONE
 
     ranks = context.obj or ALONE
     if stream_from_hub:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from outlierq.core.errors import OutlierqError
-from outlierq.core.untrusted import checked
+from outlierq.core.machine.untrusted import checked
 
 OUTLIER_REPORT_VERSION = 1
 

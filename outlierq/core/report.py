@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from outlierq.core.errors import OutlierqError
-from outlierq.core.untrusted import checked
+from outlierq.core.machine.untrusted import checked
 
 REPORT_VERSION = 1
 

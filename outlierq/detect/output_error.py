@@ -1,8 +1,9 @@
 """Predicted relative output error of a site in W8A8 and in W4A16, as it is and after the cheapest remedies.
 
-sum over tokens of ||Q(x) Q(W)^T - x W^T||^2 / sum ||x W^T||^2 (ops/site_error.py): from the reservoir for W8A8 (int8
-per token and per output channel), from the hessian as tr(D H D^T) / tr(W H W^T) for W4A16, where D is what rounding
-does to W. Rounding is to nearest; GPTQ and searched scales end lower, so the figures rank sites and predict no method.
+sum over tokens of ||Q(x) Q(W)^T - x W^T||^2 / sum ||x W^T||^2 (ops/search/site_error.py): from the reservoir for W8A8
+(int8 per token and per output channel), from the hessian as tr(D H D^T) / tr(W H W^T) for W4A16, where D is what
+rounding does to W. Rounding is to nearest; GPTQ and searched scales end lower, so the figures rank sites and predict no
+method.
 
 Remedies, in the order of what they change:
   smoothquant  s_j = max|x_j|^0.5 / max|W_j|^0.5 (Xiao et al. 2022, arXiv:2211.10438, Eq. 4), folded into the producer
@@ -21,7 +22,7 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.detect.sample import spread
 from outlierq.ops.hadamard import hadamard_transform
-from outlierq.ops.site_error import SiteError
+from outlierq.ops.search.site_error import SiteError
 
 W8A8 = QuantScheme(bits=8, group_size=None, activations=ActivationScheme())
 # Output rows that are tried; the error is a mean over all of them.

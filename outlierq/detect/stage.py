@@ -12,15 +12,17 @@ import torch
 
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.outliers import BlockOutliers, ChannelOutliers, GroupOutliers, MassiveEntry
-from outlierq.detect import channel_ratio, farms, hill, iqr_rate, kurtosis, output_error, qsur, sigma_rate, spectrum
-from outlierq.detect.concentration import top_share
-from outlierq.detect.llm_int8 import large_share
-from outlierq.detect.massive import massive_entries, persistent_share, super_weight
-from outlierq.detect.owl import outlier_ratio
+from outlierq.detect import output_error
+from outlierq.detect.blocks.massive import massive_entries, persistent_share, super_weight
+from outlierq.detect.blocks.sinks import no_op_heads, sink_heads
+from outlierq.detect.inputs import channel_ratio, iqr_rate, kurtosis, qsur, sigma_rate
+from outlierq.detect.inputs.concentration import top_share
+from outlierq.detect.inputs.llm_int8 import large_share
+from outlierq.detect.inputs.token_range import token_range
 from outlierq.detect.sample import spread
-from outlierq.detect.sinks import no_op_heads, sink_heads
-from outlierq.detect.token_range import token_range
 from outlierq.detect.verdict import ERRORS, verdict
+from outlierq.detect.weights import farms, hill, spectrum
+from outlierq.detect.weights.owl import outlier_ratio
 
 if TYPE_CHECKING:
     from outlierq.core.block_stats import BlockStats

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from outlierq.core.outliers import BlockOutliers, GroupOutliers, MassiveEntry
-from outlierq.detect.channel_ratio import STANDS_OUT
+from outlierq.detect.inputs.channel_ratio import STANDS_OUT
 from outlierq.detect.verdict import ADVICE, LADDER, LAST_RESORT
 
 MOST_NAMES = 12

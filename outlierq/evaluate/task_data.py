@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError, SourceError, nearest
-from outlierq.core.untrusted import json_value
+from outlierq.core.machine.untrusted import json_value
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

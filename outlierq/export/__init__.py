@@ -16,7 +16,7 @@ def exporter(name: str, config: Mapping[str, Any] | None = None) -> Any:
     brings `plain_spec`, `plain`, `row_order`, `make_layout` and `keeps_file`.
     """
     if name == "gguf":
-        from outlierq.export.gguf import GgufFormat
+        from outlierq.export.gguf.format import GgufFormat
 
         return GgufFormat(config or {})
     from outlierq.export import awq, bitsandbytes, compressed_tensors, dense, gptq, gptq_v2, outlier_split

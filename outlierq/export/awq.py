@@ -14,7 +14,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
-from outlierq.ops import native_packing
+from outlierq.ops.compiled import packing as native_packing
 
 if TYPE_CHECKING:
     import torch

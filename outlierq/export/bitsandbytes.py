@@ -15,7 +15,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.export.clients import client_facts
-from outlierq.ops.int8_split import THRESHOLD
+from outlierq.ops.twins.int8_split import THRESHOLD
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 No format of vLLM, compressed-tensors or bitsandbytes can keep some columns of a linear in 16 bits. For a linear called
 P: `P.weight` I8 [out, in] with 0 in the outlier columns, `P.weight_scale` [out, 1], `P.outlier_columns` I32 [k]
 ascending and `P.outlier_weight` [out, k]; floats in the model's dtype. Inputs are rounded to int8 with one scale per
-token that leaves the outlier columns out; see `ops/int8_split.py` for what is computed.
+token that leaves the outlier columns out; see `ops/twins/int8_split.py` for what is computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export.bitsandbytes import int8_obstacle
 from outlierq.export.clients import client_facts
 from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
-from outlierq.ops.int8_split import column_budget
+from outlierq.ops.twins.int8_split import column_budget
 
 if TYPE_CHECKING:
     import torch

@@ -268,7 +268,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """
     import torch
 
-    from outlierq.ops import native_packing
+    from outlierq.ops.compiled import packing as native_packing
 
     masks = {
         torch.bfloat16: (torch.int16, 0x7F80),

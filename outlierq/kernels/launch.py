@@ -28,10 +28,11 @@ import torch
 from outlierq.kernels import plan
 from outlierq.kernels.layout import KernelError, PackedWeight, unpack
 from outlierq.kernels.plan import Launch
-from outlierq.ops import hadamard, packed_matmul
-from outlierq.ops import kv_quant as kv
-from outlierq.ops.quant_rows import outlier_matmul
-from outlierq.ops.quant_rows import quant_rows as reference_quant_rows
+from outlierq.ops import hadamard
+from outlierq.ops.twins import kv_quant as kv
+from outlierq.ops.twins import packed_matmul
+from outlierq.ops.twins.quant_rows import outlier_matmul
+from outlierq.ops.twins.quant_rows import quant_rows as reference_quant_rows
 
 OPTIONS = ("--std=c++17",)
 SHARED_WITHOUT_ASKING = 48 * 1024  # bytes; a kernel that wants more has to say so once

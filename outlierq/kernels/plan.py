@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from outlierq.kernels.layout import DTYPES, TILE_INPUTS, TILE_OUTPUTS, KernelError, PackedWeight
-from outlierq.ops.kv_quant import GROUP_SIZES
+from outlierq.ops.twins.kv_quant import GROUP_SIZES
 
 NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 GEMV_ROWS = 8

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError, nearest
-from outlierq.load.folder import PICKLES, FolderCheckpoint, pickle_refusal
+from outlierq.load.source.folder import PICKLES, FolderCheckpoint, pickle_refusal
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.core.model import Checkpoint, Structure
-    from outlierq.load.streamed import StreamedCheckpoint
+    from outlierq.load.hub.streamed import StreamedCheckpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -33,7 +33,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
     elif path.is_file():
         checkpoint = _open_file(path, source)
     elif is_hub_id(source):
-        from outlierq.load.hub import snapshot
+        from outlierq.load.hub.snapshot import snapshot
 
         folder, commit = snapshot(source, revision, trust_remote_code=trust_remote_code)
         checkpoint = FolderCheckpoint(folder, source=source, revision=commit)
@@ -58,7 +58,7 @@ def stream_checkpoint(
     """
     if not is_hub_id(source):
         raise SourceError(f"{source} is no Hub id, so there is nothing to stream", hint="leave --stream-from-hub out")
-    from outlierq.load.streamed import open_streamed
+    from outlierq.load.hub.streamed import open_streamed
 
     checkpoint = open_streamed(source, revision, shards, trust_remote_code=trust_remote_code, restart=restart)
     if not trust_remote_code:
@@ -101,7 +101,7 @@ def _open_file(path: Path, source: str) -> Checkpoint:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix == ".gguf":
-        from outlierq.load.gguf import GgufCheckpoint
+        from outlierq.load.gguf.checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path, source=source)
     if path.name.endswith(PICKLES):

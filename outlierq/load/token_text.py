@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from outlierq.load.folder import small_bytes
-from outlierq.load.foreign import tokenizer_faults
+from outlierq.load.model.foreign import tokenizer_faults
+from outlierq.load.source.folder import small_bytes
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
@@ -29,7 +29,7 @@ def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]
         with tokenizer_faults(checkpoint.source):
             tokenizer = Tokenizer.from_buffer(raw)
             return {token: tokenizer.decode([token], skip_special_tokens=False) for token in wanted}
-    from outlierq.load.dense import load_tokenizer
+    from outlierq.load.whole import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     return {token: tokenizer.decode([token]) for token in wanted}

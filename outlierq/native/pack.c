@@ -1,4 +1,4 @@
-/* Codes into the words, bytes and blocks of file formats: ops/native_packing.py, on little-endian machines.
+/* Codes into the words, bytes and blocks of file formats: ops/compiled/packing.py, on little-endian machines.
 
    The same bytes as ops/packing.py and export make with numpy and torch. Codes are bytes, of which the lowest `bits`
    count; `flip` is what is added to them modulo 2^bits, 0 or 2^(bits-1).

@@ -1,4 +1,4 @@
-/* Rounding a weight to the nearest point of its min-max grid in one pass over memory: ops/native.py.
+/* Rounding a weight to the nearest point of its min-max grid in one pass over memory: ops/compiled/rounding.py.
 
    The same operations in the same order as ops/grid.py, so codes, scales and zero points are equal bit for bit.
    Compile without contraction of a * b + c and without -ffast-math: both would change last bits. */

@@ -1,4 +1,4 @@
-/* The two ends of an int8 product, each in one pass over memory: ops/native.py.
+/* The two ends of an int8 product, each in one pass over memory: ops/compiled/rounding.py.
 
    The same operations in the same order as runtime/cpu.py does with torch, so results are equal bit for bit. */
 

@@ -2,7 +2,7 @@
 
 Neighbouring codes are moved together inside wider machine words, in pieces that stay in the cache: on one core 4-bit
 codes take hardly twice as long as a copy of them. numpy does it (on small integers it is quicker than torch), or, where
-there is one, what was compiled from C (ops/native_packing.py), to the same byte.
+there is one, what was compiled from C (ops/compiled/packing.py), to the same byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outlierq.ops import native_packing
+from outlierq.ops.compiled import packing as native_packing
 
 if TYPE_CHECKING:
     import numpy as np

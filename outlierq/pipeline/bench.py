@@ -137,7 +137,7 @@ def measure_ceilings(device: str, rounds: int, clock: Clock = time.perf_counter)
     """Memory: copying or summing a large tensor, whichever is faster. Peaks: large square products."""
     import torch
 
-    from outlierq.ops.int8_split import int8_product
+    from outlierq.ops.twins.int8_split import int8_product
 
     numbers = torch.ones(PROBE_BYTES // 4, device=device)
     target = torch.empty_like(numbers)

@@ -13,7 +13,7 @@ from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_sha
 from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged, make_room
-from outlierq.pipeline.calibration import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
+from outlierq.pipeline.block.stats_run import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
 from outlierq.pipeline.events import (
     Event,
     Listener,
@@ -22,9 +22,9 @@ from outlierq.pipeline.events import (
     return_memory_at_once,
     silent,
 )
-from outlierq.pipeline.journal import locked
-from outlierq.pipeline.memory import Savings, obeying, work_of_calibration
-from outlierq.pipeline.ranks import ALONE, Ranks
+from outlierq.pipeline.ledger.journal import locked
+from outlierq.pipeline.planning.memory import Savings, obeying, work_of_calibration
+from outlierq.pipeline.processes.ranks import ALONE, Ranks
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:

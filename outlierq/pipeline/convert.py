@@ -24,9 +24,9 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.writer import write_small
 from outlierq.pipeline.events import Event, Listener, silent
-from outlierq.pipeline.journal import Journal, finish, working
-from outlierq.pipeline.output import Output
-from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, SitePlan, assembled, unit_name
+from outlierq.pipeline.ledger.journal import Journal, finish, working
+from outlierq.pipeline.ledger.output import Output
+from outlierq.pipeline.planning.plan import OUTSIDE, REPORT_NAME, Plan, SitePlan, assembled, unit_name
 from outlierq.recipe import Export, Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ def _schemes(
 
 def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = silent) -> Report:
     """Carry out a plan of `make_conversion` and put the result at `out`, verified. An interrupted run continues."""
-    from outlierq.pipeline.calibration import NoStats
+    from outlierq.pipeline.block.stats_run import NoStats
+    from outlierq.pipeline.processes.ranks import ALONE
     from outlierq.pipeline.quantize import Clock, make_report
-    from outlierq.pipeline.ranks import ALONE
 
     with working(out, restart=restart) as work:
         clock = Clock()

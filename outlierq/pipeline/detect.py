@@ -78,7 +78,7 @@ def from_run(
     """Statistics of the model run now, block by block; none of them are kept. work: for large hidden states."""
     from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
     from outlierq.load import build_skeleton, checkpoint_names, find_structure
-    from outlierq.pipeline.calibration import StatsFromRun, token_set
+    from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
 
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
@@ -188,8 +188,8 @@ class _Model:
 
     def _weights(self, data: BlockData) -> dict[str, dict[LinearSite, torch.Tensor]]:
         """[out, in] of every site, by group name."""
-        from outlierq.load.skeleton import read_all
-        from outlierq.pipeline.output import as_matrix
+        from outlierq.load.model.skeleton import read_all
+        from outlierq.pipeline.ledger.output import as_matrix
 
         sites = [site for group in data.groups for site in group.sites]
         stored = read_all(self.checkpoint, dict.fromkeys(site.weight for site in sites))
@@ -197,7 +197,7 @@ class _Model:
 
     def _keep_stream(self, data: BlockData) -> None:
         """Keep what the model-wide findings need of the inputs as wide as the residual stream."""
-        from outlierq.detect.channel_ratio import channel_ratios
+        from outlierq.detect.inputs.channel_ratio import channel_ratios
 
         ratios = []
         for group in data.groups:
@@ -216,7 +216,7 @@ class _Model:
 
     def outlier_channels(self) -> tuple[int, ...]:
         """Channels of the residual stream that stand out in most blocks."""
-        from outlierq.detect.channel_ratio import persistent_channels
+        from outlierq.detect.inputs.channel_ratio import persistent_channels
 
         if not any(self._ratios):
             self.notes.append("no input reads the residual stream through a norm, so there are no outlier channels")
@@ -224,7 +224,7 @@ class _Model:
 
     def features(self) -> dict[str, tuple[float, float]]:
         """LLM.int8()'s outlier features, channel numbers as text like in JSON."""
-        from outlierq.detect.llm_int8 import outlier_features
+        from outlierq.detect.inputs.llm_int8 import outlier_features
 
         if not self._counted:
             self.notes.append("LLM.int8() outlier features: no counts of |x| >= 6 in the statistics (calibrate again)")

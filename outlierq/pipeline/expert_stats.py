@@ -8,11 +8,11 @@ from pathlib import Path
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.pipeline.events import Listener, silent
-from outlierq.pipeline.journal import refuse_existing
-from outlierq.pipeline.memory import Work, check_together, work_of, work_of_calibration
-from outlierq.pipeline.plan import Plan, make_plan
-from outlierq.pipeline.ranks import ALONE, Ranks
-from outlierq.pipeline.rewriting import original_of
+from outlierq.pipeline.ledger.journal import refuse_existing
+from outlierq.pipeline.planning.memory import Work, check_together, work_of, work_of_calibration
+from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.remodel.rewrite import original_of
 from outlierq.recipe import Calibration, Recipe
 from outlierq.registry import transform_method
 

@@ -24,9 +24,9 @@ from outlierq.core.errors import OutlierqError, PublishError
 from outlierq.core.limits import Limits
 from outlierq.core.report import Report
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.plan import REPORT_NAME
-from outlierq.pipeline.result_cache import content_hash
-from outlierq.pipeline.results import judge, read_report
+from outlierq.pipeline.measure import judge, read_report
+from outlierq.pipeline.measuring.cache import content_hash
+from outlierq.pipeline.planning.plan import REPORT_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -23,7 +23,17 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.load import drop_shards, make_room
-from outlierq.pipeline.calibration import (
+from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
+from outlierq.pipeline.block.starved import (
+    STARVED,
+    check_static,
+    in_order_of_shares,
+    least_tokens,
+    shares,
+    starved_note,
+    tokens_of,
+)
+from outlierq.pipeline.block.stats_run import (
     NoStats,
     StatsFromFile,
     StatsFromRun,
@@ -32,7 +42,6 @@ from outlierq.pipeline.calibration import (
     in_shards,
     token_set,
 )
-from outlierq.pipeline.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
 from outlierq.pipeline.events import (
     Event,
     Listener,
@@ -42,22 +51,13 @@ from outlierq.pipeline.events import (
     return_memory_at_once,
     silent,
 )
-from outlierq.pipeline.experts import (
-    STARVED,
-    check_static,
-    in_order_of_shares,
-    least_tokens,
-    shares,
-    starved_note,
-    tokens_of,
-)
-from outlierq.pipeline.journal import Journal, finish, former_shards, work_folder, working
-from outlierq.pipeline.memory import LARGE, NO_SAVINGS, Savings, obeying, work_of
-from outlierq.pipeline.output import Output, as_matrix, from_matrix
-from outlierq.pipeline.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
-from outlierq.pipeline.ranks import ALONE, Ranks
-from outlierq.pipeline.rewriting import changing_method, new_shifts, original_of, prove_rewrite
-from outlierq.pipeline.sharding import all_of_lead, bare, dealt, names_of
+from outlierq.pipeline.ledger.journal import Journal, finish, former_shards, work_folder, working
+from outlierq.pipeline.ledger.output import Output, as_matrix, from_matrix
+from outlierq.pipeline.planning.memory import LARGE, NO_SAVINGS, Savings, obeying, work_of
+from outlierq.pipeline.planning.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
+from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.processes.sharding import all_of_lead, bare, dealt, names_of
+from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of, prove_rewrite
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
@@ -302,13 +302,13 @@ class _Run:
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
         """The block's tensors on the device, as stored."""
-        from outlierq.load.skeleton import read_all
+        from outlierq.load.model.skeleton import read_all
 
         return {name: t.to(self.device) for name, t in read_all(self.plan.checkpoint, block.tensors).items()}
 
     def _as_stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Folded tensors in the dtype that the plan gives them."""
-        from outlierq.load.shards import torch_dtype
+        from outlierq.load.source.shards import torch_dtype
 
         infos = self.plan.checkpoint.tensors
         return {name: tensor.to(torch_dtype(infos[name].dtype)).cpu() for name, tensor in tensors.items()}
@@ -327,7 +327,7 @@ class _Run:
         """
         if not self.plan.recipe.group_transforms:
             return stats, []
-        from outlierq.pipeline.folding import carry_out, choose, waves
+        from outlierq.pipeline.block.fold import carry_out, choose, waves
 
         steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.group_transforms]
         least = least_tokens(self.plan.recipe.calibration, frozenset())
@@ -369,7 +369,7 @@ class _Run:
         """Bring outlier channels to the end of the inputs whose order is free; `tensors` get the new values."""
         rows: list[dict[str, Any]] = []
         for step in self.plan.recipe.permutations:
-            from outlierq.pipeline.gathering import gather
+            from outlierq.pipeline.block.gather import gather
 
             config = self.plan.skeleton.config.get_text_config()
             heads = getattr(config, "num_attention_heads", None)
@@ -446,8 +446,8 @@ class _Run:
         cache, chosen = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
         if cache is None:
             return {}
-        from outlierq.load.shards import torch_dtype
-        from outlierq.pipeline.cache import cache_tensors
+        from outlierq.load.source.shards import torch_dtype
+        from outlierq.pipeline.block.kv_cache import cache_tensors
 
         dtype = torch_dtype(self.plan.layout.places[cache.names[0]].tensor.dtype)
         stats = self.source.block_stats(block.index)

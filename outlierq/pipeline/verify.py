@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.load.described import fits
+from outlierq.load.packed.described import fits
 from outlierq.pipeline.events import Event, Listener, silent
 
 if TYPE_CHECKING:

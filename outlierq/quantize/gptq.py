@@ -13,8 +13,8 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, nearest_code, to_quant_tensor
-from outlierq.ops.refine import refine
-from outlierq.ops.scale_search import search_grid
+from outlierq.ops.search.refine import refine
+from outlierq.ops.search.scale_search import search_grid
 from outlierq.ops.solve import inverse_cholesky
 from outlierq.registry import quantizer
 

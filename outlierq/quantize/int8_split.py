@@ -17,7 +17,7 @@ from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.int8_split import THRESHOLD, choose_columns
+from outlierq.ops.twins.int8_split import THRESHOLD, choose_columns
 from outlierq.quantize.rtn import rtn
 from outlierq.registry import quantizer
 

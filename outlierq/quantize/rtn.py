@@ -9,9 +9,9 @@ import torch
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
+from outlierq.ops.compiled.rounding import round_rows
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
-from outlierq.ops.native import round_rows
-from outlierq.ops.scale_search import search_grid
+from outlierq.ops.search.scale_search import search_grid
 from outlierq.registry import quantizer
 
 

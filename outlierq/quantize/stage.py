@@ -17,8 +17,8 @@ from outlierq.core.notes import collecting
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops.clip_search import static_scale, weighed_rows
 from outlierq.ops.errors import RelativeErrors, relative_error_of_both
+from outlierq.ops.search.clip_search import static_scale, weighed_rows
 from outlierq.ops.solve import sharing_factors
 
 # Weights quantized at a time without statistics: their codes, of one byte, are still in the cache when they are packed
@@ -46,9 +46,9 @@ def quantize_group(
 
     Sites with one scheme are stacked along their rows: they share the hessian, so they are solved together. Without
     statistics rows have nothing in common, and are quantized piece by piece, so that a piece stays in the cache.
-    clip_search: whether the scale of a static activation scheme may clip (ops/clip_search.py). most_weights: of a stack
-    that is solved at once, to bound memory; a larger one is solved some rows at a time (None: never). The rows of a
-    weight do not depend on each other, but sums over other numbers of rows may differ in the last bit.
+    clip_search: whether the scale of a static activation scheme may clip (ops/search/clip_search.py). most_weights: of
+    a stack that is solved at once, to bound memory; a larger one is solved some rows at a time (None: never). The rows
+    of a weight do not depend on each other, but sums over other numbers of rows may differ in the last bit.
     """
     stacks: dict[QuantScheme, list[LinearSite]] = {}
     for site in weights:

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from outlierq.core.errors import PublishError
+from outlierq.core.machine.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.core.report import Report
-from outlierq.core.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.report.terminal import human_bytes
 
 # What of the source's card holds for a compressed copy as well.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from outlierq.core.scheme import ActivationScheme
 from outlierq.ops.activations import scale_that_holds
-from outlierq.ops.int8_split import int8_product
-from outlierq.ops.native import round_tokens, scale_rows
+from outlierq.ops.compiled.rounding import round_tokens, scale_rows
+from outlierq.ops.twins.int8_split import int8_product
 from outlierq.runtime.layout import qlinear, unpack_int4
 
 # Up to so many tokens torch's product on packed codes beats decoding.

@@ -23,7 +23,7 @@ from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, InputGroup, LinearSite, Structure
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
-from outlierq.load.shards import torch_dtype
+from outlierq.load.source.shards import torch_dtype
 from outlierq.transform.stage import storable_scale
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import in_groups
 from outlierq.ops.precision import matmul_operands
-from outlierq.ops.scale_search import search_grid
-from outlierq.ops.site_error import judging_grid
+from outlierq.ops.search.scale_search import search_grid
+from outlierq.ops.search.site_error import judging_grid
 from outlierq.registry import transform
 
 # Scales outside this range push outliers into the weights and into the 16-bit norm (methods sheet 1.e).

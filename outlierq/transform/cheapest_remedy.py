@@ -11,7 +11,7 @@ from outlierq.core.move import Move
 from outlierq.core.notes import collecting, note
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.site_error import SiteError
+from outlierq.ops.search.site_error import SiteError
 from outlierq.registry import transform
 from outlierq.transform.os_plus import os_plus
 from outlierq.transform.smoothquant import smoothquant

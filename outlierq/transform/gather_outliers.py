@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from outlierq.core.stats import InputStats
-from outlierq.ops.int8_split import THRESHOLD, choose_columns
+from outlierq.ops.twins.int8_split import THRESHOLD, choose_columns
 from outlierq.registry import permuter
 
 

@@ -12,7 +12,7 @@ from outlierq.core.move import Move
 from outlierq.core.notes import note
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.site_error import SiteError
+from outlierq.ops.search.site_error import SiteError
 from outlierq.registry import transform
 from outlierq.transform.channels import LARGEST_SCALE, nearest_powers_of_two, tied_max
 
@@ -37,8 +37,8 @@ def os_plus(
     """Shift z_j = (max_j + min_j) / 2 (Eq. 2) and scale s_j(t) = max(1, max_j / t, -min_j / t) (Eq. 10) of an input.
 
     The threshold t is searched on a logarithmic grid up to the largest |x|, then by golden section, for the least
-    predicted output error with both operands quantized (ops/site_error.py); of equal ones the larger wins, and no
-    change at all is a candidate. Channels within t keep scale 1.
+    predicted output error with both operands quantized (ops/search/site_error.py); of equal ones the larger wins,
+    and no change at all is a candidate. Channels within t keep scale 1.
 
     shiftable: something can absorb the shift. shift: `auto` shifts when that errs less, `never` only scales.
     grid_points: thresholds on the grid. power_of_two: round scales to powers of two. w: [out, in] float32, all

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from outlierq.core.notes import note
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.site_error import SiteError
+from outlierq.ops.search.site_error import SiteError
 from outlierq.registry import transform
 from outlierq.transform.channels import evened, nearest_powers_of_two, tied_max
 from outlierq.transform.refined_scale import refined_scale
@@ -33,7 +33,7 @@ def smoothquant(
     """Scale [in]: s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) (Eq. 4), relative to its geometric middle.
 
     alpha: 0 evens out the columns of the weights, 1 the channels of the input; `search` takes the one with the least
-    predicted output error with both operands quantized (ops/site_error.py), no scaling among the candidates.
+    predicted output error with both operands quantized (ops/search/site_error.py), no scaling among the candidates.
     refine_steps: steps of descent by which a searched scale is then refined channel by channel (refined_scale.py),
     where inputs are rounded to integers; 0 is the paper's method. power_of_two: round scales to powers of two, which
     16-bit weights absorb without any rounding.

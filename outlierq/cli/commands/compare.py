@@ -31,7 +31,7 @@ def command(
     """Sizes, bits per weight and changed tensors of two checkpoints, from headers; with --quality their divergence."""
     from outlierq.evaluate.comparison import compare_checkpoints
     from outlierq.load import load_tokenizer
-    from outlierq.pipeline import evaluation
+    from outlierq.pipeline.measuring import models as evaluation
     from outlierq.report import terminal
 
     first, second = (shared.open_model(source, None, trust_remote_code) for source in (a, b))

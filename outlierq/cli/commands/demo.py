@@ -28,9 +28,9 @@ def command(
     import time
 
     from outlierq.load import load_tokenizer
-    from outlierq.pipeline import evaluation
     from outlierq.pipeline.events import peak_bytes
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.measuring import models as evaluation
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.report import terminal
 

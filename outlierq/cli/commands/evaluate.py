@@ -65,7 +65,7 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Perplexity of MODEL; with --reference also KL divergence per token, top-1 agreement and flips."""
-    from outlierq.pipeline import results as measuring
+    from outlierq.pipeline import measure as measuring
 
     limits = shared.gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
     if limits.needs_reference and reference is None:
@@ -125,7 +125,7 @@ def command(
 def check_memory(checkpoint: object, original: object | None, wanted: object, max_memory: str) -> None:
     """Refuse before work what would need more than --max-memory."""
     from outlierq.load import build_skeleton
-    from outlierq.pipeline.memory import check_evaluation
+    from outlierq.pipeline.planning.memory import check_evaluation
 
     if wanted.tasks:
         raise typer.BadParameter(

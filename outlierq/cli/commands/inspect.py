@@ -22,8 +22,8 @@ def command(
     as_json: shared.AsJson = False,
 ) -> None:
     """Say what TARGET is and holds, from headers alone."""
-    from outlierq.pipeline import inspection
-    from outlierq.pipeline.journal import JOURNAL, work_folder
+    from outlierq.pipeline import inspect as inspection
+    from outlierq.pipeline.ledger.journal import JOURNAL, work_folder
 
     folder = Path(target)
     unfinished = [f for f in (folder, work_folder(folder)) if (f / JOURNAL).is_file()]

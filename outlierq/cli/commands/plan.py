@@ -28,7 +28,7 @@ def command(
     With --format alone and a compressed MODEL: whether it can be converted without loss; that reads every weight.
     With --max-memory: whether the run stays below it, and what is done for that.
     """
-    from outlierq.pipeline.plan import estimate, make_plan
+    from outlierq.pipeline.planning.plan import estimate, make_plan
     from outlierq.report.terminal import human_bytes, human_seconds
 
     plan = conversion(model, form, recipe, settings, revision, trust_remote_code)
@@ -39,7 +39,7 @@ def command(
     expected, savings = estimate(plan), None
     if max_memory is not None:
         from outlierq.pipeline.expert_stats import works_of
-        from outlierq.pipeline.memory import check_together, choose
+        from outlierq.pipeline.planning.memory import check_together, choose
 
         works, ceiling = works_of(plan, trust_remote_code=trust_remote_code), shared.ceiling(max_memory)
         check_together(works, ceiling)

@@ -88,7 +88,7 @@ def _written(
 ) -> dict[str, bytes]:
     """The files that are not taken from the folder as they are: the card, pictures, reports without local paths."""
     from outlierq.pipeline import publish
-    from outlierq.pipeline.plan import REPORT_NAME
+    from outlierq.pipeline.planning.plan import REPORT_NAME
     from outlierq.report.model_card import metadata, model_card, source_metadata
 
     base = _base_model(candidate, base_model)
@@ -128,8 +128,8 @@ def _pictures(candidate: Candidate, outliers: Path | None) -> tuple[list[CardPic
     from tempfile import TemporaryDirectory
 
     from outlierq.core.errors import PublishError
+    from outlierq.core.machine.untrusted import json_object
     from outlierq.core.outliers import OutlierReport
-    from outlierq.core.untrusted import json_object
     from outlierq.pipeline.publish import without_paths
     from outlierq.report.model_card import CardPicture
     from outlierq.report.outlier_page import page, write_pictures

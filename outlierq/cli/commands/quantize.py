@@ -50,9 +50,9 @@ def command(
     """
     from outlierq.load import drop_shards, reading_ahead
     from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
-    from outlierq.pipeline.plan import make_plan
+    from outlierq.pipeline.measure import Measurement, judge, measure, record, unmeasured
+    from outlierq.pipeline.planning.plan import make_plan
     from outlierq.pipeline.quantize import quantize
-    from outlierq.pipeline.results import Measurement, judge, measure, record, unmeasured
     from outlierq.report import terminal
 
     asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
@@ -96,7 +96,7 @@ def command(
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
         plan = make_plan(checkpoint, chosen, expert_stats=chosen_by, trust_remote_code=trust_remote_code)
     if ceiling is not None and chosen.gate is not None:
-        from outlierq.pipeline.memory import check_evaluation
+        from outlierq.pipeline.planning.memory import check_evaluation
 
         check_evaluation([plan.skeleton] * 2, chosen.gate.dtype, chosen.gate.window_length, ceiling)
     if not quiet:

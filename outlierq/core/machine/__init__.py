@@ -1,0 +1,1 @@
+"""What the machine and other people's files may do to us: memory, caches, untrusted input."""

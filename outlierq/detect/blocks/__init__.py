@@ -1,0 +1,1 @@
+"""Measures of what passes between blocks, and of attention."""

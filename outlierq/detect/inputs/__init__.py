@@ -1,0 +1,1 @@
+"""Measures of the inputs of linears: one file each, with its source."""

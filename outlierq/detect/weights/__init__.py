@@ -1,0 +1,1 @@
+"""Measures of weights: tails, spectra, outlier ratios."""

@@ -1,0 +1,318 @@
+"""What stands before the tensors of a GGUF file: metadata, tokenizer, tensor headers, written by the gguf package."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from math import pi
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.machine.untrusted import brief, json_object
+from outlierq.core.model import Checkpoint
+from outlierq.export.gguf.piece_model import pieces_of_model
+from outlierq.export.gguf.sentencepiece import UNKNOWN, Pieces, is_sentencepiece, pieces_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, SpecialVocab
+
+# model_type of transformers -> architecture of llama.cpp.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+ALIGNMENT = 32
+PACKED = ("Q", "MX")  # how the names of packed ggml types begin
+# What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
+FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "MXFP4": "MOSTLY_MXFP4_MOE"}
+ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
+
+HeaderEntry = tuple[str, str, tuple[int, ...], int]
+
+
+def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes before the first tensor, padded to 32, and sentences on text that llama.cpp splits in another way.
+
+    tensors: (name, ggml type or safetensors dtype, shape or [rows, bytes of a row], bytes) in file order. SourceError
+    for a model that llama.cpp would run in another way than transformers.
+    """
+    import logging
+
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    _check_model(checkpoint)
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
+    with TemporaryDirectory() as folder:
+        writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[checkpoint.config["model_type"]])
+        _add_model(writer, checkpoint, tensors)
+        differences = _add_tokenizer(writer, checkpoint)
+        for name, kind, shape, nbytes in tensors:
+            quantized = kind.startswith(PACKED)
+            given = np.uint8 if quantized else np.float32  # of bytes, gguf tells the logical shape from the type
+            writer.add_tensor_info(name, shape, np.dtype(given), nbytes, GGMLQuantizationType[kind])
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        except (struct.error, OverflowError, ValueError, TypeError) as error:
+            raise SourceError(
+                f"the config or tokenizer of {checkpoint.source} holds what GGUF has no place for: {error}"
+            ) from error
+        finally:
+            writer.close()
+        header = (Path(folder) / "header.gguf").read_bytes()
+    return header + b"\0" * (-len(header) % ALIGNMENT), differences
+
+
+def _check_model(checkpoint: Checkpoint) -> None:
+    """SourceError for what llama.cpp does not compute as transformers does, or what is not written here yet."""
+    config = checkpoint.config
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise SourceError(
+            f"GGUF files are written for {', '.join(ARCHITECTURES)} models; {checkpoint.source} is a {kind}",
+            hint=ELSEWHERE,
+        )
+    if _rope_type(config) not in ("default", "linear", "llama3"):
+        raise SourceError(
+            f"{checkpoint.source} scales its rotary embedding ({_rope_type(config)}), which is not written into GGUF "
+            "files here",
+            hint=ELSEWHERE,
+        )
+    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+        raise SourceError(
+            f"{checkpoint.source} attends to a window of {config['sliding_window']} tokens, which llama.cpp does not "
+            "do for this architecture",
+            hint=ELSEWHERE,
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise SourceError(f"{checkpoint.source} has the activation {config['hidden_act']}; llama.cpp computes silu")
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description of the rotary embedding, under its new or its old name."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    """How the rotary embedding is scaled; "default" is not at all."""
+    rope = _rope(config)
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies. SourceError where it is none."""
+    theta = float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not theta > 0:
+        raise SourceError(f"rope_theta is {theta:g}; rotary frequencies need a positive one")
+    return theta
+
+
+def rope_factors(config: Mapping[str, Any]) -> list[float]:
+    """By what Llama 3 divides each rotary frequency, [head dimension / 2]; empty where the model is no such one.
+
+    A wave that turns at least `high_freq_factor` times in the original context stays, one that turns less than
+    `low_freq_factor` times is made `factor` times longer; between, the frequency is a mean of both, by number of turns.
+    llama.cpp reads them from the tensor rope_freqs.weight.
+    """
+    if _rope_type(config) != "llama3":
+        return []
+    rope, theta = _rope(config), _theta(config)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    try:
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        found = []
+        for index in range(0, size, 2):
+            turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
+            kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+            found.append(1 / (kept + (1 - kept) / factor))
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise SourceError(f"the scaling of the rotary embedding is not that of Llama 3: {error}") from error
+    return found
+
+
+def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
+    """Sizes and constants of the architecture."""
+    from gguf import LlamaFileType, RopeScalingType
+
+    config = checkpoint.config
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or hidden // heads
+    writer.add_type("model")
+    # llama.cpp treats the special tokens of whatever is called Phi-3 as those of Phi-3.
+    writer.add_name(re.sub("phi-?3", "phi_3", Path(checkpoint.source).name, flags=re.IGNORECASE) or "model")
+    writer.add_quantization_version(2)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config.get("max_position_embeddings", 2048))
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_rope_freq_base(_theta(config))
+    writer.add_rope_dimension_count(head_dim)
+    if _rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(_rope(config)["factor"]))
+    writer.add_vocab_size(config["vocab_size"])
+    if head_dim != hidden // heads:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    bytes_of: dict[str, int] = {}
+    for _, kind, _, nbytes in tensors:
+        bytes_of[kind] = bytes_of.get(kind, 0) + nbytes
+    packed = [kind for kind in bytes_of if kind.startswith(PACKED)]
+    most = max(packed or bytes_of, key=lambda kind: bytes_of[kind])
+    writer.add_file_type(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
+
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Vocabulary, merges or scores, special tokens and chat template.
+
+    Returns sentences on text that llama.cpp splits in another way; SourceError where it would do so throughout, and for
+    files that are not what they should be.
+    """
+    files = {file.name: file.read() for file in checkpoint.files if file.name in TOKENIZER_FILES}
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
+        raise SourceError(
+            f"{checkpoint.source} has no tokenizer.json and no tokenizer.model to write into a GGUF file",
+            hint=ELSEWHERE,
+        )
+    try:
+        return _add_described(writer, files, checkpoint.config, checkpoint.source)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SourceError(f"the tokenizer of {checkpoint.source} is damaged: {type(error).__name__} {error}") from error
+
+
+def _add_described(
+    writer: GGUFWriter, files: dict[str, bytes], config: Mapping[str, Any], source: str
+) -> tuple[str, ...]:
+    """The tokenizer that these files describe."""
+    settings, size = _settings(files), config["vocab_size"]
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    tokenizer = _content(files, "tokenizer.json") if "tokenizer.json" in files else None
+    if tokenizer is not None and not is_sentencepiece(tokenizer):
+        _add_bytes(writer, tokenizer, size, source)
+        _special(files, config, merges=True).add_to_gguf(writer, quiet=True)
+        return ()
+    special = _special(files, config, merges=False)
+    if tokenizer is not None:
+        told = {**settings, "model_type": config["model_type"]}
+        pieces = pieces_of(tokenizer, size, told, special.special_token_ids)
+        ids = {"unk": pieces.types.index(UNKNOWN)} if UNKNOWN in pieces.types else {}
+    else:
+        added = _content(files, "added_tokens.json")
+        pieces, ids = pieces_of_model(files["tokenizer.model"], size, settings, added)
+    _add_pieces(writer, pieces)
+    special.special_token_ids = {**ids, **special.special_token_ids}
+    # llama.cpp puts a begin of text before everything unless it is told not to.
+    special.add_special_token = dict(zip(("bos", "eos"), pieces.ends, strict=True))
+    special.add_to_gguf(writer, quiet=True)
+    return pieces.differences
+
+
+def _special(files: Mapping[str, bytes], config: Mapping[str, Any], *, merges: bool) -> SpecialVocab:
+    """gguf's reading of special tokens and chat template."""
+    import logging
+
+    from gguf import SpecialVocab
+
+    # What it guesses is put around text is not used where there are no merges.
+    logging.getLogger("gguf.vocab").setLevel(logging.WARNING if merges else logging.ERROR)
+    with TemporaryDirectory() as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_bytes(content)
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return SpecialVocab(folder, load_merges=merges, n_vocab=config["vocab_size"])
+
+
+def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file."""
+    return json_object(files.get(name, b"{}"), name, SourceError)
+
+
+def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with special tokens as text, as older files describe them by objects."""
+    settings = _content(files, "tokenizer_config.json")
+    texts = {key: value["content"] for key, value in settings.items() if isinstance(value, dict) and "content" in value}
+    return {**settings, **texts}
+
+
+def _add_pieces(writer: GGUFWriter, pieces: Pieces) -> None:
+    """A SentencePiece vocabulary."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    _add_tokens(writer, pieces.tokens, pieces.types)
+    writer.add_token_scores(pieces.scores)
+    writer.add_add_space_prefix(pieces.space_prefix)
+
+
+def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, source: str) -> None:
+    """A byte-level vocabulary, with the name of the way it splits text."""
+    from gguf import TokenType
+
+    name = pre_tokenizer_name(tokenizer)
+    if name is None:
+        raise SourceError(
+            f"the way the tokenizer of {source} splits text has no name in llama.cpp that is known here "
+            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2; SentencePiece BPE as in Llama 2)",
+            hint=ELSEWHERE,
+        )
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    types = [TokenType.UNUSED] * size
+    found = [(number, token, TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()]
+    for added in tokenizer.get("added_tokens", []):
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        found.append((added["id"], added["content"], kind))
+    for number, token, kind in found:
+        if not 0 <= number < size:
+            raise SourceError(f"the tokenizer of {source} has {token!r} as token {number} of {size}")
+        tokens[number], types[number] = token, kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    _add_tokens(writer, tokens, types)
+
+
+def _add_tokens(writer: GGUFWriter, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Texts and kinds of all tokens; TypeError where one is no text."""
+    wrong = [token for token in tokens if not isinstance(token, str)]
+    if wrong:
+        raise TypeError(f"{brief(wrong[0])} is no text of a token")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the way a tokenizer.json splits text; None when it is none of data/gguf_pretokenizers.json.
+
+    A wrong name would change the tokens of every text without a word, so only an equal description counts.
+    """
+    model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        return None
+    steps = [_step(step) for step in (pre.get("pretokenizers") or [pre])]
+    known = json.loads((resources.files("outlierq") / "data" / "gguf_pretokenizers.json").read_text(encoding="utf-8"))
+    return next((name for name, described in known.items() if described == steps), None)
+
+
+def _step(step: Mapping[str, Any]) -> list[Any] | None:
+    """A step of a pre-tokenizer by its kind and the one setting that matters; None for any other setting."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+        return [kind, step.get("use_regex", True)]
+    if kind == "Digits":
+        return [kind, bool(step.get("individual_digits"))]
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return [kind, (step.get("pattern") or {}).get("Regex")]
+    return None

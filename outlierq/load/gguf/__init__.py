@@ -1,0 +1,1 @@
+"""GGUF files: headers, blocks, rotary scaling and tokenizers, presented as a `Checkpoint`."""

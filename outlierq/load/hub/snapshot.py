@@ -1,0 +1,132 @@
+"""A Hub id: the files of one commit, in the cache of huggingface_hub and under its rules for tokens and offline use.
+
+Within a process huggingface_hub goes on with a download that broke off; files that had arrived whole stay in any case.
+It compares sizes only, so weight files are held against the digests that the Hub names them by before they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlierq.core.errors import SourceError
+from outlierq.load.hub.content import check_cached
+from outlierq.load.hub.threads import check_room
+
+# Weights as safetensors, and what is small: pickles and other frameworks' weights are never fetched.
+WEIGHTS = "*.safetensors"
+SMALL = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+WANTED = (WEIGHTS, *SMALL)
+
+# Subfolders hold other forms of the same weights, and "consolidated" files repeat them in the maker's own format.
+UNWANTED = ("*/*", "consolidated*", "*.bin.index.json")
+
+# Of huggingface_hub for a download.
+THREADS = 8
+
+OFFLINE_HINT = "use a local folder, or fetch the model once with a network and run with HF_HUB_OFFLINE=1"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file as the Hub lists it. digest: sha256 in large storage, the blob id when git itself holds it; hex."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one commit. names: of all; weights: those of the safetensors files that are wanted."""
+
+    repository: str
+    commit: str
+    names: tuple[str, ...]
+    weights: Mapping[str, Listed]
+
+
+def snapshot(
+    repository: str, revision: str | None, *, trust_remote_code: bool = False, weights: bool = True
+) -> tuple[Path, str]:
+    """The local folder of one commit and that commit's sha.
+
+    revision: branch, tag or commit; None is the default branch. weights: fetch and check them, too. SourceError when
+    the repository is unknown or closed to this user, neither cached nor reachable, or when a file is damaged.
+    """
+    from huggingface_hub import snapshot_download
+
+    check_room(THREADS)
+    wanted = [*(WANTED if weights else SMALL), *(["*.py"] if trust_remote_code else [])]
+    with asking(repository, revision):
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED), max_workers=THREADS
+        )
+    if weights:
+        check_cached(sorted(Path(folder).glob(WEIGHTS)))
+    # The cache names a snapshot's folder after the commit that the revision stood for.
+    return Path(folder), Path(folder).name
+
+
+def listing(repository: str, revision: str | None) -> Listing:
+    """What a revision stands for now: its commit, and the sizes and digests of its files. SourceError as above."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    with asking(repository, revision):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    names = tuple(sorted(file.rfilename for file in info.siblings))
+    wanted = set(filter_repo_objects(names, allow_patterns=[WEIGHTS], ignore_patterns=list(UNWANTED)))
+    weights = {
+        file.rfilename: Listed(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in info.siblings
+        if file.rfilename in wanted
+    }
+    return Listing(repository, info.sha, names, weights)
+
+
+@contextmanager
+def asking(repository: str, revision: str | None = None, hint: str = OFFLINE_HINT) -> Iterator[None]:
+    """What the Hub or the line to it says against a request, as a SourceError. hint: for a line that breaks."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise SourceError(
+            f"{repository} is gated: its owner must grant you access first",
+            hint=f"ask at https://huggingface.co/{repository}, then log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceError(
+            f"{repository} has no revision {revision}", hint="give a branch, a tag or a commit"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{repository} is neither a path here nor a repository that you may read on the Hub",
+            hint="check the spelling; for a private repository log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{repository} is not in the cache and the Hub cannot be reached", hint=OFFLINE_HINT
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise SourceError(
+            f"HF_HUB_OFFLINE is set, so nothing of {repository} can be asked of the Hub", hint="unset it"
+        ) from error
+    except errors.HFValidationError as error:
+        raise SourceError(f"{repository} is no valid Hub id: {error}", hint="a Hub id is written owner/name") from error
+    except (errors.HTTPError, OSError) as error:
+        raise SourceError(f"{repository} could not be fetched from the Hub: {error}", hint=hint) from error

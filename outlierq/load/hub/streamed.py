@@ -1,0 +1,261 @@
+"""A checkpoint on the Hub whose weight files come one after another and go again: for models larger than the disk.
+
+Config, tokenizer and index are fetched like any other, headers and the first bytes of every tensor by HTTP ranges. A
+shard is fetched and checked when one of its tensors is first read. At most `keep` shards lie here at a time; the one
+that was read longest ago makes room. One commit is read from beginning to end, also by a run that is continued.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from io import RawIOBase
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+from outlierq.core.errors import SourceError
+from outlierq.core.model import Structure
+from outlierq.load.hub.content import check_cached
+from outlierq.load.hub.remote import PIECE_BYTES, RemoteFile
+from outlierq.load.hub.snapshot import Listing, listing, snapshot
+from outlierq.load.hub.threads import pool
+from outlierq.load.source.folder import FolderCheckpoint
+from outlierq.load.source.shards import StoredTensor, lookup, open_plain
+
+PIN, LOCK = "commit.json", ".lock"
+# Requests at a time for headers and first bytes.
+MOST_REQUESTS = 16
+# Blocks that a data-free run works on at once: more would need more shards, and wait for the network all the same.
+MOST_THREADS = 2
+# Shards beside those of the blocks that are worked on.
+SPARE = 1
+
+
+def open_streamed(
+    repository: str,
+    revision: str | None,
+    shards: Path | None,
+    *,
+    trust_remote_code: bool = False,
+    restart: bool = False,
+) -> StreamedCheckpoint:
+    """The checkpoint of a Hub id without its weights, which come through the folder `shards` when they are read.
+
+    A run that was stopped has left its commit in that folder; that one is read then, whatever a branch stands for now,
+    unless `restart` is set. shards None: for headers alone. SourceError as `snapshot`.
+    """
+    pinned = None if shards is None or restart else _pinned(shards, repository, revision)
+    listed = listing(repository, pinned or revision)
+    folder, _ = snapshot(repository, listed.commit, trust_remote_code=trust_remote_code, weights=False)
+    remote = {name: RemoteFile(repository, listed.commit, file) for name, file in listed.weights.items()}
+    checkpoint = StreamedCheckpoint(listed, folder, remote)
+    if shards is not None:
+        checkpoint.store = ShardStore(
+            shards, remote, {"repository": repository, "revision": revision, "commit": listed.commit}
+        )
+    return checkpoint
+
+
+class StreamedCheckpoint(FolderCheckpoint):
+    """A repository at one commit. Satisfies `Checkpoint`.
+
+    folder: config, tokenizer and whatever else is small. store: where shards come and go; None for headers alone: a
+    tensor that is read all the same is fetched by itself, and not checked.
+    """
+
+    most_threads = MOST_THREADS
+
+    def __init__(self, listed: Listing, folder: Path, remote: dict[str, RemoteFile]):
+        self.store: ShardStore | None = None
+        self._listed, self._remote = listed, remote
+        self._found_here: set[Path] = set()
+        with pool(MOST_REQUESTS) as threads:
+            # A fault of a file that the index does not name is no fault of the model.
+            self._headers = {name: threads.submit(file.header) for name, file in remote.items()}
+        super().__init__(folder, source=listed.repository, revision=listed.commit)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """None of them stays here."""
+        return []
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every weight file by name, as the Hub lists it."""
+        return {name: file.listed.digest for name, file in sorted(self._remote.items())}
+
+    def make_room(self, structure: Structure, blocks: int, fetching: Callable[[int, int, str], None]) -> None:
+        """Let as many shards lie here as this many blocks of the model can need at once, and one more.
+
+        fetching: is told of every shard that is fetched: how many were before, of how many, and its name.
+        """
+        if self.store is not None:
+            self.store.fetching = fetching
+            spans = [
+                {self._stored[name].path for name in block.tensors if name in self._stored}
+                for block in structure.blocks
+            ]
+            self.store.keep = max(map(len, spans), default=1) * blocks + SPARE
+
+    def _names(self) -> Collection[str]:
+        return self._listed.names
+
+    def _header(self, name: str) -> dict[str, StoredTensor]:
+        return self._headers[name].result()
+
+    def _open(self, path: Path) -> BinaryIO:
+        here = self.path / path.name  # the whole model may have been fetched before
+        if here.is_file():
+            if here not in self._found_here:
+                check_cached([here])
+                self._found_here.add(here)
+            return open_plain(here)
+        return RemoteReader(self._remote[path.name]) if self.store is None else self.store.open(path.name)
+
+    def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
+        def first_bytes(name: str) -> tuple[str, bytes]:
+            stored = lookup(self._stored, name)
+            stop = stored.start + min(stored.info.nbytes, length)
+            return name, self._remote[stored.path.name].read(stored.start, stop)
+
+        with pool(MOST_REQUESTS) as threads:
+            yield from threads.map(first_bytes, names)
+
+
+class RemoteReader(RawIOBase):
+    """A remote file for reading by position; nothing is kept."""
+
+    def __init__(self, remote: RemoteFile):
+        self._remote, self._at = remote, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Set the position, counted from the start."""
+        if whence != 0:
+            raise ValueError("only positions from the start are known")
+        self._at = offset
+        return offset
+
+    def readinto(self, target: Any) -> int:
+        """Fill the target, or its first megabytes."""
+        count = min(len(target), PIECE_BYTES, self._remote.listed.size - self._at)
+        target[:count] = self._remote.read(self._at, self._at + count)
+        self._at += count
+        return count
+
+
+class ShardStore:
+    """Weight files in `folder`, at most `keep` at a time. Several threads may open them; no other process may.
+
+    pin: repository, revision asked for, and commit, so that a continued run reads the same one.
+    """
+
+    def __init__(self, folder: Path, remote: dict[str, RemoteFile], pin: dict[str, str | None], keep: int = 3):
+        self.folder, self.keep, self._remote = folder, keep, remote
+        self._lock, self._locks = Lock(), {name: Lock() for name in remote}
+        # Names of what lies here or is under way, in the order of their last use; `_sound`: those that were checked.
+        self._held: OrderedDict[str, None] = OrderedDict()
+        self._sound: set[str] = set()
+        self.fetching: Callable[[int, int, str], None] = lambda done, total, name: None
+        self._fetched: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._process_lock = open(folder / LOCK, "w")  # noqa: SIM115 - held until `close`
+        except OSError as error:
+            raise SourceError(f"{folder} cannot be made: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._process_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._process_lock.close()
+            raise SourceError(
+                f"another outlierq puts its shards into {folder}", hint="wait for it, or choose another -o"
+            ) from error
+        self._take_up(pin)
+
+    def _take_up(self, pin: dict[str, str | None]) -> None:
+        """Keep the shards that a stopped run left, if they are of this commit."""
+        place = self.folder / PIN
+        if _read_pin(place).get("commit") != pin["commit"]:
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+        with place.open("w") as file:
+            file.write(json.dumps(pin))
+            file.flush()
+            os.fsync(file.fileno())
+        left = {path.name.removesuffix(".part") for path in self.folder.iterdir()}
+        self._held.update(dict.fromkeys(sorted(left & self._remote.keys())))
+
+    def open(self, name: str) -> BinaryIO:
+        """The shard, fetched and checked if need be. It can be read to its end even if it has to go meanwhile."""
+        with self._locks[name]:
+            self._reserve(name)
+            if name not in self._sound:
+                self._fetch(name)
+            return open_plain(self.folder / name)
+
+    def _fetch(self, name: str) -> None:
+        """Have a sound file in place; one that an earlier process left is checked, and fetched anew if need be."""
+        path = self.folder / name
+        self.folder.mkdir(exist_ok=True)
+        if path.exists():
+            try:
+                self._remote[name].check(path)
+            except SourceError:
+                path.unlink()
+        if not path.exists():
+            self.fetching(len(self._fetched), len(self._remote), name)
+            self._remote[name].fetch(path)
+            self._fetched.add(name)
+        self._sound.add(name)
+
+    def _reserve(self, name: str) -> None:
+        """Count the shard as the one used last, and remove those used longest ago until there is room for it."""
+        with self._lock:
+            self._held.pop(name, None)
+            for old in list(self._held):
+                if len(self._held) < self.keep:
+                    break
+                # One that another thread fetches or opens at this moment stays.
+                if self._locks[old].acquire(blocking=False):
+                    self._remove(old)
+                    self._locks[old].release()
+            self._held[name] = None
+
+    def _remove(self, name: str) -> None:
+        self._held.pop(name)
+        self._sound.discard(name)
+        for path in (self.folder / name, self.folder / f"{name}.part"):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything: the work is done. A shard that is read once more all the same is fetched once more."""
+        with self._lock:
+            self._held.clear()
+            self._sound.clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other processes in; shards stay for a run that goes on."""
+        if not self._held:
+            self.clear()
+        self._process_lock.close()
+
+
+def _pinned(folder: Path, repository: str, revision: str | None) -> str | None:
+    """The commit that a stopped run of this repository and revision began with."""
+    pin = _read_pin(folder / PIN)
+    return pin.get("commit") if (pin.get("repository"), pin.get("revision")) == (repository, revision) else None
+
+
+def _read_pin(place: Path) -> dict[str, Any]:
+    """What the file holds; nothing when it is not there or was cut short."""
+    with suppress(OSError, ValueError):
+        found = json.loads(place.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,298 @@
+"""The skeleton: the model without weights, the structure found in it, and filling it part by part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError, nearest
+from outlierq.core.model import Block, LinearSite, Structure
+from outlierq.load.model.names import checkpoint_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+# Keys of config.json that would change how the skeleton computes, not what it is.
+NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
+
+# Far above any model there is.
+LAYERS, MOST_LAYERS = re.compile(r"(num|n)_\w*(layers?|blocks?)"), 10_000
+MOST_EXPERTS, MOST_LEARNED_POSITIONS, MOST_CHANNELS = 1 << 16, 1 << 15, 1 << 20
+
+# Read at a time, before it gets the dtype in which it is used.
+PORTION_BYTES = 32 << 20
+
+
+def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The causal language model of the checkpoint's config: parameters on the meta device, buffers real, eval mode.
+
+    Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
+    checkpoint gives the plain model. SourceError when transformers cannot build the model.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = _config(checkpoint, trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=trust_remote_code
+            )
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
+        raise SourceError(
+            f"transformers cannot build a causal language model from the config of {checkpoint.source}: {error}",
+            hint="only decoder language models can be compressed; check config.json",
+        ) from error
+    from outlierq.load.model.fused_experts import separate_experts
+
+    separate_experts(model, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The config object of transformers, without cache and without quantization."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    content = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_THE_SKELETON}
+    model_type = content.get("model_type")
+    own_code = trust_remote_code and content.get("auto_map")
+    if not own_code and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
+        close = nearest(str(model_type), list(CONFIG_MAPPING.keys()))
+        raise SourceError(
+            f"config.json of {checkpoint.source} has model_type {model_type!r}, unknown to transformers",
+            hint=f"did you mean {close}?" if close else None,
+        )
+    _check_content(checkpoint, content)
+    try:
+        if own_code:
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(content)
+        parts = (config, config.get_text_config())
+    except config_errors() as error:
+        raise SourceError(f"config.json of {checkpoint.source} is not valid: {error}") from error
+    _check_sizes(checkpoint, parts)
+    for part in parts:
+        part.use_cache = False
+        part.__dict__.pop("quantization_config", None)
+    return config
+
+
+def config_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises for content that makes no config."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    return (StrictDataclassError, *plain)
+
+
+def _check_content(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
+    """Refuse what transformers would take unseen: types that are no names, and numbers of layers that make endless
+    lists before anybody can look at them.
+    """
+    most = max(MOST_LAYERS, len(checkpoint.tensors))
+    for key, value in content.items():
+        if key == "model_type" and not isinstance(value, str | None):
+            raise SourceError(f"config.json of {checkpoint.source} has a part whose model_type is no name")
+        if isinstance(value, dict):
+            _check_content(checkpoint, value)
+        elif isinstance(value, int | float) and value > most and LAYERS.fullmatch(key):
+            raise SourceError(f"config.json of {checkpoint.source} asks for {value:,} layers ({key})")
+
+
+def _check_sizes(checkpoint: Checkpoint, parts: Iterable[Any]) -> None:
+    """Refuse a config that asks for so many parts that building the empty model would take hours or all memory."""
+    for part in parts:
+        blocks = getattr(part, "num_hidden_layers", None)
+        if isinstance(blocks, int) and blocks > len(checkpoint.tensors):
+            raise SourceError(
+                f"config.json of {checkpoint.source} asks for {blocks} blocks, more than there are tensors "
+                f"({len(checkpoint.tensors)})"
+            )
+        for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+            experts = getattr(part, key, None)
+            if isinstance(experts, int) and experts > MOST_EXPERTS:
+                raise SourceError(f"config.json of {checkpoint.source} asks for {experts} experts in a block")
+        for key in ("hidden_size", "head_dim", "qk_rope_head_dim", "rotary_dim"):
+            channels = getattr(part, key, None)
+            if isinstance(channels, int) and channels > MOST_CHANNELS:  # a table of frequencies is made, in real memory
+                raise SourceError(f"config.json of {checkpoint.source} asks for {channels:,} channels ({key})")
+        positions = getattr(part, "max_position_embeddings", None)
+        # Models with learned positions make a causal mask of this width and height, in real memory.
+        if isinstance(positions, int) and positions > MOST_LEARNED_POSITIONS and not hasattr(part, "rope_parameters"):
+            raise SourceError(f"config.json of {checkpoint.source} asks for {positions} learned positions")
+
+
+def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structure:
+    """Blocks, linear sites and all other tensors, in the order of their definition.
+
+    Blocks are the members of the module list that holds most parameters. Tensors that the model class does not know are
+    in `outside_tensors`. A tied head is no site: it has no tensor of its own (see `Structure.tied`).
+    """
+    names = checkpoint_names(checkpoint, skeleton)
+    list_name, blocks = _block_list(skeleton)
+    found = tuple(_block(f"{list_name}.{index}", index, block, names) for index, block in enumerate(blocks))
+    inside = {tensor for block in found for tensor in block.tensors}
+    tied = _ties(names)
+    shared = {tensor for _, tensor in tied}
+    sites = _sites(skeleton, "", names, None)
+    outside = tuple(site for site in sites if site.weight not in inside and site.weight not in shared)
+    covered = inside | {tensor for site in outside for tensor in (site.weight, site.bias)}
+    return Structure(found, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
+
+
+def _block_list(skeleton: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Name and members of the module list that holds most parameters."""
+    import torch
+
+    lists = [(name, part) for name, part in skeleton.named_modules() if isinstance(part, torch.nn.ModuleList) and name]
+    if not lists:
+        raise SourceError(f"{type(skeleton).__name__} has no list of decoder blocks")
+    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, str]) -> Block:
+    """One block with its sites and its tensors."""
+    tensors = dict.fromkeys(tensor for slot, tensor in names.items() if slot.startswith(f"{name}."))
+    return Block(index, name, tuple(_sites(block, f"{name}.", names, index)), tuple(tensors))
+
+
+def _sites(module: torch.nn.Module, prefix: str, names: Mapping[str, str], block: int | None) -> list[LinearSite]:
+    """Every linear layer in the module, and the routers of its experts, in the order of definition."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from outlierq.load.model.fused_experts import expert_names, router_names
+
+    routers, experts = router_names(module), set(expert_names(module))
+    sites = []
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Linear | Conv1D) or name in routers:
+            full = f"{prefix}{name}".removesuffix(".")
+            transposed = isinstance(part, Conv1D)
+            owner = name.rpartition(".")[0]
+            rows, columns = reversed(part.weight.shape) if transposed else part.weight.shape
+            sites.append(
+                LinearSite(
+                    module=full,
+                    weight=names[f"{full}.weight"],
+                    bias=names.get(f"{full}.bias"),
+                    out_features=rows,
+                    in_features=columns,
+                    block=block,
+                    kind="Router" if name in routers else type(part).__name__,
+                    transposed=transposed,
+                    expert=f"{prefix}{owner}" if owner in experts else None,
+                )
+            )
+    return sites
+
+
+def _ties(names: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """(slot, tensor) for each slot that shares the tensor of an earlier one."""
+    owners: dict[str, str] = {}
+    tied = []
+    for slot, tensor in names.items():
+        if owners.setdefault(tensor, slot) != slot:
+            tied.append((slot, tensor))
+    return tuple(tied)
+
+
+def load_tensors_into(
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    prefix: str = "",
+    skip: Iterable[str] = (),
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Give a part of the skeleton its weights from the checkpoint.
+
+    module: the skeleton or a part of it; prefix: the full name of that part ("model.layers.3"). names: of
+    `checkpoint_names`. skip: full names of parts to leave alone (all blocks, to fill what is outside of them). dtype:
+    of the floating-point tensors, default `checkpoint.dtype`. Slots that share a tensor share the parameter.
+    """
+    import torch
+
+    wanted = getattr(torch, dtype or checkpoint.dtype) if not isinstance(dtype, torch.dtype) else dtype
+    slots = _slots_of(module, f"{prefix}." if prefix else "", tuple(f"{part}." for part in skip))
+    sources = {slot: names[full] for slot, full in slots.items() if full in names}
+    filled = {
+        name: tensor.to(device=device, dtype=wanted if tensor.is_floating_point() else None)
+        for some in _portions(checkpoint, dict.fromkeys(sources.values()))
+        for name, tensor in read_all(checkpoint, some).items()
+    }
+    shared: dict[str, torch.nn.Parameter] = {}
+    for slot, tensor in sources.items():
+        _assign(module, slot, tensor, filled[tensor], shared)
+    _move_buffers(module, slots, device)
+
+
+def _slots_of(module: torch.nn.Module, prefix: str, skip: tuple[str, ...]) -> dict[str, str]:
+    """Name within the module -> full name, of every parameter and buffer that is not skipped."""
+    parameters = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    buffers = (name for name, _ in module.named_buffers(remove_duplicate=False))
+    return {name: prefix + name for name in (*parameters, *buffers) if not (prefix + name).startswith(skip)}
+
+
+def _portions(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[list[str]]:
+    """The names in runs of about PORTION_BYTES: a whole model is not in memory in two dtypes at once.
+
+    What tells no sizes (random weights, for a look at the model) is read at once.
+    """
+    known = getattr(checkpoint, "tensors", {})
+    some, size = [], 0
+    for name in names:
+        some.append(name)
+        size += known[name].nbytes if name in known else 0
+        if size >= PORTION_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Several tensors, with one opening of each file where the checkpoint offers it."""
+    if hasattr(checkpoint, "read_many"):
+        return checkpoint.read_many(names)
+    return {name: checkpoint.read(name) for name in names}
+
+
+def _assign(module: torch.nn.Module, slot: str, tensor_name: str, value: torch.Tensor, shared: dict) -> None:
+    """Put one tensor into its slot, as the very parameter that other slots of the same tensor hold."""
+    import torch
+
+    owner_name, _, name = slot.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if name in owner._buffers:
+        owner._buffers[name] = value
+        return
+    if tensor_name not in shared:
+        shared[tensor_name] = torch.nn.Parameter(value, requires_grad=False)
+    owner._parameters[name] = shared[tensor_name]
+
+
+def _move_buffers(module: torch.nn.Module, slots: Iterable[str], device: str | torch.device) -> None:
+    """Bring the buffers that no file holds (rotary frequencies, masks) to the device."""
+    for slot in slots:
+        owner_name, _, name = slot.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if owner._buffers.get(name) is not None:
+            owner._buffers[name] = owner._buffers[name].to(device)
+
+
+def release(module: torch.nn.Module) -> None:
+    """Drop the weights of a part: its parameters go back to the meta device. Buffers stay."""
+    import torch
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)

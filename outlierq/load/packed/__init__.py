@@ -1,0 +1,1 @@
+"""Compressed checkpoints, decoded with numpy alone: one file per layout, and the table of them."""

@@ -1,0 +1,65 @@
+"""Reads LLM.int8() checkpoints as transformers saves them with bitsandbytes, and computes what bitsandbytes does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, SplitWeight, linears_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+MAXIMA = ".SCB"
+
+
+def decode_int8(weight: Any, maxima: Any) -> np.ndarray:
+    """Float32 [out, in]: codes * (SCB / 127). weight: [out, in] int8. maxima: SCB, [out] float32."""
+    import numpy as np
+
+    codes = np.asarray(weight)
+    if codes.shape[0] != np.asarray(maxima).size:
+        raise SourceError(f"{np.asarray(maxima).size} row maxima do not fit {codes.shape[0]} rows of codes")
+    return codes.astype(np.float32) * (np.asarray(maxima, np.float32) / np.float32(127)).reshape(-1, 1)
+
+
+class Int8Checkpoint(SplitCheckpoint):
+    """An LLM.int8() checkpoint presented as a plain one. threshold: |x| from which a column is an outlier."""
+
+    def __init__(self, stored: Checkpoint, linears: Mapping[str, SplitWeight], threshold: float):
+        super().__init__(stored, linears)
+        self.threshold = threshold
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """Float32 [out, in]; SourceError when the codes are not in plain rows."""
+        if int(parts["weight_format"]) != 0:
+            raise SourceError(
+                f"{self.source} keeps its codes in the tiled layout {int(parts['weight_format'])}, not in rows",
+                hint="save the model again with bitsandbytes 0.45 or later",
+            )
+        return decode_int8(parts["weight"], parts["SCB"])
+
+    def quantized(self, name: str) -> QuantTensor:
+        """SourceError: which columns are multiplied in 16 bits is found in each call."""
+        raise SourceError(f"{name} of {self.source} is LLM.int8(), which finds its outlier columns in each call")
+
+    def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        """LLM.int8() with the checkpoint's threshold."""
+        return DynamicSplitLinear(parts["weight"], parts["SCB"][:, None] / 127, bias, self.threshold)
+
+
+def int8_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> Int8Checkpoint:
+    """The presentation of a bitsandbytes folder. config: its quantization_config. SourceError when it is not 8-bit."""
+    if not config.get("load_in_8bit"):
+        raise SourceError(
+            f"{stored.source} is a bitsandbytes checkpoint, but not an 8-bit one",
+            hint="only LLM.int8() is decoded here; evaluate 4-bit ones with transformers",
+        )
+    stems = [name.removesuffix(MAXIMA) for name in stored.tensors if name.endswith(MAXIMA)]
+    linears = linears_of(stored, stems, ("weight", "SCB", "weight_format"))
+    return Int8Checkpoint(stored, linears, float(config.get("llm_int8_threshold", 6.0)))

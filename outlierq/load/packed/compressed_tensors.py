@@ -1,0 +1,334 @@
+"""An already compressed checkpoint seen as a plain one: packed weights are decoded when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.load.model.activations import input_scheme, round_inputs
+from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
+from outlierq.load.packed.decoded import DecodedCheckpoint
+from outlierq.load.packed.decoders import (
+    decode_float_quantized,
+    decode_int_quantized,
+    decode_pack_quantized,
+    decode_rows,
+)
+from outlierq.load.packed.described import check_described, check_member, fits
+from outlierq.load.packed.e2m1 import decode_e2m1
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+SCALE, PACKED = ".weight_scale", ".weight_packed"
+KEY_SCALE, VALUE_SCALE = ".k_scale", ".v_scale"
+
+# Everything that a format stores for one weight and for its input. The first one holds the codes.
+PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+MEMBERS = {
+    "pack-quantized": PACKED_MEMBERS,
+    "int-quantized": BYTE_MEMBERS,
+    "float-quantized": BYTE_MEMBERS,
+    NVFP4: ("weight_packed", "weight_scale", "weight_global_scale"),
+    MXFP4: ("weight_packed", "weight_scale"),
+}
+SCALES = {NVFP4: "two-level", MXFP4: "power-of-two"}
+# What their parts may be, where that is not what the other forms have under the same name.
+FLOAT4_ROLES = {
+    (NVFP4, "weight_packed"): "weight_packed of 4-bit floats",
+    (MXFP4, "weight_packed"): "weight_packed of 4-bit floats",
+    (NVFP4, "weight_scale"): "weight_scale of nvfp4",
+    (MXFP4, "weight_scale"): "weight_scale of mxfp4",
+}
+
+# Rotations at these places are already inside the stored weights; others would have to run with the model.
+FUSED = ("weight_input", "weight_output")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """How one weight is stored. shape: (out, in). members: stored tensor names by role.
+
+    form: name of the compressed-tensors format. block: rows and columns that share a scale. inputs: how the input of
+    the linear is rounded at run time, None for 16 bits.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    symmetric: bool
+    group_size: int | None
+    members: dict[str, str]
+    form: str = "pack-quantized"
+    block: tuple[int, int] | None = None
+    inputs: ActivationScheme | None = None
+
+
+def unpacked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself when it is plain; otherwise the same checkpoint with its weights decoded to float32.
+
+    What else the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model
+    by the result's `install`. SourceError when the compression cannot be decoded and run here.
+    """
+    found = checkpoint.config.get("quantization_config")
+    if not found:
+        return checkpoint
+    check_described(checkpoint.source, found)
+    if found.get("quant_method") == "bitsandbytes":
+        from outlierq.load.packed.bitsandbytes import int8_checkpoint
+
+        return int8_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "gptq":
+        from outlierq.load.packed.gptq import gptq_checkpoint
+
+        return gptq_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "awq":
+        from outlierq.load.packed.awq import awq_checkpoint
+
+        return awq_checkpoint(checkpoint, found)
+    if found.get("quant_method") == "outlierq":
+        from outlierq.load.packed.outlier_split import split_checkpoint
+
+        return split_checkpoint(checkpoint, found)
+    _check_method(checkpoint, found)
+    ends = (SCALE, PACKED)
+    modules = list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.tensors if n.endswith(ends)))
+    if not modules and _groups(found):
+        raise SourceError(f"{checkpoint.source} says that it is compressed, but holds no compressed weight")
+    groups = {module: _group_of(checkpoint, found, module) for module in modules}
+    packed = [m for m in modules if _form(groups[m], found) == "pack-quantized"]
+    shapes = _shapes(checkpoint, packed)
+    weights = {f"{m}.weight": _packed(checkpoint, found, m, groups[m], shapes.get(m)) for m in modules}
+    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, found))
+
+
+class UnpackedCheckpoint(DecodedCheckpoint):
+    """A checkpoint of compressed-tensors.
+
+    cache: stored prefix of an attention module -> names of its scales for keys and values.
+    """
+
+    linears: dict[str, PackedWeight]
+
+    def __init__(self, stored: Checkpoint, linears: dict[str, PackedWeight], cache: dict[str, tuple[str, str]]):
+        super().__init__(stored, linears, aside=[name for names in cache.values() for name in names])
+        self._cache = cache
+
+    def decoded(self, name: str) -> torch.Tensor:
+        """The linear with this weight, float32 [out, in]."""
+        import torch
+
+        return torch.from_numpy(_decode(self.linears[name], self.parts(name, ("weight_shape", "input_scale"))))
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes, scales and zero points of a packed weight. SourceError when they are not in groups of columns."""
+        weight = self.linears[name]
+        if "weight_g_idx" in weight.members:
+            raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
+        parts = self.parts(name)
+        scale_dtype = self.dtype if weight.form in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
+        scheme = QuantScheme(
+            weight.bits,
+            weight.group_size,
+            weight.symmetric,
+            scale_dtype,
+            kind="int" if weight.form in ("pack-quantized", "int-quantized") else "float",
+            block=weight.block,
+            activations=weight.inputs,
+            scales=SCALES.get(weight.form, "plain"),
+        )
+        if weight.form in SCALES:
+            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
+        scale, wanted = parts["weight_scale"], scheme.scale_shape(*weight.shape)
+        if scale.numel() == 1:
+            parts["weight_scale"] = scale = scale.reshape(1, 1).expand(wanted).contiguous()
+        if tuple(scale.shape) != wanted:
+            raise SourceError(f"{name} of {self.source} has scales {list(scale.shape)}; {scheme} needs {list(wanted)}")
+        if weight.form == "pack-quantized":
+            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
+        return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
+
+    def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
+        """Let a model with the decoded weights round inputs and cache as the checkpoint says.
+
+        names: parameter -> stored tensor. SourceError when the cache scales fit no attention module.
+        """
+        inputs = {}
+        for slot, tensor in names.items():
+            weight = self.linears.get(tensor)
+            if weight is not None and weight.inputs is not None:
+                static = weight.members.get("input_scale")
+                scale = None if weight.inputs.dynamic else self._stored.read(static)
+                inputs[slot.removesuffix(".weight")] = (weight.inputs, scale)
+        round_inputs(model, inputs)
+        if self._cache:
+            attention = {stored_prefix(name, names): name for name in attention_names(model)}
+            lost = sorted(self._cache.keys() - attention.keys())
+            if lost:
+                raise SourceError(f"{self.source} has cache scales for {lost[0]}, which is no attention of the model")
+            read = self._stored.read
+            round_cache(model, {attention[p]: (read(key), read(value)) for p, (key, value) in self._cache.items()})
+
+
+def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
+    """Float32 [out, in] by the decoder of the format."""
+    if weight.form in SCALES:
+        return decode_e2m1(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
+    if weight.form == "int-quantized":
+        return decode_int_quantized(parts["weight"], parts["weight_scale"])
+    if weight.form == "float-quantized":
+        return decode_float_quantized(parts["weight"], parts["weight_scale"], block=weight.block)
+    return decode_pack_quantized(
+        parts["weight_packed"],
+        parts["weight_scale"],
+        None if weight.symmetric else parts["weight_zero_point"],
+        weight.shape,
+        weight.bits,
+        group_size=weight.group_size,
+        group_index=parts.get("weight_g_idx"),
+    )
+
+
+def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Refuse what could not be evaluated faithfully, in one message."""
+    method = config.get("quant_method")
+    faults = []
+    if method != "compressed-tensors":
+        raise SourceError(
+            f"{checkpoint.source} is compressed with {method}, which is not decoded here",
+            hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
+        )
+    groups = _groups(config)
+    forms = sorted({_form(group, config) for group in groups} - MEMBERS.keys())
+    if forms or not (groups or config.get("kv_cache_scheme")):
+        faults.append(f"format {', '.join(forms) or 'none'}")
+    inputs = [input_scheme(group.get("input_activations")) for group in groups]
+    faults += sorted({fault for fault in inputs if isinstance(fault, str)})
+    if any(group.get("output_activations") for group in groups):
+        faults.append("quantized outputs")
+    if any(
+        _form(g, config) != "pack-quantized" and not (g.get("weights") or {}).get("symmetric", True) for g in groups
+    ):
+        faults.append("unpacked weights with zero points")
+    faults += _cache_faults(config.get("kv_cache_scheme"))
+    if _online_transforms(config):
+        faults.append("rotations that run with the model")
+    if faults:
+        raise SourceError(
+            f"{checkpoint.source} cannot be decoded to a plain model: it has {' and '.join(faults)}",
+            hint="evaluate it with a runtime that executes it, e.g. vLLM",
+        )
+
+
+def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config groups, in their order."""
+    return list((config.get("config_groups") or {}).values())
+
+
+def _form(group: dict[str, Any], config: dict[str, Any]) -> str:
+    """The format of a config group; its own wins over that of the whole checkpoint."""
+    return group.get("format") or config.get("format") or "none"
+
+
+def _cache_faults(cache: dict[str, Any] | None) -> list[str]:
+    """Why the KV cache cannot be rounded here."""
+    if not cache:
+        return []
+    known = cache.get("strategy") in ("tensor", "attn_head") and cache.get("symmetric", True)
+    if known and (cache.get("num_bits"), cache.get("type"), bool(cache.get("dynamic"))) == (8, "float", False):
+        return []
+    return [f"a KV cache of {cache.get('num_bits')}-bit {cache.get('type')} numbers per {cache.get('strategy')}"]
+
+
+def _cache_scales(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Stored prefix of each attention module -> names of its two scales; SourceError when one is missing."""
+    if not config.get("kv_cache_scheme"):
+        return {}
+    prefixes = [name.removesuffix(KEY_SCALE) for name in checkpoint.tensors if name.endswith(KEY_SCALE)]
+    lost = [f"{p}{VALUE_SCALE}" for p in prefixes if f"{p}{VALUE_SCALE}" not in checkpoint.tensors]
+    if lost or not prefixes:
+        raise SourceError(f"{checkpoint.source} has a quantized KV cache, but no {lost[0] if lost else 'k_scale'}")
+    return {prefix: (f"{prefix}{KEY_SCALE}", f"{prefix}{VALUE_SCALE}") for prefix in prefixes}
+
+
+def _online_transforms(config: dict[str, Any]) -> bool:
+    """Whether any rotation must be executed at run time."""
+    schemes = ((config.get("transform_config") or {}).get("config_groups") or {}).values()
+    return any(step.get("location") not in FUSED for scheme in schemes for step in scheme.get("apply", []))
+
+
+def _shapes(checkpoint: Checkpoint, modules: list[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of each packed module, from its `weight_shape` tensor."""
+    lost = [module for module in modules if f"{module}.weight_shape" not in checkpoint.tensors]
+    if lost:
+        raise SourceError(f"{checkpoint.source} has no {lost[0]}.weight_shape ({len(lost)} such modules)")
+    names = {f"{module}.weight_shape": module for module in modules}
+    for name in names:
+        check_member(checkpoint.tensors[name], "weight_shape")
+    return {names[name]: tuple(value.tolist()) for name, value in checkpoint.read_many(names).items()}
+
+
+def _packed(
+    checkpoint: Checkpoint, config: dict[str, Any], module: str, group: dict[str, Any], shape: tuple[int, int] | None
+) -> PackedWeight:
+    """How one module's weight is stored, after its config group. shape: (out, in) where it is packed."""
+    weights, form = group.get("weights"), _form(group, config)
+    if not weights or weights.get("num_bits") is None:
+        raise SourceError(f"{checkpoint.source} holds a packed {module}, but its config group says nothing of weights")
+    if weights.get("strategy") == "block" and not weights.get("block_structure"):
+        raise SourceError(f"{checkpoint.source} has no block_structure for the blocks of {module}")
+    inputs = input_scheme(group.get("input_activations"))
+    stored = {role: f"{module}.{role}" for role in MEMBERS[form]}
+    members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
+    needed = [MEMBERS[form][0], "weight_scale"]
+    needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
+    needed += ["weight_global_scale"] if form == NVFP4 else []
+    needed += ["input_scale"] if inputs is not None and not inputs.dynamic else []
+    for role in needed:
+        if role not in members:
+            raise SourceError(f"{checkpoint.source} has no {module}.{role}")
+    for role, name in members.items():
+        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((form, role), role))
+    in_groups = weights.get("strategy") in ("group", "tensor_group")
+    size = weights.get("group_size") if in_groups else None
+    if in_groups and (size is None or size < 1):
+        raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
+    if form in SCALES:
+        rows, pairs = checkpoint.tensors[members["weight_packed"]].shape
+        shape = rows, 2 * pairs
+    shape = shape or checkpoint.tensors[members["weight"]].shape
+    if len(shape) != 2 or min(shape) < 1:
+        raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")
+    return PackedWeight(
+        shape,
+        weights["num_bits"],
+        weights.get("symmetric", True),
+        size,
+        members,
+        form,
+        tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
+        inputs,
+    )
+
+
+def _group_of(checkpoint: Checkpoint, config: dict[str, Any], module: str) -> dict[str, Any]:
+    """The config group of a module: one that names it wins over one that names its class."""
+    by_class = None
+    for group in _groups(config):
+        for target in group.get("targets", []):
+            pattern = target.removeprefix("re:") if target.startswith("re:") else None
+            if (pattern and fits(pattern, module)) or target == module:
+                return group
+            if pattern is None and "." not in target:
+                by_class = by_class or group
+    if by_class is None:
+        raise SourceError(f"{checkpoint.source} holds a packed {module}, but no config group targets it")
+    return by_class

@@ -1,0 +1,93 @@
+"""Independent decoders of 4-bit floats in compressed-tensors, `nvfp4-pack-quantized` and `mxfp4-pack-quantized`.
+
+A byte holds two E2M1 numbers, that of the even column in its low half. E2M1 (OCP Microscaling Formats specification
+1.0, section 5.3.3): a sign, 2 bits of exponent with bias 1, 1 of mantissa: (-1)^s * 2^(e - 1) * (1 + m / 2), or
+(-1)^s * m / 2 where e is 0. NVFP4: 16 columns share an E4M3 scale, which is divided by one float32 of the whole
+weight. MXFP4: 32 columns share a power of two, 2^(byte - 127), with 255 for NaN. With numpy alone; shares no code with
+a packer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.decoders import as_bytes_array, e4m3_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def e2m1_values() -> np.ndarray:
+    """Float32 [16], the number that each half of a byte stands for."""
+    import numpy as np
+
+    code = np.arange(16)
+    exponent, mantissa = (code >> 1) & 3, code & 1
+    size = np.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+    return np.where(code >> 3 == 1, -size, size).astype(np.float32)
+
+
+def e2m1_rows(
+    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
+) -> QuantTensor:
+    """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit."""
+    import numpy as np
+    import torch
+
+    packed = as_bytes_array(stored["weight_packed"][start:stop])
+    scale, whole = stored["weight_scale"][start:stop], stored.get("weight_global_scale")
+    wanted = (stop - start, shape[1] // 2)
+    small = torch.float8_e4m3fn if scheme.scales == "two-level" else torch.uint8
+    groups = (stop - start, scheme.groups(shape[1]))
+    if packed.shape != wanted or tuple(scale.shape) != groups or scale.dtype != small:
+        raise SourceError(
+            f"{scheme} of {shape[0]} x {shape[1]} has bytes {list(wanted)} and {small} scales {list(groups)} in these "
+            f"rows, found {list(packed.shape)} and {scale.dtype} {list(scale.shape)}"
+        )
+    _check_scales(as_bytes_array(scale), whole)
+    halves, byte_of = np.arange(256), e4m3_of_e2m1()
+    pairs = np.stack([byte_of[halves & 15], byte_of[halves >> 4]], -1).view("<u2")[:, 0]  # two codes at a time
+    codes = pairs[packed].view(np.uint8).reshape(stop - start, -1)
+    return QuantTensor(torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme, super_scale=whole)
+
+
+def decode_e2m1(weight_packed: Any, weight_scale: Any, weight_global_scale: Any | None = None) -> np.ndarray:
+    """Float32 [out, in]. weight_packed: bytes [out, in / 2]. weight_scale: [out, groups], E4M3 with
+    weight_global_scale [1], or else exponents. SourceError when they do not fit or a scale is NaN.
+    """
+    import numpy as np
+
+    packed, scale = as_bytes_array(weight_packed), as_bytes_array(weight_scale)
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if scale.ndim != 2 or len(scale) != rows or not scale.shape[1] or columns % scale.shape[1]:
+        raise SourceError(f"scales {list(scale.shape)} do not fit weights {rows} x {columns}")
+    _check_scales(scale, weight_global_scale)
+    if weight_global_scale is not None:
+        factor = e4m3_values()[scale] / np.float32(weight_global_scale.reshape(-1)[0])
+    else:
+        factor = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
+    pairs = np.stack([e2m1_values()[np.arange(256) & 15], e2m1_values()[np.arange(256) >> 4]], -1)
+    weight = pairs[packed].reshape(rows, scale.shape[1], -1)
+    weight *= factor[..., None]
+    return weight.reshape(rows, columns)
+
+
+def _check_scales(scale: np.ndarray, whole: Any | None) -> None:
+    """SourceError for a divisor that is not positive, and for exponents that are NaN. E4M3 scales may be anything."""
+    if whole is not None and not float(whole.reshape(-1)[0]) > 0:
+        raise SourceError(f"the global scale is {float(whole.reshape(-1)[0]):g}; scales are divided by it")
+    if whole is None and (scale == 255).any():
+        raise SourceError(f"{int((scale == 255).sum())} scales are NaN (255)")
+
+
+def e4m3_of_e2m1() -> np.ndarray:
+    """Uint8 [16], the E4M3 byte of the number that each half of a byte stands for; -0 stays -0."""
+    import numpy as np
+
+    known, wanted = e4m3_values(), e2m1_values()[:, None]
+    return ((known == wanted) & (np.signbit(known) == np.signbit(wanted))).argmax(1).astype(np.uint8)

@@ -1,0 +1,171 @@
+"""Reads GPTQ checkpoints of versions 1 and 2 with numpy alone; shares no code with the exporter it verifies.
+
+`qweight` [in * bits / 32, out] holds the codes of an output row down a column of words, `qzeros` [groups, out * bits /
+32] the zero points of a group along a row of words, both as one string of bits, lowest first. Version 1 stores zero
+points less one; it is added to all fields of a word at once, so that a borrow of the writer is undone by a carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.described import fits
+from outlierq.load.packed.word_packed import (
+    StoredLinear,
+    WordPackedCheckpoint,
+    as_array,
+    finished,
+    members_of,
+    scheme_of,
+    stems_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+ROLES = ("qweight", "qzeros", "scales", "g_idx")
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
+WIDTHS = (2, 3, 4, 8)
+
+
+def gptq_rows(
+    stored: Mapping[str, torch.Tensor],
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    start: int,
+    stop: int,
+    *,
+    version: int,
+) -> QuantTensor:
+    """Output rows [start, stop). start: a multiple of 32. SourceError when the tensors do not fit the scheme, or when
+    the groups are not runs of columns (activation order; see `gptq_dense`).
+    """
+    import numpy as np
+
+    _check(stored, scheme, shape)
+    columns = shape[1]
+    width = scheme.columns_per_group(columns)
+    if not np.array_equal(as_array(stored["g_idx"]), np.arange(columns) // width):
+        raise SourceError(f"g_idx does not say that {width} neighbouring columns form a group (activation order)")
+    return _rows(stored, scheme, shape, start, stop, version)
+
+
+def gptq_dense(
+    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], version: int
+) -> np.ndarray:
+    """Float32 [out, in] of a whole weight, whatever the order of its columns: group g_idx[i] holds column i."""
+    import numpy as np
+
+    _check(stored, scheme, shape)
+    groups = as_array(stored["g_idx"])
+    if groups.min() < 0 or groups.max() >= scheme.groups(shape[1]):
+        raise SourceError(f"g_idx names groups from {groups.min()} to {groups.max()}, of {scheme.groups(shape[1])}")
+    found = _rows(stored, scheme, shape, 0, shape[0], version)
+    dense = as_array(found.codes).astype(np.float32)
+    if found.zero_point is not None:
+        dense -= as_array(found.zero_point).astype(np.float32)[:, groups]
+    return dense * found.scale.float().numpy()[:, groups]
+
+
+def _check(stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> None:
+    """SourceError when a tensor has another shape than the scheme asks for."""
+    (rows, columns), groups, bits = shape, scheme.groups(shape[1]), scheme.bits
+    expected = {
+        "qweight": (columns * bits // 32, rows),
+        "qzeros": (groups, rows * bits // 32),
+        "scales": (groups, rows),
+        "g_idx": (columns,),
+    }
+    for role, wanted in expected.items():
+        if tuple(stored[role].shape) != wanted:
+            raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {wanted}")
+
+
+def _rows(
+    stored: Mapping[str, torch.Tensor],
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    start: int,
+    stop: int,
+    version: int,
+) -> QuantTensor:
+    """Codes, scales and zero points of some output rows."""
+    import numpy as np
+
+    bits = scheme.bits
+    codes = fields(as_array(stored["qweight"])[:, start:stop].T, bits, shape[1])
+    words = as_array(stored["qzeros"])[:, start * bits // 32 : stop * bits // 32]
+    if version == 1:
+        first = start * bits // 32
+        ones = [_ones(first + word, bits) for word in range(words.shape[1])]
+        words = (np.ascontiguousarray(words).view(np.uint32) + np.array(ones, np.uint32)).view(np.int32)
+    zero_point = fields(words, bits, stop - start).T
+    return finished(codes, zero_point, stored["scales"][:, start:stop], scheme)
+
+
+def _ones(word: int, bits: int) -> int:
+    """Word number `word` of a string of fields that are all 1."""
+    return sum(1 << (place - 32 * word) for place in range(32 * word, 32 * word + 32) if place % bits == 0)
+
+
+def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Uint8 [rows, count] of int32 words [rows, count * bits / 32]: field i at bits i * bits and up, lowest first."""
+    import numpy as np
+
+    if words.dtype != np.int32 or words.shape[1] * 32 < count * bits:
+        raise SourceError(f"{count} fields of {bits} bits do not fit {words.shape[1]} words of {words.dtype}")
+    raw = np.ascontiguousarray(words).view(np.uint8)
+    if bits in (2, 4, 8):
+        per_byte, mask = 8 // bits, (1 << bits) - 1
+        values = np.empty((len(raw), raw.shape[1] * per_byte), np.uint8)
+        for place in range(per_byte):
+            values[:, place::per_byte] = raw >> (bits * place) & mask
+        return values[:, :count]
+    ordered = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little").reshape(len(raw), count, bits)
+    return (ordered << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedCheckpoint:
+    """A GPTQ folder presented as a plain one. config: its quantization_config. SourceError for another layout."""
+    name = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if name not in VERSIONS or config.get("pack_dtype", "int32") != "int32":
+        raise SourceError(
+            f"{stored.source} is a GPTQ checkpoint in the layout {name} of {config.get('pack_dtype', 'int32')} words",
+            hint="gptq and gptq_v2 with int32 words are decoded here",
+        )
+    version = VERSIONS[name]
+
+    def linear(stem: str) -> StoredLinear:
+        members = members_of(stored, stem, ROLES)
+        own = {**config, **_override(config, stem)}
+        if own.get("bits") not in WIDTHS:
+            raise SourceError(f"{stored.source} stores {stem} in {own.get('bits')} bits; 2, 3, 4 and 8 are decoded")
+        words, rows = stored.tensors[f"{stem}.qweight"].shape
+        columns = words * 32 // own["bits"]
+        scheme = scheme_of(
+            stem, own["bits"], own.get("group_size", -1), stored.tensors[f"{stem}.scales"].dtype, columns
+        )
+        return StoredLinear((rows, columns), scheme, members)
+
+    def rows(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> QuantTensor:
+        return gptq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0], version=version)
+
+    def dense(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> np.ndarray:
+        return gptq_dense(parts, linear.scheme, linear.shape, version)
+
+    return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, dense)
+
+
+def _override(config: Mapping[str, Any], stem: str) -> Mapping[str, Any]:
+    """What GPTQModel's `dynamic` says of one module: the first pattern that fits; "-:" ones say that it is plain."""
+    for pattern, own in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and fits(pattern.removeprefix("+:"), stem):
+            return own or {}
+    return {}

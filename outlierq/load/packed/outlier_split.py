@@ -1,0 +1,176 @@
+"""Reads `outlierq-split` checkpoints, and runs what they and LLM.int8() checkpoints mean: int8 inputs, 16-bit columns.
+
+The decoder is numpy alone and shares nothing with the exporter, whose work it verifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.decoded import DecodedCheckpoint
+from outlierq.load.packed.described import check_member
+from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from outlierq.core.model import Checkpoint
+
+COLUMNS = ".outlier_columns"
+
+
+def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_weight: Any) -> np.ndarray:
+    """Float32 [out, in]: codes * scale, and the outlier columns as they are kept.
+
+    weight: [out, in] int8. weight_scale: [out, 1]. outlier_columns: [k]. outlier_weight: [out, k]. SourceError when the
+    columns do not fit.
+    """
+    import numpy as np
+
+    codes, columns = np.asarray(weight), np.asarray(outlier_columns).astype(np.int64)
+    rows, width = codes.shape
+    if columns.size and (columns.min() < 0 or columns.max() >= width or np.any(np.diff(columns) <= 0)):
+        raise SourceError(f"the outlier columns are not ascending numbers from 0 to {width - 1}")
+    kept = _floats(outlier_weight)
+    if kept.shape != (rows, columns.size):
+        raise SourceError(f"{columns.size} outlier columns of {rows} rows need weights {rows} x {columns.size}")
+    scale = _floats(weight_scale)
+    if scale.size != rows:
+        raise SourceError(f"{scale.size} scales do not fit {rows} rows of codes")
+    dense = codes.astype(np.float32) * scale.reshape(rows, 1)
+    dense[:, columns] = kept
+    return dense
+
+
+def _floats(values: Any) -> np.ndarray:
+    """Float32 numbers of a tensor or array; numpy knows no bfloat16."""
+    import numpy as np
+
+    return values.float().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float32)
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """How one linear is stored: (out, in), and its tensors by role ("weight", "weight_scale" or "SCB", ...)."""
+
+    shape: tuple[int, int]
+    members: Mapping[str, str]
+
+
+class SplitCheckpoint(DecodedCheckpoint):
+    """An int8 checkpoint. Subclasses say how a linear decodes and what module computes it."""
+
+    def decoded(self, name: str) -> torch.Tensor:
+        """The linear with this weight, float32 [out, in]."""
+        return torch.from_numpy(self.decode(self.parts(name)))
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """Float32 [out, in]."""
+        return decode_split(**parts)
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes, scales and outlier columns of a linear, by the name of its weight."""
+        parts = self.parts(name)
+        scale, columns, kept = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
+        scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
+        return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=kept)
+
+    def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        """The module that computes the linear as it is stored."""
+        columns, kept = parts["outlier_columns"].long(), parts["outlier_weight"]
+        return StaticSplitLinear(parts["weight"], parts["weight_scale"], bias, columns, kept)
+
+    def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
+        """Put modules that compute in int8 into a model that has the decoded weights. names: parameter -> tensor."""
+        for slot, tensor in names.items():
+            if tensor in self.linears:
+                name = slot.removesuffix(".weight")
+                plain = model.get_submodule(name)
+                model.set_submodule(name, self.layer(self.parts(tensor), plain.bias).to(plain.weight.device))
+
+
+class SplitLinear(torch.nn.Module):
+    """A linear layer on int8 inputs and weights. weight: [out, in] int8, scale: [out, 1]; the output has x's dtype."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer without its bias."""
+        raise NotImplementedError
+
+
+class StaticSplitLinear(SplitLinear):
+    """With fixed outlier columns. columns: [k], kept: [out, k]."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        columns: torch.Tensor,
+        kept: torch.Tensor,
+    ):
+        super().__init__(weight, scale, bias)
+        self.register_buffer("columns", columns)
+        self.register_buffer("kept", kept)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`ops.int8_split.split_matmul`."""
+        return split_matmul(x, self.weight, self.scale, self.columns, self.kept)
+
+
+class DynamicSplitLinear(SplitLinear):
+    """LLM.int8() as bitsandbytes computes it: outlier columns are found in each call."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
+        super().__init__(weight, scale, bias)
+        self.threshold = threshold
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`ops.int8_split.dynamic_split_matmul` without the original weight."""
+        return dynamic_split_matmul(x, self.weight, self.scale, threshold=self.threshold)
+
+
+def split_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> SplitCheckpoint:
+    """The presentation of an `outlierq-split` folder. config: its quantization_config."""
+    if config.get("format") != "outlierq-split":
+        raise SourceError(f"{stored.source} has the format {config.get('format')!r}, which is not known here")
+    stems = [name.removesuffix(COLUMNS) for name in stored.tensors if name.endswith(COLUMNS)]
+    roles = ("weight", "weight_scale", "outlier_columns", "outlier_weight")
+    return SplitCheckpoint(stored, linears_of(stored, stems, roles))
+
+
+def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> dict[str, SplitWeight]:
+    """The stored linears by the name of their weight; SourceError when one lacks a tensor or there is none."""
+    if not stems:
+        raise SourceError(f"{stored.source} says it is compressed, but holds no compressed linear")
+    found = {}
+    for stem in stems:
+        members = {role: f"{stem}.{role}" for role in roles}
+        lost = [name for name in members.values() if name not in stored.tensors]
+        if lost:
+            raise SourceError(f"{stored.source} has no {lost[0]}")
+        for role, name in members.items():
+            check_member(stored.tensors[name], role)
+        weight = stored.tensors[members["weight"]]
+        if weight.dtype != "I8" or len(weight.shape) != 2:
+            raise SourceError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, not a matrix of int8 codes")
+        found[weight.name] = SplitWeight(weight.shape, members)
+    return found

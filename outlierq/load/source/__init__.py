@@ -1,0 +1,1 @@
+"""A folder of safetensors: its files checked, read, fingerprinted, and watched for changes."""

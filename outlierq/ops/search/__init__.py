@@ -1,0 +1,1 @@
+"""Searches for grids and scales by output error."""

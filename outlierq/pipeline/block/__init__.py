@@ -1,0 +1,1 @@
+"""What happens to one block: where its statistics come from, folds, experts, cache, rounding."""

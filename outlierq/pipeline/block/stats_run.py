@@ -1,0 +1,594 @@
+"""Where a block's statistics come from: a finished file, or the model run block by block while it is quantized."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, stored_fields
+from outlierq.calibrate.experts import routing, seeing_all, tokens_note
+from outlierq.calibrate.folds import prove_folds, tensor_parameters
+from outlierq.calibrate.groups import find_groups
+from outlierq.calibrate.logits import sample_logits
+from outlierq.calibrate.observe import BlockObserver
+from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.spilled import SpilledStats
+from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.trace import RunOnce
+from outlierq.core.block_stats import BlockStats
+from outlierq.core.errors import NumbersError, OutputError, RecipeError, StatsError
+from outlierq.core.logits import LogitSample
+from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
+from outlierq.core.stats import InputStats
+from outlierq.load import looking_up
+from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.pipeline.planning.memory import NO_SAVINGS, Savings, in_passes
+from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.processes.sharding import (
+    Merging,
+    ShardIds,
+    Statistics,
+    all_of_lead,
+    bare,
+    combined,
+    names_of,
+    shards_of,
+    sorted_by_group,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.calibrate.text import TokenSet
+    from outlierq.recipe import Calibration
+
+SAVED = "hidden-states-{}.safetensors"  # by the number of the shard
+ROWS = 512  # whole tokens that are kept of an input, in all shards together
+# How much work a crash may cost: hidden states are saved when the last save is this old.
+SAVE_EVERY_SECONDS = 60.0
+# Largest relative change of a block's float32 output that a fold may cause.
+FOLD_TOLERANCE = 1e-4
+
+
+class StatsSource(Protocol):
+    """Gives each block's groups and statistics in turn.
+
+    identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
+    remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
+    """
+
+    identity: dict[str, Any]
+    seed: int | None
+    remark: str
+    notes: list[str]
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Input groups with their proved folds, and statistics by group name."""
+        ...
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """Statistics of the block itself, once `block` has given its groups; None when none were asked for."""
+        ...
+
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
+        """NumbersError when the block's float32 output differs between its tensors `before` and `after` folding."""
+        ...
+
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """The block is written; `tensors` gives its weights as they lie on disk, dequantized."""
+        ...
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """An earlier run has written this block; only carry the hidden states past it."""
+        ...
+
+
+class NoStats:
+    """For data-free recipes: every linear is its own group, without statistics."""
+
+    def __init__(self, structure: Structure, *, remark: str = ""):
+        self.structure, self.remark = structure, remark
+        self.identity: dict[str, Any] = {}
+        self.seed: int | None = None
+        self.notes: list[str] = []
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """One group per site."""
+        return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """There are none."""
+        return None
+
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Without the model there is nothing to run."""
+
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Nothing to carry on."""
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Nothing to carry on."""
+
+
+class StatsFromFile(NoStats):
+    """Statistics of an earlier `outlierq calibrate`; no forward pass runs.
+
+    Folds were proved on these very weights when the statistics were made, so they are not proved again. shifts: input
+    group -> (bias of its producer, note), for the shifts that biases make possible which `structure` has more than the
+    checkpoint that the statistics are of.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        structure: Structure,
+        needs: frozenset[str],
+        *,
+        shifts: Mapping[str, tuple[str, str]] | None = None,
+    ):
+        super().__init__(structure)
+        self.shifts = shifts or {}
+        self.reader = StatsReader(folder)
+        self.reader.check(checkpoint.fingerprint)
+        found = self.reader.identity
+        self.identity = {"statistics": found.to_json()}
+        self.seed = found.settings["seed"]
+        self.remark = f"statistics of an earlier calibration: {found.token_description}"
+        held = frozenset(found.settings["fields"])
+        missing = stored_fields(needs) - held
+        if missing:
+            raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Read one block's file."""
+        groups, stats = self.reader.block(index)
+        return [self._as_now(group, index) for group in groups], stats
+
+    def _as_now(self, group: InputGroup, index: int) -> InputGroup:
+        """The group with the sites as they are now, which may have biases that they did not have."""
+        now = {site.module: site for site in self.structure.blocks[index].sites}
+        fold, (bias, note) = group.fold, self.shifts.get(group.name, ("", ""))
+        if bias and fold is not None and fold.weight == f"{bias.removesuffix('bias')}weight":
+            fold = replace(fold, bias=bias, shift=True, shift_note=note)
+        return replace(
+            group,
+            sites=tuple(now.get(site.module, site) for site in group.sites),
+            fold=fold,
+            parts=tuple(self._as_now(part, index) for part in group.parts),
+        )
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """As they were kept."""
+        return self.reader.block_stats(index)
+
+
+@dataclass
+class Shard:
+    """Some of the token windows on their way through the blocks. at: index of the block whose inputs `hidden` holds."""
+
+    text: ShardIds
+    runner: BlockRunner
+    hidden: HiddenStates | None = None
+    at: int = 0
+
+
+class StatsFromRun:
+    """Statistics of the model run block by block.
+
+    static: hidden states come from the original blocks; sequential: from the blocks as they were written.
+    fields: what to keep (see InputStats and BlockStats). work: folder for spilled and saved hidden states. shards: how
+    many parts the text is cut into, which decides the order of all sums. ranks: who else runs parts. owners: which rank
+    gets the statistics of each group; the others know of it only how many tokens there were. savings: what is done to
+    need less memory. folds: whether anybody asks which folds a group has.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint,
+        structure: Structure,
+        names: Mapping[str, str],
+        tokens: TokenSet,
+        settings: Calibration,
+        *,
+        fields: frozenset[str] = ALL_FIELDS,
+        work: Path,
+        device: str,
+        listen: Listener = silent,
+        ranks: Ranks = ALONE,
+        owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead,
+        savings: Savings = NO_SAVINGS,
+        folds: bool = True,
+    ):
+        self.model, self.checkpoint, self.structure, self.names = model, checkpoint, structure, names
+        self.tokens, self.settings, self.fields = tokens, settings, fields
+        self.work, self.device, self.listen = work, device, listen
+        self.ranks, self._owners, self._count = ranks, owners, settings.shards or 1
+        self._savings, self._folds = savings, folds
+        self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
+        self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
+        several = {"shards": self._count} if self._count > 1 else {}
+        self.identity: dict[str, Any] = {"text": tokens.fingerprint, **several}
+        self.seed, self.remark = settings.seed, ""
+        self._dtype = _torch_dtype(checkpoint.dtype)
+        self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, ranks)]
+        self._started = False
+        self._saved_at = time.monotonic()
+        self.notes: list[str] = []
+        self._block_stats: tuple[int, BlockStats] | None = None
+        self._classes: torch.Tensor | None = None
+        self._said: set[str] = set()  # what is true of the whole model is said once
+
+    def _runner(self) -> BlockRunner:
+        """Runs the blocks over one shard."""
+        return BlockRunner(
+            self.model,
+            self.structure,
+            materialise=self._materialise,
+            release=self._release,
+            device=self.device,
+            dtype=self._dtype,
+            batch_size=self._savings.batch_size or self.settings.batch_size,
+            work_folder=self._scratch,
+            spill_bytes=self._savings.spill_bytes,
+        )
+
+    def _materialise(self, name: str) -> None:
+        """Give a part of the model its weights; for the empty name, what is outside of the blocks."""
+        from outlierq.load import load_tensors_into
+
+        part = self.model.get_submodule(name) if name else self.model
+        skip = () if name else (*(block.name for block in self.structure.blocks), *self._unfilled)
+        how = {"dtype": self._dtype, "device": self.device}
+        load_tensors_into(part, self.checkpoint, self.names, prefix=name, skip=skip, **how)
+
+    def _release(self, name: str) -> None:
+        """Take the weights of a part again."""
+        from outlierq.load import release
+
+        release(self.model.get_submodule(name) if name else self.model)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether later blocks see the errors of earlier ones."""
+        return self.settings.mode == "sequential"
+
+    def start(self) -> None:
+        """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
+        self.listen(Event("calibrate", 0, len(self.structure.blocks), "reading the text through the embeddings"))
+        for shard in self.shards:
+            with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
+                shard.hidden = shard.runner.start(shard.text.ids)
+            self._unfilled = ()
+            return_freed_memory()
+            shard.at = _load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
+        self._started = True
+
+    @property
+    def _fingerprint(self) -> str:
+        """What saved hidden states belong to."""
+        return f"{self.tokens.fingerprint}/{self._count}"
+
+    def _saved(self, shard: Shard) -> Path:
+        """Where the hidden states of a shard are saved."""
+        return self.work / SAVED.format(shard.text.index)
+
+    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """Run one block over all tokens; find its groups, prove their folds, collect their statistics."""
+        try:
+            return self._collect(index)
+        except NumbersError as error:
+            self._blame_weights(index, error)
+            raise
+
+    def block_stats(self, index: int) -> BlockStats | None:
+        """Statistics of the block that was given last, when `fields` asked for any."""
+        held = self._block_stats
+        return held[1] if held and held[0] == index else None
+
+    def logits(self) -> LogitSample:
+        """Final logits at a sample of positions, after the last block has finished; complete on the lead."""
+        seed, total = self.settings.seed or 0, len(self.tokens.ids)
+        try:
+            mine = [
+                sample_logits(s.runner, s.text.ids, s.hidden, seed=seed, first=s.text.first, sequences=total)
+                for s in self.shards
+            ]
+        except NumbersError as error:
+            self._blame_weights(None, error)
+            raise
+        found = [sample for samples in self.ranks.gather(mine) for sample in samples if sample is not None]
+        return LogitSample.joined(found) if self.ranks.lead else None
+
+    def _collect(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+        """The block's groups and statistics."""
+        if not self._started:
+            self.start()
+        block, module = self._enter(index)
+        groups = self.ranks.first(lambda: self._find_groups(block, module))
+        return_freed_memory()
+        observed: list[BlockObserver] = []
+        said: list[str] = []
+        owners = self._owners(groups, self.ranks)
+        passes = in_passes(groups, self._savings.stats_bytes)
+        spilled = SpilledStats(self._scratch) if len(passes) > 1 else None
+        for number, some in enumerate(passes, start=1):
+            merging, last = Merging(self._count), number == len(passes)
+            for shard in self.shards:
+                collector = self._collector(module, some, shard)
+                observer = self._observer(module, block, shard) if last else None
+                with observer or nullcontext(), routing(module, "all" if self.settings.all_experts else "chosen"):
+                    carry = last and not self.sequential
+                    shard.runner.run(module, index, shard.hidden, collector, replace=carry)
+                merging.add((0, shard.text.index), collector.finish())
+                said += collector.notes
+                observed += [observer] if observer else []
+            stats = self._combine(some, owners, merging)
+            if spilled is not None:
+                spilled.put(stats)
+        stats = stats if spilled is None else spilled
+        if not self.sequential and not self._folds:
+            self._release(block.name)  # nobody runs it again
+        self.notes = [*dict.fromkeys(text for rank in self.ranks.share(said) for text in rank)]
+        self.notes += tokens_note(groups, stats)
+        self._combine_observed(index, observed)
+        return groups, stats
+
+    def _find_groups(self, block: Block, module: torch.nn.Module) -> list[InputGroup]:
+        """Which sites share an input, and which folds are proved."""
+        run_once = self._run_once(block.index)
+        groups = find_groups(module, block, run_once)
+        if self._folds:
+            groups = prove_folds(module, block, groups, run_once, self.model.config)
+        return seeing_all(groups) if self.settings.all_experts else groups
+
+    def _run_once(self, index: int) -> RunOnce:
+        """Runs a module in the place of a block, on noise like its input; for the lead, who has the first shard."""
+        return self.shards[0].runner.run_once(index, self.shards[0].hidden)
+
+    def _collector(self, module: torch.nn.Module, groups: list[InputGroup], shard: Shard) -> Collector:
+        """Collects the statistics of one shard; of the rows that are kept in all, each shard keeps its part."""
+        number = shard.text.index
+        return Collector(
+            module,
+            [g for g in groups if g.sites and self.fields & ALL_FIELDS],
+            self.fields,
+            sequence_length=self.settings.sequence_length,
+            skip_first_tokens=self.settings.skip_first_tokens,
+            reservoir=max(1, (number + 1) * ROWS // self._count - number * ROWS // self._count),
+            seed=(self.settings.seed or 0) + number,
+            ids=shard.text.ids,
+        )
+
+    def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
+        """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""
+        mine: Statistics = {}
+        for name in [name for group in groups for name in names_of(group)]:
+            mine |= combined(self.ranks, merging, name, owners[name])
+        counted = {name: bare(kept) for name, kept in mine.items()}
+        everything = {name: kept for held in self.ranks.share(counted) for name, kept in held.items()}
+        return sorted_by_group(groups, everything | mine)
+
+    def _combine_observed(self, index: int, observed: list[BlockObserver]) -> None:
+        """Keep on the lead what was asked of the block itself, over all shards."""
+        if not self.fields & BLOCK_FIELDS:
+            return
+        parts = [part for held in self.ranks.gather([each.parts() for each in observed]) for part in held]
+        if not self.ranks.lead:
+            return
+        whole = observed[0]
+        for part in parts[1:]:
+            whole.absorb(part)
+        self._block_stats = index, whole.finish()
+        self.notes += [text for text in whole.notes if text not in self._said]
+        self._said.update(whole.notes)
+
+    def _observer(self, module: torch.nn.Module, block: Block, shard: Shard) -> BlockObserver | None:
+        """Watches what was asked of the block itself, if anything was."""
+        if not self.fields & BLOCK_FIELDS:
+            return None
+        if "attention_mass" in self.fields and self._classes is None:
+            from outlierq.calibrate.text import token_classes
+            from outlierq.load import load_tokenizer
+
+            self._classes = token_classes(load_tokenizer(self.checkpoint), self.tokens.ids)
+        return BlockObserver(
+            module,
+            block,
+            self.fields,
+            sequence_length=self.settings.sequence_length,
+            ids=self.tokens.ids,
+            classes=self._classes,
+            first_sequence=shard.text.first,
+        )
+
+    def check_transformed(
+        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Compare the block's float32 output on a probe with and without the folds."""
+        if not self.ranks.lead:
+            return
+        block = self.structure.blocks[index]
+        run_once = self._run_once(index)
+        probe = copy.deepcopy(self.model.get_submodule(block.name)).float()
+        slots = tensor_parameters(probe, block)
+
+        def output(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            for name, parameter in slots.items():
+                parameter.data = tensors[name].to(parameter.device).float()
+            return run_once(probe)
+
+        expected, found = output(before), output(after)
+        change = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not change <= FOLD_TOLERANCE:
+            raise NumbersError(
+                f"folding changed the float32 output of {block.name} by {change:.2e}, more than {FOLD_TOLERANCE:g}",
+                hint="this is a fault of outlierq; remove the `transform` section and report it",
+            )
+
+    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Carry the hidden states past the block: static did so already, sequential runs the written weights.
+
+        They are read from disk, as `replay` does: in memory they are not yet rounded to the dtype they are stored in.
+        """
+        block = self.structure.blocks[index]
+        if self.sequential:
+            self._run_with(block, tensors(), self.shards)
+        self._leave(block)
+
+    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Run a block that is written already, unless the saved hidden states are past it."""
+        if not self._started:
+            self.start()
+        behind = [shard for shard in self.shards if shard.at <= index]
+        if not any(self.ranks.share(bool(behind))):
+            return
+        block, module = self._enter(index)
+        if self.sequential:
+            self._run_with(block, tensors(), behind)
+        else:
+            for shard in behind:
+                shard.runner.run(module, index, shard.hidden)
+        self._leave(block)
+
+    def _blame_weights(self, index: int | None, error: NumbersError) -> None:
+        """NumbersError with the name of a weight that is not finite itself, if that is where the trouble comes from.
+
+        index: of the block that was running, None for what follows the blocks.
+        """
+        structure = self.structure
+        inside = structure.blocks[index].tensors if index is not None else [s.weight for s in structure.outside_sites]
+        for name in (*structure.outside_tensors, *inside):
+            tensor = self.checkpoint.read(name)
+            bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
+            if bad:
+                raise NumbersError(
+                    f"{name} holds {bad} NaN or Inf among {tensor.numel()} weights",
+                    hint="the source checkpoint is damaged; get it again",
+                ) from error
+
+    def _enter(self, index: int) -> tuple[Block, torch.nn.Module]:
+        """Give the block its original weights."""
+        block = self.structure.blocks[index]
+        self._materialise(block.name)
+        return block, self.model.get_submodule(block.name)
+
+    def _run_with(self, block: Block, tensors: Mapping[str, torch.Tensor], shards: Sequence[Shard]) -> None:
+        """Run the block with other weights."""
+        module = self.model.get_submodule(block.name)
+        for name, parameter in tensor_parameters(module, block).items():
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        for shard in shards:
+            shard.runner.run(module, block.index, shard.hidden)
+
+    def _leave(self, block: Block) -> None:
+        """Drop the block's weights; now and then save the hidden states, where the work folder can be seen."""
+        self._release(block.name)
+        for shard in self.shards:
+            shard.at = max(shard.at, block.index + 1)
+        old = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
+        if old and block.index + 1 < len(self.structure.blocks) and self.work.is_dir():
+            for shard in self.shards:
+                _save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)
+            self._saved_at = time.monotonic()
+
+
+def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | None) -> tuple[Calibration, str]:
+    """The settings with a number of shards, and a sentence on it for the report, or an empty one.
+
+    windows: how many there are. former: the number of a run that goes on. RecipeError for more shards than windows.
+    """
+    wanted = settings.shards
+    if wanted is not None and wanted > windows:
+        raise RecipeError(
+            f"calibration.shards is {wanted}, but there are only {windows} windows of text",
+            hint=f"set calibration.shards to {windows} or less, or give more text",
+        )
+    shards = wanted or former or min(ranks.size, windows)
+    remark = ""
+    if shards < ranks.size:
+        remark = (
+            f"the calibration text ran in {shards} shards: {ranks.size - shards} of {ranks.size} processes had none"
+        )
+    elif wanted is None and shards > 1:
+        remark = f"the calibration text ran in {shards} shards; with calibration.shards={shards} any number of "
+        remark += "processes gives the same"
+    return settings.model_copy(update={"shards": shards}), remark
+
+
+def token_set(checkpoint: Checkpoint, settings: Calibration) -> TokenSet:
+    """The tokens that the recipe asks for."""
+    from outlierq.calibrate.text import token_windows
+    from outlierq.load import load_tokenizer
+
+    return token_windows(
+        load_tokenizer(checkpoint),
+        [text.model_dump(exclude_none=True) for text in settings.text],
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+        chat_template=settings.chat_template,
+    )
+
+
+def _save_hidden(path: Path, hidden: HiddenStates, fingerprint: str, index: int) -> None:
+    """Write the inputs of block `index`, atomically."""
+    import os
+
+    part = path.with_suffix(".part")
+    try:
+        hidden.save(part, {"tokens": fingerprint, "block": str(index)})
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot save the hidden states to {path} ({hidden.values.nbytes:,} bytes): {error}",
+            hint="free some space and run the same command again; it continues where it stopped",
+        ) from error
+
+
+def forget_hidden_beyond(work: Path, index: int) -> None:
+    """Remove saved hidden states that are past block `index`, which has to run again."""
+    from safetensors import safe_open
+
+    for path in saved_hidden(work):
+        with safe_open(path, framework="np") as file:
+            beyond = int(file.metadata()["block"]) > index
+        if beyond:
+            path.unlink()
+
+
+def saved_hidden(work: Path) -> list[Path]:
+    """The files of saved hidden states in a folder."""
+    return sorted(work.glob(SAVED.format("*")))
+
+
+def _load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:
+    """Fill `hidden` from a saved file and return the block whose inputs it holds; 0 when there is none."""
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    if metadata["tokens"] != fingerprint:
+        return 0
+    hidden.load(path)
+    return int(metadata["block"])
+
+
+def _torch_dtype(name: str) -> Any:
+    """float16 overflows in residual streams on a CPU; blocks run in bfloat16 or float32."""
+    import torch
+
+    return torch.float32 if name == "float32" else torch.bfloat16

@@ -1,0 +1,283 @@
+"""The work folder of a run: a lock, an identity, and one line for every finished unit of work.
+
+Work happens in `OUT.partial`. Started again with the same source and recipe, a run goes on behind the last line;
+with another one it is refused. The folder gets its final name as the very last step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from outlierq.core.errors import OutputError
+from outlierq.core.machine.untrusted import brief, checked, json_object
+from outlierq.core.report import SiteRow
+from outlierq.export.writer import disk_error, sync_folder
+from outlierq.pipeline.planning.plan import REPORT_NAME
+
+# Names with a dot are never carried over from a source, so they cannot meet a file of the result.
+JOURNAL = ".journal.jsonl"
+LOCK = ".lock"
+# What the line of a finished unit must hold beside its name.
+UNIT_KEYS = ("xxh3_128", "rows", "transforms", "notes")
+
+
+class Journal:
+    """Finished units of one run, in `folder`. entries: unit name -> what was written about it.
+
+    identity: what must be equal for a run to go on. about: what a reader of an unfinished run wants to know, by name.
+    spent: gives wall seconds by stage since it was asked last; each line carries them. seconds: what earlier processes
+    spent on this run; a killed one takes the time since its last line with it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        spent: Callable[[], Mapping[str, float]] = dict,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self.folder, self._spent = folder, spent
+        self._first_line = {"identity": identity, "about": dict(about)}
+        self.path = folder / JOURNAL
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.seconds: Counter[str] = Counter()
+        if self.path.exists():
+            self._resume(identity)
+        else:
+            self._append(self._first_line)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run had finished units."""
+        return bool(self.entries)
+
+    @property
+    def rows(self) -> tuple[SiteRow, ...]:
+        """The report's rows of all finished units; OutputError when one is damaged."""
+        rows = (row for entry in self.entries.values() for row in entry["rows"])
+        return tuple(checked(SiteRow, row, f"row of a site in {self.path}", OutputError) for row in rows)
+
+    def add(self, unit: str, content: dict[str, Any]) -> None:
+        """Record a finished unit; it is on the disk when this returns."""
+        self._append({"unit": unit, **content, "seconds": dict(self._spent())})
+        self.entries[unit] = content
+
+    @contextmanager
+    def told_of_stops(self) -> Iterator[None]:
+        """When the run ends early, record the time that was spent on a unit that did not come to its end."""
+        try:
+            yield
+        except BaseException:
+            # Not on a disk that is full or gone: then why the run ended is worth more than its seconds.
+            with suppress(OutputError):
+                self._append({"seconds": dict(self._spent())})
+            raise
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """All of the line or nothing of it: a part would stand in the way of the next."""
+        try:
+            with open(self.path, "ab") as file:
+                whole = os.fstat(file.fileno()).st_size
+                try:
+                    file.write((json.dumps(line) + "\n").encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), whole)
+                    raise
+        except OSError as error:
+            raise disk_error(error, self.path, 0) from error
+
+    def _resume(self, identity: dict[str, Any]) -> None:
+        """Read the lines; what a crash cut short is dropped."""
+        lines, length = read_lines(self.path)
+        _cut(self.path, length)
+        try:
+            former = lines[0]["identity"] if lines else {}
+            self.seconds = seconds_of(lines)
+            timed = [(line, line.pop("seconds", None)) for line in lines[1:]]
+            entries = {line.pop("unit"): line for line, seconds in timed if line or seconds is None}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{self.path} is damaged: {error}", hint="run again with --restart") from error
+        wanted = json.loads(json.dumps(identity))
+        differing = sorted(key for key in wanted.keys() | former.keys() if former.get(key) != wanted.get(key))
+        if differing and entries:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run with another {' and '.join(differing)} "
+                f"({len(entries)} units done)",
+                hint="run the former command to finish it, add --restart to throw it away, or choose another folder",
+            )
+        if differing:
+            # Nothing was done yet, so nothing is lost by starting over.
+            self.seconds.clear()
+            _cut(self.path, 0)
+            self._append(self._first_line)
+        self.entries = entries
+
+
+def former_shards(folder: Path) -> int | None:
+    """In how many shards the unfinished run in a folder calibrates; None when there is none, or it has no unit yet."""
+    path = folder / JOURNAL
+    lines = read_lines(path)[0] if path.exists() else []
+    shards = lines[0]["identity"].get("shards", 1) if any("unit" in line for line in lines) else None
+    if shards is not None and type(shards) is not int:
+        raise OutputError(f"{path} is damaged: {brief(shards)} shards", hint="run again with --restart")
+    return shards
+
+
+def _cut(path: Path, length: int) -> None:
+    """Keep the first bytes of a file only."""
+    try:
+        if path.stat().st_size > length:
+            os.truncate(path, length)
+    except OSError as error:
+        raise disk_error(error, path, 0) from error
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a journal, and how many bytes they are; a last line that a crash cut short is left out.
+
+    After a power cut it may end as it should and have a hole. OutputError when another line is damaged.
+    """
+    try:
+        raw, length = path.read_bytes(), 0
+    except OSError as error:
+        raise disk_error(error, path, 0) from error
+    lines: list[dict[str, Any]] = []
+    for line in raw.splitlines(keepends=True):
+        try:
+            lines.append(_checked_line(line, path, first=not lines))
+        except OutputError:
+            if length + len(line) == len(raw):
+                break
+            raise
+        if not line.endswith(b"\n"):
+            return lines[:-1], length
+        length += len(line)
+    return lines, length
+
+
+def _checked_line(line: bytes, path: Path, *, first: bool) -> dict[str, Any]:
+    """The object on one line; OutputError when it does not hold what we write."""
+    hint = "run again with --restart"
+    value = json_object(line, f"{path} is damaged: a line", OutputError, hint=hint)
+    parts = {"seconds": dict, "rows": list, "transforms": list, "notes": list, "unit": str}
+    parts |= {"identity": dict, "about": dict} if first else {}
+    faults = [name for name, kind in parts.items() if not isinstance(value.get(name, kind()), kind)]
+    faults += [name for name in UNIT_KEYS if "unit" in value and name not in value]
+    times = value.get("seconds", {})
+    if faults or (first and "identity" not in value) or not all(type(v) in (int, float) for v in times.values()):
+        raise OutputError(f"{path} is damaged: a line is not one of a run ({brief(value)})", hint=hint)
+    return value
+
+
+def seconds_of(lines: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Wall time by stage that the lines of a journal add up to."""
+    seconds: Counter[str] = Counter()
+    for line in lines:
+        seconds.update(line.get("seconds", {}))
+    return seconds
+
+
+def work_folder(out: Path) -> Path:
+    """Where the run for `out` works; a sibling, so that the last rename stays on one file system."""
+    return out.parent / f"{out.name}.partial"
+
+
+@contextmanager
+def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
+    """The locked work folder for `out`; a failure that leaves nothing in it removes it.
+
+    OutputError when the result exists, another process works there, or the folder holds something else.
+    """
+    refuse_existing(out)
+    work = work_folder(out)
+    _refuse_foreign(work)
+    with locked(work):
+        if restart:
+            _clear(work, kept=())
+        try:
+            yield work
+        finally:
+            # Tidying up only; on a disk that is gone the error that is on its way says more.
+            with suppress(OSError):
+                if [path.name for path in work.iterdir()] == [LOCK]:
+                    shutil.rmtree(work)
+
+
+def refuse_existing(out: Path) -> None:
+    """OutputError when there is a result already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
+        )
+
+
+def _clear(work: Path, kept: Collection[str]) -> None:
+    """Remove everything else from a work folder. What shows that the rest is ours goes last: `_refuse_foreign`."""
+    signs = [name for name in (REPORT_NAME, JOURNAL) if name not in kept]
+    others = (path for path in work.iterdir() if path.name not in (*kept, LOCK, *signs))
+    for path in (*others, *(work / name for name in signs)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _refuse_foreign(work: Path) -> None:
+    """OutputError when the work folder holds something, but no run of ours."""
+    held = sorted(path.name for path in work.iterdir() if path.name != LOCK) if work.is_dir() else []
+    # Without a journal it is ours only when a run was cut off while it put its finished result in place.
+    if held and JOURNAL not in held and REPORT_NAME not in held:
+        raise OutputError(
+            f"{work} is in the way: it holds {held[0]} and no run of outlierq", hint="move it, or choose another -o"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other processes out of it; OutputError when one is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)  # else a power cut may take the folder with all that is safe in it
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise disk_error(error, folder, 0) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ended just now has removed the file: then the lock is on a file that nobody else will find.
+            is_held = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK))
+        except OSError:
+            is_held = False
+        if not is_held:
+            raise OutputError(f"another outlierq works in {folder}", hint="wait for it, or choose another -o")
+        try:
+            yield
+        finally:
+            # On a disk that is gone the error that is on its way says more.
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+
+
+def finish(work: Path, out: Path, result: Collection[str]) -> None:
+    """Remove every file that is not part of the `result` and give the folder its final name."""
+    from outlierq.export.writer import publish
+
+    try:
+        _clear(work, kept=result)
+        (work / LOCK).unlink(missing_ok=True)
+        if out.exists():
+            out.rmdir()
+        publish(work, out)
+    except OSError as error:
+        raise disk_error(error, out, 0) from error

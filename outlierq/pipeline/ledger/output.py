@@ -1,0 +1,270 @@
+"""The output of a run: units are encoded, written, read back from disk, compared, and entered in the journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from math import lcm
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import OutputError
+from outlierq.core.model import Block, LinearSite
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.report import SiteRow
+from outlierq.export import exporter
+from outlierq.export.writer import ShardWriter, check_complete, compare
+from outlierq.load import check_unchanged
+from outlierq.pipeline.ledger.journal import Journal
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.remodel.rewrite import original_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.load.source.shards import StoredTensor
+
+# Weights compared at a time, and the rows that share a word when zero points are packed along them.
+PIECE_WEIGHTS = 1 << 19
+ROWS_PER_WORD = 32
+
+# A tensor that is only copied is in memory as a whole up to this size.
+PIECE_BYTES = 16 << 20
+
+Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
+# XXH3-128 of the bytes on disk by tensor name.
+Digests = dict[str, bytes]
+
+
+class Output:
+    """The shards of a run in its work folder, and the journal of what is in them.
+
+    `put_linear` and `put_tensor` may be called from several threads at once, `commit` from one. Without a journal
+    nothing can be committed: that is for who writes on behalf of another process.
+    """
+
+    def __init__(self, plan: Plan, work: Path, journal: Journal | None):
+        self.plan, self.work, self.journal = plan, work, journal
+        self.schemes = plan.schemes
+        self.form = exporter(plan.recipe.export.format, plan.checkpoint.config)
+        self.writer = ShardWriter(work, plan.layout)
+        self.committed: set[str] = set()
+
+    def write(
+        self,
+        unit: str,
+        names: tuple[str, ...],
+        results: Results,
+        folded: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        transforms: Sequence[Mapping[str, Any]] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Write a unit: quantized linears in the format's own tensors, folded tensors, and all others as stored.
+
+        transforms, notes: for the report; they go into the journal, so that a resumed run still knows them.
+        """
+        quantized = {site.weight: (site, [result]) for site, (result, _) in results.items()}
+        digests: Digests = {}
+        for name in names:
+            if name in quantized:
+                digests |= self.put_linear(*quantized[name])
+            elif name in folded:
+                digests |= self.put_tensor(name, folded[name])
+            else:
+                digests |= self.copy(name)
+        self.commit(unit, digests, [row for _, row in results.values()], transforms, notes)
+
+    def put_linear(self, site: LinearSite, pieces: Iterable[QuantTensor]) -> Digests:
+        """Write a quantized linear and read it back: the bytes must be those that were written, and decode to what was
+        meant, bit for bit.
+
+        pieces: its rows in order, in one or more parts. Where the format keeps rows apart, each is written and read
+        back while it is still in the cache.
+        """
+        if not self._by_rows(site):
+            pieces = [QuantTensor.stack(list(pieces))]
+        digests: dict[str, Any] = {}
+        next_row: Counter[str] = Counter()
+        for piece in pieces:
+            parts = self.form.encode(site, piece)
+            for name, value in parts.items():
+                row = self._row_of(name, value, next_row[name])
+                if row is None and name in digests:
+                    continue  # of the whole linear, and written with its first rows
+                self.writer.write(name, value, row)
+                digests[name] = self.writer.confirm(name, value, row, digests.get(name))
+                next_row[name] += len(value) if value.ndim else 0
+            # The parts are now known to be what lies on disk: reading them once is enough.
+            self._check_decoded(site, parts, piece)
+        return {name: digest.digest() for name, digest in digests.items()}
+
+    def _by_rows(self, site: LinearSite) -> bool:
+        """Whether some rows of a linear can be encoded without the others."""
+        return hasattr(self.form, "by_rows") and self.form.by_rows(site, self.schemes[site])
+
+    def _row_of(self, name: str, value: torch.Tensor, row: int) -> int | None:
+        """Where a part begins in its planned tensor; None when it is all of it."""
+        return None if tuple(value.shape) == self.plan.layout.places[name].tensor.shape else row
+
+    def _check_decoded(self, site: LinearSite, parts: Mapping[str, torch.Tensor], meant: QuantTensor) -> None:
+        """What the parts decode to must be what was meant, bit for bit."""
+        stored, rows = self._in_rows(site, parts), len(meant.codes)
+        step = max(1, PIECE_WEIGHTS // site.in_features // self._aligned(meant)) * self._aligned(meant)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            compare(site.module, self._decode(site, stored, start, stop), meant.rows(start, stop))
+
+    def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
+        """Write a tensor as it is, under the name and in the order of the format, and read it back."""
+        if hasattr(self.form, "plain"):
+            name, tensor = self.form.plain(name, tensor)
+        self.writer.write(name, tensor)
+        return {name: self.writer.confirm(name, tensor).digest()}
+
+    def copy(self, name: str) -> Digests:
+        """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
+        from outlierq.load import rows_of
+
+        info = self.plan.checkpoint.tensors[name]
+        if hasattr(self.form, "plain") or info.nbytes <= PIECE_BYTES or not info.shape[0]:
+            return self.put_tensor(name, self.plan.checkpoint.read(name))
+        row, digest = 0, None
+        for piece in rows_of(self.plan.checkpoint, name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
+            self.writer.write(name, piece, row)
+            digest = self.writer.confirm(name, piece, row, digest)
+            row += len(piece)
+        return {name: digest.digest()}
+
+    def commit(
+        self,
+        unit: str,
+        digests: Digests,
+        rows: Sequence[SiteRow],
+        transforms: Sequence[Mapping[str, Any]] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """End a unit that is written and read back: force it onto the disk, then enter it in the journal."""
+        self.writer.sync()
+        check_unchanged(original_of(self.plan.checkpoint))
+        self.committed.add(unit)
+        entry = {
+            "xxh3_128": self._digest_of_unit(unit, digests),
+            "rows": [asdict(row) for row in rows],
+            "transforms": list(transforms),
+            "notes": list(notes),
+        }
+        self.journal.add(unit, entry)
+
+    def _digest_of_unit(self, unit: str, digests: Digests) -> str:
+        """One digest of the digests of a unit's tensors, in file order."""
+        import xxhash
+
+        return xxhash.xxh3_128(b"".join(digests[name] for name in self._tensors_of(unit))).hexdigest()
+
+    def _aligned(self, result: QuantTensor) -> int:
+        """Rows that can be decoded only together."""
+        block = result.scheme.block
+        return ROWS_PER_WORD if block is None else lcm(ROWS_PER_WORD, block[0])
+
+    def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized linear as they lie on disk, by the last part of their names; weights [out, in]."""
+        specs = self.form.tensor_specs(site, self.schemes[site])
+        return self._in_rows(site, self._from_disk([name for name, _, _ in specs]))
+
+    def _in_rows(self, site: LinearSite, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A linear's tensors by the last part of their names, the weight [out, in]."""
+        stored = {name.rpartition(".")[2]: value for name, value in parts.items()}
+        if "weight" in stored:
+            stored["weight"] = as_matrix(site, stored["weight"])
+        return stored | (self.form.row_order(site) if hasattr(self.form, "row_order") else {})
+
+    def _decode(
+        self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int
+    ) -> QuantTensor | torch.Tensor:
+        """Rows [start, stop), by a decoder that shares no code with the writer."""
+        from outlierq.load import decode_rows
+
+        form, shape = self.plan.recipe.export.format, (site.out_features, site.in_features)
+        return decode_rows(stored, self.schemes[site], shape, start, stop, form=form)
+
+    def written(self, block: Block) -> dict[str, torch.Tensor]:
+        """The dense tensors of a block that is already on disk, under their source names."""
+        sites = {s.weight: s for s in block.sites if s in self.plan.schemes}
+        kept = self._from_disk([name for name in block.tensors if name not in sites])
+        return {**kept, **{weight: from_matrix(site, self._whole(site)) for weight, site in sites.items()}}
+
+    def _whole(self, site: LinearSite) -> torch.Tensor:
+        """All rows of a quantized linear on disk, [out, in]."""
+        decoded = self._decode(site, self._stored(site), 0, site.out_features)
+        return decoded.dequantize() if isinstance(decoded, QuantTensor) else decoded
+
+    def verify(self) -> None:
+        """Every tensor of the plan is on disk, and every unit's bytes are those the journal recorded.
+
+        What this process wrote, it has read back already; units of an earlier one are read again.
+        """
+        self._check_headers()
+        if not hasattr(self.form, "make_layout"):
+            check_complete(self.work, self.plan.layout)
+        for unit, entry in self.journal.entries.items():
+            if unit in self.committed:
+                continue
+            digests = {name: self.writer.digest(name) for name in self._tensors_of(unit)}
+            if self._digest_of_unit(unit, digests) != entry["xxh3_128"]:
+                raise OutputError(
+                    f"the bytes of {unit} on disk are not those that were written",
+                    hint="the disk is faulty or something else wrote there; run again with --restart",
+                )
+
+    def _check_headers(self) -> None:
+        """Every planned tensor stands in the file's own header, at its place, where its bytes were confirmed."""
+        planned = {(name, p.tensor.dtype, p.tensor.shape, p.offset) for name, p in self.plan.layout.places.items()}
+        found = {(name, t.info.dtype, t.info.shape, t.start) for name, t in self._headers.items()}
+        wrong = sorted(planned ^ found)
+        if wrong:
+            raise OutputError(f"{len(wrong)} tensor headers on disk differ from the plan, first {wrong[0]}")
+
+    def close(self) -> None:
+        """Close the shards."""
+        self.writer.close()
+
+    @cached_property
+    def _by_unit(self) -> dict[str, list[str]]:
+        """Output tensors by unit, in file order."""
+        units: dict[str, list[str]] = {}
+        for name, place in self.plan.layout.places.items():
+            units.setdefault(place.tensor.unit, []).append(name)
+        return units
+
+    def _tensors_of(self, unit: str) -> list[str]:
+        """Output tensors of a unit, in file order."""
+        return self._by_unit.get(unit, [])
+
+    @cached_property
+    def _headers(self) -> dict[str, StoredTensor]:
+        """Every tensor of the unfinished shards, by the headers as they lie on disk (they are written first)."""
+        from outlierq.load.gguf.blocks import stored_tensors
+        from outlierq.load.source.shards import read_header
+
+        read = {True: stored_tensors, False: read_header}
+        shards = (read[name.endswith(".gguf")](self.work / name) for name in self.plan.layout.sizes)
+        return {name: stored for shard in shards for name, stored in shard.items()}
+
+    def _from_disk(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors as they lie in the unfinished shards."""
+        from outlierq.load.source.shards import read_stored
+
+        return dict(read_stored(self._headers, names))
+
+
+def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:
+    """The logical [out, in] weight of a stored tensor (Conv1D stores [in, out])."""
+    return stored.T.contiguous() if site.transposed else stored
+
+
+def from_matrix(site: LinearSite, matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_matrix`."""
+    return matrix.T.contiguous() if site.transposed else matrix

@@ -1,0 +1,272 @@
+"""One measurement of a checkpoint as one JSON value: figures, conditions, versions, and what a gate says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq import __version__
+from outlierq.core.errors import OutlierqError
+from outlierq.core.limits import Limits
+from outlierq.core.machine.untrusted import json_object
+from outlierq.core.model import Checkpoint
+from outlierq.core.notes import collecting
+from outlierq.core.report import Report
+from outlierq.export.writer import disk_error, sync_folder, write_small
+from outlierq.load import check_unchanged
+from outlierq.pipeline.events import Listener, silent
+from outlierq.pipeline.measuring import models as evaluation
+from outlierq.pipeline.measuring.cache import content_hash, data_hash, keep, key_of, recall
+from outlierq.pipeline.measuring.packed_model import runtime_summary
+from outlierq.pipeline.planning.plan import REPORT_NAME, Plan
+from outlierq.pipeline.remodel.rewrite import original_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.recipe import Gate
+
+RESULTS_VERSION = 1
+PACKAGES = ("torch", "transformers", "lm-eval")
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure, and how. Everything here is part of the result.
+
+    text: a file, or None for the held-out embedded text. windows: None takes all. tasks: of lm-eval, on the model and,
+    when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`.
+    runtime: "packed" multiplies the model's packed weights as they are; the reference is always dense.
+    """
+
+    text: str | None = None
+    windows: int | None = 24
+    window_length: int = 512
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    backend: str = "transformers"
+    trust_remote_code: bool = False
+    runtime: str = "dense"
+
+    @classmethod
+    def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None, trust_remote_code: bool) -> Measurement:
+        """What a gate needs to know."""
+        return cls(
+            text=None if gate.text == EMBEDDED else gate.text,
+            windows=gate.windows,
+            window_length=gate.window_length,
+            tasks=gate.limits.tasks,
+            data_dir=data_dir,
+            limit=gate.limit,
+            num_fewshot=gate.num_fewshot,
+            batch_size=gate.batch_size,
+            dtype=gate.dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    reference: Checkpoint | None,
+    wanted: Measurement,
+    *,
+    cached: bool = True,
+    listen: Listener = silent,
+) -> dict[str, Any]:
+    """Perplexity, divergence from the reference and tasks, with everything that is needed to repeat them.
+
+    cached: an earlier answer to the same question is taken; "from_cache" names what was not measured now.
+    """
+    content, text_name = evaluation.evaluation_text(wanted.text)
+    model, original = _Side(checkpoint, wanted), None
+    if reference is not None:
+        original = _Side(reference, replace(wanted, runtime="dense"))
+    reused: list[str] = []
+
+    def ask(name: str, settings: Mapping[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = key_of({"question": name.removeprefix("reference_"), **settings, "versions": _versions()})
+        if cached and (known := recall(key)) is not None:
+            reused.append(name)
+            return known
+        measured = answer()
+        for side in (checkpoint, reference):
+            check_unchanged(side)
+        keep(key, measured)
+        return measured
+
+    text_hash = hashlib.sha256(content.encode()).hexdigest()
+    windows = {"windows": wanted.windows, "window_length": wanted.window_length}
+    how = {"dtype": wanted.dtype, "device": _device_name(wanted.device), "runtime": wanted.runtime}
+    hashes = {"model": model.hash, "reference": original and original.hash}
+    result = {
+        "results_version": RESULTS_VERSION,
+        "model": checkpoint.source,
+        "reference": reference and reference.source,
+        "content_hash": hashes,
+        "text": text_name,
+        "text_sha256": text_hash,
+        **how,
+        "conditions": _conditions(wanted),
+        "versions": _versions(),
+        "divergence": ask(
+            "divergence",
+            {**hashes, **windows, **how, "text": text_hash},
+            lambda: _divergence(model, original, content, wanted, listen),
+        ),
+    }
+    if wanted.tasks:
+        data = "hub" if wanted.data_dir is None else data_hash(wanted.data_dir)
+        shared = {**how, **_task_options(wanted), "tasks": wanted.tasks, "data": data, "backend": wanted.backend}
+        for name, side in (("tasks", model), ("reference_tasks", original)):
+            if side is not None:
+                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted, listen))
+    return result | {"from_cache": reused}
+
+
+def judge(results: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The results with what the gate says: "gate" holds the rows, "passed" the verdict (None without limits)."""
+    from outlierq.evaluate.gate import check_gate
+
+    rows = check_gate(results, limits)
+    verdict = all(row.passed for row in rows) if rows else None
+    return results | {"gate": [row.to_dict() for row in rows], "passed": verdict}
+
+
+def record(folder: Path, results: Mapping[str, Any]) -> Report:
+    """Put the results into the report of a checkpoint that outlierq wrote, where `publish` finds them."""
+    report = replace(read_report(folder), evaluation=dict(results))
+    part = f".{REPORT_NAME}.part"
+    write_small(folder, {part: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
+    try:
+        os.replace(folder / part, folder / REPORT_NAME)
+    except OSError as error:
+        raise disk_error(error, folder / REPORT_NAME, 0) from error
+    sync_folder(folder)
+    return report
+
+
+def unmeasured(folder: Path, plan: Plan) -> Report | None:
+    """The report of a run of this very plan that was finished, but stopped before its gate was measured; else None."""
+    if not (folder / REPORT_NAME).is_file():
+        return None
+    report = read_report(folder)
+    found = report.fingerprint, report.settings, report.versions.get("outlierq"), report.evaluation
+    wanted = original_of(plan.checkpoint).fingerprint, plan.recipe.model_dump(mode="json"), __version__, None
+    return report if found == wanted else None
+
+
+def read_report(folder: Path) -> Report:
+    """The report beside a checkpoint that outlierq wrote; OutlierqError when there is none."""
+    try:
+        raw = (folder / REPORT_NAME).read_bytes()
+    except FileNotFoundError:
+        raise OutlierqError(
+            f"{folder} has no {REPORT_NAME}: it is no result of `outlierq quantize`",
+            hint="give the folder that `quantize -o` wrote",
+        ) from None
+    except OSError as error:
+        raise OutlierqError(f"{folder / REPORT_NAME} cannot be read: {error}") from error
+    return Report.from_dict(json_object(raw, f"{folder / REPORT_NAME}"))
+
+
+class _Side:
+    """A checkpoint that is hashed and loaded when it is needed, once."""
+
+    def __init__(self, checkpoint: Checkpoint, wanted: Measurement):
+        self.checkpoint, self.wanted = checkpoint, wanted
+
+    @cached_property
+    def hash(self) -> str:
+        return content_hash(self.checkpoint)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        wanted = self.wanted
+        return evaluation.load_for_evaluation(
+            self.checkpoint,
+            dtype=wanted.dtype,
+            device=wanted.device,
+            trust_remote_code=wanted.trust_remote_code,
+            runtime=wanted.runtime,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from outlierq.load import load_tokenizer
+
+        return load_tokenizer(self.checkpoint, trust_remote_code=self.wanted.trust_remote_code)
+
+
+def _divergence(
+    side: _Side, original: _Side | None, content: str, wanted: Measurement, listen: Listener
+) -> dict[str, Any]:
+    """`Divergence` as plain values; "linears" says how a packed model computed."""
+    with collecting() as notes:
+        model = side.model
+    measured = evaluation.measure_text(
+        model,
+        side.tokenizer,
+        content,
+        reference=None if original is None else original.model,
+        window_length=wanted.window_length,
+        windows=wanted.windows,
+        listen=listen,
+    ).to_dict()
+    if wanted.runtime == "packed":
+        measured["linears"] = [*runtime_summary(model), *notes]
+    return measured
+
+
+def _tasks(side: _Side, wanted: Measurement, listen: Listener) -> dict[str, Any]:
+    """The tasks of one side, asked in process or through vLLM."""
+    if wanted.backend == "vllm":
+        from outlierq.evaluate.tasks import Served
+
+        folder = side.checkpoint.path
+        if folder.is_file():
+            raise OutlierqError(f"{folder} is one file; vLLM is given folders", hint="leave --backend out")
+        model, tokenizer = Served(folder, wanted.trust_remote_code), None
+    else:
+        model, tokenizer = side.model, side.tokenizer
+    return evaluation.run_tasks(model, tokenizer, wanted.tasks, data_dir=wanted.data_dir, **_task_options(wanted))
+
+
+def _task_options(wanted: Measurement) -> dict[str, Any]:
+    """What is passed through to lm-eval."""
+    return {name: getattr(wanted, name) for name in ("limit", "num_fewshot", "batch_size")}
+
+
+def _conditions(wanted: Measurement) -> dict[str, Any]:
+    """Every setting, as plain values."""
+    values = asdict(wanted)
+    return values | {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(wanted.tasks)}
+
+
+def _versions() -> dict[str, str]:
+    """What the figures depend on beside the bytes."""
+    found = {"outlierq": __version__, "python": platform.python_version()}
+    return found | {package: version(package) for package in PACKAGES}
+
+
+def _device_name(device: str) -> str:
+    """The processor or GPU that computes."""
+    if not device.startswith("cuda"):
+        return f"cpu ({platform.machine()})"
+    import torch
+
+    return torch.cuda.get_device_name(device)

@@ -1,0 +1,71 @@
+"""`outlierq eval`: perplexity, divergence from a reference, and named tasks, on any checkpoint that can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import OutlierqError
+from outlierq.core.model import Checkpoint
+from outlierq.pipeline.events import Event, Listener, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.evaluate.divergence import Divergence
+
+
+def load_for_evaluation(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    runtime: str = "dense",
+) -> torch.nn.Module:
+    """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are."""
+    if runtime == "packed":
+        from outlierq.pipeline.measuring.packed_model import load_packed_model as load
+    else:
+        from outlierq.load import load_model as load
+
+    return load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def measure_text(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    reference: torch.nn.Module | None = None,
+    window_length: int = 512,
+    windows: int | None = None,
+    listen: Listener = silent,
+) -> Divergence:
+    """Perplexity on `text`, and with a reference KL per token, top-1 agreement and flips."""
+    from outlierq.evaluate.divergence import measure, text_windows
+
+    ids = text_windows(tokenizer, text, window_length, windows)
+    return measure(model, ids, reference=reference, progress=lambda done, total: listen(Event("evaluate", done, total)))
+
+
+def evaluation_text(data: str | None) -> tuple[str, str]:
+    """The text to measure on, and its name. data: a text file, or None for the held-out part of the embedded text."""
+    if data is None:
+        from outlierq.calibrate.text import embedded_text
+
+        return embedded_text("evaluation"), "Python language reference (held-out part)"
+    path = Path(data)
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutlierqError(f"the evaluation text {data} cannot be read: {error}") from error
+    return raw, path.name
+
+
+def run_tasks(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Named tasks through lm-eval."""
+    from outlierq.evaluate.tasks import run_tasks as run
+
+    return run(model, tokenizer, tasks, **options)

@@ -1,0 +1,1 @@
+"""Models that are rewritten before they are compressed: rotated, pruned, given biases."""

@@ -1,0 +1,160 @@
+"""Which biases a model class could take that its checkpoint does not hold, and which shifts they would carry.
+
+Found by trying: a boolean key of the config with "bias" in its name is turned over, and what the class then has more
+must be biases of linears. With zeros in them every kind of block must compute what it did, on random weights; then the
+folds are proved anew (`calibrate/folds.py`). Nothing is listed by architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from outlierq.calibrate.experts import routing
+from outlierq.calibrate.folds import prove_folds
+from outlierq.calibrate.groups import find_groups
+from outlierq.core.errors import NumbersError, SourceError
+from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, TensorInfo
+from outlierq.load import build_skeleton, checkpoint_names, find_structure
+from outlierq.pipeline.remodel.anatomy import TOLERANCE, Bench, Moved, Weights, kind_of, random_weights, relative_error
+from outlierq.pipeline.remodel.rewrite import RewrittenCheckpoint
+from outlierq.transform.add_biases import BiasKey, Openings, Shift
+from outlierq.transform.rotate import Rewrite
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_openings(checkpoint: Checkpoint, *, refusal: str = "", trust_remote_code: bool = False) -> Openings:
+    """The keys of the checkpoint's config that make places for biases, and the shifts that these could carry.
+
+    refusal: why the output format cannot hold biases that the checkpoint does not have; then none are looked for.
+    """
+    if refusal:
+        return Openings(obstacle=refusal)
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    structure = find_structure(checkpoint, skeleton)
+    keys = tuple(_keys(checkpoint, skeleton, structure, trust_remote_code))
+    if not keys:
+        return Openings(obstacle="no key of this model's config makes places for biases")
+    try:
+        trial = _Trial(checkpoint, skeleton, structure, keys, trust_remote_code)
+        return Openings(keys, trial.shifts())
+    except (SourceError, NumbersError) as error:
+        return Openings(keys, obstacle=error.what)
+
+
+def opened(checkpoint: Checkpoint, keys: tuple[BiasKey, ...]) -> RewrittenCheckpoint:
+    """The checkpoint with all these keys turned over and zeros for their biases."""
+    zeros = {name: info for key in keys for name, info in key.tensors.items()}
+    return RewrittenCheckpoint(checkpoint, Rewrite({}, zeros=zeros, settings={k.path: k.value for k in keys}), "opened")
+
+
+def _keys(
+    checkpoint: Checkpoint, skeleton: torch.nn.Module, structure: Structure, trust_remote_code: bool
+) -> Iterator[BiasKey]:
+    """Keys that add biases of linears to the class, and do nothing else to it."""
+    config = skeleton.config.get_text_config()
+    outer = [key for key, value in checkpoint.config.items() if isinstance(value, dict)]
+    nested = [key for key in outer if getattr(skeleton.config, key, None) is config]
+    if config is not skeleton.config and not nested:
+        return
+    before = {name: tuple(slot.shape) for name, slot in skeleton.state_dict(keep_vars=True).items()}
+    for name, value in config.to_dict().items():
+        if "bias" not in name or not isinstance(value, bool):
+            continue
+        key = BiasKey((*nested[:1], name), not value, {})
+        try:
+            other = build_skeleton(opened(checkpoint, (key,)), trust_remote_code=trust_remote_code)
+        except SourceError:  # the class does not take the key this way round
+            continue
+        after = {name: tuple(slot.shape) for name, slot in other.state_dict(keep_vars=True).items()}
+        tensors = _biases(checkpoint, structure, before, after)
+        if tensors:
+            yield replace(key, tensors=tensors)
+
+
+def _biases(
+    checkpoint: Checkpoint, structure: Structure, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, TensorInfo]:
+    """The biases that the class has more, by tensor name; none when anything else differs."""
+    linears = {f"{site.module}.bias": site for site in structure.sites}
+    more = after.keys() - before.keys()
+    if any(after.get(name) != shape for name, shape in before.items()) or not more <= linears.keys():
+        return {}
+    tensors = {}
+    for slot, site in linears.items():
+        name = f"{site.weight.removesuffix('weight')}bias"
+        if slot in more and name not in checkpoint.tensors:
+            weight = checkpoint.tensors[site.weight]
+            size = weight.nbytes // site.in_features // site.out_features
+            tensors[name] = TensorInfo(name, weight.dtype, (site.out_features,), site.out_features * size)
+    return tensors
+
+
+class _Trial:
+    """The model with all keys turned over, on random weights, beside the model as it is."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        skeleton: torch.nn.Module,
+        structure: Structure,
+        keys: tuple[BiasKey, ...],
+        trust_remote_code: bool,
+    ):
+        self.plain = Bench(skeleton, structure)
+        self.plain_weights = random_weights(checkpoint, skeleton, checkpoint_names(checkpoint, skeleton))
+        self.plain.before(self.plain_weights)
+        wider = opened(checkpoint, keys)
+        skeleton = build_skeleton(wider, trust_remote_code=trust_remote_code)
+        self.names = checkpoint_names(wider, skeleton)
+        self.bench = Bench(skeleton, find_structure(wider, skeleton))
+        self.weights = random_weights(wider, skeleton, self.names)
+        self.hidden = self.bench.before(self.weights)
+        self.new = frozenset(name for key in keys for name in key.tensors)
+
+    def shifts(self) -> dict[str, Shift]:
+        """By input group, the shifts that need new biases; of blocks that look alike, one is examined."""
+        known: dict[tuple, tuple[Block, list[InputGroup]]] = {}
+        found = {}
+        for block in self.bench.structure.blocks:
+            kind = kind_of(self.bench.model, block)
+            if kind not in known:
+                self._check_zeros(block)
+                known[kind] = block, self._groups(block)
+            like, groups = known[kind]
+            moved = Moved(self.names, like, block)
+            for group in groups:
+                new = self.new & {group.fold.bias, *(site.bias for site in group.sites)}
+                if new:
+                    shift = Shift(moved.tensors[group.fold.bias], frozenset(map(moved.tensors.get, new)), "")
+                    note = group.fold.shift_note.replace(group.fold.bias, shift.bias)
+                    found[moved.sites[group.sites[0]].module] = replace(shift, note=note)
+        return found
+
+    def _check_zeros(self, block: Block) -> None:
+        """SourceError when the block with zeros for its new biases does not compute what it did."""
+
+        def read(name: str, rows: int | None) -> torch.Tensor:
+            values = self.weights.read(name, rows)
+            return values.zero_() if name in self.new else values
+
+        found = self.bench.block(Weights(self.names, read), block.index, self.hidden)
+        expected = self.plain.block(self.plain_weights, block.index, self.hidden)
+        error = relative_error(found, expected)
+        if not error <= TOLERANCE:
+            raise SourceError(f"biases of zeros change the output of {block.name} by {error:.1g}")
+
+    def _groups(self, block: Block) -> list[InputGroup]:
+        """The input groups whose input can be shifted."""
+        import torch
+
+        def run(module: torch.nn.Module) -> torch.Tensor:
+            with torch.no_grad(), routing(module, "probe"):  # every expert reads what the router reads
+                return self.bench.runner.forward(module, block.index, 0, self.hidden)
+
+        with self.bench.filled(self.weights, block.index) as module:
+            groups = prove_folds(module, block, find_groups(module, block, run), run, self.bench.model.config)
+        return [group for group in groups if group.fold is not None and group.fold.shift]

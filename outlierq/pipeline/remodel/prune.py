@@ -1,0 +1,201 @@
+"""A mixture with fewer experts, as a checkpoint on top of the checkpoint: what comes after works as on any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.calibrate.stats_file import StatsReader
+from outlierq.core.errors import RecipeError
+from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
+from outlierq.pipeline.remodel.derived import DerivedCheckpoint, making_bytes
+from outlierq.registry import Method
+
+if TYPE_CHECKING:
+    import torch
+
+# What configs call the number of experts, of those chosen for a token, and of groups of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
+GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
+
+
+class PrunedCheckpoint(DerivedCheckpoint):
+    """A checkpoint without some experts; those that stay are numbered anew. Satisfies `Checkpoint`.
+
+    renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay. decided:
+    whether statistics have said which experts stay; else the sizes are right, and no tensor can be read.
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        renamed: Mapping[str, str],
+        rows: Mapping[str, torch.Tensor],
+        config: dict[str, Any],
+        identity: Any,
+        notes: tuple[str, ...],
+        decided: bool = True,
+    ):
+        super().__init__(original, identity)
+        self._renamed, self._rows = renamed, rows
+        self.config, self.notes = config, notes
+        self.method: str = identity[0]
+        self._decided = decided
+        self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
+
+    def _info(self, name: str) -> TensorInfo:
+        """The header of a tensor."""
+        info = replace(self.original.tensors[self._renamed[name]], name=name)
+        if name not in self._rows:
+            return info
+        count = len(self._rows[name])
+        return replace(info, shape=(count, *info.shape[1:]), nbytes=info.nbytes // info.shape[0] * count)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, or the rows of it that stay."""
+        if not self._decided:
+            raise RecipeError(
+                f"{self.method} needs statistics of this model to say which experts stay, and got none",
+                hint="run `outlierq calibrate MODEL -o stats` and set the option stats_folder: stats; "
+                "`outlierq quantize` without it makes them itself",
+            )
+        tensor = self.original.read(self._renamed[name])
+        return tensor[self._rows[name]] if name in self._rows else tensor
+
+    def making_bytes(self, name: str) -> int:
+        """Upper bound of what reading a tensor holds beside the tensor itself."""
+        before = self._renamed[name]
+        return making_bytes(self.original, before) + (self.original.tensors[before].nbytes if name in self._rows else 0)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
+
+
+def pruned(
+    checkpoint: Checkpoint,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    stats: Path | None = None,
+    trust_remote_code: bool = False,
+) -> PrunedCheckpoint:
+    """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop.
+
+    stats: statistics of this model, used where the options name none; without any the plan alone can be made.
+    """
+    from outlierq.load import build_skeleton, find_structure
+
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    structure = find_structure(checkpoint, skeleton)
+    config = skeleton.config.get_text_config()
+    blocks = [block for block in structure.blocks if _experts(block)]
+    if not blocks:
+        raise RecipeError(
+            f"{type(skeleton).__name__} has no experts that are stored apart", hint=f"remove {method.name}"
+        )
+    reader = _reader(checkpoint, options.get("stats_folder") or stats)
+    groups = getattr(config, GROUPS, None) or 1
+    kept = {block.index: _of_block(reader, method, options, block, groups) for block in blocks}
+    _check_enough(config, len(next(iter(kept.values()))))
+    total = len(_experts(blocks[0]))
+    renamed, rows = _tensors(checkpoint, structure, kept)
+    remaining = len(next(iter(kept.values())))
+    said = [f"{method.name}: {remaining} of {total} experts are kept in each of {len(blocks)} blocks; a smaller model"]
+    if reader is None:
+        said += [f"{method.name}: which experts go is decided once the model has run over the calibration text"]
+    else:
+        said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
+    numbers = {str(index): choice.tolist() for index, choice in kept.items()}
+    changed = _config(checkpoint.config, total, remaining)
+    identity = [method.name, numbers]
+    return PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=reader is not None)
+
+
+def _experts(block: Block) -> list[str]:
+    """Names of the block's experts, in their order."""
+    return list(dict.fromkeys(site.expert for site in block.sites if site.expert is not None))
+
+
+def _dropped(kept: torch.Tensor, total: int) -> str:
+    """The numbers that are missing."""
+    return ", ".join(str(number) for number in range(total) if number not in set(kept.tolist())) or "(none)"
+
+
+def _reader(checkpoint: Checkpoint, folder: Path | str | None) -> StatsReader | None:
+    """The statistics in a folder. StatsError when they are of another model."""
+    if folder is None:
+        return None
+    reader = StatsReader(Path(folder))
+    reader.check(checkpoint.fingerprint)
+    return reader
+
+
+def _of_block(
+    reader: StatsReader | None, method: Method, options: Mapping[str, Any], block: Block, groups: int
+) -> torch.Tensor:
+    """Numbers of the experts of one block that stay; without statistics as many of them, whichever."""
+    import torch
+
+    from outlierq.core.block_stats import BlockStats
+
+    if reader is not None:
+        stats = reader.block_stats(block.index) or BlockStats()
+    else:
+        count = len(_experts(block))
+        stats = BlockStats(expert_tokens=torch.ones(count), expert_saliency=torch.ones(count))
+    return method.function(stats, groups, **options)
+
+
+def _check_enough(config: Any, remaining: int) -> None:
+    """RecipeError when the router would have too few experts to choose from."""
+    groups, allowed = getattr(config, GROUPS, None) or 1, getattr(config, CHOSEN_GROUPS, None) or 1
+    usable = remaining // groups * (allowed if groups > 1 else 1)
+    wanted = next((getattr(config, name) for name in CHOSEN if isinstance(getattr(config, name, None), int)), 1)
+    # Routers with groups rate each by its two best experts.
+    if usable < wanted or (groups > 1 and remaining // groups < 2):
+        raise RecipeError(
+            f"a token is sent to {wanted} experts, but only {usable} of {remaining} would be there to choose from",
+            hint="prune a smaller share",
+        )
+
+
+def _tensors(
+    checkpoint: Checkpoint, structure: Structure, kept: Mapping[int, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Name of every tensor that stays -> its name in the original; and the rows that stay, where not all do."""
+    renamed = {name: name for name in checkpoint.tensors}
+    rows: dict[str, torch.Tensor] = {}
+    for block in structure.blocks:
+        if block.index not in kept:
+            continue
+        experts = _experts(block)
+        of = [[site for site in block.sites if site.expert == expert] for expert in experts]
+        for sites in of:
+            for site in sites:
+                del renamed[site.weight]
+        for number, old in enumerate(kept[block.index].tolist()):
+            renamed |= {new.weight: site.weight for new, site in zip(of[number], of[old], strict=True)}
+        for name in _router_tensors(checkpoint, block, len(experts)):
+            rows[name] = kept[block.index]
+    return renamed, rows
+
+
+def _router_tensors(checkpoint: Checkpoint, block: Block, count: int) -> list[str]:
+    """Tensors of the block's router that have a row or a number for each expert: weight, bias, correction of scores."""
+    routers = [s for s in block.sites if s.kind == "Router" and s.out_features == count]
+    prefixes = tuple(f"{site.weight.removesuffix('.weight')}." for site in routers)
+    inside = [name for name in block.tensors if name.startswith(prefixes)]
+    return [name for name in inside if checkpoint.tensors[name].shape[:1] == (count,)]
+
+
+def _config(config: dict[str, Any], total: int, remaining: int) -> dict[str, Any]:
+    """The config, and those nested in it, with the new number of experts."""
+    changed = {
+        key: _config(value, total, remaining) if isinstance(value, dict) and set(EXPERTS) & value.keys() else value
+        for key, value in config.items()
+    }
+    return changed | {key: remaining for key in EXPERTS if config.get(key) == total}

@@ -1,0 +1,237 @@
+"""Rewrites of the whole model, as a checkpoint on top of the checkpoint: everything after works on it as on any other.
+
+A tensor is computed when it is read, so the model is never in memory. Before a run the rewritten model is proved: its
+float32 logits on a short probe must be those of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import NumbersError, SourceError
+from outlierq.core.model import Checkpoint, Structure, TensorInfo
+from outlierq.export import exporter
+from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.pipeline.remodel.derived import DerivedCheckpoint, making_bytes
+from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
+from outlierq.registry import Method, transform_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.recipe import Recipe
+    from outlierq.transform.rotate import Rewrite
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class RewrittenCheckpoint(DerivedCheckpoint):
+    """A checkpoint with changed tensors. Satisfies `Checkpoint`.
+
+    original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
+    """
+
+    def __init__(self, original: Checkpoint, rewrite: Rewrite, method: str, options: Mapping[str, Any] | None = None):
+        super().__init__(original, [method, options or {}])
+        self.rewrite, self.method = rewrite, method
+        self.notes: tuple[str, ...] = rewrite.notes
+        self.config: dict[str, Any] = original.config
+        self.tensors: dict[str, TensorInfo] = dict(original.tensors)
+        if rewrite.untied:
+            self._untie(*rewrite.untied)
+        self.tensors |= rewrite.zeros
+        for path, value in rewrite.settings.items():
+            self.config = _with(self.config, path, value)
+        for name in rewrite.changes:
+            dtype = self.tensors[name].dtype
+            if dtype not in FLOATS:
+                raise SourceError(
+                    f"{name} is stored as {dtype}; only {', '.join(FLOATS)} tensors can be rewritten",
+                    hint="start from the original checkpoint",
+                )
+
+    def _untie(self, head: str, table: str) -> None:
+        """Give the head a tensor of its own, and say what that costs."""
+        shared = self.tensors[table]
+        self.tensors[head] = TensorInfo(head, shared.dtype, shared.shape, shared.nbytes)
+        self.config = _untied(self.config)
+        self.notes += (f"rotate: {head} can no longer share the tensor of {table}: {shared.nbytes:,} bytes more",)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, rewritten, in its stored dtype."""
+        from outlierq.load.source.shards import torch_dtype
+
+        change = self.rewrite.changes.get(name)
+        if change is not None:
+            return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
+        return self.zeros(name) if name in self.rewrite.zeros else self.original.read(name)
+
+    def making_bytes(self, name: str) -> int:
+        """Upper bound of what reading a tensor holds beside the tensor itself."""
+        change, below = self.rewrite.changes.get(name), self.original
+        if change is None:
+            return 0 if name in self.rewrite.zeros else making_bytes(below, name)
+        read = {change.source, change.weight or change.source}
+        stored = sum(below.tensors[source].nbytes + making_bytes(below, source) for source in read)
+        copy = self.tensors[name].nbytes if change.transposed else 0  # its rows and columns change places
+        return stored + copy + change.making_bytes(below.tensors[change.weight or change.source].shape)
+
+    def zeros(self, name: str) -> torch.Tensor:
+        """What a tensor that was added holds."""
+        import torch
+
+        from outlierq.load.source.shards import torch_dtype
+
+        info = self.rewrite.zeros[name]
+        return torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
+
+
+def _with(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The config with another value at the path."""
+    key, *rest = path
+    return {**config, key: _with(config[key], tuple(rest), value) if rest else value}
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, and those nested in it, with a head that shares nothing."""
+    changed = {
+        key: _untied(value) if isinstance(value, dict) and "tie_word_embeddings" in value else value
+        for key, value in config.items()
+    }
+    return {**changed, "tie_word_embeddings": False}
+
+
+def rewritten(
+    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """The checkpoint as the rewrites of the recipe leave it; the checkpoint itself when there are none.
+
+    No weights are read, except for the gain of the last norm. RecipeError when a rewrite is not possible.
+    """
+    for step in recipe.rewrites:
+        method = transform_method(step.method)
+        if method.stage == "prune":
+            checkpoint = pruned(
+                checkpoint, method, step.options, stats=expert_stats, trust_remote_code=trust_remote_code
+            )
+            continue
+        rewrite = method.function(_looked_at(checkpoint, method, recipe, trust_remote_code), **step.options)
+        checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)
+    return checkpoint
+
+
+def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe, trust_remote_code: bool) -> Any:
+    """What the rewrite wants to know of the model."""
+    if method.reads == "anatomy":
+        from outlierq.pipeline.remodel.anatomy import find_anatomy
+
+        return find_anatomy(checkpoint, trust_remote_code=trust_remote_code)
+    from outlierq.pipeline.remodel.openings import find_openings
+
+    refusal = getattr(exporter(recipe.export.format), "NO_NEW_BIASES", "")
+    return find_openings(checkpoint, refusal=refusal, trust_remote_code=trust_remote_code)
+
+
+def original_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint below all rewrites."""
+    while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
+        checkpoint = checkpoint.original
+    return checkpoint
+
+
+def _rewrites(checkpoint: Checkpoint) -> list[RewrittenCheckpoint]:
+    """The rewrites that must not change what the model computes, the last one first."""
+    found = []
+    while isinstance(checkpoint, RewrittenCheckpoint):
+        found.append(checkpoint)
+        checkpoint = checkpoint.original
+    return found
+
+
+def changing_method(checkpoint: Checkpoint) -> str | None:
+    """The first method that made another model of the original, whose statistics therefore do not fit; None if none
+    did: biases of zeros change nothing.
+    """
+    if isinstance(checkpoint, PrunedCheckpoint):
+        return changing_method(checkpoint.original) or checkpoint.method
+    if not isinstance(checkpoint, RewrittenCheckpoint):
+        return None
+    return changing_method(checkpoint.original) or (checkpoint.method if checkpoint.rewrite.changes else None)
+
+
+def new_shifts(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Input group -> (bias of its producer, note), for shifts that biases of zeros have made possible."""
+    return {group: shift for each in _rewrites(checkpoint) for group, shift in each.rewrite.shifts.items()}
+
+
+def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
+    """What the rewrites did, in order."""
+    if not isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
+        return []
+    return [*rewrite_notes(checkpoint.original), *checkpoint.notes]
+
+
+def prove_rewrite(
+    checkpoint: Checkpoint,
+    skeleton: torch.nn.Module,
+    structure: Structure,
+    names: Mapping[str, str],
+    listen: Listener = silent,
+) -> float | None:
+    """Relative difference of the rewritten model's float32 logits from the original's; None without a changed tensor.
+
+    The whole model runs on a short probe, one block in memory at a time; of large vocabularies the first tokens are
+    compared. NumbersError above 1e-4.
+    """
+    rewrites = _rewrites(checkpoint)
+    if not any(each.rewrite.changes for each in rewrites):
+        return None
+    from outlierq.pipeline.remodel.anatomy import TOLERANCE, Bench, Weights, relative_error
+
+    original = rewrites[-1].original
+    bench = Bench(skeleton, structure)
+    shared = dict(each.rewrite.untied for each in rewrites if each.rewrite.untied)
+    added = {name: each for each in rewrites for name in each.rewrite.zeros}
+
+    def as_it_was(name: str, rows: int | None) -> torch.Tensor:
+        return (added[name].zeros(name) if name in added else original.read(name))[:rows]
+
+    plain = Weights({slot: shared.get(tensor, tensor) for slot, tensor in names.items()}, as_it_was)
+    changed = Weights(names, lambda name, rows: _exact(checkpoint, name, rows))
+    expected = _logits(bench, plain, listen)
+    error = relative_error(_logits(bench, changed, listen), expected)
+    if not error <= TOLERANCE:
+        raise NumbersError(
+            f"rewriting the model changed its float32 logits by {error:.2e}, more than {TOLERANCE:g}",
+            hint="this is a fault of outlierq; remove `rotate` from the `transform` section and report it",
+        )
+    return error
+
+
+def _exact(checkpoint: Checkpoint, name: str, rows: int | None) -> torch.Tensor:
+    """A tensor of the rewritten checkpoint in float32, before it is rounded to its stored dtype."""
+    import torch
+
+    if not isinstance(checkpoint, RewrittenCheckpoint):
+        return checkpoint.read(name)[:rows]
+    change = checkpoint.rewrite.changes.get(name)
+    if change is None:
+        return checkpoint.zeros(name) if name in checkpoint.rewrite.zeros else _exact(checkpoint.original, name, rows)
+    return change.apply(lambda source: _exact(checkpoint.original, source, None), torch.float32, rows=rows)
+
+
+def _logits(bench: Any, weights: Any, listen: Listener) -> torch.Tensor:
+    """Logits of the whole model on the probe."""
+    hidden, blocks = bench.before(weights), bench.structure.blocks
+    for block in blocks:
+        listen(Event("prove", block.index, len(blocks), block.name))
+        hidden = bench.block(weights, block.index, hidden)
+        return_freed_memory()
+    listen(Event("prove", len(blocks), len(blocks)))
+    return bench.after(weights, hidden)
