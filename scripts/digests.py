@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-LITTLE = ("calibration.samples=8", "calibration.sequence_length=256")
+LITTLE = ("calibration.samples=4", "calibration.sequence_length=128")
 
 
 def main() -> int:
