@@ -1,0 +1,191 @@
+"""What is wrong with a recipe: every fault at once, each a sentence with its line and the nearest known name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from outlierq.core.errors import RecipeError, nearest
+from outlierq.core.machine.untrusted import brief
+from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden
+from outlierq.recipe.sections import (
+    SCHEME_KEYS,
+    Activations,
+    Calibration,
+    Export,
+    Gate,
+    KVCache,
+    Override,
+    Quantize,
+    TextSource,
+    Transform,
+)
+from outlierq.recipe.yaml_lines import Lines, at
+from outlierq.registry import transform_method
+
+
+def failure(name: str, faults: list[str]) -> RecipeError:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return RecipeError(
+        f"recipe {name}: {count}\n" + "\n".join(f"  - {fault}" for fault in faults),
+        hint="`outlierq recipes show gptq-w4` prints a complete recipe with comments",
+    )
+
+
+def fault_of(error: Any, lines: Lines, known: list[str] | None = None) -> str:
+    """One pydantic error as a sentence with line, key and the nearest known name."""
+    path = error["loc"]
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        given = "" if error["type"] in ("missing", "value_error") else f" (this is {brief(repr(error['input']))})"
+        return f"{at(path, lines)}{message}{given}"
+    known = known or _fields_at(path[:-1])
+    close = nearest(str(path[-1]), known)
+    advice = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"{at(path, lines)}unknown key; {advice}"
+
+
+def _fields_at(path: tuple) -> list[str]:
+    """The keys that the section at `path` knows."""
+    sections = {
+        "calibration": Calibration,
+        "quantize": Quantize,
+        "transform": Transform,
+        "export": Export,
+        "text": TextSource,
+        "overrides": Override,
+        "activations": Activations,
+        "kv_cache": KVCache,
+        "gate": Gate,
+    }
+    named = [p for p in path if p in sections]
+    model = sections[named[-1]] if named else Recipe
+    return [name for name in model.model_fields if name not in ("options", "name")]
+
+
+def impossible(recipe: Recipe) -> list[str]:
+    """Combinations that cannot work, each as a sentence."""
+    faults = []
+    stages = [transform_method(t.method).stage for t in recipe.transform]
+    late = [i for i in range(1, len(stages)) if stages[i] in WHOLE_MODEL and "transform" in stages[:i]]
+    if late:
+        name = recipe.transform[late[0]].method
+        faults.append(f"transform.{late[0]}.method: {name} rewrites the whole model; it comes before the others")
+    if recipe.quantize is None and any(stage not in WHOLE_MODEL for stage in stages):
+        faults.append("transform: there is nothing to transform for without a `quantize` section")
+    if recipe.needs and recipe.calibration is None:
+        faults.append(
+            f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
+            "add a `calibration` section (`calibration: {}` takes the defaults)"
+        )
+    if recipe.quantize is None and recipe.kv_cache is None and recipe.export.format != "dense":
+        faults.append("export.format: without a `quantize` section only `dense` can be written")
+    if recipe.export.format == "gguf" and recipe.calibration and recipe.calibration.mode == "sequential":
+        faults.append("calibration.mode: sequential reads back what was written, which gguf does not offer; use static")
+    if recipe.kv_cache is not None and recipe.export.format != "compressed-tensors":
+        faults.append(f"export.format: {recipe.export.format} holds no scales of a KV cache; compressed-tensors does")
+    if recipe.quantize is not None:
+        faults += _unstorable_sections(recipe.quantize, recipe.export.format)
+        faults += _wrong_method_for(recipe.quantize, recipe.export.format)
+    if recipe.calibration and recipe.calibration.skip_first_tokens >= recipe.calibration.sequence_length:
+        faults.append(
+            f"calibration.skip_first_tokens: {recipe.calibration.skip_first_tokens} leaves nothing of a "
+            f"sequence_length of {recipe.calibration.sequence_length}"
+        )
+    return faults
+
+
+def _unstorable_sections(quantize: Quantize, form: str) -> list[str]:
+    """The faults of the scheme, and those that an override adds to it."""
+    wanted = {name: getattr(quantize, name) for name in SCHEME_KEYS}
+    common = _unstorable(wanted, form)
+    if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
+        common.append("group_size: leave it out where `block` is given")
+    faults = [f"quantize.{fault}" for fault in common]
+    for number, override in enumerate(quantize.overrides):
+        if not override.keep:
+            found = _unstorable(overridden(wanted, override), form)
+            faults += [f"quantize.overrides.{number}.{fault}" for fault in found if fault not in common]
+    return faults
+
+
+def _wrong_method_for(quantize: Quantize, form: str) -> list[str]:
+    """A method whose result the format cannot hold."""
+    if quantize.method == "int8_split" and form not in ("outlierq-split", "dense"):
+        return [f"export.format: {form} cannot keep outlier columns in 16 bits; outlierq-split can"]
+    if form == "outlierq-split" and quantize.method != "int8_split":
+        return [f"quantize.method: outlierq-split is the format of int8_split (this is {quantize.method})"]
+    searched = quantize.options.get("scale_search", "minmax") != "minmax"
+    if form == "bitsandbytes" and (quantize.method != "rtn" or searched):
+        return ["quantize.method: bitsandbytes scales a row by its largest weight: `rtn`, `scale_search: minmax`"]
+    return []
+
+
+def _unstorable(wanted: dict[str, Any], form: str) -> list[str]:
+    """What no format or client can hold, as "key: reason"."""
+    faults = []
+    if wanted["kind"] == "float":
+        if wanted["bits"] not in (4, 8):
+            faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {wanted['bits']})")
+        if not wanted["symmetric"]:
+            faults.append("symmetric: `kind: float` has no zero points")
+        if wanted["bits"] == 4:
+            faults += _unstorable_float4(wanted)
+        elif wanted["block"] is None and wanted["group_size"] != "channel":
+            faults.append("group_size: `kind: float` has one scale per `channel`, or per `block: [128, 128]`")
+    elif wanted["block"] is not None:
+        faults.append("block: only weights of `kind: float` have scales per block")
+    if wanted["scales"] != "plain" and wanted["bits"] != 4:
+        faults.append(f"scales: `{wanted['scales']}` ones are for weights of 4 bits (this is {wanted['bits']})")
+    elif wanted["scales"] != "plain" and wanted["kind"] == "int":
+        faults += _unstorable_levels(wanted, form)
+    if isinstance(wanted["activations"], Activations):
+        faults += [f"activations.{fault}" for fault in _unstorable_inputs(wanted, wanted["activations"])]
+        if form == "dense":
+            faults.append("activations: `export.format: dense` cannot say that inputs are quantized")
+    return faults
+
+
+def _unstorable_float4(wanted: dict[str, Any]) -> list[str]:
+    """What neither NVFP4 nor MXFP4 is."""
+    faults = []
+    if wanted["scales"] == "plain":
+        faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
+    else:
+        name, columns = {"two-level": ("NVFP4", 16), "power-of-two": ("MXFP4", 32)}[wanted["scales"]]
+        if wanted["block"] is not None or wanted["group_size"] != columns:
+            faults.append(f"group_size: {name} has groups of {columns} columns")
+    if isinstance(wanted["activations"], Activations):
+        faults.append("activations: 4-bit floats are written with 16-bit inputs only")
+    return faults
+
+
+def _unstorable_levels(wanted: dict[str, Any], form: str) -> list[str]:
+    """What Q4_K is not."""
+    shape = (wanted["scales"], wanted["symmetric"], wanted["group_size"])
+    if shape != ("two-level", False, 32):
+        return ["scales: integers have `two-level` scales in `symmetric: false` groups of 32 (Q4_K), or `plain` ones"]
+    if form not in ("gguf", "dense"):
+        return [f"scales: {form} has no two-level scales of integers; `export.format: gguf` has"]
+    return []
+
+
+def _unstorable_inputs(wanted: dict[str, Any], activations: Activations) -> list[str]:
+    """The same for the inputs of the linears."""
+    faults = []
+    if activations.kind != wanted["kind"]:
+        faults.append(f"kind: must be that of the weights, {wanted['kind']} (this is {activations.kind})")
+    if activations.kind == "float" and activations.bits != 8:
+        faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {activations.bits})")
+    if not wanted["symmetric"]:
+        faults.append("kind: quantized inputs need symmetric weights")
+    if not activations.dynamic and activations.per != "tensor":
+        faults.append("per: a static scale is one per `tensor`; set `dynamic: true` for scales per token")
+    if activations.dynamic and activations.per == "tensor":
+        faults.append("per: scales computed at run time are per `token`; one per tensor is static (`dynamic: false`)")
+    if activations.dynamic and "clip_search" in activations.model_fields_set:
+        faults.append("clip_search: scales computed at run time are not searched; leave it out")
+    if (wanted["block"] is None) == (activations.per == "group"):
+        faults.append("per: `group` belongs to weights with a `block`, and they to it")
+    elif wanted["block"] is not None and wanted["block"][1] != activations.scheme.group_size:
+        faults.append(f"per: groups of inputs have {activations.scheme.group_size} columns, so must the block")
+    return faults

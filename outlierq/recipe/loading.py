@@ -1,0 +1,88 @@
+"""YAML -> checked, frozen `Recipe`. Unknown keys are errors, with their line and the nearest known name."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from outlierq.core.errors import RecipeError
+from outlierq.core.machine.untrusted import yaml_tree
+from outlierq.recipe.faults import failure, fault_of, impossible
+from outlierq.recipe.schema import Recipe
+from outlierq.recipe.sections import Quantize, Transform
+from outlierq.recipe.shipped import find, read
+from outlierq.recipe.yaml_lines import FROM_SETTING, Lines, apply, at, lines_of
+from outlierq.registry import Method, method, transform_method
+
+
+def load(reference: str, settings: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once."""
+    path = find(reference)
+    return parse(read(path), name=path.stem, settings=settings)
+
+
+def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
+    """Check the text of a recipe. `settings` are `quantize.group_size=64`, as given to `--set`."""
+    faults: list[str] = []
+    content, tree = yaml_tree(text, name, RecipeError)
+    lines = lines_of(tree, faults)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping of keys to values, this is a {type(content).__name__}")
+    for setting in settings or []:
+        path = apply(content, setting)
+        lines |= {path[: end + 1]: FROM_SETTING for end in range(len(path)) if path[: end + 1] not in lines}
+        lines[path] = FROM_SETTING
+    if "name" in content:
+        faults.append(f"{at(('name',), lines)}unknown key; a recipe is named after its file")
+        del content["name"]
+    for section in _method_sections(content):
+        _split_options(content, section, faults, lines)
+    try:
+        recipe = Recipe.model_validate({**content, "name": name})
+    except ValidationError as error:
+        faults += [fault_of(e, lines) for e in error.errors()]
+        raise failure(name, faults) from None
+    if not any("there is no " in fault for fault in faults):
+        faults += impossible(recipe)
+    if faults:
+        raise failure(name, faults)
+    return recipe
+
+
+def _method_sections(content: dict) -> list[tuple]:
+    """Paths of the sections that name a method."""
+    transforms = content.get("transform")
+    found: list[tuple] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
+    return [*found, ("quantize",)] if isinstance(content.get("quantize"), dict) else found
+
+
+def _split_options(content: dict, path: tuple, faults: list[str], lines: Lines) -> None:
+    """Move the method's own keys of a section into `options`, checked against the method's signature."""
+    parent, key = (content, path[0]) if len(path) == 1 else (content[path[0]], path[1])
+    section = parent[key]
+    if isinstance(section, str):
+        section = {"method": section}
+    if not isinstance(section, dict) or not isinstance(section.get("method"), str):
+        parent[key] = section
+        return
+    stage, model = path[0], Quantize if path[0] == "quantize" else Transform
+    own = [name for name in model.model_fields if name != "options"]
+    try:
+        chosen = transform_method(section["method"]) if stage == "transform" else method(stage, section["method"])
+    except RecipeError as error:
+        faults.append(f"{at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
+        parent[key] = {k: v for k, v in section.items() if k in own}
+        return
+    rest = {k: v for k, v in section.items() if k not in own}
+    try:
+        options = _options_model(chosen).model_validate(rest).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        known = [*own, *chosen.options]
+        faults += [fault_of({**e, "loc": (*path, *e["loc"])}, lines, known) for e in error.errors()]
+        options = {}
+    parent[key] = {**{k: v for k, v in section.items() if k in own}, "options": options}
+
+
+def _options_model(chosen: Method) -> type[BaseModel]:
+    """A pydantic model of a method's keyword-only arguments."""
+    wanted = {name: (p.annotation, p.default) for name, p in chosen.options.items()}
+    return create_model(chosen.name, __config__=ConfigDict(extra="forbid"), **wanted)

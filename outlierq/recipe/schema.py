@@ -1,0 +1,138 @@
+"""The checked, frozen `Recipe`: everything a run does, and what follows from its sections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import Field
+
+from outlierq.core.scheme import QuantScheme
+from outlierq.recipe.sections import (
+    SCHEME_KEYS,
+    Activations,
+    Calibration,
+    Export,
+    Gate,
+    KVCache,
+    Override,
+    Quantize,
+    Section,
+    Transform,
+)
+from outlierq.registry import method, transform_method
+
+WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
+
+
+class Recipe(Section):
+    """Everything a run does, apart from its source and its output folder."""
+
+    description: str = ""
+    calibration: Calibration | None = None
+    transform: tuple[Transform, ...] = ()
+    quantize: Quantize | None = None
+    kv_cache: KVCache | None = None
+    export: Export = Export()
+    gate: Gate | None = None
+    name: str = Field("recipe", exclude=True)
+
+    @property
+    def rewrites(self) -> tuple[Transform, ...]:
+        """The transforms of the whole model; they come first."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage in WHOLE_MODEL)
+
+    @property
+    def pruning(self) -> tuple[Transform, ...]:
+        """The steps that drop experts."""
+        return tuple(step for step in self.transform if transform_method(step.method).stage == "prune")
+
+    def clip_search_for(self, module: str) -> bool:
+        """Whether the scale of the static input of the linear called `module` is searched."""
+        chosen = None if self.quantize is None else _activations_for(self.quantize, module)
+        return chosen is not None and chosen.clip_search == "output"
+
+    @property
+    def group_transforms(self) -> tuple[Transform, ...]:
+        """The transforms of one input group after another."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage == "transform")
+
+    @property
+    def permutations(self) -> tuple[Transform, ...]:
+        """What brings channels into another order; done last, where that costs nothing."""
+        return tuple(t for t in self.transform if transform_method(t.method).stage == "permute")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the methods of this recipe read; empty for a data-free recipe.
+
+        Without those of the whole model that pruning reads, which are made before the others.
+        """
+        used = (transform_method(step.method) for step in self.transform)
+        needs = frozenset().union(*(each.needs for each in used if each.stage != "prune"))
+        if self.quantize is not None:
+            needs |= method("quantize", self.quantize.method).needs
+            if self.quantize.options.get("scale_search") == "hessian":
+                needs |= {"hessian"}
+            activations = [section.activations for section in (self.quantize, *self.quantize.overrides)]
+            if any(isinstance(wanted, Activations) and not wanted.dynamic for wanted in activations):
+                needs |= {"abs_max", "rows", "first_rows"}
+            elif needs and any(activations):
+                needs |= {"rows"}  # so that the report can say what quantized inputs cost
+        if self.kv_cache is not None:
+            needs |= {"key_abs_max", "value_abs_max"}
+        return needs
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of everything that decides the result; a gate only judges it.
+
+        Without the number of shards, which may be left to the number of processes: runs keep that beside it.
+        """
+        aside = {"description": True, "gate": True, "calibration": {"shards"}}
+        text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
+        """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
+        if self.quantize is None or any(fnmatchcase(module, pattern) for pattern in self.quantize.ignore):
+            return None
+        wanted = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
+        for override in self.quantize.overrides:
+            if fnmatchcase(module, override.match):
+                if override.keep:
+                    return None
+                wanted = overridden(wanted, override)
+        return _scheme(wanted, scale_dtype)
+
+
+def _activations_for(quantize: Quantize, module: str) -> Activations | None:
+    """The section on inputs that holds for the linear called `module`."""
+    wanted = quantize.activations
+    for override in quantize.overrides:
+        if fnmatchcase(module, override.match) and override.activations is not None:
+            wanted = override.activations
+    return wanted if isinstance(wanted, Activations) else None
+
+
+def overridden(wanted: dict[str, Any], override: Override) -> dict[str, Any]:
+    """`wanted` with the keys that an override gives. A group size replaces a block."""
+    given = {name: value for name in SCHEME_KEYS if (value := getattr(override, name)) is not None}
+    return wanted | ({"block": None} if "group_size" in given else {}) | given
+
+
+def _scheme(wanted: dict[str, Any], scale_dtype: str) -> QuantScheme:
+    """The scheme of the keys `SCHEME_KEYS`."""
+    activations = wanted["activations"]
+    return QuantScheme(
+        bits=wanted["bits"],
+        group_size=None if wanted["group_size"] == "channel" or wanted["block"] else wanted["group_size"],
+        symmetric=wanted["symmetric"],
+        scale_dtype=scale_dtype,
+        kind=wanted["kind"],
+        block=wanted["block"],
+        activations=activations.scheme if isinstance(activations, Activations) else None,
+        scales=wanted["scales"],
+    )

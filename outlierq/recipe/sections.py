@@ -1,0 +1,226 @@
+"""The sections of a recipe, each frozen; unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from outlierq.core.limits import Limits, TaskLimit, share
+from outlierq.core.scheme import ActivationScheme, CacheScheme
+
+GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
+# The keys of a `quantize` section, and of an override, that say how numbers are stored.
+SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales")
+Scales = Literal["plain", "two-level", "power-of-two"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSource(Section):
+    """Where calibration text comes from: a file (`path`, or the word `embedded`), or a `dataset` of the Hub."""
+
+    path: str | None = None
+    dataset: str | None = None
+    column: str | None = None
+    split: str | None = None
+    config: str | None = None
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TextSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        return self
+
+
+class Calibration(Section):
+    """Which tokens the statistics are made of, and how.
+
+    shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
+    """
+
+    text: tuple[TextSource, ...] = Field((TextSource(path="embedded"),), min_length=1)
+    samples: int = Field(128, ge=1)
+    sequence_length: int = Field(512, ge=2)
+    seed: int | None = 0
+    chat_template: bool = False
+    skip_first_tokens: int = Field(0, ge=0)
+    sink_weight: float = Field(4.0, gt=0)
+    mode: Literal["static", "sequential"] = "static"
+    batch_size: int = Field(4, ge=1)
+    shards: int | None = Field(None, ge=1)
+    all_experts: bool = False
+    min_expert_tokens: int | None = Field(None, ge=0)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _text_in_short(cls, value: Any) -> Any:
+        """`text: embedded` and `text: notes.txt` are short for a list with one source."""
+        entries = value if isinstance(value, list | tuple) else [value]
+        return [{"path": e} if isinstance(e, str) else e for e in entries]
+
+
+def _columns(value: Any) -> Any:
+    """A group size is a positive number of columns or the word `channel`; None where it is left out."""
+    if value is None or value == "channel" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"must be a positive number of columns, or `channel` (this is {value!r})")
+
+
+class Activations(Section):
+    """8-bit (or, as an experiment, 4-bit) symmetric inputs of the quantized linears (see `ActivationScheme`).
+
+    dynamic: a scale per token (or per group of columns) is computed at run time. Otherwise one scale per tensor is
+    fixed from calibration; clip_search then chooses the one with the least output error (`output`), or the one that
+    just holds the largest input (`none`).
+    """
+
+    kind: Literal["int", "float"] = "int"
+    bits: Literal[4, 8] = 8
+    dynamic: bool = True
+    per: Literal["token", "tensor", "group"] = "token"
+    clip_search: Literal["output", "none"] = "output"
+
+    @property
+    def scheme(self) -> ActivationScheme:
+        """How inputs are stored."""
+        return ActivationScheme(self.kind, self.bits, self.dynamic, self.per)
+
+
+class KVCache(Section):
+    """Calibrated scales for a KV cache in E4M3: one per tensor, or one per key-value head."""
+
+    per: Literal["tensor", "head"] = "tensor"
+
+    @property
+    def scheme(self) -> CacheScheme:
+        """How the cache is stored."""
+        return CacheScheme(self.per)
+
+
+class Override(Section):
+    """Different storage for the linears whose module name matches a glob pattern; later overrides win.
+
+    activations: a section of its own, or `none` for inputs in 16 bits.
+    """
+
+    match: str
+    keep: bool = False
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | Literal["channel"] | None = None
+    symmetric: bool | None = None
+    kind: Literal["int", "float"] | None = None
+    block: tuple[PositiveInt, PositiveInt] | None = None
+    activations: Activations | Literal["none"] | None = None
+    scales: Scales | None = None
+
+    _group_size = field_validator("group_size", mode="before")(_columns)
+
+
+class Quantize(Section):
+    """The scheme and the method. `options` are the method's own keys, written beside the others in YAML.
+
+    kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
+    that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
+    16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
+    MXFP4.
+    """
+
+    method: str
+    kind: Literal["int", "float"] = "int"
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | Literal["channel"] = 128
+    block: tuple[PositiveInt, PositiveInt] | None = None
+    symmetric: bool = True
+    activations: Activations | None = None
+    scales: Scales = "plain"
+    when_indivisible: GroupPolicy = "smaller-group"
+    ignore: tuple[str, ...] = ("*lm_head",)
+    overrides: tuple[Override, ...] = ()
+    options: dict[str, Any] = {}
+
+    _group_size = field_validator("group_size", mode="before")(_columns)
+
+
+class Transform(Section):
+    """A function-preserving rewrite that runs before rounding."""
+
+    method: str
+    options: dict[str, Any] = {}
+
+
+class Export(Section):
+    """How the result is written."""
+
+    format: Literal[
+        "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense", "bitsandbytes", "outlierq-split"
+    ] = "compressed-tensors"
+    max_shard_size: str = "5GB"
+
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> str:
+        """A number is a number of bytes; YAML reads `1000000` as one."""
+        text = str(value)
+        parse_size(text)
+        return text
+
+
+class Gate(Section):
+    """What is measured on the result, beside the original, and what it may lose; exit code 3 when a limit is passed.
+
+    max_perplexity_increase: `3%` or 0.03. min_task: `mmlu:-1.0` (points against the original), `mmlu:40` (its own).
+    text: a file, or the word `embedded` for the held-out part of the embedded text. limit: samples per task.
+    """
+
+    max_kl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_perplexity_increase: float | None = None
+    min_top1: float | None = None
+    min_task: tuple[str, ...] = ()
+    text: str = "embedded"
+    windows: int = Field(24, ge=1)
+    window_length: int = Field(512, ge=2)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    batch_size: int = Field(1, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("max_perplexity_increase", "min_top1", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> float | None:
+        """`3%` is 0.03."""
+        return None if value is None else share(value)
+
+    @field_validator("min_task", mode="before")
+    @classmethod
+    def _task_limits(cls, value: Any) -> Any:
+        """One limit may be written without a list."""
+        entries = [value] if isinstance(value, str) else value
+        for entry in entries if isinstance(entries, list | tuple) else ():
+            TaskLimit.parse(str(entry))
+        return entries
+
+    @property
+    def limits(self) -> Limits:
+        """The limits alone."""
+        tasks = tuple(TaskLimit.parse(text) for text in self.min_task)
+        return Limits(self.max_kl, self.max_perplexity_increase, self.min_top1, tasks)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "512MiB", "1000"; ValueError otherwise."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = text.strip().rstrip("BbKkMmGgIi").strip()
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{text!r} is not a size; write for example 5GB or 512MiB") from None
+    if size < 1:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size
