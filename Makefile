@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo publish-demo test test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check lint format clean fuzz
+.PHONY: setup demo publish-demo test test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz
 
 setup: $(STAMP)
 
@@ -71,6 +71,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint test
+
+# How the code is kept, as a table: circles, long signatures, vague types, missing shapes, waiting times.
+house: setup
+	$(BIN)/python scripts/house.py
 
 # Every reader of foreign files, 100,000 hostile inputs each (an hour); make fuzz FUZZ='--reader safetensors --count 1000'
 # for less. Findings are kept in tests/corpus.
