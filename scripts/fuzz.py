@@ -255,8 +255,8 @@ def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watc
         import outlierq.calibrate.stats_file
         import outlierq.calibrate.text
         import outlierq.core.machine.untrusted
+        import outlierq.load.decode
         import outlierq.load.gguf.file
-        import outlierq.load.packed.compressed_tensors
         import outlierq.load.source.folder
         import outlierq.load.source.shards
         import outlierq.pipeline.ledger.journal

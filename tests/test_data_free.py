@@ -16,7 +16,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import writer
 from outlierq.load import open_checkpoint, reading_ahead, rows_of
-from outlierq.load.packed.decoders import decode_rows
+from outlierq.load.decode import decode_rows
 from outlierq.pipeline.block import data_free
 from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Output

@@ -26,14 +26,14 @@ _HOMES = {
     "reading_ahead": "source.read_ahead",
     "release": "model.skeleton",
     "rows_of": "sources",
-    "decode_codes": "packed.decoders",
-    "decode_float_quantized": "packed.decoders",
-    "decode_int_quantized": "packed.decoders",
-    "decode_pack_quantized": "packed.decoders",
-    "decode_rows": "packed.decoders",
+    "decode_codes": "packed.bits",
+    "decode_float_quantized": "packed.byte_codes",
+    "decode_int_quantized": "packed.byte_codes",
+    "decode_pack_quantized": "packed.bits",
+    "decode_rows": "decode",
     "load_model": "whole",
     "load_tokenizer": "whole",
-    "unpacked": "packed.compressed_tensors",
+    "unpacked": "decode",
 }
 
 __all__ = sorted(_HOMES)

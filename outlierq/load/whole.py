@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from outlierq.load.decode import unpacked
 from outlierq.load.gguf.file import read_gguf_header
 from outlierq.load.gguf.tokenizer import with_spaces_of
 from outlierq.load.model.foreign import tokenizer_faults
 from outlierq.load.model.names import checkpoint_names
 from outlierq.load.model.skeleton import build_skeleton, load_tensors_into
-from outlierq.load.packed.compressed_tensors import unpacked
 
 if TYPE_CHECKING:
     import torch

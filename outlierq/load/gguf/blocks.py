@@ -7,7 +7,6 @@ superblock of Q4_K stands for 256 columns, see `_superblock_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,11 @@ from outlierq.core.model import TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
-from outlierq.load.packed.word_packed import as_array
+from outlierq.load.packed.numbers import Parts, as_array, e4m3_of_e2m1
 from outlierq.load.source.shards import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 # Columns of a block and its bytes, by kind, bits, symmetry and scales.
 WIDTHS = {
@@ -45,9 +43,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def gguf_rows(
-    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
-) -> QuantTensor:
+def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Rows [start, stop) of the model. stored: "weight", bytes [out, bytes of a row], and "heads", the number of heads
     over which the file has the rows in ggml's rotary order, 0 for none. SourceError when bytes and scheme disagree.
     """
@@ -85,8 +81,6 @@ def _mxfp4_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
     """Blocks [rows, blocks, 17] of MXFP4; halves of bytes are E2M1 numbers."""
     import numpy as np
     import torch
-
-    from outlierq.load.packed.e2m1 import e4m3_of_e2m1
 
     packed = blocks[..., 1:]
     codes = e4m3_of_e2m1()[np.concatenate([packed & 15, packed >> 4], -1)].reshape(len(blocks), -1)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.word_packed import (
     StoredLinear,
     WordPackedCheckpoint,
-    as_array,
     finished,
     members_of,
     scheme_of,
@@ -24,7 +24,6 @@ from outlierq.load.packed.word_packed import (
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from outlierq.core.model import Checkpoint
 
@@ -32,9 +31,7 @@ NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 ROLES = ("qweight", "qzeros", "scales")
 
 
-def awq_rows(
-    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
-) -> QuantTensor:
+def awq_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Output rows [start, stop). start: a multiple of 8. SourceError when the tensors do not fit the scheme."""
     rows, columns = shape
     groups = scheme.groups(columns)
@@ -77,7 +74,7 @@ def awq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedC
         scheme = scheme_of(stem, 4, size, stored.tensors[f"{stem}.scales"].dtype, columns)
         return StoredLinear((8 * words, columns), scheme, members)
 
-    def rows(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> QuantTensor:
+    def rows(parts: Parts, linear: StoredLinear) -> QuantTensor:
         return awq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0])
 
     return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.numbers import Parts
 from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, SplitWeight, linears_of
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from outlierq.core.model import Checkpoint
 
@@ -28,6 +31,11 @@ def decode_int8(weight: Any, maxima: Any) -> np.ndarray:
     return codes.astype(np.float32) * (np.asarray(maxima, np.float32) / np.float32(127)).reshape(-1, 1)
 
 
+def int8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+    """Output rows [start, stop), float32 [stop - start, in]. SourceError when the tensors do not fit."""
+    return torch.from_numpy(decode_int8(stored["weight"][start:stop], stored["SCB"][start:stop]))
+
+
 class Int8Checkpoint(SplitCheckpoint):
     """An LLM.int8() checkpoint presented as a plain one. threshold: |x| from which a column is an outlier."""
 
@@ -35,7 +43,7 @@ class Int8Checkpoint(SplitCheckpoint):
         super().__init__(stored, linears)
         self.threshold = threshold
 
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+    def decode(self, parts: Parts) -> np.ndarray:
         """Float32 [out, in]; SourceError when the codes are not in plain rows."""
         if int(parts["weight_format"]) != 0:
             raise SourceError(
@@ -48,7 +56,7 @@ class Int8Checkpoint(SplitCheckpoint):
         """SourceError: which columns are multiplied in 16 bits is found in each call."""
         raise SourceError(f"{name} of {self.source} is LLM.int8(), which finds its outlier columns in each call")
 
-    def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+    def layer(self, parts: Parts, bias: torch.Tensor | None) -> torch.nn.Module:
         """LLM.int8() with the checkpoint's threshold."""
         return DynamicSplitLinear(parts["weight"], parts["SCB"][:, None] / 127, bias, self.threshold)
 

@@ -11,15 +11,11 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme, round_inputs
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
+from outlierq.load.packed.bits import decode_pack_quantized, pack_quantized_rows
+from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_quantized
 from outlierq.load.packed.decoded import DecodedCheckpoint
-from outlierq.load.packed.decoders import (
-    decode_float_quantized,
-    decode_int_quantized,
-    decode_pack_quantized,
-    decode_rows,
-)
-from outlierq.load.packed.described import check_described, check_member, fits
-from outlierq.load.packed.e2m1 import decode_e2m1
+from outlierq.load.packed.described import check_member, fits
+from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,42 +68,21 @@ class PackedWeight:
     inputs: ActivationScheme | None = None
 
 
-def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself when it is plain; otherwise the same checkpoint with its weights decoded to float32.
+def compressed_tensors_checkpoint(checkpoint: Checkpoint, config: dict[str, Any]) -> UnpackedCheckpoint:
+    """A compressed-tensors folder presented as a plain one. config: its quantization_config.
 
-    What else the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model
-    by the result's `install`. SourceError when the compression cannot be decoded and run here.
+    SourceError when it cannot be decoded and run here.
     """
-    found = checkpoint.config.get("quantization_config")
-    if not found:
-        return checkpoint
-    check_described(checkpoint.source, found)
-    if found.get("quant_method") == "bitsandbytes":
-        from outlierq.load.packed.bitsandbytes import int8_checkpoint
-
-        return int8_checkpoint(checkpoint, found)
-    if found.get("quant_method") == "gptq":
-        from outlierq.load.packed.gptq import gptq_checkpoint
-
-        return gptq_checkpoint(checkpoint, found)
-    if found.get("quant_method") == "awq":
-        from outlierq.load.packed.awq import awq_checkpoint
-
-        return awq_checkpoint(checkpoint, found)
-    if found.get("quant_method") == "outlierq":
-        from outlierq.load.packed.outlier_split import split_checkpoint
-
-        return split_checkpoint(checkpoint, found)
-    _check_method(checkpoint, found)
+    _check_decodable(checkpoint, config)
     ends = (SCALE, PACKED)
     modules = list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.tensors if n.endswith(ends)))
-    if not modules and _groups(found):
+    if not modules and _groups(config):
         raise SourceError(f"{checkpoint.source} says that it is compressed, but holds no compressed weight")
-    groups = {module: _group_of(checkpoint, found, module) for module in modules}
-    packed = [m for m in modules if _form(groups[m], found) == "pack-quantized"]
+    groups = {module: _group_of(checkpoint, config, module) for module in modules}
+    packed = [m for m in modules if _form(groups[m], config) == "pack-quantized"]
     shapes = _shapes(checkpoint, packed)
-    weights = {f"{m}.weight": _packed(checkpoint, found, m, groups[m], shapes.get(m)) for m in modules}
-    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, found))
+    weights = {f"{m}.weight": _packed(checkpoint, config, m, groups[m], shapes.get(m)) for m in modules}
+    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, config))
 
 
 class UnpackedCheckpoint(DecodedCheckpoint):
@@ -146,14 +121,14 @@ class UnpackedCheckpoint(DecodedCheckpoint):
             scales=SCALES.get(weight.form, "plain"),
         )
         if weight.form in SCALES:
-            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
+            return e2m1_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         scale, wanted = parts["weight_scale"], scheme.scale_shape(*weight.shape)
         if scale.numel() == 1:
             parts["weight_scale"] = scale = scale.reshape(1, 1).expand(wanted).contiguous()
         if tuple(scale.shape) != wanted:
             raise SourceError(f"{name} of {self.source} has scales {list(scale.shape)}; {scheme} needs {list(wanted)}")
         if weight.form == "pack-quantized":
-            return decode_rows(parts, scheme, weight.shape, 0, weight.shape[0])
+            return pack_quantized_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
@@ -197,15 +172,9 @@ def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
     )
 
 
-def _check_method(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+def _check_decodable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """Refuse what could not be evaluated faithfully, in one message."""
-    method = config.get("quant_method")
     faults = []
-    if method != "compressed-tensors":
-        raise SourceError(
-            f"{checkpoint.source} is compressed with {method}, which is not decoded here",
-            hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
-        )
     groups = _groups(config)
     forms = sorted({_form(group, config) for group in groups} - MEMBERS.keys())
     if forms or not (groups or config.get("kv_cache_scheme")):

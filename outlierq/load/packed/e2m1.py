@@ -1,40 +1,24 @@
 """Independent decoders of 4-bit floats in compressed-tensors, `nvfp4-pack-quantized` and `mxfp4-pack-quantized`.
 
-A byte holds two E2M1 numbers, that of the even column in its low half. E2M1 (OCP Microscaling Formats specification
-1.0, section 5.3.3): a sign, 2 bits of exponent with bias 1, 1 of mantissa: (-1)^s * 2^(e - 1) * (1 + m / 2), or
-(-1)^s * m / 2 where e is 0. NVFP4: 16 columns share an E4M3 scale, which is divided by one float32 of the whole
-weight. MXFP4: 32 columns share a power of two, 2^(byte - 127), with 255 for NaN. With numpy alone; shares no code with
-a packer.
+A byte holds two E2M1 numbers (`numbers.e2m1_values`), that of the even column in its low half. NVFP4: 16 columns share
+an E4M3 scale, which is divided by one float32 of the whole weight. MXFP4: 32 columns share a power of two, 2^(byte -
+127), with 255 for NaN. With numpy alone; shares no code with a packer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.decoders import as_bytes_array, e4m3_values
+from outlierq.load.packed.numbers import Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 
-def e2m1_values() -> np.ndarray:
-    """Float32 [16], the number that each half of a byte stands for."""
-    import numpy as np
-
-    code = np.arange(16)
-    exponent, mantissa = (code >> 1) & 3, code & 1
-    size = np.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
-    return np.where(code >> 3 == 1, -size, size).astype(np.float32)
-
-
-def e2m1_rows(
-    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
-) -> QuantTensor:
+def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit."""
     import numpy as np
     import torch
@@ -83,11 +67,3 @@ def _check_scales(scale: np.ndarray, whole: Any | None) -> None:
         raise SourceError(f"the global scale is {float(whole.reshape(-1)[0]):g}; scales are divided by it")
     if whole is None and (scale == 255).any():
         raise SourceError(f"{int((scale == 255).sum())} scales are NaN (255)")
-
-
-def e4m3_of_e2m1() -> np.ndarray:
-    """Uint8 [16], the E4M3 byte of the number that each half of a byte stands for; -0 stays -0."""
-    import numpy as np
-
-    known, wanted = e4m3_values(), e2m1_values()[:, None]
-    return ((known == wanted) & (np.signbit(known) == np.signbit(wanted))).argmax(1).astype(np.uint8)

@@ -14,10 +14,10 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.described import fits
+from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.word_packed import (
     StoredLinear,
     WordPackedCheckpoint,
-    as_array,
     finished,
     members_of,
     scheme_of,
@@ -26,7 +26,6 @@ from outlierq.load.packed.word_packed import (
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from outlierq.core.model import Checkpoint
 
@@ -36,13 +35,13 @@ WIDTHS = (2, 3, 4, 8)
 
 
 def gptq_rows(
-    stored: Mapping[str, torch.Tensor],
+    stored: Parts,
     scheme: QuantScheme,
     shape: tuple[int, int],
     start: int,
     stop: int,
     *,
-    version: int,
+    version: int = 1,
 ) -> QuantTensor:
     """Output rows [start, stop). start: a multiple of 32. SourceError when the tensors do not fit the scheme, or when
     the groups are not runs of columns (activation order; see `gptq_dense`).
@@ -57,9 +56,7 @@ def gptq_rows(
     return _rows(stored, scheme, shape, start, stop, version)
 
 
-def gptq_dense(
-    stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int], version: int
-) -> np.ndarray:
+def gptq_dense(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], version: int) -> np.ndarray:
     """Float32 [out, in] of a whole weight, whatever the order of its columns: group g_idx[i] holds column i."""
     import numpy as np
 
@@ -74,7 +71,7 @@ def gptq_dense(
     return dense * found.scale.float().numpy()[:, groups]
 
 
-def _check(stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> None:
+def _check(stored: Parts, scheme: QuantScheme, shape: tuple[int, int]) -> None:
     """SourceError when a tensor has another shape than the scheme asks for."""
     (rows, columns), groups, bits = shape, scheme.groups(shape[1]), scheme.bits
     expected = {
@@ -89,7 +86,7 @@ def _check(stored: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple
 
 
 def _rows(
-    stored: Mapping[str, torch.Tensor],
+    stored: Parts,
     scheme: QuantScheme,
     shape: tuple[int, int],
     start: int,
@@ -154,10 +151,10 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
         )
         return StoredLinear((rows, columns), scheme, members)
 
-    def rows(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> QuantTensor:
+    def rows(parts: Parts, linear: StoredLinear) -> QuantTensor:
         return gptq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0], version=version)
 
-    def dense(parts: Mapping[str, torch.Tensor], linear: StoredLinear) -> np.ndarray:
+    def dense(parts: Parts, linear: StoredLinear) -> np.ndarray:
         return gptq_dense(parts, linear.scheme, linear.shape, version)
 
     return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, dense)

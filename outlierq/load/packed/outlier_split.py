@@ -16,6 +16,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member
+from outlierq.load.packed.numbers import Parts, as_floats
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_w
     rows, width = codes.shape
     if columns.size and (columns.min() < 0 or columns.max() >= width or np.any(np.diff(columns) <= 0)):
         raise SourceError(f"the outlier columns are not ascending numbers from 0 to {width - 1}")
-    kept = _floats(outlier_weight)
+    kept = as_floats(outlier_weight)
     if kept.shape != (rows, columns.size):
         raise SourceError(f"{columns.size} outlier columns of {rows} rows need weights {rows} x {columns.size}")
-    scale = _floats(weight_scale)
+    scale = as_floats(weight_scale)
     if scale.size != rows:
         raise SourceError(f"{scale.size} scales do not fit {rows} rows of codes")
     dense = codes.astype(np.float32) * scale.reshape(rows, 1)
@@ -49,11 +50,10 @@ def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_w
     return dense
 
 
-def _floats(values: Any) -> np.ndarray:
-    """Float32 numbers of a tensor or array; numpy knows no bfloat16."""
-    import numpy as np
-
-    return values.float().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float32)
+def split_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+    """Output rows [start, stop), float32 [stop - start, in]. SourceError when the tensors do not fit."""
+    by_row = {name: stored[name][start:stop] for name in ("weight", "weight_scale", "outlier_weight")}
+    return torch.from_numpy(decode_split(outlier_columns=stored["outlier_columns"], **by_row))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SplitCheckpoint(DecodedCheckpoint):
         """The linear with this weight, float32 [out, in]."""
         return torch.from_numpy(self.decode(self.parts(name)))
 
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+    def decode(self, parts: Parts) -> np.ndarray:
         """Float32 [out, in]."""
         return decode_split(**parts)
 
@@ -82,7 +82,7 @@ class SplitCheckpoint(DecodedCheckpoint):
         scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
         return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=kept)
 
-    def layer(self, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+    def layer(self, parts: Parts, bias: torch.Tensor | None) -> torch.nn.Module:
         """The module that computes the linear as it is stored."""
         columns, kept = parts["outlier_columns"].long(), parts["outlier_weight"]
         return StaticSplitLinear(parts["weight"], parts["weight_scale"], bias, columns, kept)

@@ -11,6 +11,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member
+from outlierq.load.packed.numbers import Parts
 from outlierq.load.source.shards import DTYPES
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ class StoredLinear:
     shape: tuple[int, int]
     scheme: QuantScheme
     members: Mapping[str, str]
-
-
-Parts = Mapping[str, "torch.Tensor"]
 
 
 class WordPackedCheckpoint(DecodedCheckpoint):
@@ -119,13 +117,6 @@ def as_symmetric(found: QuantTensor) -> QuantTensor:
         return found
     codes = (found.codes.to(torch.uint8) - middle).view(torch.int8)  # wraps below 0, as two's complement does
     return QuantTensor(codes, found.scale, None, replace(found.scheme, symmetric=True))
-
-
-def as_array(value: Any) -> np.ndarray:
-    """A torch tensor or an array, as an array."""
-    import numpy as np
-
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""compressed-tensors `int-quantized` and `float-quantized`, one byte per code, with numpy alone.
+
+The decoders verify what an exporter wrote, so they share no code with any packer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.numbers import Parts, as_array, as_bytes_array, as_floats, e4m3_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def byte_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+    """Output rows [start, stop), float32 [stop - start, in]. start: a multiple of a block's height.
+
+    stored: weight [out, in] and weight_scale. SourceError when they do not fit.
+    """
+    import torch
+
+    codes, scale = stored["weight"][start:stop], stored["weight_scale"]
+    if scheme.kind == "int":
+        return torch.from_numpy(decode_int_quantized(codes, scale[start:stop]))
+    if scheme.block is None:
+        return torch.from_numpy(decode_float_quantized(codes, scale[start:stop]))
+    return torch.from_numpy(decode_float_quantized(codes, scale, block=scheme.block, first_row=start))
+
+
+def decode_int_quantized(weight: Any, weight_scale: Any) -> np.ndarray:
+    """Float32 [out, in] of `int-quantized`: code * scale. weight: [out, in] int8. weight_scale: [out, groups].
+
+    SourceError when the groups do not divide the columns.
+    """
+    import numpy as np
+
+    codes = as_array(weight)
+    if codes.dtype != np.int8 or codes.ndim != 2:
+        raise SourceError(f"int-quantized codes are a matrix of int8, found {codes.dtype} {list(codes.shape)}")
+    return _scaled(codes.astype(np.float32), as_floats(weight_scale))
+
+
+def decode_float_quantized(
+    weight: Any, weight_scale: Any, *, block: tuple[int, int] | None = None, first_row: int = 0
+) -> np.ndarray:
+    """Float32 [out, in] of `float-quantized`: E4M3 value * scale.
+
+    weight: [out, in], a float8_e4m3fn tensor or its bytes. weight_scale: [out, 1], one value, or one per block of
+    `block` rows and columns, ragged at the edges. first_row: where these rows begin in the whole weight; weight_scale
+    is then that of the whole. SourceError when the shapes do not fit or a value is NaN.
+    """
+    import numpy as np
+
+    values = e4m3_values()[as_bytes_array(weight)]
+    if not np.isfinite(values).all():
+        raise SourceError("float-quantized weights hold a NaN")
+    scale = as_floats(weight_scale)
+    if block is None:
+        return _scaled(values, scale)
+    rows, columns = values.shape
+    row, column = (first_row + np.arange(rows)) // block[0], np.arange(columns) // block[1]
+    if scale.ndim != 2 or (rows and row[-1] >= scale.shape[0]) or scale.shape[1] != -(-columns // block[1]):
+        raise SourceError(
+            f"scales {list(scale.shape)} do not fit rows {first_row} to {first_row + rows} of {columns} columns in "
+            f"blocks of {block[0]} x {block[1]}"
+        )
+    return values * scale[row][:, column]
+
+
+def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """`values` [rows, columns] times `scale` [rows, groups], [rows, 1] or one value; in place."""
+    rows, columns = values.shape
+    groups = max(1, scale.size // max(1, rows)) if scale.size > 1 else 1
+    if scale.size not in (1, rows * groups) or columns % groups:
+        raise SourceError(f"scales {list(scale.shape)} do not fit weights {rows} x {columns}")
+    grouped = values.reshape(rows, groups, -1)
+    grouped *= scale.reshape(-1, groups, 1) if scale.size > 1 else scale.reshape(1, 1, 1)
+    return values

@@ -1,0 +1,87 @@
+"""Numbers of one byte and of half a byte, and tensors as numpy arrays. With numpy alone; shares no code with a packer.
+
+E4M3 (arXiv:2209.05433, section 3) fills a byte. Two E2M1 numbers (OCP Microscaling Formats specification 1.0, section
+5.3.3) share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# The tensors of one stored linear, by the last part of their names ("weight_packed", "weight_scale", ...).
+Parts = Mapping[str, "torch.Tensor"]
+
+
+def e4m3_values() -> np.ndarray:
+    """Float32 [256], the number that each byte stands for in E4M3 (arXiv:2209.05433, section 3).
+
+    Sign bit, 4 bits of exponent with bias 7, 3 of mantissa: (-1)^s * 2^(e - 7) * (1 + m / 8), subnormal where e is 0,
+    no infinities, NaN where all other bits are 1.
+    """
+    import numpy as np
+
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, (byte & 7) / 8
+    size = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    values = np.where(byte >> 7 == 1, -size, size)
+    values[byte & 127 == 127] = np.nan
+    return values.astype(np.float32)
+
+
+def e2m1_values() -> np.ndarray:
+    """Float32 [16], the number that each half of a byte stands for in E2M1.
+
+    Sign bit, 2 bits of exponent with bias 1, 1 of mantissa: (-1)^s * 2^(e - 1) * (1 + m / 2), or (-1)^s * m / 2 where e
+    is 0.
+    """
+    import numpy as np
+
+    code = np.arange(16)
+    exponent, mantissa = (code >> 1) & 3, code & 1
+    size = np.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+    return np.where(code >> 3 == 1, -size, size).astype(np.float32)
+
+
+def e4m3_of_e2m1() -> np.ndarray:
+    """Uint8 [16], the E4M3 byte of the number that each half of a byte stands for; -0 stays -0."""
+    import numpy as np
+
+    known, wanted = e4m3_values(), e2m1_values()[:, None]
+    return ((known == wanted) & (np.signbit(known) == np.signbit(wanted))).argmax(1).astype(np.uint8)
+
+
+def as_bytes_array(weight: Any) -> np.ndarray:
+    """Numbers of one byte as uint8 of the same shape; numpy knows no float8, so torch views them.
+
+    SourceError when a number has more than one byte.
+    """
+    import numpy as np
+
+    if hasattr(weight, "detach"):
+        import torch
+
+        if weight.element_size() != 1:
+            raise SourceError(f"float8 numbers are bytes, found {weight.dtype}")
+        weight = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return np.asarray(weight, np.uint8)
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A torch tensor or an array, as an array of the same shape and dtype."""
+    import numpy as np
+
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def as_floats(value: Any) -> np.ndarray:
+    """Numbers of any shape as float32; numpy knows no bfloat16, so torch widens it."""
+    import numpy as np
+
+    return value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value, np.float32)
