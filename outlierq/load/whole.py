@@ -1,18 +1,18 @@
-"""The whole model with its weights, for evaluation; compressed weights are decoded."""
+"""The whole model in memory, with its weights decoded, and its tokenizer: what a measurement runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.load.decode import unpacked
-from outlierq.load.gguf.file import read_gguf_header
-from outlierq.load.gguf.tokenizer import with_spaces_of
+from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.foreign import tokenizer_faults
 from outlierq.load.model.names import checkpoint_names
 from outlierq.load.model.skeleton import build_skeleton, load_tensors_into
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from outlierq.core.model import Checkpoint
 
@@ -35,13 +35,14 @@ def load_model(
     return skeleton
 
 
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the checkpoint's folder, or the one in the metadata of its GGUF file."""
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint's folder, or the one in the metadata of its GGUF file.
+
+    SourceError when there is none that can be used.
+    """
+    if checkpoint.kind == "gguf":
+        return gguf_tokenizer(checkpoint.path, checkpoint.source, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
-    path = checkpoint.path.resolve()
-    place = {"gguf_file": path.name} if checkpoint.kind == "gguf" else {}
-    folder = path.parent if place else checkpoint.path
     with tokenizer_faults(checkpoint.source):
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **place)
-    return with_spaces_of(found, read_gguf_header(path).fields) if place else found
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)

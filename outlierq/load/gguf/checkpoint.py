@@ -19,6 +19,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, TensorInfo
 from outlierq.load.gguf.file import GgufHeader, dequantized, read_gguf_header
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
+from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.skeleton import config_errors
 from outlierq.load.source.fingerprint import fingerprint
 from outlierq.load.source.shards import lookup, sample
@@ -127,10 +128,8 @@ class GgufCheckpoint:
 
     def _tokenizer_files(self) -> dict[str, bytes]:
         """What transformers writes for the tokenizer in the metadata."""
-        from outlierq.load.whole import load_tokenizer
-
         with TemporaryDirectory() as folder:
-            load_tokenizer(self).save_pretrained(folder)
+            gguf_tokenizer(self.path, self.source).save_pretrained(folder)
             return {entry.name: entry.read_bytes() for entry in Path(folder).iterdir() if entry.is_file()}
 
     def _head_bytes(self) -> Iterator[bytes]:

@@ -7,12 +7,29 @@ a special token, and puts one before all other text even where the file says tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.load.gguf.file import read_gguf_header
+from outlierq.load.model.foreign import tokenizer_faults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPACE = "\u2581"
 
 
-def with_spaces_of(tokenizer: Any, fields: Mapping[str, Any]) -> Any:
+def gguf_tokenizer(path: Path, source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in the metadata of a GGUF file. source: what the user wrote. SourceError when it cannot be used."""
+    from transformers import AutoTokenizer
+
+    path = path.resolve()
+    with tokenizer_faults(source):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code, gguf_file=path.name)
+    return with_spaces_of(tokenizer, read_gguf_header(path).fields)
+
+
+def with_spaces_of(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that transformers made of a file with these metadata; it is changed in place."""
     from tokenizers import decoders, normalizers
 
