@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from outlierq.core.errors import RecipeError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Modules that hold methods. Imported when a method is first asked for, so that --help stays fast.
 METHOD_MODULES = {
@@ -66,8 +68,8 @@ _methods: dict[tuple[str, str], Method] = {}
 
 def _register(
     stage: str, name: str, needs: tuple[str, ...], paper: str, at_once: Callable[..., Any] | None = None
-) -> Callable:
-    def keep(function: Callable) -> Callable:
+) -> Callable[[F], F]:
+    def keep(function: F) -> F:
         if (stage, name) in _methods:
             raise ValueError(f"two {stage} methods are called {name!r}")
         _methods[stage, name] = Method(name, stage, function, frozenset(needs), paper, at_once)
@@ -78,7 +80,7 @@ def _register(
 
 def quantizer(
     name: str, *, needs: tuple[str, ...] = (), paper: str, at_once: Callable[..., Any] | None = None
-) -> Callable:
+) -> Callable[[F], F]:
     """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`.
 
     at_once: `function(w, scheme, *, options)` for rows in their stored dtype, without statistics: the same
@@ -87,7 +89,7 @@ def quantizer(
     return _register("quantize", name, needs, paper, at_once)
 
 
-def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
     """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`.
 
     A function with a fifth argument `shiftable` may return a `Move` with a shift where that is true.
@@ -95,7 +97,7 @@ def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable
     return _register("transform", name, needs, paper)
 
 
-def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
     """Register `function(anatomy, *, options) -> Rewrite` of the whole model as `transform: [{method: name}]`.
 
     Rewrites come before all other transforms; statistics are those of the rewritten model. A first argument called
@@ -104,7 +106,7 @@ def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
     return _register("rewrite", name, needs, paper)
 
 
-def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
     """Register `function(stats, *, options) -> columns [k]` as `transform: [{method: name}]`.
 
     The channels that shall come last in the input of a group; they are moved there where that costs nothing.
@@ -112,7 +114,7 @@ def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
     return _register("permute", name, needs, paper)
 
 
-def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable:
+def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
     """Register `function(stats, groups, *, options) -> experts to keep` as `transform: [{method: name}]`.
 
     It sees the `BlockStats` of one block, of an earlier `outlierq calibrate`; what it drops is gone before all else.

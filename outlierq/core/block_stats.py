@@ -61,7 +61,7 @@ class BlockStats:
 
     def need(self, name: str) -> torch.Tensor:
         """The field `name`; StatsError when it was not observed."""
-        value = getattr(self, name)
+        value: torch.Tensor | None = getattr(self, name)
         if value is None:
             raise StatsError(
                 f"the statistics do not hold `{name}` of this block",

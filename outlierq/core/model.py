@@ -32,6 +32,7 @@ class CarriedFile:
         """The bytes of the file."""
         if self.content is not None:
             return self.content
+        assert self.path is not None, f"{self.name} has neither content nor path"
         with open(self.path, "rb") as file:
             return file.read()
 

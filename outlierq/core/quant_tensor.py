@@ -41,15 +41,17 @@ class QuantTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return tuple(self.codes.shape)
+        rows, columns = self.codes.shape
+        return rows, columns
 
     def dequantize(self) -> torch.Tensor:
         """Float32 [out, in]: `scale * (codes - zero_point)`, each group with its own scale; outlier columns as kept.
 
         With two-level minima `scale * codes - minimum`.
         """
-        dense = self._blocks() if self.scheme.block is not None else self._groups()
+        dense = self._groups() if self.scheme.block is None else self._blocks(*self.scheme.block)
         if self.outlier_columns is not None:
+            assert self.outlier_weight is not None, "outlier columns without their weights"
             dense[:, self.outlier_columns] = self.outlier_weight.float()
         return dense
 
@@ -57,8 +59,8 @@ class QuantTensor:
         """Scales by row and group of columns."""
         rows, columns = self.codes.shape
         grouped = self.codes.float().view(rows, self.scale.shape[1], -1)
-        if self._in_units_by_row:
-            scale, minimum = self._in_units()
+        if self._row_units is not None:
+            scale, minimum = self._in_units(self._row_units)
             return grouped.mul_(scale[..., None]).sub_(minimum[..., None]).view(rows, columns)
         if self.zero_point is not None:
             grouped.sub_(self.zero_point.float()[..., None])
@@ -73,21 +75,24 @@ class QuantTensor:
             return torch.ldexp(torch.ones_like(self.scale, dtype=torch.float32), self.scale.int() - 127)
         if self.super_scale is None:
             return self.scale.float()
-        return self._in_units()[0] if self._in_units_by_row else self.scale.float() / self.super_scale
+        if self._row_units is not None:
+            return self._in_units(self._row_units)[0]
+        return self.scale.float() / self.super_scale
 
     @property
-    def _in_units_by_row(self) -> bool:
-        """Whether scales and minima are two-level integers, whose units differ by row."""
-        return self.super_scale is not None and self.super_scale.ndim > 1
+    def _row_units(self) -> torch.Tensor | None:
+        """The units of scales and minima that are two-level integers: they differ by row."""
+        return self.super_scale if self.super_scale is not None and self.super_scale.ndim > 1 else None
 
-    def _in_units(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_units(self, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two-level scales and minima, each [out, groups] float32; the products are exact."""
-        units = self.super_scale.float().repeat_interleave(self.scale.shape[1] // self.super_scale.shape[1], 1)
+        assert self.zero_point is not None, "two-level integers without minima"
+        units = units.float().repeat_interleave(self.scale.shape[1] // units.shape[1], 1)
         return units[..., 0] * self.scale.float(), units[..., 1] * self.zero_point.float()
 
-    def _blocks(self) -> torch.Tensor:
+    def _blocks(self, height: int, width: int) -> torch.Tensor:
         """Scales by two-dimensional block; the last ones may be narrower."""
-        (rows, columns), (height, width) = self.codes.shape, self.scheme.block
+        rows, columns = self.codes.shape
         spread = self.scale.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
         return self.codes.float().mul_(spread)
 
@@ -97,13 +102,14 @@ class QuantTensor:
         With blocks, `start` must be a multiple of the block's height.
         """
         height = self.scheme.block[0] if self.scheme.block is not None else 1
+        units = self._row_units
         return replace(
             self,
             codes=self.codes[start:stop],
             scale=self.scale[start // height : -(-stop // height)],
             zero_point=None if self.zero_point is None else self.zero_point[start:stop],
             outlier_weight=None if self.outlier_weight is None else self.outlier_weight[start:stop],
-            super_scale=self.super_scale[start:stop] if self._in_units_by_row else self.super_scale,
+            super_scale=self.super_scale if units is None else units[start:stop],
         )
 
     @classmethod
@@ -118,8 +124,8 @@ class QuantTensor:
             return pieces[0]
         zero_points = [p.zero_point for p in pieces if p.zero_point is not None]
         kept = [p.outlier_weight for p in pieces if p.outlier_weight is not None]
-        units = [p.super_scale for p in pieces if p._in_units_by_row]
-        whole = {p.super_scale.item() for p in pieces if p.super_scale is not None and not p._in_units_by_row}
+        units = [p._row_units for p in pieces if p._row_units is not None]
+        whole = {p.super_scale.item() for p in pieces if p.super_scale is not None and p._row_units is None}
         assert len(whole) < 2, "pieces with one super scale each"
         return replace(
             pieces[0],
@@ -133,7 +139,7 @@ class QuantTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales, zero points and outlier columns."""
-        widths = (6, 6) if self._in_units_by_row else (self.scale.element_size() * 8, self.scheme.bits)
+        widths = (6, 6) if self._row_units is not None else (self.scale.element_size() * 8, self.scheme.bits)
         stored = self.scale.numel() * widths[0]
         stored += 0 if self.zero_point is None else self.zero_point.numel() * widths[1]
         for whole in (self.outlier_weight, self.super_scale):

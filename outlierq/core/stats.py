@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ class InputStats:
 
     def need(self, name: str) -> torch.Tensor:
         """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
-        value = getattr(self, name)
+        value: torch.Tensor | None = getattr(self, name)
         if value is None:
             raise StatsError(
                 f"the statistics do not hold `{name}`", hint="calibrate again: `outlierq calibrate` keeps everything"
@@ -161,13 +162,14 @@ class InputStats:
                 changed[name] = value / (scale[:, None] * scale[None, :])
             elif name in ("rows", "first_rows"):
                 changed[name] = (value.float() / scale).to(value.dtype)
-        return replace(self, **changed, **dict.fromkeys(THRESHOLDED))
+        return self._with(changed)
 
     def shifted(self, shift: torch.Tensor) -> InputStats:
         """Statistics of x' = x - shift, for shift [K]. H' = H - z m^T - m z^T + z z^T with m the mean of x."""
-        mean, wide, count = self.need("sum_x") / self.tokens, shift.double(), self.tokens
+        sum_x, wide = self.need("sum_x"), shift.double()
+        mean = sum_x / self.tokens
         changed: dict[str, torch.Tensor | None] = dict.fromkeys(("sum_abs", "sum_sq", "sum_cube", "sum_fourth"))
-        changed["sum_x"] = self.sum_x - count * wide
+        changed["sum_x"] = sum_x - self.tokens * wide
         for name in ("min", "max", "rows", "first_rows"):
             value = getattr(self, name)
             changed[name] = None if value is None else (value.float() - shift).to(value.dtype)
@@ -177,7 +179,12 @@ class InputStats:
             changed["hessian"] = moved.to(self.hessian.dtype)
         first = changed["first_rows"]
         changed["first_abs_max"] = None if first is None else first.float().abs().amax(0)
-        return replace(self, **changed, **dict.fromkeys(THRESHOLDED))
+        return self._with(changed)
+
+    def _with(self, changed: Mapping[str, torch.Tensor | None]) -> InputStats:
+        """With these fields changed, and without what cannot be derived for a changed input."""
+        gone: dict[str, None] = dict.fromkeys(THRESHOLDED)
+        return replace(self, tokens=self.tokens, sequences=self.sequences, **changed, **gone)
 
 
 def largest_entries(table: torch.Tensor, count: int) -> torch.Tensor:

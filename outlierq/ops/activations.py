@@ -50,4 +50,4 @@ def round_to_grid(x: torch.Tensor, scale: torch.Tensor, scheme: ActivationScheme
 def _in_groups(x: torch.Tensor, size: int) -> torch.Tensor:
     """[..., K] as [..., groups, size], the last group filled up with zeros."""
     missing = -x.shape[-1] % size
-    return torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, size))
+    return torch.unflatten(torch.nn.functional.pad(x, (0, missing)), -1, (-1, size))

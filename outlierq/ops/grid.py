@@ -58,7 +58,7 @@ class Grid:
     def where(self, better: torch.Tensor, other: Grid) -> Grid:
         """This grid, with `other`'s values at the [out, groups] places where `better` is true."""
         zero_point = None
-        if self.zero_point is not None:
+        if self.zero_point is not None and other.zero_point is not None:
             zero_point = torch.where(better, other.zero_point, self.zero_point)
         return replace(self, scale=torch.where(better, other.scale, self.scale), zero_point=zero_point)
 
@@ -76,7 +76,7 @@ def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: Q
     if scheme.kind == "float":
         # Clamped first: the cast has no infinity to saturate to, it would give NaN.
         return ratio.copy_(ratio.clamp_(scheme.code_min, scheme.code_max).to(torch.float8_e4m3fn))
-    if scheme.scales == "two-level":
+    if scheme.scales == "two-level" and zero_point is not None:
         return ratio.add_(zero_point).round_().clamp_(scheme.code_min, scheme.code_max)  # zero points are no integers
     ratio.round_()
     if zero_point is not None:
@@ -147,6 +147,7 @@ def storable(
         return Grid(stored(scale, scheme), zero_point, scheme)
     if scheme.scales == "power-of-two":
         return Grid(power_of_two(scale, up_from=0.5**0.5), None, scheme)
+    assert units is not None, "two-level scales without their units"
     if zero_point is None:
         whole = (scale * units).clamp(SMALLEST_E4M3, FP8_MAX).to(torch.float8_e4m3fn).float()
         return Grid(whole / units, None, scheme, units)
@@ -185,7 +186,7 @@ def row_units(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
     scale, low: [out, groups]. As stored: float16, 1 where all are zero.
     """
-    each = torch.stack([scale, -low], -1).unflatten(1, (-1, UNIT_GROUPS)).amax(2) / LARGEST_SMALL
+    each = torch.unflatten(torch.stack([scale, -low], -1), 1, (-1, UNIT_GROUPS)).amax(2) / LARGEST_SMALL
     rounded = each.to(torch.float16).float()
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
 
@@ -242,6 +243,7 @@ def _small_scales(grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and minima as a power of two or in units: exactly what `storable` chose."""
     if grid.scheme.scales == "power-of-two":
         return (torch.frexp(grid.scale).exponent + 126).to(torch.uint8), None
+    assert grid.units is not None, "two-level scales without their units"
     if grid.zero_point is None:
         return (grid.scale * grid.units).to(torch.float8_e4m3fn), None
     unit, unit_of_minima = grid.units.repeat_interleave(UNIT_GROUPS, 1).unbind(-1)
@@ -251,4 +253,4 @@ def _small_scales(grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _stored_units(grid: Grid) -> torch.Tensor | None:
     """`QuantTensor.super_scale`."""
-    return grid.units if grid.zero_point is None else grid.units.to(torch.float16)
+    return grid.units if grid.zero_point is None or grid.units is None else grid.units.to(torch.float16)

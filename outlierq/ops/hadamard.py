@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -111,7 +112,9 @@ def paley_two(q: int) -> torch.Tensor:
 
 def quadratic_characters(q: int) -> torch.Tensor:
     """Q_ij = chi(i - j), [q, q], over the elements of GF(q): 0 on the diagonal, 1 for squares, -1 for the others."""
-    prime, degree = prime_power(q)
+    field = prime_power(q)
+    assert field is not None, f"{q} is no power of a prime"
+    prime, degree = field
     elements = torch.tensor(list(product(range(prime), repeat=degree)))  # coefficients, [q, degree]
     places = prime ** torch.arange(degree - 1, -1, -1)
     chi = torch.zeros(q, dtype=torch.int64)
@@ -129,7 +132,8 @@ def _powers_of_a_generator(prime: int, degree: int) -> list[tuple[int, ...]]:
     """
     count = prime**degree - 1
     for tail in product(range(prime), repeat=degree):  # x^degree = tail
-        element, powers = (0,) * (degree - 1) + (1,), []
+        element: tuple[int, ...] = (0,) * (degree - 1) + (1,)
+        powers: list[tuple[int, ...]] = []
         while element not in powers[:1] and any(element) and len(powers) < count:
             powers.append(element)
             lead = element[0]
@@ -151,10 +155,11 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 
 @cache
-def _table() -> dict:
-    """The table of Goethals-Seidel sequences."""
+def _table() -> dict[str, dict[str, Any]]:
+    """The table of Goethals-Seidel sequences, by order."""
     path = resources.files("outlierq") / "data" / "goethals_seidel.json"
-    return json.loads(path.read_text(encoding="utf-8"))["orders"]
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["orders"]
+    return table
 
 
 def goethals_seidel_orders() -> tuple[int, ...]:
@@ -205,7 +210,8 @@ def hadamard_transform(x: torch.Tensor, *, transpose: bool = False) -> torch.Ten
     if order > 1:
         core = hadamard_core(order).to(y.device, y.dtype)
         y = (core.T if transpose else core) @ y.reshape(-1, order, size)
-    return y.reshape(x.shape) / n**0.5
+    root: float = n**0.5
+    return y.reshape(x.shape) / root
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     words = words_for(count, bits)
     given, flip = _bytes(values, bits)
     whole = not (count % 8 or count * bits % WORD)
-    packed = native_packing.bit_string(given, bits, flip) if whole else None
-    if packed is not None:
-        return packed.view(torch.int32).view(rows, words)
+    compiled = native_packing.bit_string(given, bits, flip) if whole else None
+    if compiled is not None:
+        return compiled.view(torch.int32).view(rows, words)
     codes = given.numpy().view(np.uint8)
     if not whole:
         filled = np.full((rows, _whole(words * WORD // bits, 8)), flip, np.uint8)

@@ -16,6 +16,7 @@ from outlierq.core.errors import OutlierqError
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic import TypeAdapter
 
 LARGEST_JSON = 100_000_000  # bytes; the index of a model with a million tensors
 LARGEST_YAML = 1 << 16  # bytes; PyYAML reads some 200 kB/s, and a recipe has a few kB
@@ -70,7 +71,8 @@ def checked(kind: type[T], values: Any, name: str, error: type[OutlierqError] = 
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_python(values)
+        value: T = _adapter(kind).validate_python(values)  # type: ignore[arg-type]  # a class can be hashed
+        return value
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -79,7 +81,7 @@ def checked(kind: type[T], values: Any, name: str, error: type[OutlierqError] = 
 
 
 @lru_cache
-def _adapter(kind: type) -> Any:
+def _adapter(kind: type) -> TypeAdapter[Any]:
     """pydantic's validator of a dataclass; made once, since that costs milliseconds."""
     from pydantic import TypeAdapter
 

@@ -99,19 +99,21 @@ def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, 
 
 def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(int8 codes of `x` [tokens, in], float32 scales [tokens, 1]) on the grid of `ops.activations`; None: as above."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous() or library() is None:
+    compiled = library()
+    if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous() or compiled is None:
         return None
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     places = (codes.data_ptr(), scale.data_ptr())
-    failed = library().outlierq_round_tokens(x.data_ptr(), DTYPES[x.dtype], *x.shape, *places)
+    failed = compiled.outlierq_round_tokens(x.data_ptr(), DTYPES[x.dtype], *x.shape, *places)
     return None if failed else (codes, scale)
 
 
 def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
     """float32 `values` [rows, columns] times `scale` [rows, 1], in bfloat16; None: as above."""
+    compiled = library()
     fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in (values, scale))
-    if not fits or scale.shape != (len(values), 1) or library() is None:
+    if not fits or scale.shape != (len(values), 1) or compiled is None:
         return None
     scaled = torch.empty(values.shape, dtype=torch.bfloat16)
-    library().outlierq_scale_rows(values.data_ptr(), scale.data_ptr(), *values.shape, scaled.data_ptr())
+    compiled.outlierq_scale_rows(values.data_ptr(), scale.data_ptr(), *values.shape, scaled.data_ptr())
     return scaled

@@ -87,7 +87,9 @@ def descend(
     and R loses (change of q_j) * H_j. Blocks of columns keep the update of the far columns a matrix product.
     """
     scheme = grid.scheme
-    scale, zero_point = (None if t is None else t.T[order].contiguous() for t in grid.per_column(w.shape[1]))
+    scale, zero_point = grid.per_column(w.shape[1])
+    scale = scale.T[order].contiguous()
+    zero_point = None if zero_point is None else zero_point.T[order].contiguous()
     ordered = hessian[order[:, None], order]
     curvature = ordered.diagonal().clamp(min=1e-30).tolist()
     code = codes.T[order].contiguous()

@@ -43,12 +43,13 @@ def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | No
     blocks = None if hessian is None else _group_blocks(hessian, grouped)
     together = 1 if scheme.block is None else scheme.block[0]
     rows = max(1, PIECE_WEIGHTS // w.shape[1] // together) * together
-    found = [
+    parts = [
         _search(grouped[first : first + rows], scheme, blocks, _rows(start, slice(first, first + rows)))
         for first in range(0, len(w), rows)
     ]
-    zero_point = None if start.zero_point is None else torch.cat([part.zero_point for part in found])
-    return replace(start, scale=torch.cat([part.scale for part in found]), zero_point=zero_point)
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    zero_point = torch.cat(zero_points) if zero_points else None
+    return replace(start, scale=torch.cat([part.scale for part in parts]), zero_point=zero_point)
 
 
 def _search(grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid) -> Grid:

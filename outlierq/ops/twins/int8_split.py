@@ -70,6 +70,7 @@ def split_matmul(
     if columns is None or columns.numel() == 0:
         y = vectorwise_product(low, codes, scale)
     else:
+        assert weight is not None, "columns in 16 bits without their weight"
         y = vectorwise_product(low.index_fill(1, columns, 0.0), codes, scale)
         y += low[:, columns] @ weight.float().T
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])

@@ -45,7 +45,9 @@ def kv_dequant(
 
 def _in_groups(x: torch.Tensor, per: str, size: int) -> torch.Tensor:
     """[rows, groups, size] per token, [groups, width, size] per channel."""
-    return x.unflatten(1, (-1, size)) if per == "token" else x.unflatten(0, (-1, size)).transpose(1, 2)
+    if per == "token":
+        return torch.unflatten(x, 1, (-1, size))
+    return torch.unflatten(x, 0, (-1, size)).transpose(1, 2)
 
 
 def _from_groups(grouped: torch.Tensor, per: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ def dequantize(
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """[out, in] in `dtype`. codes: [out, in] integers. scale, zero_point: [out, groups], groups of equal width."""
-    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    grouped = torch.unflatten(codes.float(), 1, (scale.shape[1], -1))
     if zero_point is not None:
         grouped = grouped - zero_point.float()[..., None]
     return (grouped * scale.float()[..., None]).flatten(1).to(dtype)

@@ -27,7 +27,7 @@ def quant_rows(
     count = 0 if columns is None else columns.numel()
     outliers = x.new_zeros(x.shape[0], count if pitch is None else pitch)
     low = x.float()
-    if count:
+    if columns is not None:
         outliers[:, :count] = x[:, columns.long()]
         low = low.index_fill(1, columns.long(), 0.0)
     scale = low.abs().amax(1) / CODE_MAX
@@ -54,5 +54,6 @@ def outlier_matmul(
     """
     y = int8_product(x, codes).float() * (scale_x.view(-1, 1) * scale.view(1, -1))
     if outliers is not None:
+        assert outlier_weight is not None, "outlier columns without their weight"
         y += outliers.float() @ outlier_weight.float().T
     return (y if bias is None else y + bias.float()).to(dtype)
