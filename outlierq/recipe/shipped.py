@@ -11,8 +11,11 @@ from outlierq.core.errors import RecipeError, nearest
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with outlierq, by name."""
-    folder = Path(str(resources.files("outlierq") / "recipes"))
+    """The recipes that come with outlierq, by name: inside the package, or beside it in a checkout."""
+    package = Path(str(resources.files("outlierq")))
+    folder = package / "recipes"
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

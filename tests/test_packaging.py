@@ -1,0 +1,142 @@
+"""What is installed is the checkout: wheel and sdist hold every file, and the wheel compresses a model by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MADE = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")  # what is made on the spot, and in no repository
+CODE = ("outlierq", "recipes")
+BESIDE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "Makefile")
+NO_COMPILER = {"CC": "/nonexistent/cc"}
+COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0])
+
+
+def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
+    """What `pip` calls to build, without its isolation and so without an index: `build_wheel` or `build_sdist`."""
+    code = f"from setuptools import build_meta; build_meta.{hook}({str(out)!r})"
+    out.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL
+    )
+    (made,) = out.iterdir()
+    return made
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy, since building writes into the source."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in CODE:
+        shutil.copytree(ROOT / name, copy / name, ignore=MADE)
+    for name in BESIDE:
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory) -> Path:
+    """The sdist, unpacked."""
+    place = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("build_sdist", checkout, place / "built")) as archive:
+        archive.extractall(place, filter="data")
+    (folder,) = (path for path in place.iterdir() if path.name.startswith("outlierq-"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheels(sdist, tmp_path_factory) -> dict[str, Path]:
+    """Built of the sdist with a compiler for C, where there is one, and without."""
+    place = tmp_path_factory.mktemp("wheels")
+    found = {}
+    for name, environment in {"compiled": {}, "pure": NO_COMPILER}.items():
+        if name == "pure" or COMPILER:
+            source = shutil.copytree(sdist, place / f"source-{name}")
+            found[name] = build("build_wheel", source, place / name, **environment)
+    return found
+
+
+def installed(wheel: Path, place: Path) -> Path:
+    """The interpreter of a new environment with this wheel; all else comes from the environment that runs the tests."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    python = place / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(pip, check=True)
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    # A path in a .pth file is added after the environment's own, and .pth files in it (editable installs) are not read.
+    (packages / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
+    return python
+
+
+def output_of(*command: object, cwd: Path) -> str:
+    """What a command prints to stdout, run far from the checkout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_sdist_holds_every_file_of_the_checkout(checkout, sdist):
+    held, there = files_below(sdist), files_below(checkout)
+    assert {f"recipes/{path.name}" for path in (ROOT / "recipes").iterdir()} < there
+    assert {name for name in there if not name.startswith(("outlierq.egg-info", "build/"))} <= held
+    assert {"LICENSE", "README.md"} <= held
+
+
+def test_a_wheel_holds_every_file_of_the_package_and_every_recipe(checkout, wheels):
+    package = {f"outlierq/{name}" for name in files_below(checkout / "outlierq")}
+    recipes = {f"outlierq/recipes/{name}" for name in files_below(checkout / "recipes")}
+    assert len(package) > 200 and len(recipes) > 20
+    for wheel in wheels.values():
+        held = set(zipfile.ZipFile(wheel).namelist())
+        assert package | recipes <= held
+        beside = {name.split("/")[0] for name in held} - {"outlierq"}
+        assert all(name.endswith(".dist-info") for name in beside)
+        assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_a_wheel_is_for_one_platform_only_where_something_was_compiled(wheels):
+    assert wheels["pure"].name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith((".so", ".pyd")) for name in zipfile.ZipFile(wheels["pure"]).namelist())
+    if COMPILER:
+        assert not wheels["compiled"].name.endswith("-any.whl")
+        assert any("outlierq/native/compiled" in name for name in zipfile.ZipFile(wheels["compiled"]).namelist())
+
+
+def test_an_installed_wheel_compresses_a_model_compiled_or_not(wheels, tiny_llama, tmp_path):
+    for name, wheel in wheels.items():
+        python = installed(wheel, tmp_path / name)
+        where = Path(output_of(python, "-c", "import outlierq; print(outlierq.__file__)", cwd=tmp_path).strip())
+        assert where.is_relative_to(tmp_path / name)
+        command = (python.with_name("outlierq"), "quantize", tiny_llama, "-r", "rtn-w4", "-o", tmp_path / f"out-{name}")
+        output_of(*command, "--quiet", cwd=tmp_path)
+    written = {(tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in wheels}
+    assert len(written) == 1
+
+
+def test_an_installed_wheel_brings_recipes_kernels_and_the_version(wheels, tmp_path):
+    from outlierq import __version__
+    from outlierq.recipe import shipped
+
+    python = installed(wheels["pure"], tmp_path / "environment")
+    assert output_of(python, "-m", "outlierq", "--version", cwd=tmp_path) == f"outlierq {__version__}\n"
+    listed = output_of(python.with_name("outlierq"), "recipes", "list", cwd=tmp_path)
+    assert [line.split()[0] for line in listed.splitlines()] == list(shipped())
+    kernels = sorted(path.stem for path in (ROOT / "outlierq" / "kernels").glob("*.cu"))
+    assert len(kernels) > 5
+    code = f"from outlierq.kernels.launch import source_text\nfor n in {kernels!r}: print(len(source_text(n)) > 0)"
+    assert output_of(python, "-c", code, cwd=tmp_path).split() == ["True"] * len(kernels)
