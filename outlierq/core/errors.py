@@ -81,5 +81,5 @@ def nearest(word: str, known: list[str]) -> str | None:
     """The known name closest to `word`, or None when nothing is close."""
     from difflib import get_close_matches
 
-    found = get_close_matches(word, known, n=1, cutoff=0.6)
-    return found[0] if found else None
+    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    return matches[0] if matches else None

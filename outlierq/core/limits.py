@@ -33,13 +33,13 @@ class TaskLimit:
 
         ValueError says what is expected.
         """
-        found = TASK_LIMIT.fullmatch(text.strip())
-        if found is None:
+        match = TASK_LIMIT.fullmatch(text.strip())
+        if match is None:
             raise ValueError(f"{text!r} is not a limit on a task; write mmlu:-1.0, arc_easy/acc_norm:-2 or mmlu:40")
-        points = float(found["sign"] + found["points"])
+        points = float(match["sign"] + match["points"])
         if abs(points) > 100:
             raise ValueError(f"{text!r}: points are of 100")
-        return cls(found["task"], points, bool(found["sign"]), found["metric"])
+        return cls(match["task"], points, bool(match["sign"]), match["metric"])
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class QuantTensor:
         if len(pieces) == 1:
             return pieces[0]
         zero_points = [p.zero_point for p in pieces if p.zero_point is not None]
-        kept = [p.outlier_weight for p in pieces if p.outlier_weight is not None]
+        outlier_weights = [p.outlier_weight for p in pieces if p.outlier_weight is not None]
         units = [p._row_units for p in pieces if p._row_units is not None]
         whole = {p.super_scale.item() for p in pieces if p.super_scale is not None and p._row_units is None}
         assert len(whole) < 2, "pieces with one super scale each"
@@ -132,7 +132,7 @@ class QuantTensor:
             codes=torch.cat([p.codes for p in pieces]),
             scale=torch.cat([p.scale for p in pieces]),
             zero_point=torch.cat(zero_points) if zero_points else None,
-            outlier_weight=torch.cat(kept) if kept else None,
+            outlier_weight=torch.cat(outlier_weights) if outlier_weights else None,
             super_scale=torch.cat(units) if units else pieces[0].super_scale,
         )
 

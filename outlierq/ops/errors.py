@@ -65,8 +65,8 @@ def relative_error_of_both(
     inputs = fake_quantize(rows if columns is None else rows.index_fill(1, columns, 0.0), scheme, input_scale)
     if columns is not None:
         inputs[:, columns] = rows[:, columns]
-    found = inputs @ approximation.T
-    return (found.sub_(expected).square_().sum(1) * counts).sum().item() / power if power > 0 else 0.0
+    outputs = inputs @ approximation.T
+    return (outputs.sub_(expected).square_().sum(1) * counts).sum().item() / power if power > 0 else 0.0
 
 
 def diagonal_blocks(hessian: torch.Tensor, columns: int) -> torch.Tensor:

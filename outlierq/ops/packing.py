@@ -134,10 +134,10 @@ def e2m1_codes(stored: np.ndarray) -> np.ndarray:
     import numpy as np
 
     codes, given = np.empty_like(stored), stored.reshape(-1).view("<u8")
-    found = codes.reshape(-1).view("<u8")
+    words = codes.reshape(-1).view("<u8")
     upper, lower, last = _mask(2, 8) << np.uint64(2), _mask(2, 8), _mask(1, 8)
     for start in range(0, given.size, PIECE // 8):
-        piece, out = given[start : start + PIECE // 8], found[start : start + PIECE // 8]
+        piece, out = given[start : start + PIECE // 8], words[start : start + PIECE // 8]
         high, low = piece >> np.uint64(4), piece >> np.uint64(2)
         half = ~(piece >> np.uint64(3))
         half &= high

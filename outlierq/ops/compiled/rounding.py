@@ -34,10 +34,10 @@ class _Scheme(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """What was compiled, or None. Calls let other threads run."""
-    found = find_spec("outlierq.native.compiled")  # in a folder that is no package: it is no module
-    if found is None:
+    module = find_spec("outlierq.native.compiled")  # in a folder that is no package: it is no module
+    if module is None:
         return None
-    compiled = ctypes.CDLL(found.origin)
+    compiled = ctypes.CDLL(module.origin)
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
     compiled.outlierq_round_tokens.argtypes = (pointer, number, size, size, pointer, pointer)

@@ -100,9 +100,9 @@ def descend(
         moved = torch.empty_like(code[start:stop])
         for i in range(start, stop):
             zero = None if zero_point is None else zero_point[i]
-            wanted = torch.add(value[i], residual[i], alpha=1 / curvature[i]).div_(scale[i])
-            code[i] = nearest_code(wanted, zero, scheme)
-            new = (wanted if zero is None else wanted.sub_(zero)).mul_(scale[i])
+            ratio = torch.add(value[i], residual[i], alpha=1 / curvature[i]).div_(scale[i])
+            code[i] = nearest_code(ratio, zero, scheme)
+            new = (ratio if zero is None else ratio.sub_(zero)).mul_(scale[i])
             step = torch.sub(new, value[i], out=moved[i - start])
             residual[i + 1 : stop].addr_(ordered[i, i + 1 : stop], step, alpha=-1)
         if stop < len(code):

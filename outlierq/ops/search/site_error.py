@@ -116,8 +116,8 @@ def judging_tokens(stats: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [n, K] float32 and how many calibration tokens each stands for; StatsError without a reservoir."""
     rows, counts = weighed_rows(stats)
     if len(rows) > TOKENS:
-        chosen = torch.linspace(0, len(rows) - 1, TOKENS, device=rows.device).long()
-        rows, counts = rows[chosen], counts[chosen]
+        places = torch.linspace(0, len(rows) - 1, TOKENS, device=rows.device).long()
+        rows, counts = rows[places], counts[places]
     return rows, counts
 
 

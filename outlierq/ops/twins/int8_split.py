@@ -32,8 +32,8 @@ COLUMN_TILE = 16
 
 def column_budget(in_features: int) -> int:
     """How many columns a static split of this width keeps in 16 bits: known before any weight is read."""
-    wanted = max(MIN_COLUMNS, int(MAX_SHARE * in_features))
-    return min(in_features, -(-wanted // COLUMN_TILE) * COLUMN_TILE)
+    least = max(MIN_COLUMNS, int(MAX_SHARE * in_features))
+    return min(in_features, -(-least // COLUMN_TILE) * COLUMN_TILE)
 
 
 def choose_columns(stats: InputStats, *, threshold: float, ratio: float, min_rate: float) -> tuple[torch.Tensor, int]:
@@ -98,8 +98,8 @@ def dynamic_split_matmul(
     row_scale = dynamic_scale(low.masked_fill(large, 0.0), PER_TOKEN)
     y = vectorwise_product(low.index_fill(1, columns, 0.0), codes, scale, row_scale)
     if columns.numel():
-        kept = codes[:, columns].float() * scale.float() if weight is None else weight[:, columns].float()
-        y += flat[:, columns] @ kept.T
+        outlier_weight = codes[:, columns].float() * scale.float() if weight is None else weight[:, columns].float()
+        y += flat[:, columns] @ outlier_weight.T
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 
