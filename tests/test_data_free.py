@@ -111,7 +111,7 @@ def test_a_piece_may_be_overwritten_after_it_was_used(dtype):
         buffer.fill_(7)
 
     rows = stage.quantize_rows(site_of(12, 8), overwritten(), scheme, rtn, {})
-    found, row = QuantTensor.stack(list(rows)), rows.found
+    found, row = QuantTensor.stack(list(rows)), rows.row
     whole = rtn.function(weight.float(), None, scheme)
     assert torch.equal(found.codes, whole.codes) and torch.equal(found.scale, whole.scale)
     error = (found.dequantize() - weight.float()).norm() / weight.float().norm()

@@ -39,10 +39,10 @@ def int8_split(
     largest value, in at least `min_rate` of the tokens (one huge token alone is served by its own scale). As many
     columns are kept as `ops.int8_split.column_budget` says, outliers with the largest abs_max * rms first.
     """
-    columns, found = choose_columns(stats, threshold=threshold, ratio=ratio, min_rate=min_rate)
-    if found > len(columns):
-        note(f"{found} outlier channels, of which the {len(columns)} that cost most stay in 16 bits")
+    columns, outliers = choose_columns(stats, threshold=threshold, ratio=ratio, min_rate=min_rate)
+    if outliers > len(columns):
+        note(f"{outliers} outlier channels, of which the {len(columns)} that cost most stay in 16 bits")
     low = rtn(w.index_fill(1, columns, 0.0), stats, scheme, scale_search=scale_search)
     codes = low.codes if scheme.symmetric else low.codes.index_fill(1, columns, 0)
-    kept = w[:, columns].to(getattr(torch, scheme.scale_dtype))
-    return replace(low, codes=codes, outlier_columns=columns, outlier_weight=kept)
+    outlier_weight = w[:, columns].to(getattr(torch, scheme.scale_dtype))
+    return replace(low, codes=codes, outlier_columns=columns, outlier_weight=outlier_weight)

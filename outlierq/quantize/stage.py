@@ -61,7 +61,7 @@ def quantize_group(
                 for site in sites:
                     pieces = weights[site].split(rows_of_a_piece(site.in_features, scheme))
                     rows = quantize_rows(site, pieces, scheme, method, options)
-                    done[site] = QuantTensor.stack(list(rows)), rows.found
+                    done[site] = QuantTensor.stack(list(rows)), rows.row
             else:
                 members = [(site, weights[site]) for site in sites]
                 for part in _aligned(members, scheme):
@@ -99,7 +99,7 @@ def _with_activations(
     rows, counts = weighed_rows(stats)
     changed = dict(done)
     for scheme in schemes:
-        members = {site: found for site, found in done.items() if found[0].scheme.activations == scheme}
+        members = {site: pair for site, pair in done.items() if pair[0].scheme.activations == scheme}
         dense = {site: result.dequantize() for site, (result, _) in members.items()}
         scale = None
         if not scheme.dynamic:
@@ -115,15 +115,15 @@ def _with_activations(
 
 
 class QuantizedRows:
-    """A quantized weight some rows at a time: iterate over it once, in order. found: then, its row of the report."""
+    """A quantized weight some rows at a time: iterate over it once, in order. row: then, its row of the report."""
 
-    found: SiteRow
+    row: SiteRow
 
     def __init__(self, pieces: Generator[QuantTensor, None, SiteRow]):
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[QuantTensor]:
-        self.found = yield from self._pieces
+        self.row = yield from self._pieces
 
     @classmethod
     def whole(cls, quantized: QuantTensor, row: SiteRow) -> QuantizedRows:
@@ -155,8 +155,8 @@ def _quantized_rows(
     for piece in pieces:
         started = time.perf_counter()
         with collecting() as said:
-            found = method.at_once(piece, scheme, **options) if method.at_once else None
-            done, squares, lost = found or _one_by_one(site, piece, pieces, scheme, method, options)
+            at_once = method.at_once(piece, scheme, **options) if method.at_once else None
+            done, squares, lost = at_once or _one_by_one(site, piece, pieces, scheme, method, options)
         notes += said
         power += squares
         change += lost

@@ -143,7 +143,7 @@ def _write(unit: Unit, output: Output) -> Done:
                 with during("quantize", site.module):
                     quantized = unit.linears[site](site)
                 digests |= output.put_linear(site, _timed(quantized, site, seconds))
-                rows[site] = quantized.found
+                rows[site] = quantized.row
             else:
                 digests |= output.copy(name)
         seconds["export"] += time.perf_counter() - started - (seconds["quantize"] - before)
