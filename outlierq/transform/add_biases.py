@@ -58,8 +58,8 @@ def add_biases(openings: Openings) -> Rewrite:
 
     Without such a key the model is left as it is, with a note: what follows can still scale.
     """
-    wanted = frozenset().union(*(shift.new for shift in openings.shifts.values()))
-    used = [key for key in openings.keys if wanted & key.tensors.keys()]
+    biases = frozenset().union(*(shift.new for shift in openings.shifts.values()))
+    used = [key for key in openings.keys if biases & key.tensors.keys()]
     if not used:
         reason = openings.obstacle or "no key of this model's config makes a shift possible"
         return Rewrite({}, (f"add_biases: nothing is added: {reason}",))

@@ -65,7 +65,7 @@ def _remedies(
             "os_plus": Move(os_plus(w, stats, scheme, tie)),
         }
         if shiftable:
-            found = os_plus(w, stats, scheme, tie, True)
-            if isinstance(found, Move):
-                candidates["os_plus with shift"] = found
+            shifted = os_plus(w, stats, scheme, tie, True)
+            if isinstance(shifted, Move):
+                candidates["os_plus with shift"] = shifted
     return [(name, move, error(move.scale, move.shift)) for name, move in candidates.items()]

@@ -61,8 +61,8 @@ def os_plus(
     return scaled[1]
 
 
-def _sentence(before: float, found: tuple[float, torch.Tensor, float], shifts: str) -> str:
-    after, _, threshold = found
+def _sentence(before: float, candidate: tuple[float, torch.Tensor, float], shifts: str) -> str:
+    after, _, threshold = candidate
     return f"os_plus: {shifts}threshold {threshold:.3g}, predicted output error {before:.2g} -> {after:.2g}"
 
 
@@ -104,8 +104,8 @@ class Threshold:
         tried = {place: self._at(largest * math.exp(span * place)) for place in places}
         best = min(tried, key=lambda place: tried[place][0])
         step = places[1]
-        found = self._golden(largest, span, max(0.0, best - step), min(1.0, best + step))
-        return found if found[0] < tried[best][0] else tried[best]
+        finer = self._golden(largest, span, max(0.0, best - step), min(1.0, best + step))
+        return finer if finer[0] < tried[best][0] else tried[best]
 
     def _golden(self, largest: float, span: float, left: float, right: float) -> tuple[float, torch.Tensor, float]:
         """The best of some golden section steps between two places of the logarithmic axis."""

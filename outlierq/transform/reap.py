@@ -35,6 +35,6 @@ def reap(
     saliency = stats.need("expert_saliency") / stats.need("expert_tokens").clamp_min(1)
     by_group = saliency.view(groups, -1)
     size = by_group.shape[1]
-    kept = size - int(prune * size)
-    best = by_group.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
+    remaining = size - int(prune * size)
+    best = by_group.argsort(dim=1, descending=True, stable=True)[:, :remaining].sort(dim=1).values
     return (best + torch.arange(groups)[:, None] * size).flatten()

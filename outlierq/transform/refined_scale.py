@@ -62,8 +62,8 @@ class _Noise:
         self.channel_power = (x.square() * self.counts[:, None]).sum(0)
         self.alive = self.channel_power > 0
         if len(w) > WEIGHT_ROWS:
-            chosen = torch.linspace(0, len(w) - 1, WEIGHT_ROWS, device=w.device).long()
-            self.weight_share, w = len(w) / WEIGHT_ROWS, w[chosen]
+            rows = torch.linspace(0, len(w) - 1, WEIGHT_ROWS, device=w.device).long()
+            self.weight_share, w = len(w) / WEIGHT_ROWS, w[rows]
         else:
             self.weight_share = 1.0
         self.columns = w.shape[1]

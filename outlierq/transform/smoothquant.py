@@ -97,10 +97,10 @@ def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tenso
         refined = family.bounded(
             refined_scale(scale, error.w, error.x, error.weights, error.scheme, family.tie, steps=refine_steps)
         )
-        found = error(refined)
-        if found < after:
+        least = error(refined)
+        if least < after:
             words += f" ({after:.2g}), refined by channel"
-            after, scale = found, refined
+            after, scale = least, refined
     if after >= before or not error.helps(scale):
         note(f"smoothquant: no scale lowers the predicted output error of {before:.2g}")
         return none
@@ -111,5 +111,5 @@ def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tenso
 def _better(best: tuple, family: Family, error: SiteError, alpha: float) -> tuple:
     """`best` (error, scale, alpha), or the candidate when it errs less."""
     scale = family.scale(alpha)
-    found = error(scale)
-    return (found, scale, alpha) if found < best[0] else best
+    least = error(scale)
+    return (least, scale, alpha) if least < best[0] else best

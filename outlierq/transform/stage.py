@@ -36,8 +36,8 @@ def choose_move(
         with during(f"transform {method.name}", group):
             left = stats if total.shift is None else stats.shifted(total.shift)
             told = (shiftable,) if method.shifts else ()
-            found = method.function(w * total.scale, left.scaled(total.scale), scheme, tie, *told, **options)
-            move = found if isinstance(found, Move) else Move(found)
+            result = method.function(w * total.scale, left.scaled(total.scale), scheme, tie, *told, **options)
+            move = result if isinstance(result, Move) else Move(result)
             _check(move, method.name, shiftable)
             total = _agreed(total.then(move), tie)
     return total
@@ -49,11 +49,11 @@ def _agreed(move: Move, tie: torch.Tensor | None) -> Move:
         return move
 
     def one(values: torch.Tensor) -> torch.Tensor:
-        chosen = values.new_zeros(int(tie.max()) + 1)
-        chosen[tie] = values
-        if not torch.allclose(chosen[tie], values, rtol=1e-5, atol=1e-6):
+        by_producer = values.new_zeros(int(tie.max()) + 1)
+        by_producer[tie] = values
+        if not torch.allclose(by_producer[tie], values, rtol=1e-5, atol=1e-6):
             raise NumbersError("channels that share a producer channel were to be moved differently")
-        return chosen[tie]
+        return by_producer[tie]
 
     return Move(one(move.scale), None if move.shift is None else one(move.shift))
 
