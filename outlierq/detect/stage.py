@@ -83,34 +83,34 @@ def measure_group(block: int, group: InputGroup, stats: InputStats | None, weigh
     if stats is None or not stats.tokens:
         reason = "no token reached it during calibration (calibrate on more text, or add it to `quantize.ignore`)"
         missing = (f"every measure of the input: {reason}",)
-        by_site, found = {}, Findings()
+        by_site, findings = {}, Findings()
         for site, weight in weights.items():
-            by_site[site.module] = _measure_weight(weight, found)
+            by_site[site.module] = _measure_weight(weight, findings)
         return GroupOutliers(
-            **head, tokens=0, abs_max=(), weights=by_site, danger="watch", missing=missing + found.missing,
+            **head, tokens=0, abs_max=(), weights=by_site, danger="watch", missing=missing + findings.missing,
             reasons=("no token reached it: nothing is known about its input",),
         )  # fmt: skip
-    found = Findings()
-    _measure_input(stats, found)
-    abs_max = found.attempt("abs_max", lambda: stats.need("abs_max"))
-    outliers = found.attempt("outlier_channels", lambda: channel_ratio.standing_out(_ratios(stats)))
-    by_site, errors = _measure_sites(group, stats, weights, found)
-    danger, reasons, remedy = verdict(found.values, errors)
-    if any("NaN or Inf" in reason for reason in found.missing):
+    findings = Findings()
+    _measure_input(stats, findings)
+    abs_max = findings.attempt("abs_max", lambda: stats.need("abs_max"))
+    outliers = findings.attempt("outlier_channels", lambda: channel_ratio.standing_out(_ratios(stats)))
+    by_site, errors = _measure_sites(group, stats, weights, findings)
+    danger, reasons, remedy = verdict(findings.values, errors)
+    if any("NaN or Inf" in reason for reason in findings.missing):
         danger, reasons = "dangerous", ("its statistics or weights hold NaN or Inf", *reasons)
     return GroupOutliers(
         **head,
         tokens=stats.tokens,
         abs_max=() if abs_max is None else tuple(abs_max.tolist()),
         outlier_channels=outliers or (),
-        top_channels=() if abs_max is None else _listed_channels(stats, abs_max, found),
-        measures=found.values,
+        top_channels=() if abs_max is None else _listed_channels(stats, abs_max, findings),
+        measures=findings.values,
         weights=by_site,
         errors=errors,
         remedy=remedy,
         danger=danger,
         reasons=reasons,
-        missing=found.missing,
+        missing=findings.missing,
     )
 
 
@@ -125,41 +125,41 @@ def role(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", "", after_block)
 
 
-def _measure_input(stats: InputStats, found: Findings) -> None:
+def _measure_input(stats: InputStats, findings: Findings) -> None:
     """The shape of the whole input."""
-    found.take("channel_ratio", lambda: channel_ratio.channel_ratio(stats))
-    found.take("top_share", lambda: top_share(stats))
-    found.take("kurtosis", lambda: kurtosis.kurtosis(stats))
-    found.take("largest_sigma", lambda: sigma_rate.largest_sigma(stats))
-    found.take("large_share", lambda: large_share(stats))
-    found.take("token_range", lambda: token_range(stats))
-    covariance = found.attempt("log_qsur, rotation_gain", lambda: qsur.covariance(stats))
+    findings.take("channel_ratio", lambda: channel_ratio.channel_ratio(stats))
+    findings.take("top_share", lambda: top_share(stats))
+    findings.take("kurtosis", lambda: kurtosis.kurtosis(stats))
+    findings.take("largest_sigma", lambda: sigma_rate.largest_sigma(stats))
+    findings.take("large_share", lambda: large_share(stats))
+    findings.take("token_range", lambda: token_range(stats))
+    covariance = findings.attempt("log_qsur, rotation_gain", lambda: qsur.covariance(stats))
     if covariance is not None:
-        found.take("log_qsur", lambda: qsur.log_qsur(covariance))
-        found.take("rotation_gain", lambda: qsur.rotation_gain(covariance))
-    rows = found.attempt("sigma_rate, iqr_rate, hill_alpha", lambda: stats.need("rows"))
+        findings.take("log_qsur", lambda: qsur.log_qsur(covariance))
+        findings.take("rotation_gain", lambda: qsur.rotation_gain(covariance))
+    rows = findings.attempt("sigma_rate, iqr_rate, hill_alpha", lambda: stats.need("rows"))
     if rows is not None:
         sample = spread(rows, max(8, SAMPLED_VALUES // rows.shape[1])).float()
-        found.take("sigma_rate", lambda: sigma_rate.sigma_rate(stats, sample))
-        found.take("iqr_rate", lambda: iqr_rate.iqr_rate(sample.flatten()).item())
-        found.take("hill_alpha", lambda: hill.hill_alpha(sample.abs()))
+        findings.take("sigma_rate", lambda: sigma_rate.sigma_rate(stats, sample))
+        findings.take("iqr_rate", lambda: iqr_rate.iqr_rate(sample.flatten()).item())
+        findings.take("hill_alpha", lambda: hill.hill_alpha(sample.abs()))
 
 
-def _listed_channels(stats: InputStats, abs_max: torch.Tensor, found: Findings) -> tuple[ChannelOutliers, ...]:
+def _listed_channels(stats: InputStats, abs_max: torch.Tensor, findings: Findings) -> tuple[ChannelOutliers, ...]:
     """Every measure of the channels with the largest |x|, largest first; None where a channel has no such figure."""
-    chosen = abs_max.topk(min(LISTED_CHANNELS, len(abs_max))).indices
+    largest = abs_max.topk(min(LISTED_CHANNELS, len(abs_max))).indices
 
     def columns() -> torch.Tensor:
-        return stats.need("rows")[:, chosen].float()
+        return stats.need("rows")[:, largest].float()
 
     table = {
-        "ratio": lambda: channel_ratio.channel_ratios(abs_max)[chosen],
-        "kurtosis": lambda: kurtosis.channel_kurtosis(stats)[chosen],
+        "ratio": lambda: channel_ratio.channel_ratios(abs_max)[largest],
+        "kurtosis": lambda: kurtosis.channel_kurtosis(stats)[largest],
         "sigma_rate": lambda: sigma_rate.column_sigma_rate(columns()),
         "iqr_rate": lambda: iqr_rate.iqr_rate(columns()),
         "hill_alpha": lambda: hill.hill_alphas(columns().abs()),
     }
-    measured = {name: found.attempt(f"{name} of channels", measure) for name, measure in table.items()}
+    measured = {name: findings.attempt(f"{name} of channels", measure) for name, measure in table.items()}
     lists = {name: values.tolist() for name, values in measured.items() if values is not None}
     return tuple(
         ChannelOutliers(
@@ -167,20 +167,22 @@ def _listed_channels(stats: InputStats, abs_max: torch.Tensor, found: Findings) 
             abs_max=abs_max[channel].item(),
             **{name: values[place] for name, values in lists.items() if math.isfinite(values[place])},
         )
-        for place, channel in enumerate(chosen.tolist())
+        for place, channel in enumerate(largest.tolist())
     )
 
 
-def _measure_weight(weight: torch.Tensor, found: Findings) -> dict[str, float]:
-    """The spectrum of one weight; what is missing goes into `found`."""
+def _measure_weight(weight: torch.Tensor, findings: Findings) -> dict[str, float]:
+    """The spectrum of one weight; what is missing goes into `findings`."""
     own = Findings()
     if not _finite(weight):
         bad = int((~weight.isfinite()).sum())
-        found.miss("alpha, stable_rank", f"{bad} of {weight.numel()} weights are NaN or Inf (get the checkpoint again)")
+        findings.miss(
+            "alpha, stable_rank", f"{bad} of {weight.numel()} weights are NaN or Inf (get the checkpoint again)"
+        )
         return {}
     own.take("alpha", lambda: farms.spectrum_alpha(weight))
     own.take("stable_rank", lambda: spectrum.stable_rank(weight))
-    found.take_over(own)
+    findings.take_over(own)
     return own.values
 
 
@@ -190,14 +192,14 @@ def _finite(weight: torch.Tensor) -> bool:
 
 
 def _measure_sites(
-    group: InputGroup, stats: InputStats, weights: Weights, found: Findings
+    group: InputGroup, stats: InputStats, weights: Weights, findings: Findings
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Figures by site, and the predicted errors of the group by scheme."""
-    by_site = {site.module: _measure_weight(weight, found) for site, weight in weights.items()}
+    by_site = {site.module: _measure_weight(weight, findings) for site, weight in weights.items()}
     if not all(map(_finite, weights.values())):
         return by_site, {}
     wide = {site.module: weight.float() for site, weight in weights.items()}
-    errors = _predict_group(group, stats, torch.cat(list(wide.values())), found)
+    errors = _predict_group(group, stats, torch.cat(list(wide.values())), findings)
     for scheme, grid in _schemes(group).items():
         if scheme not in errors:
             continue
@@ -219,7 +221,7 @@ def _predict(weight: torch.Tensor, stats: InputStats, scheme: QuantScheme, scale
     return output_error.predicted_error(weight, stats, scheme, scale)
 
 
-def _predict_group(group: InputGroup, stats: InputStats, stack: torch.Tensor, found: Findings) -> dict[str, float]:
+def _predict_group(group: InputGroup, stats: InputStats, stack: torch.Tensor, findings: Findings) -> dict[str, float]:
     """Predicted errors of all sites together, as they are and with the remedies. stack: [all outputs, in] float32.
 
     A rotation is tried only where nothing cheaper is enough: it changes the whole model.
@@ -234,7 +236,7 @@ def _predict_group(group: InputGroup, stats: InputStats, stack: torch.Tensor, fo
             errors.take("w8a8 split", partial(output_error.split_error, stack, stats, columns))
         if min(value for name, value in errors.values.items() if name.startswith("w8a8")) >= ERRORS["w8a8"].watch:
             errors.take("w8a8 rotation", partial(output_error.rotated_error, stack, stats))
-    found.take_over(errors)
+    findings.take_over(errors)
     return errors.values
 
 
@@ -248,11 +250,11 @@ def _predict_folded(group: InputGroup, stats: InputStats, stack: torch.Tensor, e
         )
         return
     tie = torch.tensor(group.fold.index)
-    chosen = {
+    scales = {
         "w8a8 smoothquant": partial(output_error.smoothquant_scale, stack, stats, tie),
         "w4a16 awq": partial(output_error.awq_scale, stats, tie),
     }
-    for name, choose in chosen.items():
+    for name, choose in scales.items():
         scale = errors.attempt(name, choose)
         if scale is not None and name.split()[0] in errors.values:
             errors.take(name, partial(_predict, stack, stats, _schemes(group)[name.split()[0]], scale))
@@ -262,30 +264,30 @@ def measure_block(
     block: int, stats: BlockStats | None, inputs: Mapping[str, InputStats], weights: Mapping[str, Weights]
 ) -> BlockOutliers:
     """The residual stream, the attention and the OWL ratio of one block. inputs, weights: by group name."""
-    found = Findings()
-    owl = found.attempt("owl", lambda: _owl(inputs, weights))
+    findings = Findings()
+    owl = findings.attempt("owl", lambda: _owl(inputs, weights))
     massive: tuple[MassiveEntry, ...] = ()
     if stats is None:
-        found.miss("residual stream and attention", "the statistics hold no block statistics (calibrate again)")
+        findings.miss("residual stream and attention", "the statistics hold no block statistics (calibrate again)")
     else:
-        massive = found.attempt("massive", lambda: massive_entries(block, stats)) or ()
-        _measure_stream(stats, found)
-    return BlockOutliers(block=block, owl=owl, measures=found.values, massive=massive, missing=found.missing)
+        massive = findings.attempt("massive", lambda: massive_entries(block, stats)) or ()
+        _measure_stream(stats, findings)
+    return BlockOutliers(block=block, owl=owl, measures=findings.values, massive=massive, missing=findings.missing)
 
 
-def _measure_stream(stats: BlockStats, found: Findings) -> None:
+def _measure_stream(stats: BlockStats, findings: Findings) -> None:
     """Residual stream, attention, cache, experts."""
-    found.take("residual_abs_max", lambda: stats.need("residual_abs_max").max().item())
-    found.take("residual_median", lambda: stats.need("residual_median").item())
-    found.take("residual_kurtosis", lambda: stats.need("residual_kurtosis")[0].item())
-    found.take("residual_kurtosis_max", lambda: stats.need("residual_kurtosis")[1].item())
-    found.take("persistent_share", lambda: persistent_share(stats))
-    found.take("sink_heads", lambda: sink_heads(stats))
-    found.take("no_op_heads", lambda: no_op_heads(stats))
-    found.take("key_abs_max", lambda: stats.need("key_abs_max").max().item())
-    found.take("value_abs_max", lambda: stats.need("value_abs_max").max().item())
+    findings.take("residual_abs_max", lambda: stats.need("residual_abs_max").max().item())
+    findings.take("residual_median", lambda: stats.need("residual_median").item())
+    findings.take("residual_kurtosis", lambda: stats.need("residual_kurtosis")[0].item())
+    findings.take("residual_kurtosis_max", lambda: stats.need("residual_kurtosis")[1].item())
+    findings.take("persistent_share", lambda: persistent_share(stats))
+    findings.take("sink_heads", lambda: sink_heads(stats))
+    findings.take("no_op_heads", lambda: no_op_heads(stats))
+    findings.take("key_abs_max", lambda: stats.need("key_abs_max").max().item())
+    findings.take("value_abs_max", lambda: stats.need("value_abs_max").max().item())
     if stats.expert_tokens is not None:
-        found.take("fewest_expert_tokens", lambda: float(stats.need("expert_tokens").min().item()))
+        findings.take("fewest_expert_tokens", lambda: float(stats.need("expert_tokens").min().item()))
 
 
 def _owl(inputs: Mapping[str, InputStats], weights: Mapping[str, Weights]) -> float:
@@ -309,8 +311,8 @@ def find_super_weight(
         if stats is None or getattr(stats, "top_tokens", None) is None:
             continue
         for site, weight in sites.items():
-            found = super_weight(entry, weight, stats.top_tokens) if len(weight) == width else None
-            if found is not None and (best is None or abs(found[2]) > best[0]):
-                column, value, product = found
+            written = super_weight(entry, weight, stats.top_tokens) if len(weight) == width else None
+            if written is not None and (best is None or abs(written[2]) > best[0]):
+                column, value, product = written
                 best = abs(product), f"{site.module}[{entry.channel}, {column}] = {value:.3g}, which adds {product:.4g}"
     return best[1] if best else None

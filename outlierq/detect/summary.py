@@ -20,7 +20,7 @@ def summarise(
     super_weight: str | None = None,
 ) -> tuple[str, ...]:
     """Sentences for the head of every report. super_weight: what wrote the first massive activation, in words."""
-    found = [
+    sentences = [
         _dangers(groups),
         *_dangerous_roles(groups),
         _channels(channels, features),
@@ -29,7 +29,7 @@ def summarise(
         _remedies(groups),
         _worst(groups, "w4a16", "W4A16 (round to nearest)"),
     ]
-    return tuple(sentence for sentence in found if sentence)
+    return tuple(sentence for sentence in sentences if sentence)
 
 
 def _dangers(groups: Sequence[GroupOutliers]) -> str:

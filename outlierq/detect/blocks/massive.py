@@ -22,8 +22,8 @@ COLUMN = {name: place for place, name in enumerate(TOP_COLUMNS)}
 def massive_entries(block: int, stats: BlockStats) -> tuple[MassiveEntry, ...]:
     """The massive ones among the largest entries of a block's output, largest first; their text is filled in later."""
     median = stats.need("residual_median").item()
-    found = [_entry(block, row, median) for row in stats.need("residual_top").tolist()]
-    massive = [entry for entry in found if abs(entry.value) > LARGEST and entry.ratio >= RATIO]
+    entries = [_entry(block, row, median) for row in stats.need("residual_top").tolist()]
+    massive = [entry for entry in entries if abs(entry.value) > LARGEST and entry.ratio >= RATIO]
     return tuple(sorted(massive, key=lambda entry: -abs(entry.value)))
 
 

@@ -31,8 +31,8 @@ def outlier_features(
     where = torch.stack([stats.need("sequence_large") / max(1, stats.sequences) for stats in inputs])
     layer_share = hit.double().mean(0)
     position_share = (where * hit).sum(0) / hit.sum(0).clamp(min=1)
-    found = (layer_share >= layers) & (position_share >= positions)
-    return {c: (layer_share[c].item(), position_share[c].item()) for c in found.nonzero().flatten().tolist()}
+    outlier = (layer_share >= layers) & (position_share >= positions)
+    return {c: (layer_share[c].item(), position_share[c].item()) for c in outlier.nonzero().flatten().tolist()}
 
 
 def large_share(stats: InputStats) -> float:

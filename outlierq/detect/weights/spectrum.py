@@ -28,9 +28,9 @@ def largest_singular(weight: torch.Tensor) -> float:
     for _ in range(ROUNDS):
         vectors, _ = torch.linalg.qr(vectors)
         images = weight @ vectors
-        found = torch.linalg.matrix_norm(images, 2).item()
-        if found <= best * (1 + CLOSE):
+        norm = torch.linalg.matrix_norm(images, 2).item()
+        if norm <= best * (1 + CLOSE):
             break
-        best = found
+        best = norm
         vectors = weight.T @ images
-    return max(best, found)
+    return max(best, norm)
