@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from fakes import FakeCheckpoint
 from test_discovery import LLAMA
 from test_rotate import difference, logits, save
 
@@ -183,7 +183,7 @@ def test_a_key_of_a_nested_config_is_set_where_it_lies():
     from outlierq.transform.rotate import Rewrite
 
     config = {"model_type": "outer", "text_config": {"mlp_bias": False, "width": 4}}
-    source = SimpleNamespace(source="here", kind="huggingface", dtype="bfloat16", config=config, tensors={}, files=())
+    source = FakeCheckpoint(config=config)
     settings = {("text_config", "mlp_bias"): True}
     wider = RewrittenCheckpoint(source, Rewrite({}, settings=settings), "add_biases")
     assert wider.config == {"model_type": "outer", "text_config": {"mlp_bias": True, "width": 4}}

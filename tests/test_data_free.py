@@ -15,7 +15,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import writer
-from outlierq.load import open_checkpoint, reading_ahead, rows_of
+from outlierq.load import open_checkpoint, reading_ahead
 from outlierq.load.decode import decode_rows
 from outlierq.pipeline.block import data_free
 from outlierq.pipeline.ledger.journal import JOURNAL
@@ -159,7 +159,7 @@ def test_rows_come_as_the_tensor_holds_them(untied_llama):
     name = next(name for name, info in checkpoint.tensors.items() if len(info.shape) == 2)
     whole = checkpoint.read(name)
     for count in (1, 7, len(whole), len(whole) + 5):
-        assert torch.equal(torch.cat([piece.clone() for piece in rows_of(checkpoint, name, count)]), whole)
+        assert torch.equal(torch.cat([piece.clone() for piece in checkpoint.read_rows(name, count)]), whole)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "int64"])

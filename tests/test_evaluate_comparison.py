@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fakes import FakeCheckpoint
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import TensorInfo
@@ -13,23 +14,16 @@ BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F
 MODULE = "model.layers.0.mlp.up_proj"
 
 
-class Headers:
+def headers(tensors, config=None, values=None):
     """A checkpoint of headers, and of the values of `weight_shape` tensors."""
-
-    def __init__(self, tensors, config=None, values=None):
-        self.config = config or {}
-        self.values = values or {}
-        self.tensors = {
-            name: TensorInfo(name, dtype, shape, math.prod(shape) * BYTES[dtype])
-            for name, (dtype, shape) in tensors.items()
-        }
-
-    def read(self, name):
-        return torch.tensor(self.values[name])
+    infos = [
+        TensorInfo(name, dtype, shape, math.prod(shape) * BYTES[dtype]) for name, (dtype, shape) in tensors.items()
+    ]
+    return FakeCheckpoint(infos, config, {name: torch.tensor(value) for name, value in (values or {}).items()})
 
 
-SOURCE = Headers({f"{MODULE}.weight": ("BF16", (64, 128)), "model.norm.weight": ("BF16", (64,))})
-PACKED = Headers(
+SOURCE = headers({f"{MODULE}.weight": ("BF16", (64, 128)), "model.norm.weight": ("BF16", (64,))})
+PACKED = headers(
     {
         f"{MODULE}.weight_packed": ("I32", (64, 16)),
         f"{MODULE}.weight_scale": ("BF16", (64, 2)),
@@ -55,7 +49,7 @@ def test_a_packed_checkpoint_has_the_parameters_of_its_source():
 
 def test_a_width_that_does_not_fill_words_is_counted_from_weight_shape():
     tensors = {f"{MODULE}.weight_packed": ("I32", (64, 10)), f"{MODULE}.weight_shape": ("I64", (2,))}
-    checkpoint = Headers(tensors, values={f"{MODULE}.weight_shape": [64, 100]})
+    checkpoint = headers(tensors, values={f"{MODULE}.weight_shape": [64, 100]})
     assert logical_tensors(checkpoint)[f"{MODULE}.weight"].parameters == 6400
 
 
@@ -71,14 +65,14 @@ def test_a_width_that_does_not_fill_words_is_counted_from_weight_shape():
 )
 def test_every_layout_gives_one_quantized_weight(tensors, config):
     named = {f"{MODULE}.{part}": header for part, header in tensors.items()}
-    found = logical_tensors(Headers(named, {"quantization_config": config}))
+    found = logical_tensors(headers(named, {"quantization_config": config}))
     assert list(found) == [f"{MODULE}.weight"]
     assert found[f"{MODULE}.weight"].parameters == 64 * 128
     assert found[f"{MODULE}.weight"].quantized
 
 
 def test_tensors_that_come_and_go_are_named():
-    untied = Headers({"lm_head.weight": ("BF16", (8, 4)), "model.norm.weight": ("BF16", (64,))})
+    untied = headers({"lm_head.weight": ("BF16", (8, 4)), "model.norm.weight": ("BF16", (64,))})
     compared = compare_checkpoints(SOURCE, untied)
     assert compared.added == ("lm_head.weight",)
     assert compared.removed == (f"{MODULE}.weight",)
@@ -87,7 +81,7 @@ def test_tensors_that_come_and_go_are_named():
 
 def test_a_packed_weight_of_unknown_width_is_named():
     with pytest.raises(SourceError, match=f"{MODULE}.qweight"):
-        logical_tensors(Headers({f"{MODULE}.qweight": ("I32", (16, 64))}))
+        logical_tensors(headers({f"{MODULE}.qweight": ("I32", (16, 64))}))
 
 
 def test_a_checkpoint_without_parameters_is_refused():

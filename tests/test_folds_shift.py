@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import FakeCheckpoint
 from test_discovery import ARCHITECTURES, LLAMA, Tiny, build, matches, relative
 
 from outlierq.calibrate.collect import ALL_FIELDS, Collector
@@ -122,7 +123,7 @@ def moved(tiny: Tiny, methods: list[str]) -> tuple[dict[str, torch.Tensor], list
     """Transform every group of every block; the changed tensors, the rows for the report, and the new statistics."""
     hidden = tiny.runner.start(tiny.ids)
     parameters = dict(tiny.model.named_parameters())
-    checkpoint = SimpleNamespace(tensors={n: TensorInfo(n, "BF16", tuple(p.shape), 0) for n, p in parameters.items()})
+    checkpoint = FakeCheckpoint([TensorInfo(n, "BF16", tuple(p.shape), 0) for n, p in parameters.items()])
     steps = [(method("transform", name), {}) for name in methods]
     changed, rows, after = {}, [], {}
     for index, block in enumerate(tiny.structure.blocks):

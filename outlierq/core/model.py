@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
+
+    from outlierq.core.quant_tensor import QuantTensor
 
 
 @dataclass(frozen=True)
@@ -37,27 +44,150 @@ class CarriedFile:
             return file.read()
 
 
-class Checkpoint(Protocol):
-    """A source of weights: headers first, weights when `read` is called.
+@dataclass(frozen=True)
+class StoredLinear:
+    """How one quantized weight is stored. shape: (out, in). members: stored tensor names by role.
+
+    symmetric: whether the config says that there are no zero points.
+    """
+
+    shape: tuple[int, int]
+    members: Mapping[str, str]
+    symmetric: bool = field(default=False, kw_only=True)
+
+
+class TensorSource(ABC):
+    """Where tensors come from. dtype: torch dtype name in which they are meant to be used ("bfloat16").
+
+    tensors: headers by name; empty where no size is told (random weights, for a look at a model).
+    """
+
+    dtype: str
+    tensors: Mapping[str, TensorInfo] = MappingProxyType({})
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in the shape of its header."""
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors by name; a source of many files opens each of them once."""
+        return {name: self.read(name) for name in names}
+
+
+class Checkpoint(TensorSource):
+    """A source of weights: headers first, weights when they are read. What a kind of source lacks keeps its default.
 
     source: what the user wrote. kind: "huggingface" or "gguf". config: the content of config.json.
-    dtype: dtype in which weights are meant to be used, a torch dtype name ("bfloat16").
     tensors: headers by Hugging Face tensor name (a GGUF file is presented under those names, too).
-    files: everything else that belongs to the checkpoint. fingerprint: sha256 hex of headers, sizes and a sample of
-    every tensor's bytes.
+    path: the folder, or the GGUF file. revision: commit on the Hub, None where there is none.
+    linears: how each weight is stored that `quantized` can be asked for, by its name.
+    stamps: weight file -> (inode, bytes, nanoseconds of the last change) when it was opened; no others are watched.
+    reads_rows: whether `read_rows` and `read_some_rows` read no more of a file than what they give.
+    most_threads: how many threads may read at a time, None for any number.
     """
 
     source: str
     kind: str
     config: dict[str, Any]
-    dtype: str
-    tensors: Mapping[str, TensorInfo]
-    files: tuple[CarriedFile, ...]
-    fingerprint: str
+    path: Path
+    revision: str | None = None
+    linears: Mapping[str, StoredLinear] = MappingProxyType({})
+    stamps: Mapping[Path, tuple[int, int, int]] = MappingProxyType({})
+    reads_rows: bool = False
+    most_threads: int | None = None
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored (GGUF: dequantized to `dtype`). Shapes are Hugging Face's."""
-        ...
+    @property
+    @abstractmethod
+    def files(self) -> tuple[CarriedFile, ...]:
+        """Everything else that belongs to the checkpoint."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Sha256 hex of headers, sizes and a sample of every tensor's bytes."""
+
+    @property
+    def packed(self) -> Collection[str]:
+        """Names of the weights that are stored quantized, also of those whose codes cannot be asked for."""
+        return self.linears.keys()
+
+    @property
+    def weight_files(self) -> Sequence[Path]:
+        """The files that it pays to read before they are needed, in the order of the tensors."""
+        return ()
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Digest by name of every weight file that does not lie at `path`, as the Hub lists it."""
+        return {}
+
+    def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
+        """The tensor `count` rows at a time, [count, ...] each; a piece is valid until the next is asked for."""
+        return iter(self.read(name).split(count))
+
+    def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
+        """Some rows of the tensor, [len(rows), ...], in the given order."""
+        return self.read(name)[list(rows)]
+
+    def making_bytes(self, name: str) -> int:
+        """Upper bound of what reading a tensor holds beside the tensor itself: nothing where it is stored as it is."""
+        return 0
+
+    def quantized(self, name: str) -> QuantTensor:
+        """Codes [out, in], scales and zero points of a weight in `linears`. SourceError when they cannot be told."""
+        raise SourceError(f"{name} of {self.source} is not stored as codes in groups of columns")
+
+    def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
+        """Let a model with the weights of `read` compute what the checkpoint means: rounded inputs, a rounded cache.
+
+        names: parameter -> tensor. A plain checkpoint means no more than its weights.
+        """
+
+    def make_room(self, structure: Structure, fetching: Callable[[int, int, str], None], *, together: bool) -> None:
+        """Tell a source whose weight files come and go which blocks belong together; nothing for others.
+
+        fetching: is told of every file that is fetched: how many were before, of how many, and its name. together:
+        several blocks are worked on at a time.
+        """
+
+    def drop_shards(self) -> None:
+        """Remove the weight files of such a source, which hardly needs them any more; nothing for others."""
+
+
+class DerivedCheckpoint(Checkpoint):
+    """A checkpoint on top of another, `original`; what a subclass does not say of itself is what the original says.
+
+    `config` and `tensors` are to be set by the subclass.
+    """
+
+    def __init__(self, original: Checkpoint):
+        self.original = original
+        self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
+        self.path, self.revision = original.path, original.revision
+        self.stamps, self.most_threads = original.stamps, original.most_threads
+
+    @property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """The files of the original."""
+        return self.original.files
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the original."""
+        return self.original.fingerprint
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """The digests of the original's weight files."""
+        return self.original.digests
+
+    def make_room(self, structure: Structure, fetching: Callable[[int, int, str], None], *, together: bool) -> None:
+        """Tell the original."""
+        self.original.make_room(structure, fetching, together=together)
+
+    def drop_shards(self) -> None:
+        """Remove those of the original."""
+        self.original.drop_shards()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from typing import Any
 _HOMES = {
     "attention_names": "model.attention",
     "stored_prefix": "model.attention",
-    "drop_shards": "sources",
     "is_hub_id": "sources",
-    "make_room": "sources",
     "open_checkpoint": "sources",
     "stream_checkpoint": "sources",
     "build_skeleton": "model.skeleton",
@@ -25,7 +23,6 @@ _HOMES = {
     "looking_up": "model.lookup",
     "reading_ahead": "source.read_ahead",
     "release": "model.skeleton",
-    "rows_of": "sources",
     "decode_codes": "packed.bits",
     "decode_float_quantized": "packed.byte_codes",
     "decode_int_quantized": "packed.byte_codes",

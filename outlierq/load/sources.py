@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,7 @@ from outlierq.core.errors import SourceError, nearest
 from outlierq.load.source.folder import PICKLES, FolderCheckpoint, pickle_refusal
 
 if TYPE_CHECKING:
-    import torch
-
-    from outlierq.core.model import Checkpoint, Structure
+    from outlierq.core.model import Checkpoint
     from outlierq.load.hub.streamed import StreamedCheckpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,36 +61,6 @@ def stream_checkpoint(
     if not trust_remote_code:
         _refuse_remote_code(checkpoint)
     return checkpoint
-
-
-def make_room(
-    checkpoint: Checkpoint,
-    structure: Structure,
-    fetching: Callable[[int, int, str], None],
-    *,
-    together: bool = False,
-) -> None:
-    """Tell a source whose shards come and go which blocks belong together; nothing for others.
-
-    fetching: is told of every shard that is fetched: how many were before, of how many, and its name. together: several
-    blocks are worked on at a time.
-    """
-    if hasattr(checkpoint, "make_room"):
-        checkpoint.make_room(structure, checkpoint.most_threads if together else 1, fetching)
-
-
-def drop_shards(checkpoint: Checkpoint) -> None:
-    """Remove the shards of such a source, which hardly needs them any more; nothing for others."""
-    store = getattr(checkpoint, "store", None)
-    if store is not None:
-        store.clear()
-
-
-def rows_of(checkpoint: Checkpoint, name: str, count: int) -> Iterator[torch.Tensor]:
-    """A tensor `count` rows at a time; a piece is valid until the next is asked for. Other sources read it whole."""
-    if isinstance(checkpoint, FolderCheckpoint):
-        return checkpoint.read_rows(name, count)
-    return iter(checkpoint.read(name).split(count))
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:

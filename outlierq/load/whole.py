@@ -30,8 +30,7 @@ def load_model(
     skeleton = build_skeleton(plain, trust_remote_code=trust_remote_code)
     names = checkpoint_names(plain, skeleton)
     load_tensors_into(skeleton, plain, names, dtype=dtype, device=device)
-    if hasattr(plain, "install"):  # what else the format means: rounded inputs and cache, outlier columns
-        plain.install(skeleton, names)
+    plain.install(skeleton, names)
     return skeleton
 
 

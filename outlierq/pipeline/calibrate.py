@@ -12,7 +12,7 @@ from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_shards
 from outlierq.core.errors import during
 from outlierq.core.model import Block, Checkpoint
-from outlierq.load import check_unchanged, make_room
+from outlierq.load import check_unchanged
 from outlierq.pipeline.block.stats_run import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
 from outlierq.pipeline.events import (
     Event,
@@ -55,7 +55,7 @@ def calibrate(
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
-    make_room(checkpoint, structure, fetching(listen))
+    checkpoint.make_room(structure, fetching(listen), together=False)
     former = ranks.first(lambda: former_shards(out))
     known = (checkpoint, skeleton, structure, settings, fields, device)
     savings = obeying(work_of_calibration(*known, ranks=ranks.size, shards=former), max_memory, device)

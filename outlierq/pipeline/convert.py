@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import RecipeError, SourceError
-from outlierq.core.model import CarriedFile, Checkpoint, LinearSite, TensorInfo
+from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import Report, SiteRow
 from outlierq.core.scheme import QuantScheme
@@ -37,26 +36,24 @@ STALE = ("quantize_config.json", "quant_config.json")
 NO_METHOD = "stored"
 
 
-class PackedSource:
-    """A compressed checkpoint as the source of a conversion. Satisfies `Checkpoint`.
+class PackedSource(DerivedCheckpoint):
+    """A compressed checkpoint as the source of a conversion to a format.
 
     `tensors` are those of the decoded checkpoint, with the bytes that are really stored. symmetric: whether weights
     without zero points stay so; when one of the checkpoint has some, all are written with them.
     """
 
-    def __init__(self, stored: Checkpoint):
+    def __init__(self, stored: Checkpoint, form: str):
         from outlierq.load import unpacked
 
-        self._plain = unpacked(stored)
-        if not hasattr(self._plain, "quantized"):
+        super().__init__(stored)
+        self._plain, self._form = unpacked(stored), form
+        if self._plain is stored:
             raise SourceError(f"{stored.source} is not compressed", hint="compress it with a recipe")
         if (stored.config.get("quantization_config") or {}).get("kv_cache_scheme"):
             raise SourceError(f"{stored.source} has scales of a KV cache, which a conversion would lose")
-        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
-        self.path, self.revision = stored.path, stored.revision
         self.config: dict[str, Any] = self._plain.config
-        self.fingerprint: str = stored.fingerprint
-        self.linears: Mapping[str, Any] = self._plain.linears
+        self.linears = self._plain.linears
         self.symmetric = True
         packed = {name: linear.members.values() for name, linear in self.linears.items()}
         self.tensors: dict[str, TensorInfo] = {
@@ -75,15 +72,11 @@ class PackedSource:
         """The tensor as stored, or decoded to float32."""
         return self._plain.read(name)
 
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
-
-    def quantized(self, name: str, form: str) -> QuantTensor:
+    def quantized(self, name: str) -> QuantTensor:
         """A packed weight as the format wants it. SourceError when that would change a number."""
         found = self._plain.quantized(name)
         found = found if self.symmetric else as_asymmetric(found)
-        dtype = getattr(exporter(form), "SCALE_DTYPE", found.scheme.scale_dtype)
+        dtype = getattr(exporter(self._form), "SCALE_DTYPE", found.scheme.scale_dtype)
         return with_scale_dtype(found, dtype, name)
 
 
@@ -128,11 +121,11 @@ def make_conversion(
 
     if form == "dense":
         raise RecipeError("dense weights hold no codes; a conversion to them is not without loss")
-    source = PackedSource(checkpoint)
+    source = PackedSource(checkpoint, form)
     skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
     structure = find_structure(source, skeleton)
     packed = [site for site in structure.sites if site.weight in source.linears]
-    schemes = _schemes(source, packed, form, listen)
+    schemes = _schemes(source, packed, listen)
     sites = tuple(SitePlan(site, schemes.get(site), "" if site in schemes else "kept") for site in structure.sites)
     faults = {site: exporter(form).obstacle(site, scheme) for site, scheme in schemes.items()}
     wrong = [(site, fault) for site, fault in faults.items() if fault]
@@ -152,14 +145,12 @@ def make_conversion(
     return plan
 
 
-def _schemes(
-    source: PackedSource, sites: list[LinearSite], form: str, listen: Listener
-) -> dict[LinearSite, QuantScheme]:
+def _schemes(source: PackedSource, sites: list[LinearSite], listen: Listener) -> dict[LinearSite, QuantScheme]:
     """The scheme of every packed weight in the new format, each weight read and checked."""
     found: dict[LinearSite, QuantScheme] = {}
     for number, site in enumerate(sites):
         listen(Event("check", number, len(sites), site.module))
-        found[site] = source.quantized(site.weight, form).scheme
+        found[site] = source.quantized(site.weight).scheme
     if len({scheme.symmetric for scheme in found.values()}) > 1:
         source.symmetric = False
         found = {site: replace(scheme, symmetric=False) for site, scheme in found.items()}
@@ -203,7 +194,7 @@ def _units(plan: Plan, output: Output, listen: Listener) -> None:
 def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
     """One weight in the new format, and its row of the report: no error, as nothing was rounded."""
     started = time.perf_counter()
-    found = plan.checkpoint.quantized(site.weight, plan.recipe.export.format)
+    found = plan.checkpoint.quantized(site.weight)
     scheme, seconds = found.scheme, time.perf_counter() - started
     row = SiteRow(
         site.module,

@@ -188,11 +188,10 @@ class _Model:
 
     def _weights(self, data: BlockData) -> dict[str, dict[LinearSite, torch.Tensor]]:
         """[out, in] of every site, by group name."""
-        from outlierq.load.model.skeleton import read_all
         from outlierq.pipeline.ledger.output import as_matrix
 
         sites = [site for group in data.groups for site in group.sites]
-        stored = read_all(self.checkpoint, dict.fromkeys(site.weight for site in sites))
+        stored = self.checkpoint.read_many(dict.fromkeys(site.weight for site in sites))
         return {g.name: {site: as_matrix(site, stored[site.weight]) for site in g.sites} for g in data.groups}
 
     def _keep_stream(self, data: BlockData) -> None:

@@ -22,7 +22,6 @@ from outlierq.core.report import Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
-from outlierq.load import drop_shards, make_room
 from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
 from outlierq.pipeline.block.starved import (
     STARVED,
@@ -90,7 +89,7 @@ def quantize(
     asked = work_of(plan, stats=stats is not None, device=device, ranks=ranks.size, shards=former)
     savings = obeying(asked, max_memory, device)
     ranks.use(device)
-    make_room(original_of(plan.checkpoint), plan.structure, fetching(listen), together=is_data_free(plan))
+    plan.checkpoint.make_room(plan.structure, fetching(listen), together=is_data_free(plan))
     with _working_together(out, restart, ranks) as work:
         clock = Clock()
         with clock("calibrate"):
@@ -111,7 +110,7 @@ def quantize(
         report = make_report(plan, out, journal, clock, device, source, rewrite_error, ranks)
         report = replace(report, notes=(*report.notes, *savings.sentences))
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
-        drop_shards(original_of(plan.checkpoint))
+        plan.checkpoint.drop_shards()
         finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
     if max_memory is None:
         return_memory_at_once(LARGE)  # this process may go on, with a gate for example
@@ -302,9 +301,7 @@ class _Run:
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
         """The block's tensors on the device, as stored."""
-        from outlierq.load.model.skeleton import read_all
-
-        return {name: t.to(self.device) for name, t in read_all(self.plan.checkpoint, block.tensors).items()}
+        return {name: t.to(self.device) for name, t in self.plan.checkpoint.read_many(block.tensors).items()}
 
     def _as_stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Folded tensors in the dtype that the plan gives them."""
@@ -549,7 +546,7 @@ def _identity(plan: Plan, source: StatsSource, savings: Savings) -> dict[str, An
 
 def _about(plan: Plan) -> dict[str, Any]:
     """What a reader of an unfinished run wants to know."""
-    commit = getattr(original_of(plan.checkpoint), "revision", None)
+    commit = plan.checkpoint.revision
     values = {"model": plan.checkpoint.source, "commit": commit, "recipe": plan.recipe.name}
     return {**values, "units": len(plan.structure.blocks) + 1}
 

@@ -93,7 +93,7 @@ def verify(
     plain = _decoded(checkpoint, found)
     _check_numbers(checkpoint, found)
     if plain is not None:
-        found.linears = len(_linears(plain))
+        found.linears = len(plain.packed)
         _check_places(plain, config, found, trust_remote_code)
         _check_weights(plain, reference, config, found, listen)
         if reference is not None:
@@ -117,11 +117,6 @@ def _decoded(checkpoint: Checkpoint, found: Verification) -> Checkpoint | None:
     except SourceError as error:
         found.fault("layout", "", error.what)
         return None
-
-
-def _linears(plain: Checkpoint) -> Mapping[str, Any]:
-    """How each quantized weight is stored, by its name; empty for a plain checkpoint."""
-    return getattr(plain, "linears", None) or getattr(plain, "packed", {})
 
 
 def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verification, trust_remote_code: bool) -> None:
@@ -159,19 +154,19 @@ def _check_config(
     """What config.json says of each linear is what is stored: packed or plain, with zero points or without."""
     import torch
 
-    linears = _linears(plain)
+    packed = plain.packed
     for module, part in skeleton.named_modules():
         tensor = names.get(f"{module}.weight")
         if not isinstance(part, torch.nn.Linear) or tensor is None:
             continue
         stem = tensor.removesuffix(".weight")
         wanted = _is_target(config, module) and not (_kept(config, module) or _kept(config, stem))
-        if wanted and tensor not in linears and stem == module:
+        if wanted and tensor not in packed and stem == module:
             found.fault("config", tensor, "is stored plain, but config.json does not say so")
-        elif not wanted and tensor in linears:
+        elif not wanted and tensor in packed:
             found.fault("config", tensor, "is stored quantized, but config.json says that it is not")
-    for name, linear in linears.items():
-        if getattr(linear, "symmetric", False) and "weight_zero_point" in getattr(linear, "members", {}):
+    for name, linear in plain.linears.items():
+        if linear.symmetric and "weight_zero_point" in linear.members:
             found.fault("config", name, "has stored zero points, but config.json says that it is symmetric")
 
 
@@ -223,11 +218,11 @@ def _check_weights(
     plain: Checkpoint, reference: Checkpoint | None, config: Mapping[str, Any], found: Verification, listen: Listener
 ) -> None:
     """Decode every quantized weight, look at its zero points, and hold it against the source."""
-    linears = _linears(plain)
+    packed = plain.packed
     shifted: dict[str, str] = {}
     unsaid: list[str] = []
-    for number, name in enumerate(linears):
-        listen(Event("verify", number, len(linears), name))
+    for number, name in enumerate(packed):
+        listen(Event("verify", number, len(packed), name))
         try:
             weight, quantized = _decode(plain, name, unsaid)
         except SourceError as error:
@@ -241,13 +236,13 @@ def _check_weights(
             _compare_weight(name, weight, quantized, reference, found, shifted)
     if unsaid:
         found.notes.append(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
-    if reference is not None and linears:
+    if reference is not None and packed:
         _judge_errors(shifted, found)
 
 
 def _decode(plain: Checkpoint, name: str, unsaid: list[str]) -> tuple[torch.Tensor, QuantTensor | None]:
     """A weight as float32 numbers, and its codes where they can be told; `unsaid` gets the reason when they cannot."""
-    if hasattr(plain, "quantized"):
+    if name in plain.linears:
         try:
             quantized = plain.quantized(name)
             return quantized.dequantize(), quantized
@@ -349,9 +344,9 @@ def _compare_plain(plain: Checkpoint, reference: Checkpoint, found: Verification
     """Tensors that were not quantized: missing ones are faults, changed ones (folded norms) are noted."""
     import torch
 
-    linears, changed = _linears(plain), []
+    packed, changed = plain.packed, []
     for name in reference.tensors:
-        if name in linears:
+        if name in packed:
             continue
         if name not in plain.tensors:
             if not (plain.config.get("tie_word_embeddings") and name.endswith("lm_head.weight")):

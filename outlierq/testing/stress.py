@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from outlierq.calibrate.folds import apply_fold, prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner
 from outlierq.core.errors import OutlierqError, SourceError
-from outlierq.core.model import CarriedFile, Checkpoint, InputGroup, LinearSite, Structure
+from outlierq.core.model import Checkpoint, DerivedCheckpoint, InputGroup, LinearSite, Structure
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
 from outlierq.load.source.shards import torch_dtype
 from outlierq.transform.stage import storable_scale
@@ -115,16 +115,15 @@ class _Change:
     site: LinearSite | None
 
 
-class StressedCheckpoint:
-    """A checkpoint with outlier channels. Satisfies `Checkpoint`; tensors are rewritten when they are read.
+class StressedCheckpoint(DerivedCheckpoint):
+    """A checkpoint with outlier channels; tensors are rewritten when they are read.
 
     channels: ascending. groups: the input groups whose norm was scaled.
     """
 
     def __init__(self, plain: Checkpoint, groups: Sequence[InputGroup], channels: tuple[int, ...], factor: float):
-        self._plain, self.groups, self.channels, self.factor = plain, tuple(groups), channels, factor
-        self.source, self.kind, self.dtype = plain.source, plain.kind, plain.dtype
-        self.path, self.revision = getattr(plain, "path", None), getattr(plain, "revision", None)
+        super().__init__(plain)
+        self.groups, self.channels, self.factor = tuple(groups), channels, factor
         self.config, self.tensors = plain.config, plain.tensors
         self._changes: dict[str, _Change] = {}
         for group in self.groups:
@@ -135,33 +134,26 @@ class StressedCheckpoint:
                 self._changes[site.weight] = _Change(group, site)
 
     @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the plain checkpoint."""
-        return self._plain.files
-
-    @property
     def fingerprint(self) -> str:
         """Of the plain checkpoint, the channels and the factor."""
-        text = json.dumps([self._plain.fingerprint, self.channels, self.factor])
+        text = json.dumps([self.original.fingerprint, self.channels, self.factor])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, rewritten where it belongs to a scaled norm."""
-        tensor = self._plain.read(name)
+        tensor = self.original.read(name)
         change = self._changes.get(name)
         if change is None:
             return tensor
         scale = self._scale(change.group)
         if change.site is None:
-            producer = {n: self._plain.read(n).float() for n in (change.group.fold.weight, change.group.fold.bias) if n}
+            producer = {
+                n: self.original.read(n).float() for n in (change.group.fold.weight, change.group.fold.bias) if n
+            }
             wide = apply_fold(producer, change.group.fold, scale)[name]
         else:
             wide = tensor.float() * (scale[:, None] if change.site.transposed else scale)
         return wide.to(tensor.dtype)
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
 
     def _scale(self, group: InputGroup) -> torch.Tensor:
         """[K] what the readers' columns are multiplied with: 1, or about 1 / factor, exact for the stored gain."""
@@ -169,7 +161,7 @@ class StressedCheckpoint:
 
         fold, info = group.fold, self.tensors[group.fold.weight]
         offset = 1.0 if fold.kind == "offset-norm" else 0.0
-        gain = self._plain.read(fold.weight).float()[torch.tensor(fold.index)] + offset
+        gain = self.original.read(fold.weight).float()[torch.tensor(fold.index)] + offset
         chosen = torch.tensor(self.channels)
         exact = storable_scale(gain[chosen], torch.full(chosen.shape, 1 / self.factor), torch_dtype(info.dtype), offset)
         scale = torch.ones(len(fold.index))

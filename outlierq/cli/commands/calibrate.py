@@ -44,7 +44,6 @@ def command(
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
     from outlierq.calibrate.stats_file import StatsReader
-    from outlierq.load import drop_shards
     from outlierq.pipeline.calibrate import calibrate
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
@@ -68,7 +67,7 @@ def command(
         )
     if not ranks.lead:
         return
-    drop_shards(checkpoint)
+    checkpoint.drop_shards()
     size = sum(path.stat().st_size for path in folder.iterdir())
     notes = StatsReader(folder).notes
     if as_json:

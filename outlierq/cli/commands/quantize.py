@@ -48,7 +48,7 @@ def command(
     The plan is printed first. An interrupted run continues where it stopped when the same command is given again.
     With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit is passed.
     """
-    from outlierq.load import drop_shards, reading_ahead
+    from outlierq.load import reading_ahead
     from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
     from outlierq.pipeline.measure import Measurement, judge, measure, record, unmeasured
     from outlierq.pipeline.planning.plan import make_plan
@@ -72,7 +72,7 @@ def command(
             if ceiling is not None:
                 raise typer.BadParameter("a conversion has no ceiling", param_hint="--max-memory")
             convert(checkpoint, form, out, restart, as_json, quiet, trust_remote_code)
-            drop_shards(checkpoint)
+            checkpoint.drop_shards()
             return
     settings = shared.with_format(settings, form)
     chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked])
@@ -126,7 +126,7 @@ def command(
             results = judge(measure(shared.open_model(out), checkpoint, wanted, listen=listen), chosen.gate.limits)
             report = record(shared.out_path(out), results | {"command": shared.command_line()})
     remove_expert_stats(shared.out_path(out))
-    drop_shards(checkpoint)
+    checkpoint.drop_shards()
     if as_json:
         shared.print_json(report.to_dict())
     else:

@@ -8,7 +8,7 @@ refused: rotary scaling, and tensors that have no place in the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.load.gguf.file import GgufHeader, dequantized, read_gguf_header
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
@@ -34,14 +34,14 @@ STORED_NAMES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32
 UNTOUCHED = ("token_embd.weight", "output.weight")
 
 
-class GgufCheckpoint:
-    """A GGUF file. Satisfies `outlierq.core.model.Checkpoint`; `read` dequantizes to `dtype`.
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file; `read` dequantizes to `dtype`.
 
-    path: the file. revision: always None. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
+    path: the file. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
     """
 
     kind = "gguf"
-    revision = None
+    most_threads = 1  # the processors of transformers keep state
 
     def __init__(self, path: Path, *, source: str | None = None):
         self.path, self.source = path, source or str(path)
@@ -80,15 +80,11 @@ class GgufCheckpoint:
             raise SourceError(f"tensor {name} became {list(value.shape)} instead of {list(shape)} when converted")
         return value
 
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
-
     @property
-    def packed(self) -> dict[str, str]:
-        """The ggml type of every tensor that is stored quantized, by its Hugging Face name."""
+    def packed(self) -> list[str]:
+        """Hugging Face names of the tensors whose ggml type is a quantized one."""
         types = {name: self._header.tensors[parts[0]].type for name, parts in self._parts.items()}
-        return {name: kind for name, kind in types.items() if kind not in ("F32", "F16", "BF16")}
+        return [name for name, kind in types.items() if kind not in ("F32", "F16", "BF16")]
 
     def _processed(self, name: str, parts: tuple[str, ...]) -> torch.Tensor:
         """Float32 values after transformers' per-architecture processing; several parts are merged by the processor."""

@@ -63,7 +63,7 @@ def open_streamed(
 
 
 class StreamedCheckpoint(FolderCheckpoint):
-    """A repository at one commit. Satisfies `Checkpoint`.
+    """A repository at one commit.
 
     folder: config, tokenizer and whatever else is small. store: where shards come and go; None for headers alone: a
     tensor that is read all the same is fetched by itself, and not checked.
@@ -90,18 +90,20 @@ class StreamedCheckpoint(FolderCheckpoint):
         """Digest of every weight file by name, as the Hub lists it."""
         return {name: file.listed.digest for name, file in sorted(self._remote.items())}
 
-    def make_room(self, structure: Structure, blocks: int, fetching: Callable[[int, int, str], None]) -> None:
-        """Let as many shards lie here as this many blocks of the model can need at once, and one more.
-
-        fetching: is told of every shard that is fetched: how many were before, of how many, and its name.
-        """
+    def make_room(self, structure: Structure, fetching: Callable[[int, int, str], None], *, together: bool) -> None:
+        """Let as many shards lie here as the blocks that are worked on at a time can need, and one more."""
         if self.store is not None:
             self.store.fetching = fetching
             spans = [
                 {self._stored[name].path for name in block.tensors if name in self._stored}
                 for block in structure.blocks
             ]
-            self.store.keep = max(map(len, spans), default=1) * blocks + SPARE
+            self.store.keep = max(map(len, spans), default=1) * (MOST_THREADS if together else 1) + SPARE
+
+    def drop_shards(self) -> None:
+        """Remove every shard; one that is read once more all the same is fetched once more."""
+        if self.store is not None:
+            self.store.clear()
 
     def _names(self) -> Collection[str]:
         return self._listed.names

@@ -21,7 +21,7 @@ def tables(model: torch.nn.Module, checkpoint: Checkpoint, names: Mapping[str, s
     import torch
 
     inside = model.get_input_embeddings()
-    if not hasattr(checkpoint, "read_some_rows") or not isinstance(inside, torch.nn.Embedding):
+    if not checkpoint.reads_rows or not isinstance(inside, torch.nn.Embedding):
         return {}
     ends = [inside, model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None]
     slots = {name: f"{name}.weight" for name, part in model.named_modules() if any(part is end for end in ends)}

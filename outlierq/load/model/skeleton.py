@@ -13,7 +13,7 @@ from outlierq.load.model.names import checkpoint_names
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.core.model import Checkpoint
+    from outlierq.core.model import Checkpoint, TensorSource
 
 # Keys of config.json that would change how the skeleton computes, not what it is.
 NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
@@ -204,7 +204,7 @@ def _ties(names: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 def load_tensors_into(
     module: torch.nn.Module,
-    checkpoint: Checkpoint,
+    source: TensorSource,
     names: Mapping[str, str],
     *,
     prefix: str = "",
@@ -212,21 +212,21 @@ def load_tensors_into(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Give a part of the skeleton its weights from the checkpoint.
+    """Give a part of the skeleton its weights from a checkpoint.
 
     module: the skeleton or a part of it; prefix: the full name of that part ("model.layers.3"). names: of
     `checkpoint_names`. skip: full names of parts to leave alone (all blocks, to fill what is outside of them). dtype:
-    of the floating-point tensors, default `checkpoint.dtype`. Slots that share a tensor share the parameter.
+    of the floating-point tensors, default `source.dtype`. Slots that share a tensor share the parameter.
     """
     import torch
 
-    wanted = getattr(torch, dtype or checkpoint.dtype) if not isinstance(dtype, torch.dtype) else dtype
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or source.dtype)
     slots = _slots_of(module, f"{prefix}." if prefix else "", tuple(f"{part}." for part in skip))
     sources = {slot: names[full] for slot, full in slots.items() if full in names}
     filled = {
-        name: tensor.to(device=device, dtype=wanted if tensor.is_floating_point() else None)
-        for some in _portions(checkpoint, dict.fromkeys(sources.values()))
-        for name, tensor in read_all(checkpoint, some).items()
+        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for some in _portions(source, dict.fromkeys(sources.values()))
+        for name, tensor in source.read_many(some).items()
     }
     shared: dict[str, torch.nn.Parameter] = {}
     for slot, tensor in sources.items():
@@ -241,28 +241,20 @@ def _slots_of(module: torch.nn.Module, prefix: str, skip: tuple[str, ...]) -> di
     return {name: prefix + name for name in (*parameters, *buffers) if not (prefix + name).startswith(skip)}
 
 
-def _portions(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[list[str]]:
+def _portions(source: TensorSource, names: Iterable[str]) -> Iterator[list[str]]:
     """The names in runs of about PORTION_BYTES: a whole model is not in memory in two dtypes at once.
 
     What tells no sizes (random weights, for a look at the model) is read at once.
     """
-    known = getattr(checkpoint, "tensors", {})
     some, size = [], 0
     for name in names:
         some.append(name)
-        size += known[name].nbytes if name in known else 0
+        size += source.tensors[name].nbytes if name in source.tensors else 0
         if size >= PORTION_BYTES:
             yield some
             some, size = [], 0
     if some:
         yield some
-
-
-def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Several tensors, with one opening of each file where the checkpoint offers it."""
-    if hasattr(checkpoint, "read_many"):
-        return checkpoint.read_many(names)
-    return {name: checkpoint.read(name) for name in names}
 
 
 def _assign(module: torch.nn.Module, slot: str, tensor_name: str, value: torch.Tensor, shared: dict) -> None:

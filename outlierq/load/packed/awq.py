@@ -14,7 +14,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.word_packed import (
-    StoredLinear,
+    WordPacked,
     WordPackedCheckpoint,
     finished,
     members_of,
@@ -68,13 +68,13 @@ def awq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedC
         )
     size = config.get("group_size", config.get("q_group_size", 128))
 
-    def linear(stem: str) -> StoredLinear:
+    def linear(stem: str) -> WordPacked:
         members = members_of(stored, stem, ROLES)
         columns, words = stored.tensors[f"{stem}.qweight"].shape
         scheme = scheme_of(stem, 4, size, stored.tensors[f"{stem}.scales"].dtype, columns)
-        return StoredLinear((8 * words, columns), scheme, members)
+        return WordPacked((8 * words, columns), members, scheme)
 
-    def rows(parts: Parts, linear: StoredLinear) -> QuantTensor:
+    def rows(parts: Parts, linear: WordPacked) -> QuantTensor:
         return awq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0])
 
     return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows)

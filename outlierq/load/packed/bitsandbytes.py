@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Parts
-from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, SplitWeight, linears_of
+from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, linears_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,7 @@ def int8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
 class Int8Checkpoint(SplitCheckpoint):
     """An LLM.int8() checkpoint presented as a plain one. threshold: |x| from which a column is an outlier."""
 
-    def __init__(self, stored: Checkpoint, linears: Mapping[str, SplitWeight], threshold: float):
+    def __init__(self, stored: Checkpoint, linears: Mapping[str, StoredLinear], threshold: float):
         super().__init__(stored, linears)
         self.threshold = threshold
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme, round_inputs
@@ -51,18 +52,15 @@ FUSED = ("weight_input", "weight_output")
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """How one weight is stored. shape: (out, in). members: stored tensor names by role.
+class PackedWeight(StoredLinear):
+    """How one weight is stored.
 
-    form: name of the compressed-tensors format. block: rows and columns that share a scale. inputs: how the input of
-    the linear is rounded at run time, None for 16 bits.
+    group_size: columns that share a scale, None for a whole row. form: name of the compressed-tensors format. block:
+    rows and columns that share a scale. inputs: how the input of the linear is rounded at run time, None for 16 bits.
     """
 
-    shape: tuple[int, int]
     bits: int
-    symmetric: bool
     group_size: int | None
-    members: dict[str, str]
     form: str = "pack-quantized"
     block: tuple[int, int] | None = None
     inputs: ActivationScheme | None = None
@@ -141,7 +139,7 @@ class UnpackedCheckpoint(DecodedCheckpoint):
             weight = self.linears.get(tensor)
             if weight is not None and weight.inputs is not None:
                 static = weight.members.get("input_scale")
-                scale = None if weight.inputs.dynamic else self._stored.read(static)
+                scale = None if weight.inputs.dynamic else self.original.read(static)
                 inputs[slot.removesuffix(".weight")] = (weight.inputs, scale)
         round_inputs(model, inputs)
         if self._cache:
@@ -149,7 +147,7 @@ class UnpackedCheckpoint(DecodedCheckpoint):
             lost = sorted(self._cache.keys() - attention.keys())
             if lost:
                 raise SourceError(f"{self.source} has cache scales for {lost[0]}, which is no attention of the model")
-            read = self._stored.read
+            read = self.original.read
             round_cache(model, {attention[p]: (read(key), read(value)) for p, (key, value) in self._cache.items()})
 
 
@@ -278,13 +276,13 @@ def _packed(
         raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")
     return PackedWeight(
         shape,
-        weights["num_bits"],
-        weights.get("symmetric", True),
-        size,
         members,
+        weights["num_bits"],
+        size,
         form,
         tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
         inputs,
+        symmetric=weights.get("symmetric", True),
     )
 
 

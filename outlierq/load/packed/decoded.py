@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.model import DerivedCheckpoint, StoredLinear, TensorInfo
 from outlierq.load.source.shards import lookup
 
 if TYPE_CHECKING:
@@ -15,24 +15,16 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 
-class Stored(Protocol):
-    """How one linear is stored. shape: (out, in). members: stored names by role."""
-
-    shape: tuple[int, int]
-    members: Mapping[str, str]
-
-
-class DecodedCheckpoint(ABC):
-    """A checkpoint whose compressed weights are presented as float32 tensors. Satisfies `Checkpoint`.
+class DecodedCheckpoint(DerivedCheckpoint):
+    """A checkpoint whose compressed weights are presented as float32 tensors.
 
     linears: by the name of their weight. aside: stored tensors that the plain model does not have. Subclasses say how a
     linear is decoded.
     """
 
-    def __init__(self, stored: Checkpoint, linears: Mapping[str, Stored], aside: Iterable[str] = ()):
-        self._stored, self.linears = stored, dict(linears)
-        self.source, self.kind, self.dtype = stored.source, stored.kind, stored.dtype
-        self.path, self.revision = stored.path, stored.revision
+    def __init__(self, stored: Checkpoint, linears: Mapping[str, StoredLinear], aside: Iterable[str] = ()):
+        super().__init__(stored)
+        self.linears = dict(linears)
         self.config: dict[str, Any] = {k: value for k, value in stored.config.items() if k != "quantization_config"}
         members = {name for linear in self.linears.values() for name in linear.members.values()} | set(aside)
         self.tensors: dict[str, TensorInfo] = {n: info for n, info in stored.tensors.items() if n not in members}
@@ -43,26 +35,12 @@ class DecodedCheckpoint(ABC):
     def decoded(self, name: str) -> torch.Tensor:
         """The linear with this weight, float32 [out, in]."""
 
-    @property
-    def files(self) -> tuple[CarriedFile, ...]:
-        """The files of the stored checkpoint."""
-        return self._stored.files
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the stored checkpoint."""
-        return self._stored.fingerprint
-
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, or decoded to float32."""
         lookup(self.tensors, name)
-        return self.decoded(name) if name in self.linears else self._stored.read(name)
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
+        return self.decoded(name) if name in self.linears else self.original.read(name)
 
     def parts(self, name: str, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """The stored tensors of the linear with this weight, by role, but for some roles."""
         members = self.linears[name].members
-        return {role: self._stored.read(stored) for role, stored in members.items() if role not in without}
+        return {role: self.original.read(stored) for role, stored in members.items() if role not in without}

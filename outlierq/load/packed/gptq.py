@@ -16,7 +16,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.described import fits
 from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.word_packed import (
-    StoredLinear,
+    WordPacked,
     WordPackedCheckpoint,
     finished,
     members_of,
@@ -139,7 +139,7 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
         )
     version = VERSIONS[name]
 
-    def linear(stem: str) -> StoredLinear:
+    def linear(stem: str) -> WordPacked:
         members = members_of(stored, stem, ROLES)
         own = {**config, **_override(config, stem)}
         if own.get("bits") not in WIDTHS:
@@ -149,12 +149,12 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
         scheme = scheme_of(
             stem, own["bits"], own.get("group_size", -1), stored.tensors[f"{stem}.scales"].dtype, columns
         )
-        return StoredLinear((rows, columns), scheme, members)
+        return WordPacked((rows, columns), members, scheme)
 
-    def rows(parts: Parts, linear: StoredLinear) -> QuantTensor:
+    def rows(parts: Parts, linear: WordPacked) -> QuantTensor:
         return gptq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0], version=version)
 
-    def dense(parts: Parts, linear: StoredLinear) -> np.ndarray:
+    def dense(parts: Parts, linear: WordPacked) -> np.ndarray:
         return gptq_dense(parts, linear.scheme, linear.shape, version)
 
     return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, dense)

@@ -6,12 +6,12 @@ The decoder is numpy alone and shares nothing with the exporter, whose work it v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
@@ -54,14 +54,6 @@ def split_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start
     """Output rows [start, stop), float32 [stop - start, in]. SourceError when the tensors do not fit."""
     by_row = {name: stored[name][start:stop] for name in ("weight", "weight_scale", "outlier_weight")}
     return torch.from_numpy(decode_split(outlier_columns=stored["outlier_columns"], **by_row))
-
-
-@dataclass(frozen=True)
-class SplitWeight:
-    """How one linear is stored: (out, in), and its tensors by role ("weight", "weight_scale" or "SCB", ...)."""
-
-    shape: tuple[int, int]
-    members: Mapping[str, str]
 
 
 class SplitCheckpoint(DecodedCheckpoint):
@@ -157,7 +149,7 @@ def split_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> SplitChec
     return SplitCheckpoint(stored, linears_of(stored, stems, roles))
 
 
-def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> dict[str, SplitWeight]:
+def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> dict[str, StoredLinear]:
     """The stored linears by the name of their weight; SourceError when one lacks a tensor or there is none."""
     if not stems:
         raise SourceError(f"{stored.source} says it is compressed, but holds no compressed linear")
@@ -172,5 +164,5 @@ def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> 
         weight = stored.tensors[members["weight"]]
         if weight.dtype != "I8" or len(weight.shape) != 2:
             raise SourceError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, not a matrix of int8 codes")
-        found[weight.name] = SplitWeight(weight.shape, members)
+        found[weight.name] = StoredLinear(weight.shape, members)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
@@ -24,12 +25,10 @@ CODES = ".qweight"
 
 
 @dataclass(frozen=True)
-class StoredLinear:
-    """How one linear is stored. shape: (out, in). scheme: with zero points. members: stored names by role."""
+class WordPacked(StoredLinear):
+    """How one linear is stored. scheme: with zero points."""
 
-    shape: tuple[int, int]
     scheme: QuantScheme
-    members: Mapping[str, str]
 
 
 class WordPackedCheckpoint(DecodedCheckpoint):
@@ -38,14 +37,14 @@ class WordPackedCheckpoint(DecodedCheckpoint):
     codes: stored tensors -> `QuantTensor`. dense: stored tensors -> float32 [out, in]; left out, what the codes mean.
     """
 
-    linears: dict[str, StoredLinear]
+    linears: dict[str, WordPacked]
 
     def __init__(
         self,
         stored: Checkpoint,
-        linears: Mapping[str, StoredLinear],
-        codes: Callable[[Parts, StoredLinear], QuantTensor],
-        dense: Callable[[Parts, StoredLinear], np.ndarray] | None = None,
+        linears: Mapping[str, WordPacked],
+        codes: Callable[[Parts, WordPacked], QuantTensor],
+        dense: Callable[[Parts, WordPacked], np.ndarray] | None = None,
     ):
         super().__init__(stored, linears)
         self._codes, self._dense = codes, dense

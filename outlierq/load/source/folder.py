@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import LARGEST_JSON, json_object
-from outlierq.core.model import CarriedFile, TensorInfo
+from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.load.source.fingerprint import fingerprint
 from outlierq.load.source.shards import (
     AGAIN,
@@ -58,14 +58,14 @@ FLOATS = ("float32", "float16", "bfloat16")
 HeaderReader = Callable[[str], dict[str, StoredTensor]]
 
 
-class FolderCheckpoint:
-    """A folder in Hugging Face layout. Satisfies `outlierq.core.model.Checkpoint`.
+class FolderCheckpoint(Checkpoint):
+    """A folder in Hugging Face layout.
 
     path: the folder. revision: commit of the Hub snapshot, None for a local folder. All headers are read and checked
     here; weights are read by `read` and `read_many`.
     """
 
-    kind = "huggingface"
+    kind, reads_rows = "huggingface", True
 
     def __init__(self, path: Path, *, source: str | None = None, revision: str | None = None):
         self.path, self.revision = path, revision
@@ -102,11 +102,11 @@ class FolderCheckpoint:
         return dict(read_stored(self._stored, names, self._open))
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The tensor `count` rows at a time; a piece is valid until the next is asked for."""
+        """The tensor `count` rows at a time, [count, ...] each; a piece is valid until the next is asked for."""
         return read_rows(lookup(self._stored, name), count, self._open)
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of the tensor, in the given order."""
+        """Some rows of the tensor, [len(rows), ...], in the given order."""
         return read_some_rows(lookup(self._stored, name), rows, self._open)
 
     def _names(self) -> Collection[str]:

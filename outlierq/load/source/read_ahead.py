@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outlierq.load.source.folder import FolderCheckpoint
-
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
@@ -18,11 +16,11 @@ PIECE = 1 << 24
 
 @contextmanager
 def reading_ahead(checkpoint: Checkpoint) -> Iterator[None]:
-    """Inside the block, read the files of a folder in the background; nothing for other sources.
+    """Inside the block, read the checkpoint's `weight_files` in the background.
 
     `posix_fadvise(WILLNEED)` would be shorter, but Linux takes it for the first megabytes of a file only.
     """
-    if not isinstance(checkpoint, FolderCheckpoint):
+    if not checkpoint.weight_files:
         yield
         return
     stop = threading.Event()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
 
 Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanoseconds
 
@@ -16,13 +19,12 @@ def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
     return {path: _stamp(path) for path in paths}
 
 
-def check_unchanged(checkpoint: Any) -> None:
-    """SourceError when a weight file is no longer the one that was opened; a source without `stamps` is not checked.
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """SourceError when a weight file is no longer the one that was opened; files without a stamp are not checked.
 
     A write within one tick of the file system's clock (milliseconds) after opening is not noticed.
     """
-    stamps: Mapping[Path, Stamp] = getattr(checkpoint, "stamps", {})
-    for path, stamp in stamps.items():
+    for path, stamp in checkpoint.stamps.items():
         if _stamp(path) != stamp:
             raise SourceError(
                 f"{path} was changed while it was read",

@@ -93,9 +93,9 @@ def done_in_order(units: list[Unit], output: Output, device: str) -> Generator[D
     """
     keep_freed_memory()
     with one_thread_each() as count:
-        # A GPU has work for one thread only; a GGUF reader keeps state; shards that come and go are for a few blocks.
-        most = min(MOST_THREADS, getattr(output.plan.checkpoint, "most_threads", MOST_THREADS))
-        workers = min(count, most) if device == "cpu" and output.plan.checkpoint.kind != "gguf" else 1
+        # A GPU has work for one thread only.
+        most = output.plan.checkpoint.most_threads or MOST_THREADS
+        workers = min(count, most, MOST_THREADS) if device == "cpu" else 1
         pool = ThreadPoolExecutor(workers, "block", initializer=_single_threaded)
         try:
             waiting = [pool.submit(_write, unit, output) for unit in units]
@@ -177,9 +177,7 @@ def rounder(plan: Plan, device: str) -> Callable[[LinearSite], QuantizedRows]:
 
 def _pieces(checkpoint: Checkpoint, site: LinearSite, scheme: QuantScheme) -> Iterator[torch.Tensor]:
     """Rows of the [out, in] weight; one that is stored [in, out] is read whole."""
-    from outlierq.load import rows_of
-
     count = rows_of_a_piece(site.in_features, scheme)
     if site.transposed:
         return iter(as_matrix(site, checkpoint.read(site.weight)).split(count))
-    return rows_of(checkpoint, site.weight, count)
+    return checkpoint.read_rows(site.weight, count)

@@ -20,7 +20,6 @@ from outlierq.export.writer import ShardWriter, check_complete, compare
 from outlierq.load import check_unchanged
 from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.plan import Plan
-from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:
     import torch
@@ -126,13 +125,11 @@ class Output:
 
     def copy(self, name: str) -> Digests:
         """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
-        from outlierq.load import rows_of
-
         info = self.plan.checkpoint.tensors[name]
         if hasattr(self.form, "plain") or info.nbytes <= PIECE_BYTES or not info.shape[0]:
             return self.put_tensor(name, self.plan.checkpoint.read(name))
         row, digest = 0, None
-        for piece in rows_of(self.plan.checkpoint, name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
+        for piece in self.plan.checkpoint.read_rows(name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
             self.writer.write(name, piece, row)
             digest = self.writer.confirm(name, piece, row, digest)
             row += len(piece)
@@ -148,7 +145,7 @@ class Output:
     ) -> None:
         """End a unit that is written and read back: force it onto the disk, then enter it in the journal."""
         self.writer.sync()
-        check_unchanged(original_of(self.plan.checkpoint))
+        check_unchanged(self.plan.checkpoint)
         self.committed.add(unit)
         entry = {
             "xxh3_128": self._digest_of_unit(unit, digests),

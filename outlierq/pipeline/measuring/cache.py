@@ -34,8 +34,7 @@ def content_hash(checkpoint: Checkpoint) -> str:
     files = (f for f in path.iterdir() if f.suffix in DECIDING and f.name not in REPORTS and f.is_file())
     here = _digest((file.name, file) for file in sorted(files))
     # Weights that come from the Hub when they are read are known by the Hub's digests.
-    remote = getattr(checkpoint, "digests", None)
-    return key_of({"here": here, "remote": remote}) if remote else here
+    return key_of({"here": here, "remote": checkpoint.digests}) if checkpoint.digests else here
 
 
 def data_hash(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.core.notes import note
@@ -40,8 +40,7 @@ def load_packed_model(
         bias = plain.read(names[f"{module}.bias"]) if f"{module}.bias" in names else None
         packed[module] = QuantLinear(weight, bias, dtype=wanted, device=device)
     load_tensors_into(model, plain, names, skip=packed, dtype=dtype, device=device)
-    if hasattr(plain, "install"):  # hooks of packed linears go with the modules that are replaced now
-        plain.install(model, names)
+    plain.install(model, names)  # hooks of packed linears go with the modules that are replaced now
     for module, layer in packed.items():
         model.set_submodule(module, layer)
     return model
@@ -59,10 +58,9 @@ def runtime_summary(model: torch.nn.Module) -> list[str]:
     return ways if missing is None else [*ways, missing]
 
 
-def _compressed_linears(plain: Any, model: torch.nn.Module, names: dict[str, str]) -> list[str]:
+def _compressed_linears(plain: Checkpoint, model: torch.nn.Module, names: dict[str, str]) -> list[str]:
     """Names of the linear modules whose weight is stored compressed."""
     import torch
 
-    stored = getattr(plain, "linears", {})
     linears = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
-    return [name for name in linears if names.get(f"{name}.weight") in stored]
+    return [name for name in linears if names.get(f"{name}.weight") in plain.linears]

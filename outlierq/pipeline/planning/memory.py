@@ -26,7 +26,6 @@ from outlierq.load.source.shards import DTYPES
 from outlierq.ops.search.refine import fitted_together
 from outlierq.pipeline.events import return_memory_at_once
 from outlierq.pipeline.ledger.output import PIECE_BYTES
-from outlierq.pipeline.remodel.derived import making_bytes
 from outlierq.quantize.stage import ROWS_PER_WORD
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class Work:
 def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int = 1, shards: int | None = None) -> Work:
     """What `quantize` has to do. stats: statistics come from a file. shards: of a run that goes on."""
     recipe = plan.recipe
-    making = {name: making_bytes(plan.checkpoint, name) for name in plan.checkpoint.tensors}
+    making = {name: plan.checkpoint.making_bytes(name) for name in plan.checkpoint.tensors}
     needs = recipe.needs if recipe.calibration is not None else frozenset()  # a conversion has no method to ask
     running = bool(needs) and not stats
     known = _known(plan.checkpoint, plan.skeleton, plan.structure, plan.names, recipe.calibration, device)
@@ -173,7 +172,7 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int 
         permutes=bool(recipe.permutations),
         activations=any(scheme.activations for scheme in plan.schemes.values()),
         statistics=bool(needs),
-        by_rows=hasattr(plan.checkpoint, "read_rows") and not hasattr(form, "plain"),
+        by_rows=plan.checkpoint.reads_rows and not hasattr(form, "plain"),
         making={name: size for name, size in making.items() if size},
         proves=len(recipe.rewrites) > len(recipe.pruning),
         shards=_shards(recipe.calibration, ranks, shards),

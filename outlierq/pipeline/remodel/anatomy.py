@@ -23,7 +23,7 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
-from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Structure
+from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Structure, TensorSource
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
 from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate
 
@@ -64,11 +64,12 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """What `load_tensors_into` needs of a checkpoint: only some rows of embeddings and head are read."""
+class _Reader(TensorSource):
+    """Weights of which only some rows of embeddings and head are read."""
 
     weights: Weights
     tall: frozenset[str]
+    dtype = "float32"
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, or its first rows."""
@@ -112,7 +113,7 @@ class Bench:
         tall = frozenset(names[slot] for slot in (*self.tables, f"{self.head}.weight") if slot in names)
         part = self.model.get_submodule(name) if name else self.model
         skip = () if name else [block.name for block in self.structure.blocks]
-        load_tensors_into(part, _Reader(self.weights, tall), names, prefix=name, skip=skip, dtype=torch.float32)
+        load_tensors_into(part, _Reader(self.weights, tall), names, prefix=name, skip=skip)
 
     def before(self, weights: Weights) -> torch.Tensor:
         """The hidden states that enter the first block, [sequences, tokens, channels]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
-from outlierq.pipeline.remodel.derived import DerivedCheckpoint, making_bytes
+from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 from outlierq.registry import Method
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
 GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
 
 
-class PrunedCheckpoint(DerivedCheckpoint):
-    """A checkpoint without some experts; those that stay are numbered anew. Satisfies `Checkpoint`.
+class PrunedCheckpoint(RemodelledCheckpoint):
+    """A checkpoint without some experts; those that stay are numbered anew.
 
     renamed: name of every tensor -> its name in the original. rows: tensors of which only these rows stay. decided:
     whether statistics have said which experts stay; else the sizes are right, and no tensor can be read.
@@ -68,11 +68,7 @@ class PrunedCheckpoint(DerivedCheckpoint):
     def making_bytes(self, name: str) -> int:
         """Upper bound of what reading a tensor holds beside the tensor itself."""
         before = self._renamed[name]
-        return making_bytes(self.original, before) + (self.original.tensors[before].nbytes if name in self._rows else 0)
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
+        return self.original.making_bytes(before) + (self.original.tensors[before].nbytes if name in self._rows else 0)
 
 
 def pruned(

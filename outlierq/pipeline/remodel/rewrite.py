@@ -6,7 +6,7 @@ float32 logits on a short probe must be those of the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Checkpoint, Structure, TensorInfo
 from outlierq.export import exporter
 from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
-from outlierq.pipeline.remodel.derived import DerivedCheckpoint, making_bytes
+from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.registry import Method, transform_method
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class RewrittenCheckpoint(DerivedCheckpoint):
-    """A checkpoint with changed tensors. Satisfies `Checkpoint`.
+class RewrittenCheckpoint(RemodelledCheckpoint):
+    """A checkpoint with changed tensors.
 
     original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
     """
@@ -72,9 +72,9 @@ class RewrittenCheckpoint(DerivedCheckpoint):
         """Upper bound of what reading a tensor holds beside the tensor itself."""
         change, below = self.rewrite.changes.get(name), self.original
         if change is None:
-            return 0 if name in self.rewrite.zeros else making_bytes(below, name)
+            return 0 if name in self.rewrite.zeros else below.making_bytes(name)
         read = {change.source, change.weight or change.source}
-        stored = sum(below.tensors[source].nbytes + making_bytes(below, source) for source in read)
+        stored = sum(below.tensors[source].nbytes + below.making_bytes(source) for source in read)
         copy = self.tensors[name].nbytes if change.transposed else 0  # its rows and columns change places
         return stored + copy + change.making_bytes(below.tensors[change.weight or change.source].shape)
 
@@ -86,10 +86,6 @@ class RewrittenCheckpoint(DerivedCheckpoint):
 
         info = self.rewrite.zeros[name]
         return torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors."""
-        return {name: self.read(name) for name in names}
 
 
 def _with(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
