@@ -17,12 +17,12 @@ QUERY_STRIDE = 8
 class AttentionSums:
     """Running statistics of the calls of one block's attention.
 
-    kept: fields of `BlockStats`. classes: [sequences, tokens] class of every token (`MASS_COLUMNS`), or None.
+    fields: of `BlockStats`. classes: [sequences, tokens] class of every token (`MASS_COLUMNS`), or None.
     pending: outputs of linears by name, put there from outside as they are called.
     """
 
-    def __init__(self, kept: frozenset[str], classes: torch.Tensor | None):
-        self.fields, self.classes = kept, classes
+    def __init__(self, fields: frozenset[str], classes: torch.Tensor | None):
+        self.fields, self.classes = fields, classes
         self.pending: dict[str, torch.Tensor] = {}
         self.notes: list[str] = []
         self.module: Any = None
@@ -115,13 +115,13 @@ class AttentionSums:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):
             self._note("the attention gets a mask of an unknown form: the mass of attention is not known")
             return
-        chosen = torch.arange(length - 1, -1, -QUERY_STRIDE, device=query.device).flip(0)  # the last one always
-        shares = probabilities(module, query[:1], key[:1], mask if mask is None else mask[:1], chosen, **options)[0]
+        places = torch.arange(length - 1, -1, -QUERY_STRIDE, device=query.device).flip(0)  # the last one always
+        shares = probabilities(module, query[:1], key[:1], mask if mask is None else mask[:1], places, **options)[0]
         columns = len(MASS_COLUMNS)
         one_hot = torch.nn.functional.one_hot(self.classes[first].long().to(shares.device), columns).float()
         mass = (shares @ one_hot).sum(1).double()
         self.mass = mass if self.mass is None else self.mass + mass
-        self.queries += len(chosen)
+        self.queries += len(places)
 
     def _note(self, text: str) -> None:
         """Say it once."""
@@ -152,18 +152,18 @@ class AttentionSums:
         """The fields by name, without those that could not be observed."""
         import torch
 
-        found: dict[str, Any] = {name: value.clone() for name, value in self.largest.items()}
+        values: dict[str, Any] = {name: value.clone() for name, value in self.largest.items()}
         if self.outputs:
             parts = list(self.outputs.values())
-            found |= {f"output_{key}": torch.cat([part[key] for part in parts]) for key in parts[0]}
-            found["output_names"] = tuple(self.outputs)
+            values |= {f"output_{key}": torch.cat([part[key] for part in parts]) for key in parts[0]}
+            values["output_names"] = tuple(self.outputs)
         elif self.seen and "output_sum" in self.fields:
             self._note("no linear of the width of keys or values is called before the attention: nothing before RoPE")
         if self.queries:
-            found["attention_mass"] = (self.mass / self.queries).float()
+            values["attention_mass"] = (self.mass / self.queries).float()
         if self.sequences:
-            found["sink_value_norm"] = (self.norms / self.sequences).float()
-        return found
+            values["sink_value_norm"] = (self.norms / self.sequences).float()
+        return values
 
 
 def sink_norms(value: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ def probabilities(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
-    chosen: torch.Tensor,
+    places: torch.Tensor,
     *,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -190,26 +190,26 @@ def probabilities(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """softmax(softcap(q k^T * scaling) + bias + mask), [sequences, heads, chosen, keys] float32, the plain way.
+    """softmax(softcap(q k^T * scaling) + bias + mask), [sequences, heads, places, keys] float32, the plain way.
 
     query, key: [sequences, heads or kv heads, tokens, D]. mask: boolean (True is seen), additive, or None for a causal
-    one. chosen: [n] query positions. The options are those that transformers' attention functions take; s_aux [heads]
+    one. places: [n] query positions. The options are those that transformers' attention functions take; s_aux [heads]
     are learned sinks, which take their share of the softmax and are then left out, so that rows sum to less than 1.
     """
     import torch
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query[:, :, chosen].float() @ keys.transpose(2, 3) * scaling
+    scores = query[:, :, places].float() @ keys.transpose(2, 3) * scaling
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if position_bias is not None:
-        scores = scores + position_bias[: len(query), :, chosen]
+        scores = scores + position_bias[: len(query), :, places]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal:
-        mask = (chosen[:, None] >= torch.arange(key.shape[2], device=key.device))[None, None]
+        mask = (places[:, None] >= torch.arange(key.shape[2], device=key.device))[None, None]
     elif mask is not None:
-        mask = mask[:, :, chosen, : key.shape[2]]
+        mask = mask[:, :, places, : key.shape[2]]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if s_aux is None:

@@ -38,12 +38,12 @@ CHUNK_ELEMENTS_DEVICE = 1 << 22
 
 def stored_fields(needs: Iterable[str]) -> frozenset[str]:
     """The `InputStats` and `BlockStats` fields behind `needs`: derived ones ("abs_max") become what they come from."""
-    wanted = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
-    wanted |= {"first_rows"} if "hessian" in wanted else set()  # to weigh attention sinks
-    unknown = sorted(wanted - ALL_FIELDS - BLOCK_FIELDS)
+    names = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
+    names |= {"first_rows"} if "hessian" in names else set()  # to weigh attention sinks
+    unknown = sorted(names - ALL_FIELDS - BLOCK_FIELDS)
     if unknown:
         raise StatsError(f"unknown statistics {unknown}; there are {[*FIELDS, *DERIVED, *sorted(BLOCK_FIELDS)]}")
-    return wanted
+    return names
 
 
 def pieces(sequences: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -92,11 +92,11 @@ class Collector:
     ):
         if not 0 <= skip_first_tokens < sequence_length:
             raise StatsError(f"skip_first_tokens={skip_first_tokens} must be below the {sequence_length} of a sequence")
-        kept = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
+        stored = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
             group.name: _GroupSums(
-                group.name, kept, sequence_length, skip_first_tokens, reservoir, seed, ids, to_expert=group.routed
+                group.name, stored, sequence_length, skip_first_tokens, reservoir, seed, ids, to_expert=group.routed
             )
             for group in all_groups(list(groups))
         }
@@ -135,7 +135,7 @@ class _GroupSums:
     def __init__(
         self,
         name: str,
-        kept: frozenset[str],
+        stored: frozenset[str],
         sequence_length: int,
         skip: int,
         reservoir: int,
@@ -143,7 +143,7 @@ class _GroupSums:
         ids: torch.Tensor | None,
         to_expert: bool = False,
     ):
-        self.name, self.fields, self.to_expert = name, kept, to_expert
+        self.name, self.fields, self.to_expert = name, stored, to_expert
         self.first: list[torch.Tensor] = []
         self.sequence_length, self.skip, self.ids = sequence_length, skip, ids
         self.stride = token_stride(sequence_length - skip, HISTOGRAM_STRIDE)
@@ -151,7 +151,7 @@ class _GroupSums:
         self.tokens = self.sequences = 0
         self.routed = to_expert
         self.values: dict[str, torch.Tensor] = {}
-        self.rows = _Reservoir(reservoir, seed) if "rows" in kept else None
+        self.rows = _Reservoir(reservoir, seed) if "rows" in stored else None
 
     def hook(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the group's first site."""
@@ -243,8 +243,8 @@ class _GroupSums:
             bins = (2 * token_max.flatten().clamp_min(2.0**-20).log2()).floor().long() + TOKEN_BINS // 2
             self.values["token_histogram"] += bins.clamp_(0, TOKEN_BINS - 1).bincount(minlength=TOKEN_BINS)
         if "top_tokens" in self.fields and not self.routed:
-            found = top_tokens(sequences, token_max, Places(self.ids, self.sequences, self.skip), TOP_TOKENS)
-            self.top = add_to_top(self.top, found, TOP_TOKENS)
+            top = top_tokens(sequences, token_max, Places(self.ids, self.sequences, self.skip), TOP_TOKENS)
+            self.top = add_to_top(self.top, top, TOP_TOKENS)
         if "log2_histogram" in self.fields:
             sample = sequences.flatten(0, 1)[-self.tokens % self.stride :: self.stride]
             for _, _, piece in pieces(sample[None]):
@@ -306,17 +306,17 @@ class _GroupSums:
                 f"{self.name} saw no tokens during calibration",
                 hint="calibrate on more text, or add this site to `ignore`",
             )
-        kept = self.fields - set(POSITIONAL if self.routed else ())
-        values = {name: value for name, value in self.values.items() if name in kept}
+        stored = self.fields - set(POSITIONAL if self.routed else ())
+        values = {name: value for name, value in self.values.items() if name in stored}
         if "hessian" in values:
             from outlierq.ops.gram import mirror
 
             values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
         if self.rows:
             values["rows"] = self.rows.finish()
-        if self.first and "first_rows" in kept:
+        if self.first and "first_rows" in stored:
             values["first_rows"] = torch.cat(self.first)
-        if self.top is not None and "top_tokens" in kept:
+        if self.top is not None and "top_tokens" in stored:
             values["top_tokens"] = self.top.clone()
         if "log2_histogram" in values:
             values["log2_histogram"] = values["log2_histogram"].int()
@@ -332,20 +332,20 @@ class _Reservoir:
         self.size = size
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn = torch.empty(0)
-        self.kept: torch.Tensor | None = None
+        self.sample: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Offer rows [N, K]."""
         import torch
 
         drawn = torch.cat([self.drawn, torch.rand(rows.shape[0], generator=self.generator)])
-        chosen = drawn.argsort()[: self.size].sort().values  # in the order in which the rows came
-        old = chosen[chosen < len(self.drawn)]
-        new = chosen[chosen >= len(self.drawn)] - len(self.drawn)
+        order = drawn.argsort()[: self.size].sort().values  # in the order in which the rows came
+        old = order[order < len(self.drawn)]
+        new = order[order >= len(self.drawn)] - len(self.drawn)
         fresh = rows[new.to(rows.device)].to("cpu", torch.bfloat16)
-        self.kept = fresh if self.kept is None else torch.cat([self.kept[old], fresh])
-        self.drawn = drawn[chosen]
+        self.sample = fresh if self.sample is None else torch.cat([self.sample[old], fresh])
+        self.drawn = drawn[order]
 
     def finish(self) -> torch.Tensor:
         """[R, K] bfloat16, in the order of the tokens."""
-        return self.kept.clone()
+        return self.sample.clone()

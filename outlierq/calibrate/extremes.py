@@ -36,8 +36,8 @@ def top_tokens(x: torch.Tensor, token_max: torch.Tensor, places: Places, count: 
 
     x: [sequences, tokens, K]. token_max: [sequences, tokens], max over channels of |x|.
     """
-    chosen = _largest_tokens(token_max, count)
-    return _entries(x, chosen, x.flatten(0, 1)[chosen].abs().argmax(1), places)
+    tokens = _largest_tokens(token_max, count)
+    return _entries(x, tokens, x.flatten(0, 1)[tokens].abs().argmax(1), places)
 
 
 def top_entries(x: torch.Tensor, token_max: torch.Tensor, places: Places, count: int) -> torch.Tensor:
@@ -45,11 +45,11 @@ def top_entries(x: torch.Tensor, token_max: torch.Tensor, places: Places, count:
 
     They lie in the `count` tokens with the largest maxima. Arguments as for `top_tokens`.
     """
-    chosen = _largest_tokens(token_max, count)
+    tokens = _largest_tokens(token_max, count)
     channels = x.shape[-1]
-    rows = x.flatten(0, 1)[chosen].abs().flatten()
+    rows = x.flatten(0, 1)[tokens].abs().flatten()
     best = rows.argsort(descending=True, stable=True)[:count]
-    return _entries(x, chosen[best // channels], best % channels, places)
+    return _entries(x, tokens[best // channels], best % channels, places)
 
 
 def top_of_sequences(x: torch.Tensor, token_max: torch.Tensor, places: Places) -> torch.Tensor:
@@ -57,15 +57,15 @@ def top_of_sequences(x: torch.Tensor, token_max: torch.Tensor, places: Places) -
     import torch
 
     count, length = token_max.shape
-    chosen = token_max.argmax(1) + torch.arange(count, device=token_max.device) * length
-    return _entries(x, chosen, x.flatten(0, 1)[chosen].abs().argmax(1), places)
+    tokens = token_max.argmax(1) + torch.arange(count, device=token_max.device) * length
+    return _entries(x, tokens, x.flatten(0, 1)[tokens].abs().argmax(1), places)
 
 
-def add_to_top(kept: torch.Tensor | None, new: torch.Tensor, count: int) -> torch.Tensor:
+def add_to_top(top: torch.Tensor | None, new: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` largest entries of both tables."""
     import torch
 
-    return largest_entries(new if kept is None else torch.cat([kept, new]), count)
+    return largest_entries(new if top is None else torch.cat([top, new]), count)
 
 
 def _largest_tokens(token_max: torch.Tensor, count: int) -> torch.Tensor:

@@ -197,19 +197,19 @@ def tensor_parameters(module: torch.nn.Module, block: Block) -> dict[str, torch.
 
     The checkpoint may use another prefix than the model ("h.0." for "transformer.h.0."): it is learned from the sites.
     """
-    found: dict[str, torch.nn.Parameter] = {}
+    parameters: dict[str, torch.nn.Parameter] = {}
     for site in block.sites:
         part = submodule(module, site.module)
-        found[site.weight] = part.weight
+        parameters[site.weight] = part.weight
         if site.bias:
-            found[site.bias] = part.bias
+            parameters[site.bias] = part.bias
     prefixes = {_prefix(block, site) for site in block.sites}
     known = set(block.tensors)
     for name, parameter in module.named_parameters():
         names = [prefix + name for prefix in sorted(prefixes) if prefix + name in known]
         if len(names) == 1:
-            found.setdefault(names[0], parameter)
-    return found
+            parameters.setdefault(names[0], parameter)
+    return parameters
 
 
 def _prefix(block: Block, site: LinearSite) -> str:

@@ -98,9 +98,9 @@ class BlockObserver:
 
     def finish(self) -> BlockStats:
         """The statistics that could be observed, in the memory of the host."""
-        found = {**self._residual.finish(), **self._attention.finish(), **self._experts.finish()}
-        names = found.pop("output_names", ())
-        return BlockStats(**{k: v.cpu() for k, v in found.items() if k in self._fields}, output_names=names)
+        values = {**self._residual.finish(), **self._attention.finish(), **self._experts.finish()}
+        names = values.pop("output_names", ())
+        return BlockStats(**{k: v.cpu() for k, v in values.items() if k in self._fields}, output_names=names)
 
     def _keep_output(self, name: str) -> Callable[..., None]:
         """A hook that keeps what a linear returns until the attention is called."""
@@ -162,8 +162,8 @@ class _ResidualSums:
     would cost as much as all the rest. The largest kurtosis also looks at the largest token of every sequence.
     """
 
-    def __init__(self, kept: frozenset[str], sequence_length: int, ids: torch.Tensor | None):
-        self.fields, self.ids, self.stride = kept, ids, token_stride(sequence_length, SAMPLE_STRIDE)
+    def __init__(self, fields: frozenset[str], sequence_length: int, ids: torch.Tensor | None):
+        self.fields, self.ids, self.stride = fields, ids, token_stride(sequence_length, SAMPLE_STRIDE)
         self.seen = 0
         self.abs_max: torch.Tensor | None = None
         self.top: torch.Tensor | None = None
@@ -247,7 +247,7 @@ class _ExpertCounts:
                 for index, expert in enumerate(part):
                     yield expert, self._one(index, len(part))
             elif number:
-                yield part, self._chosen(number)
+                yield part, self._routed_to(number)
 
     def output_hooks(self, module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
         """Separate experts, each with a hook for what it adds to the output."""
@@ -268,7 +268,7 @@ class _ExpertCounts:
 
         return hook
 
-    def _chosen(self, number: int) -> Callable[..., None]:
+    def _routed_to(self, number: int) -> Callable[..., None]:
         """A pre-hook of a module that gets the chosen experts of all tokens."""
 
         def hook(part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -308,8 +308,8 @@ class _ExpertCounts:
 
     def finish(self) -> dict[str, Any]:
         """The fields, when there are experts."""
-        found = {"expert_tokens": self.counts, "expert_saliency": self.saliency}
-        return {name: value.clone() for name, value in found.items() if value is not None}
+        sums = {"expert_tokens": self.counts, "expert_saliency": self.saliency}
+        return {name: value.clone() for name, value in sums.items() if value is not None}
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

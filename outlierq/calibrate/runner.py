@@ -481,10 +481,10 @@ def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.T
     """Inside, the output head gets only these tokens, as [1, n, channels]; a model without one runs as it is."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
-    def chosen(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def at_places(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[0][rows, columns][None], *args[1:]
 
-    handle = None if head is None else head.register_forward_pre_hook(chosen)
+    handle = None if head is None else head.register_forward_pre_hook(at_places)
     try:
         yield
     finally:

@@ -41,9 +41,9 @@ class SpilledStats(Mapping[str, InputStats]):
     def put(self, stats: dict[str, InputStats]) -> None:
         """Take some groups, emptying the dict. OutputError when the disk is full."""
         while stats:
-            name, kept = stats.popitem()
-            tensors = {field: self._write(tensor) for field, tensor in kept.tensors().items()}
-            self._entries[name] = _Entry(kept.tokens, kept.sequences, tensors)
+            name, held = stats.popitem()
+            tensors = {field: self._write(tensor) for field, tensor in held.tensors().items()}
+            self._entries[name] = _Entry(held.tokens, held.sequences, tensors)
             self._changes[name] = []
 
     def changed(self, change: Change, names: Collection[str]) -> SpilledStats:
@@ -106,9 +106,9 @@ def each_changed(
 
     Never are all of them there twice: together they are the largest thing in memory.
     """
-    chosen = [name for name in stats if names is None or name in names]
+    targets = [name for name in stats if names is None or name in names]
     if isinstance(stats, SpilledStats):
-        return stats.changed(change, chosen)
-    for name in chosen:
+        return stats.changed(change, targets)
+    for name in targets:
         stats[name] = change(stats[name])
     return stats

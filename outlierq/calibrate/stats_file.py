@@ -80,7 +80,11 @@ class StatsWriter:
 
         notes: what was unusual about it. Tensors are named "group/field"; those of the block itself "/field".
         """
-        tensors = {f"{name}/{field}": value for name, kept in stats.items() for field, value in kept.tensors().items()}
+        tensors = {
+            f"{name}/{field}": value
+            for name, group_stats in stats.items()
+            for field, value in group_stats.tensors().items()
+        }
         if block_stats:
             tensors |= {f"/{field}": value for field, value in block_stats.tensors().items()}
         file = self._write_tensors(f"block-{index:05d}.safetensors", tensors)
@@ -129,8 +133,8 @@ class StatsWriter:
 
     def _resume(self) -> None:
         """Take over the verified blocks of an earlier run, or refuse the folder."""
-        found = next((name for name in (UNFINISHED, FINISHED) if (self.folder / name).exists()), None)
-        if found is None:
+        list_name = next((name for name in (UNFINISHED, FINISHED) if (self.folder / name).exists()), None)
+        if list_name is None:
             others = [entry.name for entry in self.folder.iterdir() if not _is_ours(entry.name)]
             if others:
                 raise OutputError(
@@ -138,15 +142,15 @@ class StatsWriter:
                     hint="give a new or empty folder",
                 )
             return
-        values = _read_list(self.folder / found, OutputError)
-        for key, wanted in self.identity.to_json().items():
+        values = _read_list(self.folder / list_name, OutputError)
+        for key, ours in self.identity.to_json().items():
             held = values.get(key)
-            if held != wanted:
+            if held != ours:
                 raise OutputError(
-                    f"{self.folder} holds statistics with another {key}: {_brief(held)}, not {_brief(wanted)}",
+                    f"{self.folder} holds statistics with another {key}: {_brief(held)}, not {_brief(ours)}",
                     hint="give another folder, or delete this one",
                 )
-        check_list(values, str(self.folder / found), OutputError)
+        check_list(values, str(self.folder / list_name), OutputError)
         for block in values["blocks"]:
             if self._is_intact(block):
                 self.blocks[block["index"]] = block
@@ -231,25 +235,25 @@ class StatsReader:
             raise StatsError(f"{self.folder} holds no statistics of block {index}; it holds {len(self._blocks)} blocks")
         return self._blocks[index]
 
-    def _read(self, entry: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    def _read(self, entry: Mapping[str, Any], asked: Callable[[str], bool]) -> dict[str, Any]:
         """The wanted tensors of a file, which is verified when it is read first."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / entry["file"]
         if entry["file"] not in self._verified:
             try:
-                found = _sha256(path)
+                digest = _sha256(path)
             except OSError as error:
                 raise StatsError(f"cannot read {path}: {error.strerror or error}", hint="calibrate again") from error
-            if found != entry["sha256"]:
+            if digest != entry["sha256"]:
                 raise StatsError(
-                    f"{path} is damaged: sha256 {found[:12]}..., expected {entry['sha256'][:12]}...",
+                    f"{path} is damaged: sha256 {digest[:12]}..., expected {entry['sha256'][:12]}...",
                     hint="calibrate again",
                 )
             self._verified.add(entry["file"])
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118, not a dict
+                return {key: file.get_tensor(key) for key in file.keys() if asked(key)}  # noqa: SIM118, not a dict
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StatsError(f"{path} cannot be read: {error}", hint="calibrate again") from error
 
@@ -346,8 +350,8 @@ def _group_to_json(group: InputGroup, stats: Mapping[str, InputStats]) -> dict[s
     values = asdict(group) | {"parts": [_group_to_json(part, stats) for part in group.parts]}
     if group.fold:
         values["fold"]["index"] = _runs(group.fold.index)
-    kept = stats.get(group.name)
-    counts = {"tokens": kept.tokens, "sequences": kept.sequences} if kept else {}
+    seen = stats.get(group.name)
+    counts = {"tokens": seen.tokens, "sequences": seen.sequences} if seen else {}
     return {**values, **counts}
 
 

@@ -110,9 +110,9 @@ def input_stats(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
     name, width = values["name"], values["sites"][0]["in_features"] if values["sites"] else 0
     known = {field.name for field in fields(InputStats)} - {"tokens", "sequences"}
     for field, value in tensors.items():
-        wanted = SHAPES.get(field, (CHANNELS,))
-        fits = len(wanted) == value.ndim and all(
-            size is ANY or length == width for size, length in zip(wanted, value.shape, strict=True)
+        sizes = SHAPES.get(field, (CHANNELS,))
+        fits = len(sizes) == value.ndim and all(
+            size is ANY or length == width for size, length in zip(sizes, value.shape, strict=True)
         )
         numbers = value.is_floating_point() or field in WHOLE
         if field not in known or not fits or not numbers:

@@ -88,8 +88,8 @@ def embedded_text(part: str) -> str:
     if part not in ("calibration", "evaluation"):
         raise StatsError(f"the embedded text has the parts calibration and evaluation, not {part!r}")
     held_out = part == "evaluation"
-    chosen = [topics[name] for i, name in enumerate(sorted(topics)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
-    return "\n".join(chosen)
+    texts = [topics[name] for i, name in enumerate(sorted(topics)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    return "\n".join(texts)
 
 
 def token_windows(
@@ -110,21 +110,21 @@ def token_windows(
     """
     import torch
 
-    chosen = [_as_source(entry) for entry in ([sources] if isinstance(sources, str) else sources)]
-    if not chosen or samples < 1 or sequence_length < 2:
+    listed = [_as_source(entry) for entry in ([sources] if isinstance(sources, str) else sources)]
+    if not listed or samples < 1 or sequence_length < 2:
         raise StatsError(
-            f"calibration needs sources, samples and tokens, got {len(chosen)}, {samples} and {sequence_length}"
+            f"calibration needs sources, samples and tokens, got {len(listed)}, {samples} and {sequence_length}"
         )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bos = _added_bos(tokenizer)
     parts = []
-    for source, count in zip(chosen, shares(samples, [source.weight for source in chosen]), strict=True):
+    for source, count in zip(listed, shares(samples, [source.weight for source in listed]), strict=True):
         with during("calibrate", source.name):
             parts.append(_windows(tokenizer, source, count, sequence_length, generator, bos, chat_template))
     ids = torch.cat(parts)
     settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "chat_template": chat_template}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
-    names = " + ".join(source.name for source in chosen)
+    names = " + ".join(source.name for source in listed)
     form = "chats" if chat_template else "text"
     return TokenSet(ids, digest, f"{samples} x {sequence_length} tokens of {form}: {names}")
 
@@ -199,14 +199,14 @@ def _windows(
     pool = count if generator is None else POOL_FACTOR * count
     limit = pool * body if source.has_rows or generator is None else None
     tokens = torch.tensor(list(islice(_token_stream(tokenizer, source, chat_template), limit)), dtype=torch.long)
-    found = len(tokens) // body
-    if found < count:
+    available = len(tokens) // body
+    if available < count:
         raise StatsError(
             f"the text has {len(tokens)} tokens; {count} samples of {sequence_length} tokens need {count * body}",
-            hint=f"use samples: {found}, a smaller sequence_length, or more text" if found else "use more text",
+            hint=f"use samples: {available}, a smaller sequence_length, or more text" if available else "use more text",
         )
-    windows = tokens[: found * body].view(found, body)
-    order = torch.arange(count) if generator is None else torch.randperm(found, generator=generator)[:count]
+    windows = tokens[: available * body].view(available, body)
+    order = torch.arange(count) if generator is None else torch.randperm(available, generator=generator)[:count]
     windows = windows[order]
     return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
 
@@ -251,8 +251,8 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         newline = text.find("\n", start + PIECE_CHARACTERS)
-        kept = len(text[start:newline].rstrip()) if newline >= 0 else 0
-        stop = len(text) if newline < 0 else start + kept if kept else newline + 1
+        length = len(text[start:newline].rstrip()) if newline >= 0 else 0
+        stop = len(text) if newline < 0 else start + length if length else newline + 1
         yield text[start:stop]
         start = stop
 
@@ -323,14 +323,14 @@ def _column(source: TextSource, *, chat: bool) -> Iterator[Any]:
 
 def _choose_column(source: TextSource, columns: Sequence[str], chat: bool) -> str:
     """The column that was asked for, or the usual one; StatsError names the ones there are."""
-    wanted = source.column or ("messages" if chat and "messages" in columns else "text")
-    if wanted not in columns:
-        close = nearest(wanted, list(columns))
+    column = source.column or ("messages" if chat and "messages" in columns else "text")
+    if column not in columns:
+        close = nearest(column, list(columns))
         raise StatsError(
-            f"{source.name} has no column {wanted!r}; it has {', '.join(columns) or 'none'}",
+            f"{source.name} has no column {column!r}; it has {', '.join(columns) or 'none'}",
             hint=f"did you mean {close}?" if close else "set `column`",
         )
-    return wanted
+    return column
 
 
 def _jsonl_column(source: TextSource, chat: bool) -> Iterator[Any]:
