@@ -117,12 +117,12 @@ def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         if part in COMPANIONS and module in owners:
             companions.setdefault(owners[module], []).append(info)
     counted = {info.name for infos in companions.values() for info in infos}
-    found = (
+    tensors = (
         _logical_tensor(checkpoint, info, companions.get(name, []))
         for name, info in checkpoint.tensors.items()
         if name not in counted
     )
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _logical_tensor(checkpoint: Checkpoint, info: TensorInfo, companions: list[TensorInfo]) -> LogicalTensor:

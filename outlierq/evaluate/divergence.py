@@ -111,13 +111,13 @@ def text_windows(tokenizer: Any, text: str, length: int, windows: int | None = N
 
     stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(stream) // length
-    wanted = available if windows is None else windows
-    if wanted > available or wanted < 1:
+    count = available if windows is None else windows
+    if count > available or count < 1:
         raise OutlierqError(
-            f"the text has {len(stream)} tokens; {max(wanted, 1)} windows of {length} need {max(wanted, 1) * length}",
+            f"the text has {len(stream)} tokens; {max(count, 1)} windows of {length} need {max(count, 1) * length}",
             hint="use a longer text, shorter windows, or fewer of them",
         )
-    return torch.tensor(stream[: wanted * length], dtype=torch.long).view(wanted, length)
+    return torch.tensor(stream[: count * length], dtype=torch.long).view(count, length)
 
 
 @contextmanager

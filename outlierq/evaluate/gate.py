@@ -86,19 +86,19 @@ def _score(limit: TaskLimit, measured: Mapping[str, Any] | None, whose: str) -> 
             f"the gate needs task `{limit.task}` of {whose}, which was not run",
             hint=f"measure with --tasks {limit.task}" + (" and --reference" if whose == "the original" else ""),
         )
-    wanted = (limit.metric,) if limit.metric else USUAL_METRICS
-    chosen = next((metric for metric in wanted if metric in rows), None)
-    if chosen is None:
+    metrics = (limit.metric,) if limit.metric else USUAL_METRICS
+    name = next((metric for metric in metrics if metric in rows), None)
+    if name is None:
         raise OutlierqError(
-            f"task `{limit.task}` has no metric {' or '.join(wanted)}; it has {', '.join(rows)}",
+            f"task `{limit.task}` has no metric {' or '.join(metrics)}; it has {', '.join(rows)}",
             hint=f"name one that is a share, larger is better: {limit.task}/METRIC:{limit.points:g}",
         )
-    if not 0 <= rows[chosen] <= 1:
+    if not 0 <= rows[name] <= 1:
         raise OutlierqError(
-            f"{chosen} of task `{limit.task}` is {rows[chosen]:g}, which is no share of right answers",
+            f"{name} of task `{limit.task}` is {rows[name]:g}, which is no share of right answers",
             hint="limit a perplexity with max_perplexity_increase",
         )
-    return chosen, 100 * rows[chosen]
+    return name, 100 * rows[name]
 
 
 def _perplexity_increase(divergence: Mapping[str, Any]) -> float | None:

@@ -59,13 +59,13 @@ def task_manager(names: Sequence[str], overlay: Path | None = None) -> TaskManag
         near = nearest(unknown[0], list(known))
         hint = f"did you mean `{near}`?" if near else "`lm_eval ls tasks` lists all names"
         raise OutlierqError(f"lm-eval knows no task `{unknown[0]}`", hint=hint)
-    wanted = list(names)
+    needed = list(names)
     while True:  # groups may refer to tasks in other folders
-        roots = _roots(known[name] for name in wanted)
+        roots = _roots(known[name] for name in needed)
         include = [*roots, *([overlay] if overlay else [])]
         manager = TaskManager(include_defaults=False, include_path=include)
-        wanted = [name for name in _reachable(manager, names) if name in known]
-        if _roots(known[name] for name in wanted) == roots:
+        needed = [name for name in _reachable(manager, names) if name in known]
+        if _roots(known[name] for name in needed) == roots:
             return manager
 
 
@@ -77,7 +77,7 @@ def task_folders() -> dict[str, set[Path]]:
     """
     import lm_eval
 
-    found: dict[str, set[Path]] = {}
+    folders: dict[str, set[Path]] = {}
     for path in (Path(lm_eval.__file__).parent / "tasks").rglob("*"):
         if path.suffix not in (".yaml", "") or not path.is_file():  # files to include often have no suffix
             continue
@@ -86,8 +86,8 @@ def task_folders() -> dict[str, set[Path]]:
         for block in TAGS.findall(text):
             names += [word.strip(" \t\"'-") for word in re.split(r"[\n,\[\]]", block)]
         for name in filter(None, names):
-            found.setdefault(name, set()).add(path.parent)
-    return found
+            folders.setdefault(name, set()).add(path.parent)
+    return folders
 
 
 def leaf_tasks(manager: TaskManager, names: Iterable[str]) -> list[str]:

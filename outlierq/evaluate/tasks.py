@@ -72,7 +72,7 @@ def run_tasks(
         need_vllm()
     length = max_length or (CONTEXT_LIMIT if served else _default_length(model))
     with ExitStack() as stack:
-        for guard in (_quiet(), _random_state_kept(seed)):
+        for guard in (_quiet(), _random_state_restored(seed)):
             stack.enter_context(guard)
         if served:
             stack.enter_context(environment(VLLM_LOGGING_STREAM="ext://sys.stderr"))  # stdout is for the result
@@ -260,7 +260,7 @@ def _default_length(model: torch.nn.Module) -> int:
 
 
 @contextmanager
-def _random_state_kept(seed: int) -> Iterator[None]:
+def _random_state_restored(seed: int) -> Iterator[None]:
     """Seed Python, numpy and torch inside; put their states back after."""
     import random
 
