@@ -80,9 +80,9 @@ def _words(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     values = values.cpu().contiguous()
-    found = native_packing.awq_words(values, 8 if values.dtype == torch.int8 else 0)
-    if found is not None:
-        return found
+    compiled = native_packing.awq_words(values, 8 if values.dtype == torch.int8 else 0)
+    if compiled is not None:
+        return compiled
     codes = values.numpy()
     flip = np.uint8(0x88 if codes.dtype == np.int8 else 0)
     eights = codes.view(np.uint8).reshape(-1, PER_WORD, codes.shape[1])
@@ -99,7 +99,7 @@ def quantization_config(
     sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
-    kept = [site.module for site, scheme in sites if scheme is None]
+    unquantized = [site.module for site, scheme in sites if scheme is None]
     sizes = {scheme.group_size for _, scheme in sites if scheme is not None}
     return {
         "quant_method": "awq",
@@ -107,5 +107,5 @@ def quantization_config(
         "bits": BITS,
         "group_size": next(iter(sizes)) or -1,
         "zero_point": True,
-        "modules_to_not_convert": list(dict.fromkeys([*kept, *also_kept])),
+        "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
     }

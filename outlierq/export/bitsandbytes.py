@@ -94,7 +94,7 @@ def quantization_config(
     sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
-    kept = [site.module for site, scheme in sites if scheme is None]
+    unquantized = [site.module for site, scheme in sites if scheme is None]
     return {
         "quant_method": "bitsandbytes",
         "load_in_8bit": True,
@@ -102,5 +102,5 @@ def quantization_config(
         "llm_int8_threshold": THRESHOLD,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_skip_modules": list(dict.fromkeys([*kept, *also_kept])),
+        "llm_int8_skip_modules": list(dict.fromkeys([*unquantized, *also_kept])),
     }

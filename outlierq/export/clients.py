@@ -49,19 +49,19 @@ def cache_facts(cache: CacheScheme) -> list[str]:
 
 def _lines(clients: Mapping[str, Sequence[Fact]], schemes: Collection[QuantScheme | None]) -> list[str]:
     """One line per client with what it does with each scheme, without repetition; "loads" only where that is all."""
-    found = [scheme for scheme in schemes if scheme is not None]
+    quantized = [scheme for scheme in schemes if scheme is not None]
     together = {
         "count": len(schemes),
         "several": len(schemes) > 1,
-        "some_asymmetric": any(not scheme.symmetric for scheme in found),
+        "some_asymmetric": any(not scheme.symmetric for scheme in quantized),
     }
     lines = []
     for name, facts in clients.items():
         said = {}
-        for scheme in sorted(found, key=str):
+        for scheme in sorted(quantized, key=str):
             said[_first(facts, together | _properties(scheme)) or f"{scheme}: not tried"] = True
         notable = [what for what in said if what != "loads"]
-        if not found:  # only the cache is quantized, or nothing
+        if not quantized:  # only the cache is quantized, or nothing
             notable = [_first(facts, together) or "loads"]
         lines.append(f"{name}: {'; '.join(notable) or 'loads'}")
     return lines
@@ -94,11 +94,11 @@ def _properties(scheme: QuantScheme) -> dict[str, Any]:
     }
 
 
-def one_scheme(form: str, found: Collection[object], key: str) -> str | None:
-    """Why a format whose config says `key` once for the whole model cannot hold what was found, or None."""
-    if len(found) < 2:
+def one_scheme(form: str, values: Collection[object], key: str) -> str | None:
+    """Why a format whose config says `key` once for the whole model cannot hold these `values` of it, or None."""
+    if len(values) < 2:
         return None
-    shown = ", ".join(sorted("channel" if value is None else str(value) for value in found))
+    shown = ", ".join(sorted("channel" if value is None else str(value) for value in values))
     return f"{form} has one {key} for the whole model, and this plan has {shown}"
 
 

@@ -44,8 +44,8 @@ def quantization_config(
     for site, scheme in sites:
         if scheme is not None:
             by_scheme.setdefault(scheme, []).extend(_names(site))
-    kept = [n for site, scheme in sites if scheme is None and site.kind in ("Linear", "Router") for n in _names(site)]
-    kept = list(dict.fromkeys([*kept, *also_kept]))
+    ignore = [n for site, scheme in sites if scheme is None and site.kind in ("Linear", "Router") for n in _names(site)]
+    ignore = list(dict.fromkeys([*ignore, *also_kept]))
     groups = {}
     for number, (scheme, modules) in enumerate(by_scheme.items()):
         targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
@@ -55,7 +55,7 @@ def quantization_config(
     formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
     config = QuantizationConfig(
         config_groups=groups,
-        ignore=kept,
+        ignore=ignore,
         format=formats.pop() if len(formats) == 1 else MIXED,
         quantization_status="compressed",
         kv_cache_scheme=None if cache is None else _cache(cache),

@@ -93,8 +93,8 @@ def quantization_config(
     it both take every linear in a block for a quantized one.
     """
     scheme = next(scheme for _, scheme in sites if scheme is not None)
-    head = [site for site, chosen in sites if site.block is None and chosen is not None]
-    kept = [site.module for site, chosen in sites if chosen is None and site.block is not None]
+    head = [site for site, own in sites if site.block is None and own is not None]
+    unquantized = [site.module for site, own in sites if own is None and site.block is not None]
     config = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -105,6 +105,6 @@ def quantization_config(
         "pack_dtype": "int32",
         "checkpoint_format": VERSION_NAMES[version],
     }
-    if kept:
-        config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in kept}
+    if unquantized:
+        config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in unquantized}
     return config

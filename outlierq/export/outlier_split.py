@@ -38,13 +38,13 @@ def clients(schemes: Collection[QuantScheme]) -> list[str]:
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor that replaces the site's weight."""
-    stem, kept = site.weight.removesuffix(".weight"), column_budget(site.in_features)
+    stem, outliers = site.weight.removesuffix(".weight"), column_budget(site.in_features)
     dtype = SAFETENSORS_DTYPE[scheme.scale_dtype]
     return [
         (site.weight, "I8", (site.out_features, site.in_features)),
         (f"{stem}.weight_scale", dtype, (site.out_features, 1)),
-        (f"{stem}.outlier_columns", "I32", (kept,)),
-        (f"{stem}.outlier_weight", dtype, (site.out_features, kept)),
+        (f"{stem}.outlier_columns", "I32", (outliers,)),
+        (f"{stem}.outlier_weight", dtype, (site.out_features, outliers)),
     ]
 
 
@@ -67,11 +67,11 @@ def quantization_config(
     sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
-    kept = [site.module for site, scheme in sites if scheme is None]
+    unquantized = [site.module for site, scheme in sites if scheme is None]
     return {
         "quant_method": "outlierq",
         "format": "outlierq-split",
         "weights": "int8 symmetric per output row",
         "input_activations": "int8 symmetric per token, without the outlier columns",
-        "modules_to_not_convert": list(dict.fromkeys([*kept, *also_kept])),
+        "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
     }

@@ -161,13 +161,13 @@ def check_complete(folder: Path, layout: Layout) -> None:
     """Every planned tensor is in the files, with its planned shape, as the safetensors library reads them."""
     from safetensors import safe_open
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in layout.sizes:
         # For numpy it maps the file to read; for torch also to write, which the system counts as memory of ours.
         with safe_open(folder / shard, framework="np") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     planned = {name: place.tensor.shape for name, place in layout.places.items()}
-    wrong = sorted(set(found.items()) ^ set(planned.items()))
+    wrong = sorted(set(shapes.items()) ^ set(planned.items()))
     if wrong:
         raise OutputError(f"{len(wrong)} tensors on disk differ from the plan, first {wrong[0][0]}")
     if layout.index is not None and (folder / INDEX_NAME).read_bytes() != layout.index:
@@ -211,8 +211,8 @@ def compare(name: str, decoded: QuantTensor | torch.Tensor, meant: QuantTensor) 
             )
         return
     for part in ("codes", "scale", "zero_point", "input_scale", "outlier_columns", "outlier_weight", "super_scale"):
-        found, wanted = getattr(decoded, part), getattr(meant, part)
-        if (found is None) != (wanted is None) or (found is not None and not _same(found, wanted.cpu())):
+        read, written = getattr(decoded, part), getattr(meant, part)
+        if (read is None) != (written is None) or (read is not None and not _same(read, written.cpu())):
             raise OutputError(
                 f"{name}: what is on disk decodes to something else than what was written, in its {part}", hint=FAULTY
             )
@@ -281,9 +281,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
     if tensor.dtype not in masks:
         return bool(tensor.isfinite().all())
     bits, mask = masks[tensor.dtype]
-    found = native_packing.any_masked(tensor, mask)
-    if found is not None:
-        return not found
+    any_masked = native_packing.any_masked(tensor, mask)
+    if any_masked is not None:
+        return not any_masked
     pieces = tensor.contiguous().view(-1).view(bits).split(CHUNK // tensor.element_size())
     return all((piece & mask).amax().item() < mask for piece in pieces)
 

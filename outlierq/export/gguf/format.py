@@ -230,12 +230,12 @@ def gguf_name(name: str) -> str:
     number = re.search(r"\.(\d+)\.", name)
     # Asked for block 0, since the table lists every block apart.
     asked = name if number is None else f"{name[: number.start()]}.0.{name[number.end() :]}"
-    found = _names().get_name(asked, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    translated = _names().get_name(asked, try_suffixes=(".weight", ".bias"))
+    if translated is None:
         raise RecipeError(
             f"{name} has no name in a GGUF file of this architecture", hint="use another export.format for this model"
         )
-    return found if number is None else found.replace("blk.0.", f"blk.{number[1]}.")
+    return translated if number is None else translated.replace("blk.0.", f"blk.{number[1]}.")
 
 
 @cache

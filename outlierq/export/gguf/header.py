@@ -132,14 +132,14 @@ def rope_factors(config: Mapping[str, Any]) -> list[float]:
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     try:
         factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        found = []
+        factors = []
         for index in range(0, size, 2):
             turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
-            kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-            found.append(1 / (kept + (1 - kept) / factor))
+            share = min(1.0, max(0.0, (turns - low) / (high - low)))
+            factors.append(1 / (share + (1 - share) / factor))
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise SourceError(f"the scaling of the rotary embedding is not that of Llama 3: {error}") from error
-    return found
+    return factors
 
 
 def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
@@ -271,11 +271,11 @@ def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, sour
         )
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size
-    found = [(number, token, TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()]
+    entries = [(number, token, TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()]
     for added in tokenizer.get("added_tokens", []):
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        found.append((added["id"], added["content"], kind))
-    for number, token, kind in found:
+        entries.append((added["id"], added["content"], kind))
+    for number, token, kind in entries:
         if not 0 <= number < size:
             raise SourceError(f"the tokenizer of {source} has {token!r} as token {number} of {size}")
         tokens[number], types[number] = token, kind

@@ -82,8 +82,8 @@ def pieces_of_model(
     if unused:
         said.append(f"{few(unused)}: not used by SentencePiece, but by llama.cpp")
     # A negative int32 is written as the uint64 of the same bits.
-    found = {name: trainer.get(number, default) for name, (number, default) in IDS.items()}
-    special = {name: number for name, number in found.items() if 0 <= number < min(size, len(own))}
+    numbers = {name: trainer.get(number, default) for name, (number, default) in IDS.items()}
+    special = {name: number for name, number in numbers.items() if 0 <= number < min(size, len(own))}
     ends = (settings.get("add_bos_token") is not False, settings.get("add_eos_token") is True)
     return Pieces(tokens, scores, types, bool(normalizer.get(DUMMY_PREFIX, 1)), ends, tuple(said)), special
 
@@ -123,7 +123,7 @@ def _piece(raw: bytes) -> _Piece:
 
 def _last(fields: list[tuple[int, Any]], number: int) -> dict[int, Any]:
     """The fields of a message that stands once, if at all."""
-    return next((dict(_fields(value)) for found, value in reversed(fields) if found == number), {})
+    return next((dict(_fields(value)) for key, value in reversed(fields) if key == number), {})
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:

@@ -113,13 +113,13 @@ def _merges(model: Mapping[str, Any]) -> dict[tuple[str, str], int]:
     for key in UNKNOWN_SETTINGS:
         if model.get(key):
             raise SourceError(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not know", hint=ELSEWHERE)
-    found: dict[tuple[str, str], int] = {}
+    ranks: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(model.get("merges") or []):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have one text
         if not {left, right, left + right} <= model["vocab"].keys():
             raise SourceError(f"the tokenizer merges {left!r} and {right!r}, which are not all in its vocabulary")
-        found[left, right] = rank
-    return found
+        ranks[left, right] = rank
+    return ranks
 
 
 def _ranks(merges: Mapping[tuple[str, str], int]) -> dict[str, int]:
@@ -128,10 +128,10 @@ def _ranks(merges: Mapping[tuple[str, str], int]) -> dict[str, int]:
     for (left, right), rank in merges.items():
         made.setdefault(left + right, []).append(rank)
     ranks = {}
-    for text, found in made.items():
-        together = max(found) - min(found) == len(found) - 1  # no other piece can come between
+    for text, own in made.items():
+        together = max(own) - min(own) == len(own) - 1  # no other piece can come between
         parts, last = (None, None) if together else _joined(text, lambda left, right: merges.get((left, right)))
-        ranks[text] = last if parts == [text] else min(found)
+        ranks[text] = last if parts == [text] else min(own)
     return ranks
 
 
@@ -140,7 +140,7 @@ def _joined(text: str, rank: Callable[[str, str], float | None]) -> tuple[list[s
     parts, last = list(text), None
     while True:
         ranked = [
-            (found, place) for place in range(len(parts) - 1) if (found := rank(*parts[place : place + 2])) is not None
+            (own, place) for place in range(len(parts) - 1) if (own := rank(*parts[place : place + 2])) is not None
         ]
         if not ranked:
             return parts, last
@@ -154,14 +154,14 @@ def _spaces(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> _Space
         prefix = settings.get("add_prefix_space") is not False
         return _Spaces(prefix, doubled=False, always=bool(settings.get("legacy", False)))
     normalizers, splitters = _listed(tokenizer, "normalizer"), _listed(tokenizer, "pre_tokenizer")
-    replaced, found = REPLACE in normalizers, _Spaces(PREPEND in normalizers)
+    replaced, spaces = REPLACE in normalizers, _Spaces(PREPEND in normalizers)
     left = [step for step in normalizers if step not in (REPLACE, PREPEND)]
     for step in splitters:
         if step.get("type") == "Metaspace" and step.get("replacement") == SPACE:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             cut, replaced = bool(step.get("split", True)), True
-            plain = found.prefix or scheme == "never"  # Metaspace puts no space before one
-            found = _Spaces(found.prefix, cut=cut) if plain else _Spaces(True, False, scheme == "always", cut)
+            plain = spaces.prefix or scheme == "never"  # Metaspace puts no space before one
+            spaces = _Spaces(spaces.prefix, cut=cut) if plain else _Spaces(True, False, scheme == "always", cut)
         elif not (replaced and step == IDLE_SPLIT):
             left.append(step)
     if left or not replaced:
@@ -170,7 +170,7 @@ def _spaces(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> _Space
             f"the tokenizer prepares text in a way that llama.cpp has only without SentencePiece: {named}",
             hint=ELSEWHERE,
         )
-    return found
+    return spaces
 
 
 def _listed(tokenizer: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
@@ -253,9 +253,9 @@ def _about_merges(
     vocabulary, pairs = model["vocab"], sorted(merges, key=merges.__getitem__)
     bare = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, byte_fallback=True, unk_token=model.get("unk_token")))
     tried = [text for text, kind in zip(scores, types, strict=True) if kind in (NORMAL, UNUSED, BYTE) and len(text) > 1]
-    found = [encoded.tokens for encoded in bare.encode_batch(tried, add_special_tokens=False)]
+    encodings = [encoded.tokens for encoded in bare.encode_batch(tried, add_special_tokens=False)]
     others = []
-    for text, parts in zip(tried, found, strict=True):
+    for text, parts in zip(tried, encodings, strict=True):
         apart = parts != [text] or (spaces.cut and SPACE in text[1:])
         if apart and _joined(text, lambda left, right: _cost(left + right, scores))[0] == [text]:
             others.append(text)
