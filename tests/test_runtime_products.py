@@ -196,7 +196,7 @@ def test_the_cuda_side_of_int8_computes_the_same_through_its_twins(inputs, outli
     stored = weight(40, 96, QuantScheme(8, None, activations=inputs), outliers=outliers)
     layer = QuantLinear(stored, torch.randn(40))
     x = torch.randn(7, 96).bfloat16()
-    parts = (stored.codes, layer.scale, layer.input_scale, layer.columns, layer.kept, layer.bias)
+    parts = (stored.codes, layer.scale, layer.input_scale, layer.columns, layer.outlier_weight, layer.bias)
     assert relative(dispatch._int8_on_cuda(x, *parts, inputs.per == "token"), layer(x).double()) < 1e-2
 
 

@@ -57,15 +57,15 @@ def int8_linear(
     scale: torch.Tensor,
     input_scale: torch.Tensor | None,
     columns: torch.Tensor | None,
-    kept: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
     per_token: bool,
     opaque: bool = False,
 ) -> torch.Tensor:
     """`x` [tokens, in] in int8 times int8 `codes` [out, in], plus 16-bit outlier columns: `ops.int8_split`.
 
     scale: float32 [out]. input_scale: [1] of a static scheme, else it is found per token or for all of `x`.
-    columns: [k], kept: [out, k or more]; what is more are zeros. opaque: the codes come from `layout.pack_int8`
-    (torch.compile does not know by itself). Plain torch, for any device.
+    columns: [k], outlier_weight: [out, k or more]; what is more are zeros. opaque: the codes come from
+    `layout.pack_int8` (torch.compile does not know by itself). Plain torch, for any device.
     """
     low = x if columns is None else x.index_fill(1, columns.long(), 0.0)
     rounded, step = quantize_input(low, input_scale, per_token)
@@ -76,7 +76,7 @@ def int8_linear(
             return scaled
     y.mul_(step)
     if columns is not None:
-        y.addmm_(x[:, columns.long()].float(), kept[:, : columns.numel()].float().t())
+        y.addmm_(x[:, columns.long()].float(), outlier_weight[:, : columns.numel()].float().t())
     return y.to(x.dtype)
 
 
@@ -91,9 +91,9 @@ def quantize_input(
         step = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, input_scale)
         return (x / input_scale).round_().clamp_(-128, 127).to(torch.int8), step
     if per_token and not torch.compiler.is_compiling():  # which cannot see into a library
-        found = round_tokens(x)
-        if found is not None:
-            return found
+        compiled = round_tokens(x)
+        if compiled is not None:
+            return compiled
     wide = x.to(torch.float32, copy=True)  # in place from here on: fresh memory costs more than the arithmetic
     largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
     step = scale_that_holds(largest if per_token else largest.amax(), ActivationScheme())

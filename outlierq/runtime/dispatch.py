@@ -1,7 +1,7 @@
 """The products as torch operators: they choose by device, number of tokens and dtype, and torch.compile sees through.
 
     outlierq::packed_linear(x, words, scale, zero_point, bias, bits, group_size, out_features) -> y
-    outlierq::int8_linear(x, codes, scale, input_scale, columns, kept, bias, per_token) -> y
+    outlierq::int8_linear(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token) -> y
 
 `packed_linear` rounds no input. The layout of its weight is that of the device: on CUDA `kernels.layout`; on the CPU
 `runtime.layout` for 4 bits (scale holds pairs, zero_point is None), plain int8 rows for 8. `int8_linear` multiplies
@@ -24,7 +24,7 @@ _library.define(
     "int out_features) -> Tensor"
 )
 _library.define(
-    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? input_scale, Tensor? columns, Tensor? kept, "
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? input_scale, Tensor? columns, Tensor? outlier_weight, "
     "Tensor? bias, bool per_token) -> Tensor"
 )
 
@@ -59,27 +59,28 @@ def _packed_on_cuda(x, words, scale, zero_point, bias, bits, group_size, out_fea
     return y.view(*x.shape[:-1], out_features)
 
 
-def int8_on_cpu(x, codes, scale, input_scale, columns, kept, bias, per_token, opaque=False):
+def int8_on_cpu(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token, opaque=False):
     """int8 times int8 with torch's product."""
     _check_input(x, codes.shape[0 if opaque else 1], codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1])
-    y = cpu.int8_linear(flat, codes, scale, input_scale, columns, kept, per_token, opaque)
+    y = cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, per_token, opaque)
     return _finished(y, x, bias)
 
 
-def _int8_on_cuda(x, codes, scale, input_scale, columns, kept, bias, per_token):
+def _int8_on_cuda(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token):
     """int8 times int8 with our kernels; plain torch for a dtype or width that they do not know."""
     _check_input(x, codes.shape[1], codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if x.dtype not in DTYPES or codes.shape[0] % 8 or codes.shape[1] % 16:
-        return _finished(cpu.int8_linear(flat, codes, scale, input_scale, columns, kept, per_token), x, bias)
+        return _finished(cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, per_token), x, bias)
     if per_token and input_scale is None:
-        low, step, outliers = launch.quant_rows(flat, columns, None if kept is None else kept.shape[1])
+        pitch = None if outlier_weight is None else outlier_weight.shape[1]
+        low, step, outliers = launch.quant_rows(flat, columns, pitch)
         outliers = None if columns is None else outliers
     else:
         low, step = cpu.quantize_input(flat, input_scale, per_token)
         outliers = None
-    y = launch.w8a8_outlier(low, step.view(-1), codes, scale, outliers, kept, bias, dtype=x.dtype)
+    y = launch.w8a8_outlier(low, step.view(-1), codes, scale, outliers, outlier_weight, bias, dtype=x.dtype)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
@@ -89,7 +90,7 @@ def _packed_shape(x, words, scale, zero_point, bias, bits, group_size, out_featu
 
 
 @torch.library.register_fake("outlierq::int8_linear")
-def _int8_shape(x, codes, scale, input_scale, columns, kept, bias, per_token):
+def _int8_shape(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token):
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 

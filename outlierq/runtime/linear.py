@@ -56,8 +56,8 @@ class QuantLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product and the bias."""
         if self.form == "int8":
-            kept = (self.columns, self.kept)
-            parts = (self.words, self.scale, self.input_scale, *kept, self.bias, self.inputs.per == "token")
+            split = (self.columns, self.outlier_weight)
+            parts = (self.words, self.scale, self.input_scale, *split, self.bias, self.inputs.per == "token")
             if self.opaque:
                 return dispatch.int8_on_cpu(x, *parts, opaque=True)
             return torch.ops.outlierq.int8_linear(x, *parts)
@@ -82,7 +82,7 @@ class QuantLinear(torch.nn.Module):
             return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme))
         dense = layout.unpack_int8(self.words).float() * self.scale.float()[:, None]
         if self.columns is not None:
-            dense[:, self.columns.long()] = self.kept[:, : self.columns.numel()].float()
+            dense[:, self.columns.long()] = self.outlier_weight[:, : self.columns.numel()].float()
         return dense
 
     def extra_repr(self) -> str:
@@ -91,20 +91,21 @@ class QuantLinear(torch.nn.Module):
 
     def _hold_int8(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
         """int8 codes, ordered for the CPU's product or in rows, a scale per row, outlier columns in multiples of 8."""
-        columns, kept = weight.outlier_columns, weight.outlier_weight
+        columns, outlier_weight = weight.outlier_columns, weight.outlier_weight
         if columns is not None:
             check_columns(columns, self.in_features)
-            columns, kept = columns.int(), F.pad(kept.to(dtype), (0, -columns.numel() % 8)).contiguous()
+            outlier_weight = F.pad(outlier_weight.to(dtype), (0, -columns.numel() % 8)).contiguous()
+            columns = columns.int()
         codes = weight.codes.to(torch.int8)
         codes = layout.pack_int8(codes) if device.type == "cpu" else codes.contiguous()
         parts = {"words": codes, "scale": weight.scale.float().flatten()}
-        return parts | {"zero_point": None, "columns": columns, "kept": kept}
+        return parts | {"zero_point": None, "columns": columns, "outlier_weight": outlier_weight}
 
     def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
         """The layout of the device."""
         scheme, columns = weight.scheme, self.in_features
         self.bits = 4 if scheme.bits <= 4 else 8
-        none = {"columns": None, "kept": None, "zero_point": None}
+        none = {"columns": None, "outlier_weight": None, "zero_point": None}
         if device.type != "cpu":
             self.group_size = scheme.group_size
             how = {"bits": self.bits, "group_size": self.group_size, "dtype": dtype}
@@ -128,12 +129,12 @@ class QuantLinear(torch.nn.Module):
         if weight.scheme.scales != "plain":
             scale, self.scheme = weight.float_scale, replace(weight.scheme, scales="plain")
         parts = {"words": weight.codes, "scale": scale, "zero_point": weight.zero_point}
-        return parts | {"columns": weight.outlier_columns, "kept": weight.outlier_weight}
+        return parts | {"columns": weight.outlier_columns, "outlier_weight": weight.outlier_weight}
 
     def _stored(self) -> QuantTensor:
         """What a decoded layer holds, as a value."""
-        kept = (self.input_scale, self.columns, self.kept)
-        return QuantTensor(self.words, self.scale, self.zero_point, self.scheme, *kept)
+        split = (self.input_scale, self.columns, self.outlier_weight)
+        return QuantTensor(self.words, self.scale, self.zero_point, self.scheme, *split)
 
     def _decoded(self, x: torch.Tensor) -> torch.Tensor:
         """Decode a block of rows, multiply, forget it."""
@@ -150,7 +151,7 @@ class QuantLinear(torch.nn.Module):
 def summary(model: torch.nn.Module) -> list[str]:
     """How the model's packed linears compute, one sentence for each way, with the reason where it is the slow one."""
     layers = [part for part in model.modules() if isinstance(part, QuantLinear)]
-    found = Counter((part.form, part.bits, part.reason) for part in layers)
+    counts = Counter((part.form, part.bits, part.reason) for part in layers)
     ways = {
         "int8": "multiply int8 with int8",
         "packed": "multiply packed {}-bit weights",
@@ -158,7 +159,7 @@ def summary(model: torch.nn.Module) -> list[str]:
     }
     return [
         f"{count} linears {ways[form].format(reason if form == 'decoded' else bits)}"
-        for (form, bits, reason), count in sorted(found.items(), key=lambda item: -item[1])
+        for (form, bits, reason), count in sorted(counts.items(), key=lambda item: -item[1])
     ]
 
 
