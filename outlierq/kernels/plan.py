@@ -43,9 +43,9 @@ def shapes(**tensors: torch.Tensor | None) -> str:
     return ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in present.items())
 
 
-def check(wanted: bool, what: str, **tensors: torch.Tensor | None) -> None:
+def check(fits: bool, what: str, **tensors: torch.Tensor | None) -> None:
     """Raise a KernelError that says what is wanted, and what came."""
-    if not wanted:
+    if not fits:
         raise KernelError(f"{what}; got {shapes(**tensors)}")
 
 
@@ -130,8 +130,8 @@ def gemm_parts(tokens: int, weight: PackedWeight, processors: int) -> int:
     """Over how many blocks the inputs are split: about two blocks a multiprocessor, at least four tiles each."""
     tiles = weight.words.shape[1]
     blocks = -(-weight.out_features // GEMM_OUTPUTS) * -(-tokens // gemm_tokens(tokens))
-    wanted = max(1, min(2 * processors // max(blocks, 1), tiles // 4, 16))
-    return -(-tiles // -(-tiles // wanted))
+    parts = max(1, min(2 * processors // max(blocks, 1), tiles // 4, 16))
+    return -(-tiles // -(-tiles // parts))
 
 
 def gemm_workspace(tokens: int, weight: PackedWeight, parts: int) -> tuple[int, int]:
@@ -214,8 +214,8 @@ def w8a8_parts(tokens: int, outputs: int, inputs: int, processors: int) -> int:
     """Over how many blocks the inputs are split: one block a multiprocessor, at least four slabs each."""
     slabs = -(-inputs // W8A8_SLAB)
     blocks = -(-outputs // W8A8_OUTPUTS) * -(-tokens // w8a8_tokens(tokens))
-    wanted = max(1, min(processors // max(blocks, 1), slabs // 4, 16))
-    return -(-slabs // -(-slabs // wanted))
+    parts = max(1, min(processors // max(blocks, 1), slabs // 4, 16))
+    return -(-slabs // -(-slabs // parts))
 
 
 def w8a8_workspace(tokens: int, outputs: int, parts: int) -> tuple[int, int]:
@@ -237,13 +237,13 @@ def check_w8a8(x, scale_x, codes, scale, outliers, outlier_weight, bias, y) -> N
     check(outputs % 8 == 0 and inputs % 16 == 0, "codes must have out % 8 = 0 and in % 16 = 0", **both)
     fits = scale_x.dtype == scale.dtype == torch.float32 and scale.numel() == outputs and scale_x.numel() in (1, tokens)
     check(fits, f"scales must be float32: {tokens} or 1, and {outputs}", scale_x=scale_x, scale=scale)
-    kept = {"outliers": outliers, "outlier_weight": outlier_weight}
-    check((outliers is None) == (outlier_weight is None), "outliers need their weight", **kept)
+    split = {"outliers": outliers, "outlier_weight": outlier_weight}
+    check((outliers is None) == (outlier_weight is None), "outliers need their weight", **split)
     if outliers is not None:
         shared = outliers.shape[-1]
         fits = tuple(outliers.shape) == (tokens, shared) and tuple(outlier_weight.shape) == (outputs, shared)
-        check(fits and shared % 8 == 0, f"outliers must be [{tokens}, 8 n], their weight [{outputs}, 8 n]", **kept)
-    results = {**kept, "bias": bias, "y": y}
+        check(fits and shared % 8 == 0, f"outliers must be [{tokens}, 8 n], their weight [{outputs}, 8 n]", **split)
+    results = {**split, "bias": bias, "y": y}
     fits = y.dtype in DTYPES and all(t is None or t.dtype == y.dtype for t in results.values())
     check(fits, "outliers, their weight, bias and y must have one 16-bit dtype", **results)
     check(bias is None or tuple(bias.shape) == (outputs,), f"bias must be [{outputs}]", bias=bias)
@@ -293,12 +293,12 @@ def check_kv(x, codes, scale, minimum, bits: int, per: str, group_size: int) -> 
     along = width if per == "token" else rows
     fits = group_size in GROUP_SIZES and along % group_size == 0 and width % 8 == 0
     check(fits, f"groups of {group_size} per {per} need a multiple of it, and width % 8 = 0", x=x)
-    wanted = (rows, width // group_size) if per == "token" else (rows // group_size, width)
+    shape = (rows, width // group_size) if per == "token" else (rows // group_size, width)
     parts = {"codes": codes, "scale": scale, "minimum": minimum}
     fits = codes.dtype == torch.uint8 and tuple(codes.shape) == (rows, width * bits // 8)
     check(fits, f"codes must be uint8 [{rows}, {width * bits // 8}]", x=x, **parts)
-    fits = scale.dtype == minimum.dtype == x.dtype and tuple(scale.shape) == tuple(minimum.shape) == wanted
-    check(fits, f"scale and minimum must be like x, {wanted}", x=x, **parts)
+    fits = scale.dtype == minimum.dtype == x.dtype and tuple(scale.shape) == tuple(minimum.shape) == shape
+    check(fits, f"scale and minimum must be like x, {shape}", x=x, **parts)
     check_memory(x=x, **parts)
 
 
