@@ -64,13 +64,13 @@ def metadata(
     if licence is not None:
         carried = {**{name: value for name, value in carried.items() if "license" not in name}, "license": licence}
     if "license" not in carried:
-        found = next((name for name in LICENCE_FILES if name in files), None)
-        if found is None:
+        name = next((name for name in LICENCE_FILES if name in files), None)
+        if name is None:
             raise PublishError(
                 "the source names no licence, neither in README.md nor in a LICENSE file",
                 hint="say which it is: --license apache-2.0",
             )
-        carried |= {"license": "other", "license_name": "as-the-original", "license_link": found}
+        carried |= {"license": "other", "license_name": "as-the-original", "license_link": name}
     form = report.settings.get("export", {}).get("format", "")
     values: dict[str, Any] = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     return {

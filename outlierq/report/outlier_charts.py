@@ -87,16 +87,16 @@ def channel_map(report: OutlierReport) -> Picture:
 def sorted_maxima(report: OutlierReport) -> Picture:
     """Per input: channels sorted by their largest |x|, rank against |x|, both logarithmic; colour is the danger."""
     roles = _by_role(report.groups)
-    chosen = {role: _one_per_block(groups, lambda g: max(g.abs_max, default=0)) for role, groups in roles.items()}
-    rows = {role: [_ranked(group) for group in groups] for role, groups in chosen.items()}
+    drawn = {role: _one_per_block(groups, lambda g: max(g.abs_max, default=0)) for role, groups in roles.items()}
+    rows = {role: [_ranked(group) for group in groups] for role, groups in drawn.items()}
     values = [value for role in rows.values() for row in role for value in row["value"]]
     picture = Picture(
         "sorted",
         "How far they stand out",
         "Every line is one input, its channels sorted from the largest down: a line that starts high and falls at once "
         "has few outlier channels, which is what a scale shared by the whole token suffers from."
-        + _reduced(roles, chosen),
-        f"Line charts of sorted channel maxima for {sum(map(len, chosen.values()))} inputs, coloured by danger.",
+        + _reduced(roles, drawn),
+        f"Line charts of sorted channel maxima for {sum(map(len, drawn.values()))} inputs, coloured by danger.",
         None,
         "The statistics hold no channel maxima above zero.",
     )
@@ -104,7 +104,7 @@ def sorted_maxima(report: OutlierReport) -> Picture:
         return picture
     # Dead channels lie decades below the rest and would press it together.
     domain = log_domain([float(np.percentile(values, 2)), max(values)])
-    widest = max(len(group.abs_max) for groups in chosen.values() for group in groups)
+    widest = max(len(group.abs_max) for groups in drawn.values() for group in groups)
     panels = [sorted_panel(role, rows[role], domain, widest) for role in rows]
     return replace(picture, spec=framed({"concat": panels, "columns": 2, "spacing": 40}))
 
@@ -112,40 +112,40 @@ def sorted_maxima(report: OutlierReport) -> Picture:
 def massive_map(report: OutlierReport) -> Picture:
     """Token position x block, one circle per massive activation (arXiv:2402.17762), its area by |value|."""
     entries = _distinct(entry for block in report.blocks for entry in block.massive)
-    kept = entries[:MOST_MASSIVE]
-    dropped = f" Only the largest {len(kept)} of {len(entries)} are drawn." if len(kept) < len(entries) else ""
+    drawn = entries[:MOST_MASSIVE]
+    dropped = f" Only the largest {len(drawn)} of {len(entries)} are drawn." if len(drawn) < len(entries) else ""
     picture = Picture(
         "massive",
         "Massive activations",
         "Every circle is an activation of the residual stream that is far above the rest: how large by its area, which "
         "token by its place from left to right, which channel by its colour. They usually sit on the first token and "
         "stay where they appeared." + dropped,
-        f"Map of {len(kept)} massive activations over token positions and blocks.",
+        f"Map of {len(drawn)} massive activations over token positions and blocks.",
         None,
         "No massive activations were found in the residual stream.",
     )
-    if not kept:
+    if not drawn:
         return picture
-    return replace(picture, spec=framed(massive_panel(kept, _blocks(report))))
+    return replace(picture, spec=framed(massive_panel(drawn, _blocks(report))))
 
 
 def error_chart(report: OutlierReport) -> Picture:
     """Block against predicted relative output error, before and after the chosen remedy; one panel for every role."""
     scheme = main_scheme(report.groups)
     roles = _by_role(group for group in report.groups if _positive(group.errors.get(scheme)))
-    chosen = {role: _one_per_block(groups, lambda g: g.errors[scheme]) for role, groups in roles.items()}
+    drawn = {role: _one_per_block(groups, lambda g: g.errors[scheme]) for role, groups in roles.items()}
     picture = Picture(
         "errors",
         f"What they cost: predicted {scheme.upper()} error" if scheme else "What they cost",
         f"A ring is the relative output error that plain {scheme.upper()} would make at this input, a dot the error "
         "after the remedy in the table below; a ring without a dot needs none, or none was found."
-        + _reduced(roles, chosen),
-        f"Predicted relative output error with {scheme.upper()} for {sum(map(len, chosen.values()))} inputs, "
+        + _reduced(roles, drawn),
+        f"Predicted relative output error with {scheme.upper()} for {sum(map(len, drawn.values()))} inputs, "
         "before and after the chosen remedy.",
         None,
         "The report holds no predicted errors.",
     )
-    rows = {role: [_error_row(group, scheme) for group in groups] for role, groups in chosen.items()}
+    rows = {role: [_error_row(group, scheme) for group in groups] for role, groups in drawn.items()}
     values = [row[key] for role in rows.values() for row in role for key in ("before", "after") if row[key]]
     if not values:
         return picture
@@ -156,8 +156,8 @@ def error_chart(report: OutlierReport) -> Picture:
 
 def main_scheme(groups: Iterable[GroupOutliers]) -> str:
     """The scheme to show first: W8A8 where it was predicted, else the first one; "" when there is none."""
-    found = schemes(groups)
-    return PREFERRED_SCHEME if PREFERRED_SCHEME in found else next(iter(found), "")
+    names = schemes(groups)
+    return PREFERRED_SCHEME if PREFERRED_SCHEME in names else next(iter(names), "")
 
 
 def schemes(groups: Iterable[GroupOutliers]) -> tuple[str, ...]:
@@ -183,16 +183,16 @@ def _by_role(groups: Iterable[GroupOutliers]) -> dict[str, list[GroupOutliers]]:
 
 def _one_per_block(groups: Sequence[GroupOutliers], size: Callable[[GroupOutliers], float]) -> list[GroupOutliers]:
     """Of several groups of one block (experts) the one with the largest `size`."""
-    chosen: dict[int, GroupOutliers] = {}
+    worst: dict[int, GroupOutliers] = {}
     for group in groups:
-        if group.block not in chosen or size(group) > size(chosen[group.block]):
-            chosen[group.block] = group
-    return list(chosen.values())
+        if group.block not in worst or size(group) > size(worst[group.block]):
+            worst[group.block] = group
+    return list(worst.values())
 
 
-def _reduced(roles: dict[str, list[GroupOutliers]], chosen: dict[str, list[GroupOutliers]]) -> str:
+def _reduced(roles: dict[str, list[GroupOutliers]], drawn: dict[str, list[GroupOutliers]]) -> str:
     """A sentence for the caption where not every group is drawn."""
-    every, some = sum(map(len, roles.values())), sum(map(len, chosen.values()))
+    every, some = sum(map(len, roles.values())), sum(map(len, drawn.values()))
     return f" Of several experts in a block the worst is drawn ({some} of {every} inputs)." if some < every else ""
 
 
@@ -237,11 +237,11 @@ def _distinct(entries: Iterable[MassiveEntry]) -> list[dict[str, Any]]:
         if _positive(abs(entry.value)):
             places[entry.block, entry.position, entry.channel].append(entry)
     rows = []
-    for (block, position, channel), found in places.items():
-        largest = max(found, key=lambda entry: abs(entry.value))
+    for (block, position, channel), same_place in places.items():
+        largest = max(same_place, key=lambda entry: abs(entry.value))
         row = {"b": block, "position": position, "channel": channel, "value": _rounded(largest.value)}
         row |= {"size": _rounded(abs(largest.value)), "ratio": _rounded(largest.ratio), "text": repr(largest.text)}
-        rows.append({**row, "sequences": len({entry.sequence for entry in found})})
+        rows.append({**row, "sequences": len({entry.sequence for entry in same_place})})
     rows.sort(key=lambda row: -row["size"])
     shown = list(dict.fromkeys(row["channel"] for row in rows))[: len(CHANNEL_COLOURS)]
     for row in rows:

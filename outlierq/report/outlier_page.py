@@ -151,13 +151,13 @@ def _danger_card(report: OutlierReport) -> dict[str, Any]:
 
 
 def _channel_card(report: OutlierReport) -> dict[str, Any]:
-    found = report.outlier_channels
+    channels = report.outlier_channels
     remark = (
-        f"{'channel' if len(found) == 1 else 'channels'} {_listed(found)}, in most blocks"
-        if found
+        f"{'channel' if len(channels) == 1 else 'channels'} {_listed(channels)}, in most blocks"
+        if channels
         else "none stands out in most blocks"
     )
-    return {"label": "Outlier channels", "figure": len(found), "remark": remark, "alarm": False}
+    return {"label": "Outlier channels", "figure": len(channels), "remark": remark, "alarm": False}
 
 
 def _massive_card(report: OutlierReport) -> dict[str, Any]:
