@@ -69,7 +69,7 @@ class Case:
     def __init__(self, name: str, source: Path):
         from outlierq.export import exporter
         from outlierq.load import open_checkpoint
-        from outlierq.pipeline.planning.plan import make_plan
+        from outlierq.pipeline.planning.decide import make_plan
         from outlierq.recipe import load
 
         recipe, settings = CASES[name]
@@ -124,9 +124,9 @@ class Case:
 
     def verify(self, folder: Path) -> None:
         """Read back every tensor's bytes, decode every linear, and compare both with what was meant."""
+        from outlierq.core.model import as_matrix
         from outlierq.export.writer import ShardWriter, compare
         from outlierq.load import decode_rows
-        from outlierq.pipeline.ledger.output import as_matrix
 
         writer = ShardWriter(folder, self.plan.layout)
         for name, tensor in self.others.items():
@@ -213,7 +213,7 @@ def measured(name: str, source: Path, disk: Path, repeats: int, threads: int) ->
     """One format in this process."""
     import torch
 
-    from outlierq.pipeline.events import keep_freed_memory
+    from outlierq.core.machine.heap import keep_freed_memory
 
     torch.set_num_threads(threads)
     case = Case(name, source)

@@ -190,7 +190,7 @@ def plan_folder(folder: Folder) -> None:
 def read_plan(folder: Folder) -> None:
     """Plans for two formats; GGUF writes the config's numbers into its header."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.recipe import load
 
     checkpoint = open_checkpoint(str(folder))

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 from outlierq.testing.stress import stressed

@@ -159,7 +159,7 @@ def _warm_up(work: Path) -> None:
 
     import outlierq
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 
@@ -437,7 +437,7 @@ def _is_finishing(root: Path) -> bool:
 def _progress(root: Path) -> tuple[int, float]:
     """Units done and seconds spent, as `outlierq inspect` says; it must understand what is there."""
     from outlierq.pipeline.inspect import describe_unfinished
-    from outlierq.pipeline.ledger.journal import JOURNAL
+    from outlierq.pipeline.ledger.folder import JOURNAL
 
     work = root / "out.partial"
     if not (work / JOURNAL).is_file():

@@ -19,7 +19,8 @@ from outlierq.load import load_model, open_checkpoint
 from outlierq.ops import activations
 from outlierq.ops.activations import fake_quantize
 from outlierq.ops.search.clip_search import static_scale, weighed_rows
-from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.quantize.stage import quantize_group
 from outlierq.recipe import load, parse

@@ -14,7 +14,7 @@ from test_rotate import difference, logits, save
 
 from outlierq.core.model import TensorInfo
 from outlierq.load import build_skeleton, open_checkpoint
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel import openings as module
 from outlierq.pipeline.remodel.openings import find_openings
@@ -179,7 +179,7 @@ def test_biases_that_change_what_the_class_computes_are_not_added(tiny_llama, mo
 
 
 def test_a_key_of_a_nested_config_is_set_where_it_lies():
-    from outlierq.pipeline.remodel.rewrite import RewrittenCheckpoint
+    from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
     from outlierq.transform.rotate import Rewrite
 
     config = {"model_type": "outer", "text_config": {"mlp_bias": False, "width": 4}}

@@ -13,7 +13,8 @@ from outlierq.calibrate.runner import BlockRunner
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
-from outlierq.pipeline.block.stats_run import NoStats, StatsFromFile, StatsFromRun, token_set
+from outlierq.pipeline.block.stats import NoStats, StatsFromFile
+from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.recipe import load
 

@@ -29,7 +29,7 @@ def process(*words: object, code: str | None = None, **options) -> subprocess.Co
 def compressed(tiny_llama, tmp_path_factory) -> Path:
     """The tiny model at 4 bits. Read-only."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

@@ -11,7 +11,7 @@ import torch
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.load import open_checkpoint, unpacked
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load

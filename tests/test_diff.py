@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.diff import diff
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

@@ -40,7 +40,7 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def int8_folder(tiny_llama, tmp_path_factory) -> Path:
     """The tiny model through recipe llm-int8."""
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     out = tmp_path_factory.mktemp("int8") / "out"
@@ -131,7 +131,7 @@ def test_other_schemes_are_kept_in_16_bits_with_a_reason():
 
 
 def test_a_recipe_with_nothing_to_store_is_refused_by_the_plan(tiny_llama):
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
 
     recipe = load("llm-int8", ["quantize.bits=4"])
     with pytest.raises(RecipeError, match="bitsandbytes stores int8"):

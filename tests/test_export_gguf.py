@@ -24,7 +24,8 @@ from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
 from outlierq.ops.search.scale_search import search_grid
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load

@@ -22,7 +22,8 @@ from outlierq.export.gguf.piece_model import pieces_of_model
 from outlierq.export.gguf.sentencepiece import REPLACE, pieces_of
 from outlierq.load import load_tokenizer, open_checkpoint
 from outlierq.load.gguf.tokenizer import with_spaces_of
-from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load

@@ -16,7 +16,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter, gptq
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
 from outlierq.load.packed.gptq import fields, gptq_rows
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

@@ -25,7 +25,7 @@ from outlierq.load.packed.e2m1 import decode_e2m1
 from outlierq.load.packed.numbers import e2m1_values
 from outlierq.ops.grid import nearest_code, power_of_two
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load

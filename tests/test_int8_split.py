@@ -230,7 +230,7 @@ def test_both_recipes_bind():
 @pytest.fixture(scope="module")
 def split_folder(tiny_llama, tmp_path_factory):
     """The tiny model through recipe int8-split."""
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     out = tmp_path_factory.mktemp("split") / "out"
@@ -281,7 +281,7 @@ def test_sites_with_one_input_keep_the_same_columns(split_folder):
 
 def dense_result(model, out, recipe: str) -> dict:
     """Run a recipe on a model folder; the report."""
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     return quantize(make_plan(open_checkpoint(str(model)), parse(recipe)), out)
@@ -388,7 +388,7 @@ def test_statistics_that_cannot_be_gathered_by_name_the_group():
 
 def test_gathering_needs_the_model(tiny_llama, tmp_path):
     from outlierq.pipeline.calibrate import calibrate
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     recipe, checkpoint = parse(GATHERED), open_checkpoint(str(tiny_llama))

@@ -19,7 +19,8 @@ from outlierq.core.scheme import CacheScheme
 from outlierq.load import load_model, open_checkpoint
 from outlierq.load.model.attention import attention_names, stored_prefix
 from outlierq.pipeline.block.kv_cache import cache_tensors, moved_values
-from outlierq.pipeline.planning.plan import CachePlan, Plan, make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import CachePlan, Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.quantize.kv_cache import cache_scale
 from outlierq.recipe import load, parse

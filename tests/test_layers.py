@@ -49,13 +49,22 @@ def test_every_import_contract_holds(capsys):
 
 
 def test_every_part_of_the_package_has_its_place_in_the_layers():
-    (layers,) = [contract["layers"] for contract in contracts() if contract["name"] == "imports run downwards"]
+    (layers,) = [c["layers"] for c in contracts() if c["type"] == "layers" and "containers" not in c]
     placed = {module.strip().removeprefix("outlierq.") for layer in layers for module in layer.split("|")}
     package = ROOT / "outlierq"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
     assert len(folders) > 5
     assert folders | files <= placed
+
+
+def test_every_room_of_a_stage_has_its_place_among_the_others():
+    rooms = {c["containers"][0]: c["layers"] for c in contracts() if "containers" in c}
+    assert "outlierq.pipeline" in rooms
+    for stage, layers in rooms.items():
+        placed = {module.strip() for layer in layers for module in layer.split("|")}
+        folders = {path.parent.name for path in (ROOT / stage.replace(".", "/")).glob("*/__init__.py")}
+        assert folders and folders <= placed
 
 
 def test_only_the_command_line_may_import_typer_and_rich():

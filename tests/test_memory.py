@@ -30,19 +30,15 @@ from outlierq.ops.grid import in_groups
 from outlierq.ops.hadamard import Rotation
 from outlierq.ops.search import refine, scale_search
 from outlierq.pipeline import quantize as quantizing
-from outlierq.pipeline.planning import memory
-from outlierq.pipeline.planning.memory import (
-    BASE_BYTES,
-    NO_SAVINGS,
-    Savings,
-    choose,
-    in_passes,
-    peaks,
-    smallest_ceiling,
-    work_of,
-)
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.block.sources import stats_source
+from outlierq.pipeline.planning import memory, phases
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.memory import choose, in_passes, smallest_ceiling
+from outlierq.pipeline.planning.phases import BASE_BYTES, peaks
+from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
+from outlierq.pipeline.processes.ranks import ALONE
 from outlierq.pipeline.quantize import quantize
+from outlierq.quantize import stage
 from outlierq.recipe import load
 from outlierq.transform.rotate import Change, Spin
 
@@ -137,7 +133,7 @@ def test_parts_of_stacks_and_of_batches_change_no_more_than_last_bits(
 
 def watch_sizes(monkeypatch) -> list[int]:
     """Weights of every stack that a method is given from now on."""
-    sizes, original = [], quantizing.quantize_group
+    sizes, original = [], stage.quantize_group
 
     def watched(weights, schemes, stats, method, options, **more):
         def function(w, *args, **keywords):
@@ -183,9 +179,7 @@ def test_the_tables_are_not_read_whole_before_the_first_block(untied_llama, tmp_
     monkeypatch.setattr(
         FolderCheckpoint, "read_some_rows", lambda self, name, wanted: rows.append(name) or some(self, name, wanted)
     )
-    source = quantizing._stats_source(
-        planned(untied_llama), tmp_path, None, "cpu", lambda event: None, quantizing.ALONE, NO_SAVINGS
-    )
+    source = stats_source(planned(untied_llama), tmp_path, None, "cpu", lambda event: None, ALONE, NO_SAVINGS)
     source.start()
     assert set(rows) == {"model.embed_tokens.weight"}
     assert whole and not {"model.embed_tokens.weight", "lm_head.weight"} & set(whole)
@@ -439,7 +433,7 @@ def test_sums_of_shards_that_wait_for_each_other_are_counted(tiny_llama):
 
     alone, halves, thirds, quarters = (collecting(shards) for shards in (1, 2, 3, 4))
     assert halves - alone == pytest.approx(quarters - thirds, abs=1 << 16) and halves > alone
-    assert collecting(4, ranks=4) < quarters + memory.SEVERAL_BYTES
+    assert collecting(4, ranks=4) < quarters + phases.SEVERAL_BYTES
     assert collecting(2, ranks=2) > collecting(2)
 
 

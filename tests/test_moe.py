@@ -18,8 +18,9 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint
-from outlierq.pipeline.planning.memory import NO_SAVINGS, peaks, work_of
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.phases import peaks
+from outlierq.pipeline.planning.work import NO_SAVINGS, work_of
 from outlierq.recipe import load
 
 STARVED = 5

@@ -17,7 +17,7 @@ from outlierq.core.stats import InputStats
 from outlierq.load import load_model, open_checkpoint
 from outlierq.ops.search.site_error import SiteError
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 from outlierq.registry import Method, method

@@ -114,7 +114,7 @@ def test_scaled_rows_are_those_of_torch():
 
 def test_without_the_library_the_output_is_the_same_to_the_byte(tiny_llama, tmp_path, monkeypatch):
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

@@ -267,7 +267,7 @@ def test_what_is_not_in_bytes_or_not_contiguous_is_left_to_numpy_and_torch():
 )
 def test_a_whole_run_writes_the_same_files(recipe, settings, tiny_llama, tmp_path, monkeypatch):
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

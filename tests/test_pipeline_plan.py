@@ -9,7 +9,8 @@ import pytest
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import DerivedCheckpoint
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

@@ -16,7 +16,7 @@ from outlierq.load import load_model, open_checkpoint
 from outlierq.pipeline.block import fold as folding
 from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 

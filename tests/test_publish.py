@@ -31,7 +31,7 @@ def compressed(tmp_path_factory, tools) -> Path:
     """A tiny model at 4 bits in several shards, measured by a gate that it passed. Read-only."""
     from outlierq.load import open_checkpoint
     from outlierq.pipeline.measure import Measurement, judge, measure, record
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

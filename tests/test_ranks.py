@@ -26,10 +26,11 @@ from outlierq.load import build_skeleton, checkpoint_names, find_structure, open
 from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.block.data_free import output_beside
 from outlierq.pipeline.block.fold import waves
+from outlierq.pipeline.block.hidden_files import saved_hidden
 from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning import memory
-from outlierq.pipeline.planning.memory import Savings
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.work import Savings
 from outlierq.pipeline.processes import ranks
 from outlierq.pipeline.processes.ranks import ALONE, Ranks, SeveralRanks, joined
 from outlierq.pipeline.processes.sharding import Merging, dealt, shards_of
@@ -204,7 +205,7 @@ def test_saved_hidden_states_are_taken_up_by_another_number_of_processes(
     monkeypatch.setattr(calibration, "SAVE_EVERY_SECONDS", 0.0)
     words = ("quantize", untied_llama, "-r", "gptq-w4", *SMALL, "--set", "calibration.shards=3", "-q", "-o")
     start(3, *words, tmp_path / "out", first=doom(1, 2, killed))
-    saved = calibration.saved_hidden(tmp_path / "out.partial")
+    saved = saved_hidden(tmp_path / "out.partial")
     assert len(saved) == 3
 
     def not_again(self, module, index, *args, **options):

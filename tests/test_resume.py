@@ -15,14 +15,16 @@ import pytest
 from outlierq.calibrate import stats_file
 from outlierq.calibrate.stats_file import StatsReader
 from outlierq.core.errors import OutputError, StatsError
+from outlierq.core.report import REPORT_NAME
 from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
 from outlierq.pipeline import quantize as run
 from outlierq.pipeline.block import stats_run as calibration
+from outlierq.pipeline.block.hidden_files import saved_hidden
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.ledger import journal
+from outlierq.pipeline.ledger import folder, journal
 from outlierq.pipeline.ledger.output import Output
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 
@@ -162,7 +164,7 @@ def test_saved_hidden_states_are_taken_up(mode, untied_llama, tmp_path, monkeypa
     compress(untied_llama, whole, "gptq-w4", settings)
     moment = "after the last block is in the journal"
     assert in_child(moment, compress, untied_llama, out, "gptq-w4", settings) == KILLED
-    assert calibration.saved_hidden(tmp_path / "out.partial")
+    assert saved_hidden(tmp_path / "out.partial")
     ran = []
     original = calibration.BlockRunner.run
     monkeypatch.setattr(
@@ -191,7 +193,7 @@ def test_another_recipe_source_or_text_in_the_same_place_is_refused(unfinished, 
     recipe, settings = RECIPES["static"]
     out = tmp_path / "out"
     before = tools.folder_hashes(unfinished)
-    before.pop(journal.LOCK)  # left there by the run that was killed, removed by the next one that ends
+    before.pop(folder.LOCK)  # left there by the run that was killed, removed by the next one that ends
     with pytest.raises(OutputError, match=r"unfinished run with another recipe and text \(2 units done\)") as caught:
         compress(tiny_llama, out, recipe, [*settings, "calibration.seed=1"])
     assert "--restart" in caught.value.hint
@@ -222,7 +224,7 @@ def test_restart_throws_the_unfinished_run_away(unfinished, tiny_llama, uninterr
     assert result(out) == result(uninterrupted["data-free"])
 
 
-@pytest.mark.parametrize("sign", [journal.JOURNAL, journal.REPORT_NAME])
+@pytest.mark.parametrize("sign", [folder.JOURNAL, REPORT_NAME])
 def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_again(tmp_path, sign, monkeypatch):
     """Also when the former run had only to get its name: then its journal is gone already, and its report is there."""
     work, removed = tmp_path / "out.partial", []
@@ -244,12 +246,12 @@ def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_agai
     monkeypatch.setattr(Path, "unlink", unlink)
     for _ in range(3):
         removed.clear()
-        with pytest.raises(Cut), journal.working(tmp_path / "out", restart=True):
+        with pytest.raises(Cut), folder.working(tmp_path / "out", restart=True):
             pass
         assert (work / sign).is_file()
     removed.clear()
-    with journal.working(tmp_path / "out", restart=True):
-        assert [path.name for path in work.iterdir()] == [journal.LOCK]
+    with folder.working(tmp_path / "out", restart=True):
+        assert [path.name for path in work.iterdir()] == [folder.LOCK]
 
 
 def test_a_run_that_failed_before_its_first_unit_stands_in_nobodys_way(tiny_llama, uninterrupted, tmp_path):
@@ -268,11 +270,11 @@ def test_a_failure_before_any_work_leaves_no_folder(tiny_llama, tmp_path):
 
 def test_another_process_in_the_same_place_is_refused(unfinished, tiny_llama, tmp_path):
     recipe, settings = RECIPES["static"]
-    with open(unfinished / journal.LOCK, "w") as lock:
+    with open(unfinished / folder.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another outlierq works in"):
             compress(tiny_llama, tmp_path / "out", recipe, settings, restart=True)
-    assert (unfinished / journal.JOURNAL).is_file()
+    assert (unfinished / folder.JOURNAL).is_file()
 
 
 def test_a_folder_that_is_no_run_of_ours_is_left_alone(tiny_llama, tools, tmp_path):
@@ -307,8 +309,8 @@ def test_changed_bytes_of_a_finished_unit_are_found(unfinished, tiny_llama, tmp_
 
 def test_a_damaged_journal_is_named_and_restart_helps(unfinished, tiny_llama, tmp_path):
     recipe, settings = RECIPES["static"]
-    lines = (unfinished / journal.JOURNAL).read_bytes().splitlines(keepends=True)
-    (unfinished / journal.JOURNAL).write_bytes(lines[0] + b"garbage\n" + lines[1])
+    lines = (unfinished / folder.JOURNAL).read_bytes().splitlines(keepends=True)
+    (unfinished / folder.JOURNAL).write_bytes(lines[0] + b"garbage\n" + lines[1])
     with pytest.raises(OutputError, match="is damaged") as caught:
         compress(tiny_llama, tmp_path / "out", recipe, settings)
     assert "--restart" in caught.value.hint
@@ -316,8 +318,8 @@ def test_a_damaged_journal_is_named_and_restart_helps(unfinished, tiny_llama, tm
 
 def test_a_journal_line_that_was_cut_short_is_done_again(unfinished, tiny_llama, uninterrupted, tmp_path):
     recipe, settings = RECIPES["static"]
-    raw = (unfinished / journal.JOURNAL).read_bytes()
-    (unfinished / journal.JOURNAL).write_bytes(raw[:-20])
+    raw = (unfinished / folder.JOURNAL).read_bytes()
+    (unfinished / folder.JOURNAL).write_bytes(raw[:-20])
     compress(tiny_llama, tmp_path / "out", recipe, settings)
     assert result(tmp_path / "out") == result(uninterrupted["static"])
 
@@ -385,7 +387,7 @@ def test_a_calibration_into_a_folder_in_use_or_with_other_files_is_refused(tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     busy = tmp_path / "busy"
     busy.mkdir()
-    with open(busy / journal.LOCK, "w") as lock:
+    with open(busy / folder.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another outlierq works in"):
             collect(tiny_llama, busy)

@@ -12,10 +12,11 @@ import transformers
 
 from outlierq.core.errors import NumbersError, RecipeError, SourceError
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_model, open_checkpoint
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel import rewrite as rewriting
-from outlierq.pipeline.remodel.rewrite import RewrittenCheckpoint, prove_rewrite, rewritten
+from outlierq.pipeline.remodel.rewrite import prove_rewrite, rewritten
+from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.recipe import Recipe, load, parse
 from outlierq.transform.rotate import Anatomy, Rewrite, Spin, rotate
 

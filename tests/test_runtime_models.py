@@ -32,7 +32,7 @@ RECIPES = {
 def compressed(tiny_llama, tmp_path_factory):
     """A function: recipe name -> folder of the tiny model compressed by it, made once."""
     from outlierq import recipe
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     folders: dict[str, Path] = {}
@@ -77,7 +77,7 @@ def test_biases_and_an_untied_head_come_along(tools, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from outlierq import recipe
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
 
     folder = tools.write_llama(tmp_path / "llama", dtype="float32", tie_word_embeddings=False, attention_bias=True)

@@ -18,7 +18,7 @@ from power_cut import CUT, Disk, cut_power, failing, kill
 
 from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.recipe import load
 
 OLD, NEW = b"o" * 4000, b"n" * 4000
@@ -210,7 +210,7 @@ def test_what_the_machine_cannot_do_is_no_traceback(error, said, outlierq, tiny_
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("outlierq.pipeline.planning.plan.make_plan", fails)
+    monkeypatch.setattr("outlierq.pipeline.planning.decide.make_plan", fails)
     answer = outlierq("quantize", tiny_llama, "-o", tmp_path / "out")
     assert answer.code == 1 and said in answer.err and "run the same command again" in answer.err
 
@@ -219,6 +219,6 @@ def test_a_fault_of_ours_keeps_its_traceback(outlierq, tiny_llama, tmp_path, mon
     def fails(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("outlierq.pipeline.planning.plan.make_plan", fails)
+    monkeypatch.setattr("outlierq.pipeline.planning.decide.make_plan", fails)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         outlierq("quantize", tiny_llama, "-o", tmp_path / "out")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from outlierq.core.errors import SourceError
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.planning.plan import make_plan
+from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import Verification, verify
 from outlierq.recipe import load

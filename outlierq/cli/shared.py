@@ -187,7 +187,7 @@ def ceiling(max_memory: str | None) -> int | None:
     """The bytes of --max-memory, None without it."""
     if max_memory is None:
         return None
-    from outlierq.pipeline.events import return_memory_at_once
+    from outlierq.core.machine.heap import return_memory_at_once
     from outlierq.recipe import parse_size
 
     return_memory_at_once()  # before the model is built: its empty parts are allocated for a moment
@@ -350,7 +350,7 @@ def _bar() -> Iterator[Listener]:
     """Blocks done, time left, current error, peak memory."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from outlierq.pipeline.events import peak_bytes
+    from outlierq.core.machine.heap import peak_bytes
     from outlierq.report.terminal import human_bytes, make_console
 
     columns = (
@@ -377,7 +377,7 @@ def _lines() -> Listener:
     """At most one line every ten seconds and one at each stage, for logs."""
     import time
 
-    from outlierq.pipeline.events import peak_bytes
+    from outlierq.core.machine.heap import peak_bytes
     from outlierq.report.terminal import human_bytes
 
     last = {"stage": "", "at": 0.0}

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from outlierq.core.quant_tensor import QuantTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 
@@ -278,3 +287,13 @@ class InputGroup:
     fold_note: str = ""
     routed: bool = False
     parts: tuple[InputGroup, ...] = ()
+
+
+def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:
+    """The logical [out, in] weight of a stored tensor (Conv1D stores [in, out])."""
+    return stored.T.contiguous() if site.transposed else stored
+
+
+def from_matrix(site: LinearSite, matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_matrix`."""
+    return matrix.T.contiguous() if site.transposed else matrix

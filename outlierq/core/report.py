@@ -9,6 +9,7 @@ from typing import Any
 from outlierq.core.errors import OutlierqError
 from outlierq.core.machine.untrusted import checked
 
+REPORT_NAME = "outlierq.json"
 REPORT_VERSION = 1
 
 

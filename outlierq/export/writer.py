@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Bytes read back at a time: a piece is digested and compared while it is in the cache.
 CHUNK = 1 << 19
+# A tensor that is only copied is in memory as a whole up to this size.
+PIECE_BYTES = 16 << 20
 FAULTY = "the disk or the exporter is faulty; the output was not put in place"
 
 

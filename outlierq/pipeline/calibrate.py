@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_shards
 from outlierq.core.errors import during
+from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged
-from outlierq.pipeline.block.stats_run import StatsFromRun, forget_hidden_beyond, in_shards, saved_hidden, token_set
-from outlierq.pipeline.events import (
-    Event,
-    Listener,
-    fetching,
-    return_freed_memory,
-    return_memory_at_once,
-    silent,
-)
-from outlierq.pipeline.ledger.journal import locked
-from outlierq.pipeline.planning.memory import Savings, obeying, work_of_calibration
+from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
+from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.events import Event, Listener, fetching, silent
+from outlierq.pipeline.ledger.folder import locked
+from outlierq.pipeline.planning.memory import obeying
+from outlierq.pipeline.planning.work import Savings, work_of_calibration
 from outlierq.pipeline.processes.ranks import ALONE, Ranks
 from outlierq.recipe import Calibration
 

@@ -18,14 +18,16 @@ from outlierq import __version__
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.report import Report, SiteRow
+from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.writer import write_small
 from outlierq.pipeline.events import Event, Listener, silent
-from outlierq.pipeline.ledger.journal import Journal, finish, working
+from outlierq.pipeline.ledger.folder import finish, working
+from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.ledger.output import Output
-from outlierq.pipeline.planning.plan import OUTSIDE, REPORT_NAME, Plan, SitePlan, assembled, unit_name
+from outlierq.pipeline.planning.decide import assembled
+from outlierq.pipeline.planning.plan import OUTSIDE, Plan, SitePlan, unit_name
 from outlierq.recipe import Export, Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -159,9 +161,10 @@ def _schemes(source: PackedSource, sites: list[LinearSite], listen: Listener) ->
 
 def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = silent) -> Report:
     """Carry out a plan of `make_conversion` and put the result at `out`, verified. An interrupted run continues."""
-    from outlierq.pipeline.block.stats_run import NoStats
+    from outlierq.pipeline.block.report import make_report
+    from outlierq.pipeline.block.stats import NoStats
+    from outlierq.pipeline.ledger.clock import Clock
     from outlierq.pipeline.processes.ranks import ALONE
-    from outlierq.pipeline.quantize import Clock, make_report
 
     with working(out, restart=restart) as work:
         clock = Clock()

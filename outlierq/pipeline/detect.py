@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutputError, SourceError, StatsError, during
+from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite
 from outlierq.core.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
+from outlierq.pipeline.events import Event, Listener, silent
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ class _Model:
 
     def _weights(self, data: BlockData) -> dict[str, dict[LinearSite, torch.Tensor]]:
         """[out, in] of every site, by group name."""
-        from outlierq.pipeline.ledger.output import as_matrix
+        from outlierq.core.model import as_matrix
 
         sites = [site for group in data.groups for site in group.sites]
         stored = self.checkpoint.read_many(dict.fromkeys(site.weight for site in sites))

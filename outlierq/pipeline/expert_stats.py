@@ -8,9 +8,11 @@ from pathlib import Path
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.pipeline.events import Listener, silent
-from outlierq.pipeline.ledger.journal import refuse_existing
-from outlierq.pipeline.planning.memory import Work, check_together, work_of, work_of_calibration
-from outlierq.pipeline.planning.plan import Plan, make_plan
+from outlierq.pipeline.ledger.folder import refuse_existing
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.memory import check_together
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.planning.work import Work, work_of, work_of_calibration
 from outlierq.pipeline.processes.ranks import ALONE, Ranks
 from outlierq.pipeline.remodel.rewrite import original_of
 from outlierq.recipe import Calibration, Recipe

@@ -19,14 +19,14 @@ from outlierq.core.limits import Limits
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.notes import collecting
-from outlierq.core.report import Report
+from outlierq.core.report import REPORT_NAME, Report
 from outlierq.export.writer import disk_error, sync_folder, write_small
 from outlierq.load import check_unchanged
 from outlierq.pipeline.events import Listener, silent
 from outlierq.pipeline.measuring import models as evaluation
 from outlierq.pipeline.measuring.cache import content_hash, data_hash, keep, key_of, recall
 from outlierq.pipeline.measuring.packed_model import runtime_summary
-from outlierq.pipeline.planning.plan import REPORT_NAME, Plan
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError, PublishError
 from outlierq.core.limits import Limits
-from outlierq.core.report import Report
+from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.measure import judge, read_report
 from outlierq.pipeline.measuring.cache import content_hash
-from outlierq.pipeline.planning.plan import REPORT_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.calibrate.spilled import each_changed
-from outlierq.core.errors import RecipeError, during
-from outlierq.core.model import Block, InputGroup, LinearSite
+from outlierq.core.errors import during
+from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
+from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.report import Report, SiteRow
+from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
+from outlierq.pipeline.block.hidden_files import forget_hidden_beyond
+from outlierq.pipeline.block.report import make_report
+from outlierq.pipeline.block.sources import owners_for, stats_source
 from outlierq.pipeline.block.starved import (
     STARVED,
     check_static,
@@ -32,31 +33,18 @@ from outlierq.pipeline.block.starved import (
     starved_note,
     tokens_of,
 )
-from outlierq.pipeline.block.stats_run import (
-    NoStats,
-    StatsFromFile,
-    StatsFromRun,
-    StatsSource,
-    forget_hidden_beyond,
-    in_shards,
-    token_set,
-)
-from outlierq.pipeline.events import (
-    Event,
-    Listener,
-    fetching,
-    peak_bytes,
-    return_freed_memory,
-    return_memory_at_once,
-    silent,
-)
-from outlierq.pipeline.ledger.journal import Journal, finish, former_shards, work_folder, working
-from outlierq.pipeline.ledger.output import Output, as_matrix, from_matrix
-from outlierq.pipeline.planning.memory import LARGE, NO_SAVINGS, Savings, obeying, work_of
-from outlierq.pipeline.planning.plan import OUTSIDE, REPORT_NAME, Plan, unit_name
+from outlierq.pipeline.block.stats import StatsSource
+from outlierq.pipeline.events import Event, Listener, fetching, silent
+from outlierq.pipeline.ledger.clock import Clock
+from outlierq.pipeline.ledger.folder import finish, work_folder, working
+from outlierq.pipeline.ledger.journal import Journal, former_shards
+from outlierq.pipeline.ledger.output import Output
+from outlierq.pipeline.planning.memory import LARGE, obeying
+from outlierq.pipeline.planning.plan import OUTSIDE, Plan, unit_name
+from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import ALONE, Ranks
-from outlierq.pipeline.processes.sharding import all_of_lead, bare, dealt, names_of
-from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of, prove_rewrite
+from outlierq.pipeline.processes.sharding import bare, names_of
+from outlierq.pipeline.remodel.rewrite import prove_rewrite
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
@@ -65,7 +53,6 @@ if TYPE_CHECKING:
 
 # Options of rounding to nearest for a linear whose input is not known, in a recipe that looks at inputs.
 UNKNOWN_INPUT = {"scale_search": "mse"}
-PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
 def quantize(
@@ -93,7 +80,7 @@ def quantize(
     with _working_together(out, restart, ranks) as work:
         clock = Clock()
         with clock("calibrate"):
-            source = _stats_source(plan, work, stats, device, listen, ranks, savings, former)
+            source = stats_source(plan, work, stats, device, listen, ranks, savings, former)
         with during("transform", "the whole model"), clock("transform"):
             rewrite_error = ranks.first(
                 lambda: prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
@@ -128,39 +115,6 @@ def _working_together(out: Path, restart: bool, ranks: Ranks) -> Iterator[Path]:
     else:
         ranks.first(lambda: None)
         yield work_folder(out)
-
-
-class Clock:
-    """Adds up wall seconds by stage: `with clock("export"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._stage, self._since = "", None
-        self._told: Counter[str] = Counter()
-
-    def __call__(self, stage: str) -> Clock:
-        self._stage = stage
-        return self
-
-    def share(self, seconds: float, work: Mapping[str, float]) -> None:
-        """Add wall seconds in which several stages ran at once, in proportion to the work of each."""
-        total = sum(work.values()) or 1.0
-        self.seconds.update({stage: seconds * part / total for stage, part in work.items()})
-
-    def spent(self) -> dict[str, float]:
-        """Seconds since this was asked last, those of a stage that is not at its end included."""
-        now = Counter(self.seconds)
-        if self._since is not None:
-            now[self._stage] += time.perf_counter() - self._since
-        told, self._told = self._told, now
-        return {stage: now[stage] - told[stage] for stage in now}
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self._stage] += time.perf_counter() - self._since
-        self._since = None
 
 
 class _Run:
@@ -465,79 +419,6 @@ def noted(found: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, S
     return quantized, replace(row, note="; ".join(part for part in (text, row.note) if part))
 
 
-def _dense(results: Mapping[LinearSite, tuple[QuantTensor, SiteRow]]) -> dict[str, torch.Tensor]:
-    """The quantized linears as the dense tensors they stand for."""
-    return {site.weight: from_matrix(site, quantized.dequantize()) for site, (quantized, _) in results.items()}
-
-
-def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
-    """How groups are dealt to ranks: by their cost, but to the lead alone where channels change their order.
-
-    A permutation is tried on the model with the tensors that the one before it left.
-    """
-    return all_of_lead if plan.recipe.permutations else dealt
-
-
-def _stats_source(
-    plan: Plan,
-    work: Path,
-    stats: Path | None,
-    device: str,
-    listen: Listener,
-    ranks: Ranks,
-    savings: Savings,
-    former: int | None = None,
-) -> StatsSource:
-    """Where statistics come from: nowhere, a file, or the model itself. former: shards of the run that goes on."""
-    needs, recipe = plan.recipe.needs, plan.recipe
-    if not needs:
-        unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
-        return NoStats(plan.structure, remark=unused)
-    if stats is not None:
-        if recipe.calibration.mode == "sequential":
-            raise RecipeError(
-                f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
-                hint="leave --stats out, or --set calibration.mode=static",
-            )
-        if recipe.permutations:
-            raise RecipeError(
-                f"{recipe.permutations[0].method} tries its permutations on the model, which --stats does not run",
-                hint="leave --stats out",
-            )
-        changing = changing_method(plan.checkpoint)
-        if changing:
-            raise RecipeError(
-                f"{changing} rewrites the whole model; the statistics in {stats} are of another one",
-                hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
-                "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
-            )
-        return StatsFromFile(
-            stats, original_of(plan.checkpoint), plan.structure, needs, shifts=new_shifts(plan.checkpoint)
-        )
-    from outlierq.calibrate.collect import stored_fields
-
-    tokens = ranks.first(lambda: token_set(plan.checkpoint, recipe.calibration))
-    settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
-    source = StatsFromRun(
-        plan.skeleton,
-        plan.checkpoint,
-        plan.structure,
-        plan.names,
-        tokens,
-        settings,
-        fields=stored_fields(needs),
-        work=work,
-        device=device,
-        listen=listen,
-        ranks=ranks,
-        owners=owners_for(plan),
-        savings=savings,
-        folds=bool(recipe.group_transforms or recipe.permutations),
-    )
-    source.remark = remark
-    return source
-
-
 def _identity(plan: Plan, source: StatsSource, savings: Savings) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     made_with = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
@@ -549,54 +430,3 @@ def _about(plan: Plan) -> dict[str, Any]:
     commit = plan.checkpoint.revision
     values = {"model": plan.checkpoint.source, "commit": commit, "recipe": plan.recipe.name}
     return {**values, "units": len(plan.structure.blocks) + 1}
-
-
-def make_report(
-    plan: Plan,
-    out: Path,
-    journal: Journal,
-    clock: Clock,
-    device: str,
-    source: StatsSource,
-    rewrite_error: float | None,
-    ranks: Ranks,
-) -> Report:
-    """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
-    rows = journal.rows
-    transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
-    noted = [note for entry in journal.entries.values() for note in entry["notes"]]
-    # What is said of a starved expert's linears is said once for the block, too.
-    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith(STARVED)]
-    if rewrite_error is not None:
-        noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
-    return Report(
-        model=plan.checkpoint.source,
-        recipe=plan.recipe.name,
-        settings=plan.recipe.model_dump(mode="json"),
-        out=str(out),
-        fingerprint=original_of(plan.checkpoint).fingerprint,
-        versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        seeds=({} if source.seed is None else {"calibration": source.seed})
-        | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
-        machine=_machine(device, ranks),
-        rows=rows,
-        transforms=transforms,
-        notes=(*plan.notes, *([source.remark] if source.remark else []), *noted),
-        source_bytes=plan.source_bytes,
-        output_bytes=plan.output_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        quantized_bits_per_weight=plan.quantized_bits_per_weight,
-        source_bits_per_weight=8 * plan.source_bytes / plan.parameters,
-        seconds=dict(journal.seconds + clock.seconds),
-        peak_bytes=peak_bytes(),
-    )
-
-
-def _machine(device: str, ranks: Ranks) -> dict[str, Any]:
-    """What the run used."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    several = {"processes": ranks.size} if ranks.size > 1 else {}
-    threads = {"threads": torch.get_num_threads()}
-    return {"device": device, "name": name, **threads, **several, "system": platform.system()}

@@ -21,14 +21,7 @@ from typing import Any
 from outlierq import __version__
 from outlierq.core.errors import OutputError
 from outlierq.core.outliers import GroupOutliers, OutlierReport
-from outlierq.report.outlier_charts import (
-    PREFERRED_SCHEME,
-    Picture,
-    error_after,
-    main_scheme,
-    pictures,
-    schemes,
-)
+from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
 
 UNKNOWN = "–"
 CHANNELS_NAMED = 12  # channel numbers written out before "and n more"

@@ -53,7 +53,7 @@ EXPORTS = {
 def write(name: str, source: str | Path, folder: Path) -> Path:
     """Write the export to `folder`, which must not exist."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

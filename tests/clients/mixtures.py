@@ -44,7 +44,7 @@ def export(name: str, work: Path) -> Path:
     """The folder of an export, below `work`."""
     from outlierq.load import open_checkpoint
     from outlierq.pipeline.expert_stats import expert_stats
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

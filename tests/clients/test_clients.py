@@ -78,7 +78,7 @@ def faults(name: str, client: str, found: Agreement, arithmetic: float) -> list[
 def facts(name: str, client: str, source: str) -> list[str]:
     """What the plan says about a client, such as "vLLM 0.32.0", and the weights of this export."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.recipe import load
 
     export = EXPORTS[name]

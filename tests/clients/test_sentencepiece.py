@@ -25,7 +25,7 @@ KINDS = [(made, size, across, prepared) for made, across in ((trained, False), (
 def write(folder: Path, tools, vocabulary, merges, prepared: str, **settings) -> Path:
     """A model with this tokenizer, quantized, as a GGUF file in `folder`; the folder of the model."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
 

@@ -27,10 +27,10 @@ def command(
     import shutil
     import time
 
+    from outlierq.core.machine.heap import peak_bytes
     from outlierq.load import load_tokenizer
-    from outlierq.pipeline.events import peak_bytes
     from outlierq.pipeline.measuring import models as evaluation
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.report import terminal
 

@@ -28,7 +28,8 @@ def command(
     With --format alone and a compressed MODEL: whether it can be converted without loss; that reads every weight.
     With --max-memory: whether the run stays below it, and what is done for that.
     """
-    from outlierq.pipeline.planning.plan import estimate, make_plan
+    from outlierq.pipeline.planning.decide import make_plan
+    from outlierq.pipeline.planning.estimate import estimate
     from outlierq.report.terminal import human_bytes, human_seconds
 
     plan = conversion(model, form, recipe, settings, revision, trust_remote_code)

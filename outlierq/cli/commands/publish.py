@@ -87,8 +87,8 @@ def _written(
     candidate: Candidate, repository: str, base_model: str | None, licence: str | None, outliers: Path | None
 ) -> dict[str, bytes]:
     """The files that are not taken from the folder as they are: the card, pictures, reports without local paths."""
+    from outlierq.core.report import REPORT_NAME
     from outlierq.pipeline import publish
-    from outlierq.pipeline.planning.plan import REPORT_NAME
     from outlierq.report.model_card import metadata, model_card, source_metadata
 
     base = _base_model(candidate, base_model)

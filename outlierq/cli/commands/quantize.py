@@ -51,7 +51,7 @@ def command(
     from outlierq.load import reading_ahead
     from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
     from outlierq.pipeline.measure import Measurement, judge, measure, record, unmeasured
-    from outlierq.pipeline.planning.plan import make_plan
+    from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.report import terminal
 

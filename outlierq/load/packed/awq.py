@@ -13,14 +13,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Parts, as_array
-from outlierq.load.packed.word_packed import (
-    WordPacked,
-    WordPackedCheckpoint,
-    finished,
-    members_of,
-    scheme_of,
-    stems_of,
-)
+from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
 if TYPE_CHECKING:
     import numpy as np

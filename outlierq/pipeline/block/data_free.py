@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutputError, during
-from outlierq.core.model import Checkpoint, LinearSite
+from outlierq.core.machine.heap import keep_freed_memory
+from outlierq.core.model import Checkpoint, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.pipeline.events import keep_freed_memory
-from outlierq.pipeline.ledger.journal import JOURNAL
-from outlierq.pipeline.ledger.output import Digests, Output, as_matrix
+from outlierq.pipeline.ledger.folder import JOURNAL
+from outlierq.pipeline.ledger.output import Digests, Output
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.quantize.stage import QuantizedRows, quantize_rows, rows_of_a_piece

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.folds import apply_fold
 from outlierq.core.errors import NumbersError
-from outlierq.core.model import Checkpoint, Fold, InputGroup
+from outlierq.core.model import Checkpoint, Fold, InputGroup, as_matrix, from_matrix
 from outlierq.core.move import Move
 from outlierq.core.notes import collecting
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.load.source.shards import torch_dtype
-from outlierq.pipeline.ledger.output import as_matrix, from_matrix
 from outlierq.transform.stage import choose_move, storable_scale, storable_shift
 
 if TYPE_CHECKING:

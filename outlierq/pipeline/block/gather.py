@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, during
-from outlierq.core.model import Block, InputGroup, LinearSite
+from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix, from_matrix
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.ledger.output import as_matrix, from_matrix
 from outlierq.transform.gather_outliers import last_in_runs
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, stored_fields
+from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
@@ -19,16 +19,18 @@ from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
 from outlierq.calibrate.spilled import SpilledStats
-from outlierq.calibrate.stats_file import StatsReader
 from outlierq.calibrate.trace import RunOnce
 from outlierq.core.block_stats import BlockStats
-from outlierq.core.errors import NumbersError, OutputError, RecipeError, StatsError
+from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.logits import LogitSample
+from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
-from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
-from outlierq.pipeline.planning.memory import NO_SAVINGS, Savings, in_passes
+from outlierq.pipeline.block.hidden_files import SAVED, load_hidden, save_hidden
+from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.planning.memory import in_passes
+from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import ALONE, Ranks
 from outlierq.pipeline.processes.sharding import (
     Merging,
@@ -48,129 +50,11 @@ if TYPE_CHECKING:
     from outlierq.calibrate.text import TokenSet
     from outlierq.recipe import Calibration
 
-SAVED = "hidden-states-{}.safetensors"  # by the number of the shard
 ROWS = 512  # whole tokens that are kept of an input, in all shards together
 # How much work a crash may cost: hidden states are saved when the last save is this old.
 SAVE_EVERY_SECONDS = 60.0
 # Largest relative change of a block's float32 output that a fold may cause.
 FOLD_TOLERANCE = 1e-4
-
-
-class StatsSource(Protocol):
-    """Gives each block's groups and statistics in turn.
-
-    identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
-    remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
-    """
-
-    identity: dict[str, Any]
-    seed: int | None
-    remark: str
-    notes: list[str]
-
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
-        """Input groups with their proved folds, and statistics by group name."""
-        ...
-
-    def block_stats(self, index: int) -> BlockStats | None:
-        """Statistics of the block itself, once `block` has given its groups; None when none were asked for."""
-        ...
-
-    def check_transformed(
-        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-    ) -> None:
-        """NumbersError when the block's float32 output differs between its tensors `before` and `after` folding."""
-        ...
-
-    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """The block is written; `tensors` gives its weights as they lie on disk, dequantized."""
-        ...
-
-    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """An earlier run has written this block; only carry the hidden states past it."""
-        ...
-
-
-class NoStats:
-    """For data-free recipes: every linear is its own group, without statistics."""
-
-    def __init__(self, structure: Structure, *, remark: str = ""):
-        self.structure, self.remark = structure, remark
-        self.identity: dict[str, Any] = {}
-        self.seed: int | None = None
-        self.notes: list[str] = []
-
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
-        """One group per site."""
-        return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
-
-    def block_stats(self, index: int) -> BlockStats | None:
-        """There are none."""
-        return None
-
-    def check_transformed(
-        self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Without the model there is nothing to run."""
-
-    def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Nothing to carry on."""
-
-    def replay(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Nothing to carry on."""
-
-
-class StatsFromFile(NoStats):
-    """Statistics of an earlier `outlierq calibrate`; no forward pass runs.
-
-    Folds were proved on these very weights when the statistics were made, so they are not proved again. shifts: input
-    group -> (bias of its producer, note), for the shifts that biases make possible which `structure` has more than the
-    checkpoint that the statistics are of.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        structure: Structure,
-        needs: frozenset[str],
-        *,
-        shifts: Mapping[str, tuple[str, str]] | None = None,
-    ):
-        super().__init__(structure)
-        self.shifts = shifts or {}
-        self.reader = StatsReader(folder)
-        self.reader.check(checkpoint.fingerprint)
-        found = self.reader.identity
-        self.identity = {"statistics": found.to_json()}
-        self.seed = found.settings["seed"]
-        self.remark = f"statistics of an earlier calibration: {found.token_description}"
-        held = frozenset(found.settings["fields"])
-        missing = stored_fields(needs) - held
-        if missing:
-            raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
-
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
-        """Read one block's file."""
-        groups, stats = self.reader.block(index)
-        return [self._as_now(group, index) for group in groups], stats
-
-    def _as_now(self, group: InputGroup, index: int) -> InputGroup:
-        """The group with the sites as they are now, which may have biases that they did not have."""
-        now = {site.module: site for site in self.structure.blocks[index].sites}
-        fold, (bias, note) = group.fold, self.shifts.get(group.name, ("", ""))
-        if bias and fold is not None and fold.weight == f"{bias.removesuffix('bias')}weight":
-            fold = replace(fold, bias=bias, shift=True, shift_note=note)
-        return replace(
-            group,
-            sites=tuple(now.get(site.module, site) for site in group.sites),
-            fold=fold,
-            parts=tuple(self._as_now(part, index) for part in group.parts),
-        )
-
-    def block_stats(self, index: int) -> BlockStats | None:
-        """As they were kept."""
-        return self.reader.block_stats(index)
 
 
 @dataclass
@@ -272,7 +156,7 @@ class StatsFromRun:
                 shard.hidden = shard.runner.start(shard.text.ids)
             self._unfilled = ()
             return_freed_memory()
-            shard.at = _load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
+            shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
         self._started = True
 
     @property
@@ -500,7 +384,7 @@ class StatsFromRun:
         old = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
         if old and block.index + 1 < len(self.structure.blocks) and self.work.is_dir():
             for shard in self.shards:
-                _save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)
+                save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)
             self._saved_at = time.monotonic()
 
 
@@ -540,51 +424,6 @@ def token_set(checkpoint: Checkpoint, settings: Calibration) -> TokenSet:
         seed=settings.seed,
         chat_template=settings.chat_template,
     )
-
-
-def _save_hidden(path: Path, hidden: HiddenStates, fingerprint: str, index: int) -> None:
-    """Write the inputs of block `index`, atomically."""
-    import os
-
-    part = path.with_suffix(".part")
-    try:
-        hidden.save(part, {"tokens": fingerprint, "block": str(index)})
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot save the hidden states to {path} ({hidden.values.nbytes:,} bytes): {error}",
-            hint="free some space and run the same command again; it continues where it stopped",
-        ) from error
-
-
-def forget_hidden_beyond(work: Path, index: int) -> None:
-    """Remove saved hidden states that are past block `index`, which has to run again."""
-    from safetensors import safe_open
-
-    for path in saved_hidden(work):
-        with safe_open(path, framework="np") as file:
-            beyond = int(file.metadata()["block"]) > index
-        if beyond:
-            path.unlink()
-
-
-def saved_hidden(work: Path) -> list[Path]:
-    """The files of saved hidden states in a folder."""
-    return sorted(work.glob(SAVED.format("*")))
-
-
-def _load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:
-    """Fill `hidden` from a saved file and return the block whose inputs it holds; 0 when there is none."""
-    if not path.is_file():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        metadata = file.metadata()
-    if metadata["tokens"] != fingerprint:
-        return 0
-    hidden.load(path)
-    return int(metadata["block"])
 
 
 def _torch_dtype(name: str) -> Any:

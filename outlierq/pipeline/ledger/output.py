@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
-from outlierq.core.model import Block, LinearSite
+from outlierq.core.model import Block, LinearSite, as_matrix, from_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.export import exporter
-from outlierq.export.writer import ShardWriter, check_complete, compare
+from outlierq.export.writer import PIECE_BYTES, ShardWriter, check_complete, compare
 from outlierq.load import check_unchanged
 from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.plan import Plan
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 PIECE_WEIGHTS = 1 << 19
 ROWS_PER_WORD = 32
 
-# A tensor that is only copied is in memory as a whole up to this size.
-PIECE_BYTES = 16 << 20
 
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
 # XXH3-128 of the bytes on disk by tensor name.
@@ -255,13 +253,3 @@ class Output:
         from outlierq.load.source.shards import read_stored
 
         return dict(read_stored(self._headers, names))
-
-
-def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:
-    """The logical [out, in] weight of a stored tensor (Conv1D stores [in, out])."""
-    return stored.T.contiguous() if site.transposed else stored
-
-
-def from_matrix(site: LinearSite, matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of `as_matrix`."""
-    return matrix.T.contiguous() if site.transposed else matrix

@@ -16,7 +16,7 @@ from typing import Any
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.cache_folder import cache_folder
 from outlierq.core.model import Checkpoint
-from outlierq.pipeline.planning.plan import REPORT_NAME
+from outlierq.core.report import REPORT_NAME
 
 # What decides how a checkpoint answers: weights, config, tokenizer, templates, code. Cards and licences do not.
 DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".gguf")

@@ -18,7 +18,7 @@ from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, TensorInfo
 from outlierq.load import build_skeleton, checkpoint_names, find_structure
 from outlierq.pipeline.remodel.anatomy import TOLERANCE, Bench, Moved, Weights, kind_of, random_weights, relative_error
-from outlierq.pipeline.remodel.rewrite import RewrittenCheckpoint
+from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.transform.add_biases import BiasKey, Openings, Shift
 from outlierq.transform.rotate import Rewrite
 

@@ -10,97 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import NumbersError, SourceError
-from outlierq.core.model import Checkpoint, Structure, TensorInfo
+from outlierq.core.errors import NumbersError
+from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.model import Checkpoint, Structure
 from outlierq.export import exporter
-from outlierq.pipeline.events import Event, Listener, return_freed_memory, silent
-from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
+from outlierq.pipeline.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
+from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.registry import Method, transform_method
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.recipe import Recipe
-    from outlierq.transform.rotate import Rewrite
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-class RewrittenCheckpoint(RemodelledCheckpoint):
-    """A checkpoint with changed tensors.
-
-    original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
-    """
-
-    def __init__(self, original: Checkpoint, rewrite: Rewrite, method: str, options: Mapping[str, Any] | None = None):
-        super().__init__(original, [method, options or {}])
-        self.rewrite, self.method = rewrite, method
-        self.notes: tuple[str, ...] = rewrite.notes
-        self.config: dict[str, Any] = original.config
-        self.tensors: dict[str, TensorInfo] = dict(original.tensors)
-        if rewrite.untied:
-            self._untie(*rewrite.untied)
-        self.tensors |= rewrite.zeros
-        for path, value in rewrite.settings.items():
-            self.config = _with(self.config, path, value)
-        for name in rewrite.changes:
-            dtype = self.tensors[name].dtype
-            if dtype not in FLOATS:
-                raise SourceError(
-                    f"{name} is stored as {dtype}; only {', '.join(FLOATS)} tensors can be rewritten",
-                    hint="start from the original checkpoint",
-                )
-
-    def _untie(self, head: str, table: str) -> None:
-        """Give the head a tensor of its own, and say what that costs."""
-        shared = self.tensors[table]
-        self.tensors[head] = TensorInfo(head, shared.dtype, shared.shape, shared.nbytes)
-        self.config = _untied(self.config)
-        self.notes += (f"rotate: {head} can no longer share the tensor of {table}: {shared.nbytes:,} bytes more",)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, rewritten, in its stored dtype."""
-        from outlierq.load.source.shards import torch_dtype
-
-        change = self.rewrite.changes.get(name)
-        if change is not None:
-            return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
-        return self.zeros(name) if name in self.rewrite.zeros else self.original.read(name)
-
-    def making_bytes(self, name: str) -> int:
-        """Upper bound of what reading a tensor holds beside the tensor itself."""
-        change, below = self.rewrite.changes.get(name), self.original
-        if change is None:
-            return 0 if name in self.rewrite.zeros else below.making_bytes(name)
-        read = {change.source, change.weight or change.source}
-        stored = sum(below.tensors[source].nbytes + below.making_bytes(source) for source in read)
-        copy = self.tensors[name].nbytes if change.transposed else 0  # its rows and columns change places
-        return stored + copy + change.making_bytes(below.tensors[change.weight or change.source].shape)
-
-    def zeros(self, name: str) -> torch.Tensor:
-        """What a tensor that was added holds."""
-        import torch
-
-        from outlierq.load.source.shards import torch_dtype
-
-        info = self.rewrite.zeros[name]
-        return torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
-
-
-def _with(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """The config with another value at the path."""
-    key, *rest = path
-    return {**config, key: _with(config[key], tuple(rest), value) if rest else value}
-
-
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, and those nested in it, with a head that shares nothing."""
-    changed = {
-        key: _untied(value) if isinstance(value, dict) and "tie_word_embeddings" in value else value
-        for key, value in config.items()
-    }
-    return {**changed, "tie_word_embeddings": False}
 
 
 def rewritten(

@@ -1,0 +1,72 @@
+"""The report of a run, made of its plan and its journal."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from outlierq import __version__
+from outlierq.core.machine.heap import peak_bytes
+from outlierq.core.report import Report
+from outlierq.pipeline.block.starved import STARVED
+from outlierq.pipeline.block.stats import StatsSource
+from outlierq.pipeline.ledger.clock import Clock
+from outlierq.pipeline.ledger.journal import Journal
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.processes.ranks import Ranks
+from outlierq.pipeline.remodel.rewrite import original_of
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
+
+
+def make_report(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    clock: Clock,
+    device: str,
+    source: StatsSource,
+    rewrite_error: float | None,
+    ranks: Ranks,
+) -> Report:
+    """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
+    rows = journal.rows
+    transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
+    noted = [note for entry in journal.entries.values() for note in entry["notes"]]
+    # What is said of a starved expert's linears is said once for the block, too.
+    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith(STARVED)]
+    if rewrite_error is not None:
+        noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
+    return Report(
+        model=plan.checkpoint.source,
+        recipe=plan.recipe.name,
+        settings=plan.recipe.model_dump(mode="json"),
+        out=str(out),
+        fingerprint=original_of(plan.checkpoint).fingerprint,
+        versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        seeds=({} if source.seed is None else {"calibration": source.seed})
+        | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
+        machine=_machine(device, ranks),
+        rows=rows,
+        transforms=transforms,
+        notes=(*plan.notes, *([source.remark] if source.remark else []), *noted),
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        quantized_bits_per_weight=plan.quantized_bits_per_weight,
+        source_bits_per_weight=8 * plan.source_bytes / plan.parameters,
+        seconds=dict(journal.seconds + clock.seconds),
+        peak_bytes=peak_bytes(),
+    )
+
+
+def _machine(device: str, ranks: Ranks) -> dict[str, Any]:
+    """What the run used."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    several = {"processes": ranks.size} if ranks.size > 1 else {}
+    threads = {"threads": torch.get_num_threads()}
+    return {"device": device, "name": name, **threads, **several, "system": platform.system()}

@@ -1,0 +1,85 @@
+"""Where a run's statistics come from: nowhere, a file, or the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from outlierq.core.errors import RecipeError
+from outlierq.core.model import InputGroup
+from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
+from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.events import Listener
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.planning.work import Savings
+from outlierq.pipeline.processes.ranks import Ranks
+from outlierq.pipeline.processes.sharding import all_of_lead, dealt
+from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of
+
+
+def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
+    """How groups are dealt to ranks: by their cost, but to the lead alone where channels change their order.
+
+    A permutation is tried on the model with the tensors that the one before it left.
+    """
+    return all_of_lead if plan.recipe.permutations else dealt
+
+
+def stats_source(
+    plan: Plan,
+    work: Path,
+    stats: Path | None,
+    device: str,
+    listen: Listener,
+    ranks: Ranks,
+    savings: Savings,
+    former: int | None = None,
+) -> StatsSource:
+    """Where statistics come from: nowhere, a file, or the model itself. former: shards of the run that goes on."""
+    needs, recipe = plan.recipe.needs, plan.recipe
+    if not needs:
+        unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
+        return NoStats(plan.structure, remark=unused)
+    if stats is not None:
+        if recipe.calibration.mode == "sequential":
+            raise RecipeError(
+                f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
+                hint="leave --stats out, or --set calibration.mode=static",
+            )
+        if recipe.permutations:
+            raise RecipeError(
+                f"{recipe.permutations[0].method} tries its permutations on the model, which --stats does not run",
+                hint="leave --stats out",
+            )
+        changing = changing_method(plan.checkpoint)
+        if changing:
+            raise RecipeError(
+                f"{changing} rewrites the whole model; the statistics in {stats} are of another one",
+                hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
+                "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
+            )
+        return StatsFromFile(
+            stats, original_of(plan.checkpoint), plan.structure, needs, shifts=new_shifts(plan.checkpoint)
+        )
+    from outlierq.calibrate.collect import stored_fields
+
+    tokens = ranks.first(lambda: token_set(plan.checkpoint, recipe.calibration))
+    settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
+    source = StatsFromRun(
+        plan.skeleton,
+        plan.checkpoint,
+        plan.structure,
+        plan.names,
+        tokens,
+        settings,
+        fields=stored_fields(needs),
+        work=work,
+        device=device,
+        listen=listen,
+        ranks=ranks,
+        owners=owners_for(plan),
+        savings=savings,
+        folds=bool(recipe.group_transforms or recipe.permutations),
+    )
+    source.remark = remark
+    return source

@@ -1,0 +1,263 @@
+"""What becomes of each tensor and why, decided from headers alone: `make_plan`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.machine.heap import return_memory_at_once
+from outlierq.core.model import Checkpoint, LinearSite, Structure
+from outlierq.core.report import REPORT_NAME
+from outlierq.core.scheme import QuantScheme
+from outlierq.export import exporter
+from outlierq.export.layout import INDEX_NAME, OutputTensor, make_layout
+from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
+from outlierq.pipeline.remodel.rewrite import rewritten
+from outlierq.recipe import GroupPolicy, Recipe, parse_size
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+SMALLER_GROUPS = (128, 64, 32)
+
+
+CACHE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
+) -> Plan:
+    """Decide everything that headers can decide. RecipeError or SourceError when the recipe cannot be followed.
+
+    expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
+    """
+    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"].get("quant_method", "something")
+        raise SourceError(
+            f"{checkpoint.source} is already compressed with {method}",
+            hint="start from the original checkpoint; with --format alone it is converted without loss",
+        )
+    checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats, trust_remote_code=trust_remote_code)
+    return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    structure = find_structure(checkpoint, skeleton)
+    sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
+    _check(sites, recipe)
+    _check_dtypes(sites, checkpoint)
+    names = checkpoint_names(checkpoint, skeleton)
+    caches = _caches(skeleton, structure, names, recipe)
+    return assembled(checkpoint, skeleton, structure, names, sites, recipe, caches)
+
+
+def assembled(
+    checkpoint: Checkpoint,
+    skeleton: torch.nn.Module,
+    structure: Structure,
+    names: Mapping[str, str],
+    sites: tuple[SitePlan, ...],
+    recipe: Recipe,
+    caches: Mapping[int, CachePlan],
+) -> Plan:
+    """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
+    _check_together(sites, recipe)
+    tensors = _output_tensors(checkpoint, structure, sites, recipe, caches)
+    form = exporter(recipe.export.format, checkpoint.config)
+    small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
+    if hasattr(form, "make_layout"):
+        layout = form.make_layout(tensors, [(p.site, p.scheme) for p in sites if p.scheme is not None], checkpoint)
+        small = {name: content for name, content in small.items() if form.keeps_file(name)}
+        return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
+    layout = make_layout(tensors, parse_size(recipe.export.max_shard_size))
+    small["config.json"] = config_json(checkpoint, structure, sites, recipe)
+    if layout.index is not None:
+        small[INDEX_NAME] = layout.index
+    return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
+
+
+def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
+    """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
+    wanted = recipe.scheme_for(site.module, getattr(exporter(recipe.export.format), "SCALE_DTYPE", dtype))
+    if wanted is None:
+        return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
+    if site.kind == "Router":
+        return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
+    form = exporter(recipe.export.format)
+    other = form.instead(site, wanted) if hasattr(form, "instead") else None
+    if other is not None and not form.obstacle(site, other[0]):
+        return _by_policy(site, wanted, *other, recipe.quantize.when_indivisible)
+    obstacle = form.obstacle(site, wanted)
+    if obstacle:
+        return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
+    if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
+        return SitePlan(site, None, "kept in 16 bits: outside of the blocks nothing is known of its inputs")
+    if wanted.block is not None:
+        return _in_blocks(site, wanted, recipe.quantize.when_indivisible)
+    if wanted.group_size is None or site.in_features % wanted.group_size == 0:
+        return SitePlan(site, wanted)
+    return _indivisible(site, wanted, recipe.quantize.when_indivisible)
+
+
+def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
+    """What the recipe's policy makes of a width that the format can hold with another scheme only."""
+    fault = reason.partition(": ")[2]
+    if policy == "keep":
+        return SitePlan(site, None, f"kept in 16 bits: {fault}")
+    return SitePlan(site, wanted, f"error: {fault}") if policy == "error" else SitePlan(site, other, reason)
+
+
+def _indivisible(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
+    """What the recipe's policy makes of a width that the group size does not divide."""
+    fault = f"{site.in_features} columns are not a multiple of group_size {wanted.group_size}"
+    if policy == "keep":
+        return SitePlan(site, None, f"kept in 16 bits: {fault}")
+    if policy == "error":
+        return SitePlan(site, wanted, f"error: {fault}")
+    smaller = [g for g in SMALLER_GROUPS if g < wanted.group_size and site.in_features % g == 0]
+    group_size = smaller[0] if smaller and policy == "smaller-group" else None
+    scheme = replace(wanted, group_size=group_size)
+    return SitePlan(site, scheme, f"{'per channel' if group_size is None else f'group {group_size}'}: {fault}")
+
+
+def _in_blocks(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
+    """What the policy makes of a shape that the blocks do not divide; clients run no ragged blocks.
+
+    There are no kernels for other blocks either, so "smaller-group" means one scale per channel, too.
+    """
+    height, width = wanted.block
+    if site.out_features % height == 0 and site.in_features % width == 0:
+        return SitePlan(site, wanted)
+    fault = f"{site.out_features} x {site.in_features} weights are not a multiple of blocks {height} x {width}"
+    if policy == "keep":
+        return SitePlan(site, None, f"kept in 16 bits: {fault}")
+    if policy == "error":
+        return SitePlan(site, wanted, f"error: {fault}")
+    inputs = None if wanted.activations is None else replace(wanted.activations, per="token")
+    return SitePlan(site, replace(wanted, block=None, activations=inputs), f"per channel: {fault}")
+
+
+def _caches(
+    skeleton: torch.nn.Module, structure: Structure, names: Mapping[str, str], recipe: Recipe
+) -> dict[int, CachePlan]:
+    """The scales of every block's KV cache. RecipeError when no attention, or more than one in a block, is found."""
+    from outlierq.load import attention_names, stored_prefix
+
+    if recipe.kv_cache is None:
+        return {}
+    config = skeleton.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = (1,) if recipe.kv_cache.per == "tensor" else (heads, 1, 1)
+    caches = {}
+    for block in structure.blocks:
+        found = attention_names(skeleton.get_submodule(block.name))
+        if len(found) > 1:
+            raise RecipeError(
+                f"{block.name} has {len(found)} attention modules ({', '.join(found)}); cache scales are for one",
+                hint="leave kv_cache out for this model",
+            )
+        if found:
+            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{found[0]}", names), shape)
+    if not caches:
+        raise RecipeError(
+            f"no block of {type(skeleton).__name__} calls transformers' attention interface, so the keys and values "
+            "that a cache holds are not known",
+            hint="leave kv_cache out for this model",
+        )
+    return caches
+
+
+def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
+    """Refuse a plan that the recipe forbids or that would change nothing."""
+    errors = [p for p in sites if p.reason.startswith("error: ")]
+    if errors:
+        raise RecipeError(
+            f"{len(errors)} linears cannot follow the recipe, first {errors[0].site.module}: "
+            f"{errors[0].reason.removeprefix('error: ')}",
+            hint="set quantize.group_size to a divisor, or quantize.when_indivisible to smaller-group",
+        )
+    if recipe.quantize is not None and all(p.scheme is None for p in sites):
+        reasons = sorted({p.reason for p in sites})
+        raise RecipeError(
+            f"the recipe quantizes none of the {len(sites)} linears: {'; '.join(reasons)}",
+            hint="look at quantize.ignore and quantize.overrides, or write export.format: dense",
+        )
+
+
+def _check_together(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
+    """Refuse schemes that the format can hold one by one, but not in one checkpoint."""
+    conflict = getattr(exporter(recipe.export.format), "conflict", None)
+    fault = conflict({p.scheme for p in sites if p.scheme is not None}) if conflict else None
+    if fault:
+        widths = gcd(*(p.site.in_features for p in sites if p.scheme is not None))
+        common = [size for size in SMALLER_GROUPS if widths % size == 0]
+        fitting = f"quantize.group_size={common[0]} fits all of its widths; " if common else ""
+        raise RecipeError(fault, hint=f"{fitting}compressed-tensors can hold several schemes")
+
+
+def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
+    """Refuse to quantize weights that are not plain floating-point numbers, such as codes of another format."""
+    for planned in sites:
+        info = checkpoint.tensors[planned.site.weight]
+        if planned.scheme is not None and info.dtype not in FLOATS:
+            raise SourceError(
+                f"{info.name} is stored as {info.dtype}; only {', '.join(FLOATS)} weights can be quantized",
+                hint="start from the original checkpoint, or add the layer to quantize.ignore",
+            )
+
+
+def _output_tensors(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    sites: tuple[SitePlan, ...],
+    recipe: Recipe,
+    caches: Mapping[int, CachePlan],
+) -> list[OutputTensor]:
+    """Every tensor to be written, in file order: what is outside of the blocks first, then block by block."""
+    form = exporter(recipe.export.format)
+    replaced = {p.site.weight: p for p in sites if p.scheme is not None}
+
+    def of(names: tuple[str, ...], unit: str) -> list[OutputTensor]:
+        tensors = []
+        for name in names:
+            if name in replaced:
+                planned = replaced[name]
+                specs = form.tensor_specs(planned.site, planned.scheme)
+                tensors += [OutputTensor(n, dtype, shape, unit) for n, dtype, shape in specs]
+            else:
+                info = checkpoint.tensors[name]
+                spec = form.plain_spec(info) if hasattr(form, "plain_spec") else (name, info.dtype, info.shape)
+                tensors.append(OutputTensor(*spec, unit))
+        return tensors
+
+    outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
+    tensors = of(structure.outside_tensors + outside_sites, OUTSIDE)
+    scale_dtype = CACHE_DTYPES[checkpoint.dtype] if caches else ""
+    for block in structure.blocks:
+        unit = unit_name(block.index)
+        tensors += of(block.tensors, unit)
+        if block.index in caches:
+            cache = caches[block.index]
+            tensors += [OutputTensor(name, scale_dtype, cache.shape, unit) for name in cache.names]
+    return tensors
+
+
+def config_json(checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
+    """The source's config with the quantization config added."""
+    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if recipe.quantize is not None or recipe.kv_cache is not None:
+        shared = [slot.removesuffix(".weight") for slot, _ in structure.tied]
+        form = exporter(recipe.export.format)
+        cache = {"cache": recipe.kv_cache.scheme} if recipe.kv_cache else {}  # not every format has one
+        added = form.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, **cache)
+        if added is not None:
+            config["quantization_config"] = added
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

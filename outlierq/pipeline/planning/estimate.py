@@ -1,0 +1,66 @@
+"""What a run will cost: memory from shapes alone, time from a short matrix product on this machine, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outlierq.pipeline.planning.plan import Plan
+
+# Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4 on 2 CPU cores.
+OVERHEAD = 2.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two where it was measured."""
+
+    peak_bytes: int
+    seconds: float
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Memory of the run without a ceiling, from shapes; time, from a short matrix product on this machine, too."""
+    from outlierq.pipeline.planning.phases import BASE_BYTES, peaks
+    from outlierq.pipeline.planning.work import NO_SAVINGS, work_of
+
+    peak = max(peaks(work_of(plan), NO_SAVINGS).values())
+    # Without a ceiling the allocator keeps some of what is freed.
+    return Estimate(peak + (peak - BASE_BYTES) // 4, _seconds(plan))
+
+
+def _seconds(plan: Plan) -> float:
+    """Wall time of the run."""
+    calibration = plan.recipe.calibration
+    if calibration is None or not plan.recipe.needs:
+        return 3.0 + sum(s.out_features * s.in_features for s in plan.schemes) / 2e8
+    tokens = calibration.samples * calibration.sequence_length
+    inputs = {(b.index, s.expert, s.in_features) for b in plan.structure.blocks for s in b.sites}
+    share = _share_of_experts(plan)
+    products = 2 * tokens * sum(s.out_features * s.in_features * (share if s.expert else 1) for s in plan.schemes)
+    products += 2 * tokens * sum(k * k * (share if expert else 1) for _, expert, k in inputs)
+    solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
+    passes = 2 if calibration.mode == "sequential" else 1
+    return 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops()
+
+
+def _share_of_experts(plan: Plan) -> float:
+    """Which share of the tokens an expert gets on average; 1 when every expert sees all of them."""
+    config, calibration = plan.skeleton.config.get_text_config(), plan.recipe.calibration
+    experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen and not calibration.all_experts else 1.0
+
+
+def _flops() -> float:
+    """Products per second of a bfloat16 matrix product on this machine, from 50 ms of them."""
+    import time
+
+    import torch
+
+    a = torch.ones(512, 512, dtype=torch.bfloat16)
+    a @ a
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        a @ a
+        count += 1
+    return count * 2 * 512**3 / (time.perf_counter() - started)

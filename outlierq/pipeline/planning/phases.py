@@ -1,0 +1,277 @@
+"""Upper bounds of resident memory for each phase of a run, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from outlierq.calibrate.collect import BLOCK_FIELDS, CHUNK_ELEMENTS_DEVICE
+from outlierq.core.model import Block
+from outlierq.export.writer import PIECE_BYTES
+from outlierq.ops.search.refine import fitted_together
+from outlierq.pipeline.planning.work import Savings, Work
+from outlierq.quantize.stage import ROWS_PER_WORD
+
+FLOAT = 4  # bytes of a float32
+
+
+# Resident memory with torch, transformers and a small tokenizer imported and used. Measured: 340 MiB of its own, and of
+# the libraries' files 130 MiB on one machine and some 100 more on another, whose kernel maps more pages at a fault.
+BASE_BYTES = 600 << 20
+
+
+# Another library's kernels, its context and pinned buffers in the host's memory once CUDA is in use.
+CUDA_BYTES = 3 << 30
+
+
+# torch.distributed, its threads and buffers, where several processes share the work.
+SEVERAL_BYTES = 64 << 20
+
+
+# Modules, names, headers and journal of one block (measured on 512 blocks: 87 kB), whatever its width.
+BLOCK_BYTES = 100_000
+
+
+# A tokenizer takes this many times the bytes of its file; a text file is read whole and cut into tokens.
+TOKENIZER_FACTOR, TEXT_FACTOR = 6, 8
+
+
+# Buffers of matrix products and of sums over pieces of a batch: a float32 piece, the same in bfloat16, and packing.
+WORKSPACE = 3 * FLOAT * CHUNK_ELEMENTS_DEVICE
+
+
+# Float32 copies of a stack that the method holds at once (measured: 10.5 for GPTQ, 4.5 for rounding by the hessian).
+COPIES = {"gptq": 11}
+
+
+COPIES_OF_OTHERS = 6
+
+
+# The same of the rows that judge a transform (AWQ: 1024 rows and their candidates).
+JUDGING_ROWS, JUDGING_COPIES = 1024, 10
+
+
+# Bytes per weight of encoding one linear and reading it back: packed codes twice, codes as integers of 32 bits.
+ENCODING = 12
+
+
+def peaks(work: Work, savings: Savings) -> dict[str, int]:
+    """Upper bounds of resident memory, in bytes, by phase."""
+    block = Phases(work, savings)
+    found = {"tables": block.tables(), "write": block.writing()}
+    if work.calibration is not None:
+        found["collect"] = block.collecting()
+        if work.writes_stats:
+            found |= {"file": block.filing(), "logits": block.logits()}
+        if work.transforms:
+            found["folds"] = block.folding()
+    if work.statistics and not work.writes_stats:
+        found["solve"] = block.solving()
+    if work.transforms and not work.writes_stats:
+        found["transform"] = block.transforming()
+    if work.proves:
+        found["rewrite"] = block.rewriting()
+    return {phase: block.base + size for phase, size in found.items()}
+
+
+class Phases:
+    """The bytes of each phase beside the process itself, for the largest block."""
+
+    def __init__(self, work: Work, savings: Savings):
+        self.work, self.savings = work, savings
+        self.block = max(work.structure.blocks, key=lambda block: sum(work.elements[n] for n in block.tensors))
+        elements = sum(work.elements[name] for name in self.block.tensors)
+        self.running, self.dense = elements * work.itemsize, elements * FLOAT
+        self.stored = sum(work.stored[name] for name in self.block.tensors)
+        self.making = max((work.making.get(name, 0) for name in self.block.tensors), default=0)
+        self.inputs = list(_inputs(self.block))
+        self.base = BASE_BYTES + len(work.structure.blocks) * BLOCK_BYTES
+        self.base += work.tokenizer_bytes * TOKENIZER_FACTOR + work.text_bytes * TEXT_FACTOR
+        self.base += (CUDA_BYTES if work.cuda else 0) + (SEVERAL_BYTES if work.ranks > 1 else 0)
+        self.mine = -(-work.shards // work.ranks)  # shards that one process runs, one after another
+
+    @property
+    def loading(self) -> int:
+        """A block that gets its weights; stored in another dtype they are there twice for a moment."""
+        return self.running + (self.stored if self.stored != self.running else 0) + self.making
+
+    def hidden(self) -> int:
+        """Hidden states that are resident."""
+        calibration = self.work.calibration
+        if calibration is None:
+            return 0
+        token = self.work.hidden * self.work.itemsize
+        shard = -(-calibration.samples // self.work.shards) * calibration.sequence_length * token
+        if shard <= self.savings.spill_bytes:
+            return self.mine * shard
+        return 2 * self._batch_tokens * token
+
+    @property
+    def _batch_tokens(self) -> int:
+        """Tokens that run at once."""
+        calibration = self.work.calibration
+        return min(self.savings.batch_size or calibration.batch_size, calibration.samples) * calibration.sequence_length
+
+    def activations(self) -> int:
+        """One batch inside of a block: what each linear returns, its inputs, and the residual stream with its norm."""
+        work, calibration = self.work, self.work.calibration
+        expert = [s for s in self.block.sites if s.expert]
+        plain = [s for s in self.block.sites if not s.expert]
+        outputs = sum(s.out_features for s in plain) + 3 * max((s.out_features for s in expert), default=0)
+        widest = max(s.in_features for s in self.block.sites)
+        token = work.itemsize * (outputs + 2 * widest + 8 * work.hidden) + FLOAT * 2 * work.hidden
+        length = calibration.sequence_length
+        scores = self._batch_tokens * length * FLOAT  # a mask
+        if work.eager:
+            scores += self._batch_tokens * length * work.heads * (FLOAT + 2 * work.itemsize)
+        if work.fields & BLOCK_FIELDS:  # attention of one sequence's sampled queries, and kept outputs
+            scores += length * length // 4 * work.heads * FLOAT + self._batch_tokens * outputs * work.itemsize
+        return self._batch_tokens * token + scores + WORKSPACE
+
+    def tables(self) -> int:
+        """What is read before the first block runs; its weights, too, for a probe of one short sequence."""
+        work = self.work
+        if work.calibration is None:
+            return 0
+        rows = 2 * self._batch_tokens * work.hidden * work.itemsize
+        return self._outside(work.looked_up) + rows + self.loading + self.hidden() + self.activations()
+
+    def _outside(self, without: frozenset[str]) -> int:
+        """What is outside of the blocks, in memory; stored in another dtype it is there twice for a moment."""
+        structure = self.work.structure
+        names = {*structure.outside_tensors, *(site.weight for site in structure.outside_sites)} - without
+        making = max((self.work.making.get(name, 0) for name in names), default=0)
+        return making + sum(self.work.stored[name] for name in names) * (1 if self.stored == self.running else 2)
+
+    def statistics(self) -> int:
+        """Statistics of one block that are in memory at once."""
+        all_of_them = sum(count * self._of_group(width) for width, _, count in self.inputs)
+        return all_of_them if self.savings.stats_bytes is None else min(all_of_them, self.collected())
+
+    def collected(self) -> int:
+        """Statistics that are collected in one pass."""
+        whole = sum(count * self._of_group(width) for width, _, count in self.inputs)
+        if self.savings.stats_bytes is None:
+            return whole
+        largest = max(self._of_group(width) for width, _, _ in self.inputs)
+        return min(whole, max(self.savings.stats_bytes, largest))
+
+    def _of_group(self, width: int) -> int:
+        """Statistics of one input."""
+        kept = 16 * 8 + 512 * 2 + (self.work.calibration.samples if self.work.calibration else 0) * FLOAT
+        kept += 48 * 8 if "log2_histogram" in self.work.fields else 0
+        return width * kept + (width * width * FLOAT if "hessian" in self.work.fields else 0)
+
+    def collecting(self) -> int:
+        """The block runs over the text; sums of shards wait for those of their neighbours, and for other processes'."""
+        waiting = self.collected() * self.mine.bit_length()
+        received = 1 + (self.work.shards.bit_length() if self.work.ranks > 1 else 0)
+        return self.loading + self.hidden() + waiting + max(self.activations(), received * self.largest_hessian)
+
+    @property
+    def largest_hessian(self) -> int:
+        return max(self._of_group(width) for width, _, _ in self.inputs)
+
+    def folding(self) -> int:
+        """Folds are tried on a float32 copy of the block, with another copy of the consumers."""
+        consumers = max(rows * width for width, rows, _ in self.inputs) * FLOAT
+        return self.running + self.dense + 2 * consumers + self.hidden()
+
+    def solving(self) -> int:
+        """The linears of the block are quantized, group by group; codes of those that are done wait to be written."""
+        work = self.work
+        tensors = self.dense if work.transforms else self.stored
+        codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
+        running = self.running if self._keeps_weights else 0
+        running += self.dense if self.work.ranks > 1 else 0  # passed on to the others as it was written
+        largest = max(self._solving(width, rows) for width, rows, _ in self.inputs)
+        return self._held() + tensors + codes + running + max(largest, self.making) + self.hidden()
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether the block's weights in the model wait for more than the collection."""
+        calibration = self.work.calibration
+        return calibration is not None and (calibration.mode == "sequential" or self.work.transforms)
+
+    def _held(self) -> int:
+        """Statistics that wait while one group is worked on."""
+        if self.savings.stats_bytes is not None:
+            return 0
+        # The file that they are read from is mapped, and its pages stay as long.
+        return self.statistics() * (2 if self.work.from_file else 1)
+
+    def _solving(self, width: int, rows: int) -> int:
+        """One stack, [rows, width], beside the statistics that wait."""
+        work, most = self.work, self.savings.most_weights
+        stack = rows * width
+        piece = stack if most is None else min(stack, max(most, ROWS_PER_WORD * width))
+        hessian = self._of_group(width)
+        solved = COPIES.get(work.method, COPIES_OF_OTHERS) * FLOAT * piece + (stack if piece < stack else 0)
+        found = solved
+        if work.method == "gptq":
+            # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
+            groups = -(-width // (work.group or width))
+            refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
+            found = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
+            found = max(found, 3 * hessian + FLOAT * piece)
+        if work.activations:
+            found = max(found, 3 * FLOAT * stack + 2 * hessian + 512 * (3 * width + 3 * rows) * FLOAT)
+        # In a file they are read, weighed and moved; in memory one of them is, while all others are there.
+        return max(hessian + found, 3 * hessian) if self.savings.stats_bytes is not None else max(found, 2 * hessian)
+
+    def transforming(self) -> int:
+        """Scales are chosen and folded in float32, and the block's output before and after is compared."""
+        width, rows, _ = max(self.inputs, key=lambda each: each[0] * each[1])
+        stack = FLOAT * rows * width
+        judged = JUDGING_COPIES * FLOAT * min(rows, JUDGING_ROWS) * width
+        choosing = self.dense + 3 * stack + max(3 * self.largest_hessian + judged, stack)
+        comparing = self.dense + self.running + self.dense + self.stored + self.making
+        return self.running + self._held() + self.stored + max(choosing, comparing) + self.hidden()
+
+    def writing(self) -> int:
+        """The largest linear is encoded and read back, or the largest other tensor is copied."""
+        work = self.work
+        linear = max((work.elements[s.weight] for s in work.quantized), default=0) * ENCODING
+        plain = max((2 * size + work.making.get(name, 0) for name, size in work.stored.items()), default=0)
+        plain = min(plain, 4 * PIECE_BYTES) if work.by_rows else plain
+        linear += self.making
+        if not work.statistics:
+            return max(linear, plain)
+        block = self._held() + (self.dense if work.transforms else self.stored) + self.hidden()
+        codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
+        return max(block + codes + linear, plain)
+
+    def rewriting(self) -> int:
+        """A rewrite is looked for and proved: the whole model runs in float32, block by block, on a short text.
+
+        Of tables and head only the first rows do, but they are read whole.
+        """
+        from outlierq.pipeline.remodel.anatomy import ROWS
+
+        work = self.work
+        outside = set(work.stored) - {name for block in work.structure.blocks for name in block.tensors}
+        largest = max((work.elements[name] for name in self.block.tensors), default=0)
+        few = sum(min(work.elements[name], ROWS * work.hidden) for name in outside) * 2 * FLOAT
+        read = max((work.stored[name] + work.making.get(name, 0) for name in outside), default=0)
+        return max(2 * self.dense + 3 * FLOAT * largest + self.making, few + read)
+
+    def filing(self) -> int:
+        """The statistics of a block are written: beside themselves as copies, as bytes, and as the file's content."""
+        return self.running + 4 * self.statistics() + self.hidden()
+
+    def logits(self) -> int:
+        """What follows the blocks runs at sampled positions."""
+        sampled = 2 * 512 * self.work.vocabulary * FLOAT
+        return self._outside(frozenset()) + self.hidden() + self.activations() + sampled
+
+
+def _inputs(block: Block) -> Iterator[tuple[int, int, int]]:
+    """(width, rows of the linears that may share an input of it, how many such inputs there are at most).
+
+    Which linears share an input is found out when the block runs. Those of one parent and one width are taken for one
+    stack; for two inputs, when they are several, since one of them may read what the others have made.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    for site in block.sites:
+        found.setdefault((site.module.rpartition(".")[0], site.in_features), []).append(site.out_features)
+    for (_, width), rows in found.items():
+        yield width, sum(rows), min(len(rows), 2)
