@@ -132,7 +132,8 @@ class Checkpoint(TensorSource):
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
         """The tensor `count` rows at a time, [count, ...] each; a piece is valid until the next is asked for."""
-        return iter(self.read(name).split(count))
+        tensor = self.read(name)
+        return (tensor[row : row + count] for row in range(0, len(tensor), count))
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
         """Some rows of the tensor, [len(rows), ...], in the given order."""
