@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
+from outlierq.core.forward import forward_of
 
 if TYPE_CHECKING:
     import torch
@@ -292,7 +293,8 @@ class BlockRunner:
         """
         record = self._records[index]
         call = record.calls[record.of_batch[batch]]
-        return call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype)
+        with forward_of(self.model, "calibrate"):
+            return call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype)
 
     def run_once(self, index: int, hidden: HiddenStates, *, seed: int = 0) -> RunOnce:
         """A function that runs a module in the place of block `index` on one short random sequence.
@@ -311,7 +313,7 @@ class BlockRunner:
 
         def run(module: torch.nn.Module) -> torch.Tensor:
             dtype = next(module.parameters()).dtype
-            with torch.no_grad(), routing(module, "probe"):
+            with torch.no_grad(), routing(module, "probe"), forward_of(self.model, "calibrate"):
                 return call.run(module, noise.to(self.device, dtype, copy=True), dtype)
 
         return run
@@ -337,7 +339,11 @@ class BlockRunner:
                 def logits_at(batch: int, places: torch.Tensor) -> torch.Tensor:
                     stubs[0].given = hidden[batch].to(self.device, self.dtype, copy=True)
                     rows, columns = places.to(self.device).unbind(1)
-                    with torch.inference_mode(), _heads_input_at(self.model, rows, columns):
+                    with (
+                        torch.inference_mode(),
+                        _heads_input_at(self.model, rows, columns),
+                        forward_of(self.model, "calibrate"),
+                    ):
                         output = self.model(input_ids=batches[batch].to(self.device), use_cache=False)
                     logits = getattr(output, "logits", None)
                     if logits is None:
@@ -369,7 +375,8 @@ class BlockRunner:
     def _forward_model(self, ids: torch.Tensor) -> None:
         """Run the model until a stub stops it."""
         try:
-            self.model(input_ids=ids.to(self.device), use_cache=False)
+            with forward_of(self.model, "calibrate"):
+                self.model(input_ids=ids.to(self.device), use_cache=False)
         except StopForward:
             return
 

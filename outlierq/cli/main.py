@@ -27,19 +27,10 @@ from outlierq.cli.commands import (
     recipes,
     verify,
 )
-from outlierq.core.errors import EXIT_ERROR, OutlierqError
+from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
 
 INTERRUPTED, TERMINATED = 130, 143
 SEVERAL = ("quantize", "calibrate")  # what torchrun may start several times
-# What torch, C++, Python and oneDNN (the last) say when memory is not enough.
-NO_MEMORY = (
-    "not enough memory",
-    "allocate memory",
-    "out of memory",
-    "bad_alloc",
-    "can't start new thread",
-    "could not create a primitive",
-)
 EPILOG = "Exit codes: 0 done · 1 an error, or SIGTERM · 2 wrong usage · 3 a quality gate failed · 130 Ctrl-C"
 
 app = typer.Typer(
@@ -151,7 +142,7 @@ def _terminate(*_: Any) -> None:
 
 def _of_the_machine(error: OSError | MemoryError | RuntimeError) -> OutlierqError | None:
     """What the machine could not do, and what to try; None when it is no fault of the machine."""
-    if isinstance(error, MemoryError) or any(part in str(error).lower() for part in NO_MEMORY):
+    if lacks_memory(error):
         return OutlierqError(
             f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
             hint="free some, or lower calibration.batch_size, and run the same command again; it continues where it "

@@ -9,6 +9,15 @@ EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3
+# What torch, C++, Python and oneDNN (the last) say when memory is not enough.
+NO_MEMORY = (
+    "not enough memory",
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
+    "could not create a primitive",
+)
 
 
 class OutlierqError(Exception):
@@ -75,6 +84,11 @@ def during(stage: str, subject: str) -> Iterator[None]:
         if error.where is None:
             error.where = f"{stage} on {subject}"
         raise
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine has not enough memory."""
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in NO_MEMORY)
 
 
 def nearest(word: str, known: list[str]) -> str | None:
