@@ -6,6 +6,7 @@ command would do. It may raise `OutlierqError`; anything else is a finding.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -586,9 +587,35 @@ def read_jsonl(folder: Folder) -> None:
 
 
 def jsonl_seeds() -> list[bytes]:
-    """Rows of text and of chats."""
+    """Rows of text and of chats, in several shapes."""
     chats = [{"messages": [{"role": "user", "content": f"question {i}"}], "text": f"row number {i}"} for i in range(4)]
-    return [b"\n".join(map(dump, chats)) + b"\n"]
+    parts = [{"type": "text", "text": "question"}, {"type": "image", "url": "x"}]
+    tools = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    mixed = [
+        {"text": "row", "conversations": [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]},
+        {"text": "row", "instruction": "question", "input": "with this", "output": "answer", "system": "rules"},
+        {"text": "row", "prompt": "question", "chosen": [{"role": "user", "content": "question"}], "rejected": []},
+        {"text": "row", "messages": tools},
+    ]
+    return [b"\n".join(map(dump, rows)) + b"\n" for rows in (chats, mixed)]
+
+
+def json_rows_seeds() -> list[bytes]:
+    """An array of rows, an object of columns, and an array of texts."""
+    rows = [{"id": i, "text": f"row number {i}"} for i in range(4)]
+    columns = {"id": list(range(4)), "text": [f"row number {i}" for i in range(4)]}
+    return [dump(rows), dump(columns), dump(["row one", "row two", "row three"])]
+
+
+def table_seeds() -> list[bytes]:
+    """A table of text with cells in quotes."""
+    return [b'\xef\xbb\xbfid,text\r\n1,"row, ""one""\nand more"\r\n2,row two\r\n3,\r\n', b"text\none line\nanother\n"]
+
+
+def packed_text_seeds() -> list[bytes]:
+    """The same plain text as gzip writes it, in one piece and in two."""
+    text = text_seeds()[0]
+    return [gzip.compress(text, mtime=0), gzip.compress(text, mtime=0) + gzip.compress(text, 1, mtime=0)]
 
 
 def text_seeds() -> list[bytes]:
@@ -815,6 +842,10 @@ READERS: dict[str, Reader] = {
     "journal": Reader(".journal.jsonl", journal_seeds, mutate.json_lines, read_journal),
     "text": Reader("text.txt", text_seeds, mutate.bytes_of, lambda folder: read_text(folder, "text.txt")),
     "text-jsonl": Reader("text.jsonl", jsonl_seeds, mutate.json_lines, read_jsonl),
+    "text-json": Reader("text.json", json_rows_seeds, mutate.json_file, lambda f: read_text(f, "text.json")),
+    "text-json-lines": Reader("text.json", jsonl_seeds, mutate.json_lines, lambda f: read_text(f, "text.json")),
+    "text-csv": Reader("text.csv", table_seeds, mutate.bytes_of, lambda folder: read_text(folder, "text.csv")),
+    "text-gz": Reader("text.txt.gz", packed_text_seeds, mutate.bytes_of, lambda f: read_text(f, "text.txt.gz")),
     "text-parquet": Reader(
         "text.parquet", parquet_seeds, mutate.bytes_of, lambda folder: read_text(folder, "text.parquet")
     ),

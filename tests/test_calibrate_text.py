@@ -203,7 +203,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, name):
 
 
 def test_a_folder_is_refused(tmp_path):
-    refused("Is a directory", [{"path": str(tmp_path)}])
+    refused("it is a folder, not a file", [{"path": str(tmp_path)}])
 
 
 def test_files_with_broken_rows_are_refused(tmp_path):
@@ -253,5 +253,79 @@ def test_chats_without_a_template_or_with_bad_messages_are_refused(tmp_path, cou
     refused("the tokenizer has no chat template", [{"path": counting}], chat_template=True)
     strict = tokenizer(chat="{{ raise_exception('roles must alternate') }}")
     rows = jsonl(tmp_path, [{"messages": [{"role": "user", "content": "w1"}]}])
-    refused("messages of row 0: roles must", [{"path": rows}], tokenizer=strict, chat_template=True)
+    refused("messages of row 0 of rows.jsonl: roles must", [{"path": rows}], tokenizer=strict, chat_template=True)
     refused("has no column 'text'; it has messages", [{"path": rows}])
+
+
+SHAREGPT = [{"from": "human", "value": "w2"}, {"from": "gpt", "value": "w4 w5"}]
+ROLES = "{% for m in messages %}{{ {'user': 'w1', 'assistant': 'w3'}[m.role] }} {{ m.content }} {% endfor %}"
+
+
+def test_chats_of_sharegpt_are_rendered_from_files_and_parquet_alike(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversations": SHAREGPT}] * 4), tmp_path / "a.parquet")
+    for path in (jsonl(tmp_path, [{"conversations": SHAREGPT}] * 4), str(tmp_path / "a.parquet")):
+        for column in ({}, {"column": "conversations"}):
+            found = windows([{"path": path, **column}], tokenizer=tokenizer(chat=ROLES), chat_template=True)
+            assert found.ids.tolist() == [[1, 2, 3, 4, 5]] * 3
+
+
+def test_pairs_of_a_data_set_are_rendered(monkeypatch):
+    import datasets
+
+    rows = [{"question": "w2", "answer": "w4 w5"}] * 4
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(lambda: rows)
+    )
+    found = windows([{"dataset": "some/set"}], tokenizer=tokenizer(chat=ROLES), chat_template=True)
+    assert found.ids.tolist() == [[1, 2, 3, 4, 5]] * 3
+
+
+def test_rows_without_text_are_skipped_and_said(tmp_path):
+    good = {"messages": [{"role": "w1", "content": "w2 w3 w4 w5"}]}
+    path = jsonl(tmp_path, [{"messages": None}, {"messages": []}, good, good, good])
+    found = windows([{"path": path}], tokenizer=tokenizer(chat=CHAT), chat_template=True)
+    assert found.ids.tolist() == [[1, 2, 3, 4, 5]] * 3
+    assert found.notes == ("rows.jsonl: left out: rows without text (2)",)
+    plain = windows([{"path": jsonl(tmp_path, [{"text": ""}, {"text": words(*range(40))}])}])
+    assert plain.notes == ("rows.jsonl: left out: rows without text (1)",)
+
+
+def test_chats_without_the_chat_template_are_refused_with_the_way_out(tmp_path):
+    path = jsonl(tmp_path, [{"conversations": SHAREGPT}])
+    assert "chat_template: true" in refused("no column 'text'; it has conversations", [{"path": path}]).hint
+    path = jsonl(tmp_path, [{"body": "w1"}])
+    error = refused("no column 'text'", [{"path": path}], tokenizer=tokenizer(chat=CHAT), chat_template=True)
+    assert "prompt and completion" in error.hint
+
+
+def text_of(tmp_path, numbers) -> list[dict[str, str]]:
+    (tmp_path / "text.txt").write_text(words(*numbers))
+    return [{"path": str(tmp_path / "text.txt")}]
+
+
+def test_text_of_hardly_any_different_tokens_is_refused(tmp_path):
+    for period in (1, 2, 3):
+        source = text_of(tmp_path, [i % period for i in range(200)])
+        refused("3 of 3 windows of 40 tokens hold less than 4 different tokens", source, sequence_length=40)
+    assert windows(text_of(tmp_path, [i % 4 for i in range(200)]), sequence_length=40).notes == ()
+
+
+def test_text_of_nothing_but_special_tokens_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("<eos> <bos> other words " * 60)
+    refused("3 of 3 windows of 40", [{"path": str(tmp_path / "text.txt")}], sequence_length=40)
+
+
+def test_some_windows_of_one_token_are_noted(tmp_path):
+    source = text_of(tmp_path, [0] * 40 + list(range(120)))
+    (said,) = windows(source, samples=4, sequence_length=40).notes
+    assert said.startswith("text.txt: 1 of 4 windows of 40 tokens hold less than 4 different")
+
+
+def test_a_text_of_few_different_tokens_is_noted(tmp_path):
+    source = text_of(tmp_path, [i % 20 for i in range(1200)])
+    assert windows(source, samples=30, sequence_length=40).notes == (
+        "text.txt: there are only 20 different tokens among 1,200",
+    )

@@ -135,10 +135,10 @@ class TestNothingRuns:
     def test_a_chat_template_with_code_is_refused(self, template, tmp_path, tools, watch, monkeypatch):
         from transformers import AutoTokenizer
 
-        from outlierq.calibrate import text
+        from outlierq.calibrate import chats, text
         from outlierq.core.errors import StatsError
 
-        monkeypatch.setattr(text, "SECONDS_PER_CHAT", 0.2)
+        monkeypatch.setattr(chats, "SECONDS_PER_CHAT", 0.2)
         monkeypatch.chdir(tmp_path)
         tools.write_tokenizer(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.chats import SHAPES, chat_columns, messages_of, rendered
+from outlierq.calibrate.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
 from outlierq.core.block_stats import MASS_COLUMNS
 from outlierq.core.errors import StatsError, during, nearest
-from outlierq.core.machine.untrusted import json_object
+from outlierq.core.machine.untrusted import brief
+from outlierq.core.notes import collecting, note
 
 if TYPE_CHECKING:
     import torch
@@ -21,32 +24,41 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 DELIMITERS = frozenset(".,;:!?\n")  # tokens made of these are where attention sinks are found (arXiv:2402.17762)
 HELD_OUT = 4  # every 4th topic of the embedded text is kept for evaluation
-ROW_FILES = (".jsonl", ".ndjson", ".parquet")
 # Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
 POOL_FACTOR = 8
 # Tokenizing one long string takes some 150 bytes of memory a character, so long texts go in pieces, a few at a time.
 PIECE_CHARACTERS = 1 << 15
 DOCUMENTS_AT_A_TIME = 16
-SECONDS_PER_CHAT = 3.0
-TEMPLATE_FAULTS = (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
+# Windows of LEAST_JUDGED tokens and more can be judged. Nothing that a model reads has less than LEAST_DIFFERENT kinds
+# of tokens (DNA has four letters), and statistics of less know next to no directions. Less than FEW_DIFFERENT in a
+# whole source is less than letters, figures and punctuation, which even a tokenizer of bytes tells apart.
+LEAST_JUDGED = 32
+LEAST_DIFFERENT = 4
+FEW_DIFFERENT = 64
+FEW_JUDGED = 1024
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings."""
+    """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings.
+
+    notes: what was left out of the text, or is unusual about it.
+    """
 
     ids: torch.Tensor
     fingerprint: str
     description: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextSource:
     """Where text comes from: a file, a data set of the Hub, or the text that every Python carries.
 
-    path: a text file (one stream of text) or .jsonl / .parquet (one document a row), or the word "embedded".
-    dataset: a Hub id, with its `config`. column: what holds the text of a row, default "text" ("messages" for chats, if
-    there is one). split: of the data set (default "train"), or "calibration" / "evaluation" of the embedded text.
+    path: a text file (one stream of text), one of rows (.jsonl, .json, .csv, .parquet, ...: one document a row), or
+    the word "embedded". dataset: a Hub id, with its `config`. column: what holds the text of a row, default "text" (for
+    chats, the columns that `chat_columns` knows, if there are any). split: of the data set (default "train"), or
+    "calibration" / "evaluation" of the embedded text.
     weight: share of the samples, relative to the other sources.
     """
 
@@ -75,7 +87,7 @@ class TextSource:
     @property
     def has_rows(self) -> bool:
         """Whether it is made of documents, not of one stream of text."""
-        return self.path is None or Path(self.path).suffix.lower() in ROW_FILES
+        return self.path is None or has_rows(self.path)
 
 
 def embedded_text(part: str) -> str:
@@ -104,9 +116,9 @@ def token_windows(
     """`samples` windows of `sequence_length` tokens, which do not overlap, shared out to the sources by weight.
 
     Documents are joined to one stream and cut. seed: chooses among the windows; None takes the first ones in
-    order. chat_template: documents are rendered as chats ("messages", or their text as one user turn). Each window
-    starts with the bos token where the tokenizer adds one by itself. StatsError when the text cannot be read or is
-    too short.
+    order. chat_template: documents are rendered as chats (their messages, or their text as one user turn). Each window
+    starts with the bos token where the tokenizer adds one by itself. StatsError when the text cannot be read, is too
+    short, or says next to nothing.
     """
     import torch
 
@@ -118,15 +130,30 @@ def token_windows(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bos = _added_bos(tokenizer)
     parts = []
-    for source, count in zip(listed, shares(samples, [source.weight for source in listed]), strict=True):
-        with during("calibrate", source.name):
-            parts.append(_windows(tokenizer, source, count, sequence_length, generator, bos, chat_template))
+    with collecting() as notes:
+        for source, count in zip(listed, shares(samples, [source.weight for source in listed]), strict=True):
+            with during("calibrate", source.name):
+                parts.append(_windows(tokenizer, source, count, sequence_length, generator, bos, chat_template))
     ids = torch.cat(parts)
     settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "chat_template": chat_template}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
     names = " + ".join(source.name for source in listed)
     form = "chats" if chat_template else "text"
-    return TokenSet(ids, digest, f"{samples} x {sequence_length} tokens of {form}: {names}")
+    return TokenSet(ids, digest, f"{samples} x {sequence_length} tokens of {form}: {names}", tuple(notes))
+
+
+def whole_text(path: str) -> str:
+    """The text of a file, that of rows with blank lines between them; StatsError when it cannot be read as text."""
+    source = TextSource(path=path)
+    if not source.has_rows:
+        return file_text(path)
+    texts, room = [], MOST_BYTES
+    for text in _documents(source, None, Counter()):
+        texts.append(text)
+        room -= len(text)
+        if room < 0:
+            break
+    return "\n\n".join(texts)
 
 
 def token_classes(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +225,11 @@ def _windows(
     body = sequence_length - (bos is not None)
     pool = count if generator is None else POOL_FACTOR * count
     limit = pool * body if source.has_rows or generator is None else None
-    tokens = torch.tensor(list(islice(_token_stream(tokenizer, source, chat_template), limit)), dtype=torch.long)
+    left_out: Counter[str] = Counter()
+    stream = _token_stream(tokenizer, source, chat_template, left_out)
+    tokens = torch.tensor(list(islice(stream, limit)), dtype=torch.long)
+    if left_out:
+        note(f"{source.name}: left out: {', '.join(f'{what} ({n})' for what, n in sorted(left_out.items()))}")
     available = len(tokens) // body
     if available < count:
         raise StatsError(
@@ -208,14 +239,36 @@ def _windows(
     windows = tokens[: available * body].view(available, body)
     order = torch.arange(count) if generator is None else torch.randperm(available, generator=generator)[:count]
     windows = windows[order]
+    _judge(windows, tokenizer, source.name)
     return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
 
 
-def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool) -> Iterator[int]:
+def _judge(windows: torch.Tensor, tokenizer: Any, name: str) -> None:
+    """Refuse windows [n, tokens] that say next to nothing, and note what looks like it."""
+    import torch
+
+    count, length = windows.shape
+    if length < LEAST_JUDGED:
+        return
+    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
+    different = torch.tensor([(~torch.isin(window.unique(), special)).sum() for window in windows])
+    poor = int((different < LEAST_DIFFERENT).sum())
+    said = f"{poor} of {count} windows of {length} tokens hold less than {LEAST_DIFFERENT} different tokens beside "
+    said += "special ones"
+    if 2 * poor > count:
+        raise StatsError(said, hint="give text like that which the model will read")
+    if poor:
+        note(f"{name}: {said}")
+    in_all = len(windows.unique())
+    if in_all < FEW_DIFFERENT and windows.numel() >= FEW_JUDGED:
+        note(f"{name}: there are only {in_all} different tokens among {windows.numel():,}")
+
+
+def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool, left_out: Counter[str]) -> Iterator[int]:
     """The tokens of all documents. Rows are separated by the eos token, chats by what their template writes."""
     eos = getattr(tokenizer, "eos_token_id", None)
     separated = source.has_rows and not chat_template and eos is not None
-    documents = _documents(source, tokenizer if chat_template else None)
+    documents = _documents(source, tokenizer if chat_template else None, left_out)
     first = True
     while texts := list(islice(documents, DOCUMENTS_AT_A_TIME)):
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -225,24 +278,36 @@ def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool) -> It
             first = False
 
 
-def _documents(source: TextSource, chat_tokenizer: Any | None) -> Iterator[str]:
-    """The texts of a source, without empty ones."""
+def _documents(source: TextSource, chat_tokenizer: Any | None, left_out: Counter[str]) -> Iterator[str]:
+    """The texts of a source. Empty ones are left out, and counted where they are rows."""
     if source.has_rows:
-        values = _column(source, chat=chat_tokenizer is not None)
+        rows = _rows(source, chat=chat_tokenizer is not None)
     elif chat_tokenizer is None:
-        values = _pieces(_file_text(source))
+        rows = ({"text": piece} for piece in _pieces(_stream(source)))
     else:
-        values = iter(_file_text(source).split("\n\n"))  # each paragraph is a turn
-    for number, value in enumerate(values):
-        if chat_tokenizer is not None and value:
-            value = _rendered(chat_tokenizer, value, number)
-        if value is not None and not isinstance(value, str):
-            raise StatsError(
-                f"row {number} of {source.name} holds {type(value).__name__} where text is needed",
-                hint="set `column` to a column of text, or chat_template for messages",
-            )
-        if value:
-            yield value
+        rows = ({"text": part} for part in _stream(source).split("\n\n") if part)  # each paragraph is a turn
+    for number, row in enumerate(rows):
+        where = f"row {number} of {source.name}"
+        if chat_tokenizer is None:
+            text = _text_of(row, where)
+        else:
+            messages = messages_of(row, where, left_out)
+            text = rendered(chat_tokenizer, messages, where) if messages else ""
+        if text:
+            yield text
+        elif chat_tokenizer is None:
+            left_out["rows without text"] += 1
+
+
+def _text_of(row: Row, where: str) -> str:
+    """The text of a row of one column; empty when it has none."""
+    (value,) = row.values()
+    if value is not None and not isinstance(value, str):
+        raise StatsError(
+            f"{where} holds {type(value).__name__} where text is needed",
+            hint="set `column` to a column of text, or chat_template for messages",
+        )
+    return value or ""
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -257,126 +322,43 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _file_text(source: TextSource) -> str:
+def _stream(source: TextSource) -> str:
     """The whole text of a file, or the embedded one."""
-    if source.path == EMBEDDED:
-        return embedded_text(source.split or "calibration")
-    try:
-        return Path(source.path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise StatsError(f"{source.name} is not UTF-8 text: byte {error.start} does not fit") from error
-    except OSError as error:
-        raise _unreadable(source, error) from error
+    return embedded_text(source.split or "calibration") if source.path == EMBEDDED else file_text(source.path)
 
 
-def _unreadable(source: TextSource, error: OSError) -> StatsError:
-    """A file that cannot be opened."""
-    return StatsError(f"cannot read {source.path}: {error.strerror or error}", hint="check the path of the text")
+def _rows(source: TextSource, *, chat: bool) -> Iterator[Row]:
+    """The rows of a source, each with the columns that its text is made of."""
+
+    def columns(names: Sequence[str]) -> tuple[str, ...]:
+        return _columns(source, names, chat)
+
+    return file_rows(source.path, columns) if source.path is not None else _dataset_rows(source, columns)
 
 
-def within(seconds: float, call: Callable[[], str]) -> str:
-    """What `call` returns; TimeoutError when it takes longer. It then goes on in a thread that ends with the process:
-    a template is a program, and its sandbox knows no time.
-    """
-    results: list[str] = []
-    faults: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:  # raised again below, in the thread that asked
-            faults.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"it takes more than {seconds:g} seconds")
-    if faults:
-        raise faults[0]
-    return results[0]
+def _columns(source: TextSource, names: Sequence[str], chat: bool) -> tuple[str, ...]:
+    """The column that was asked for, or the usual ones; StatsError names the ones there are."""
+    usual = chat_columns(names)
+    if chat and source.column is None and usual:
+        return usual
+    column = source.column or "text"
+    if column in names:
+        return (column,)
+    close = nearest(column, list(names))
+    hint = f"did you mean {close}?" if close else "set `column`"
+    if source.column is None and (chat or usual):
+        hint = SHAPES if chat else f"for chats ({', '.join(usual)}) set chat_template: true; else set `column`"
+    raise StatsError(f"{source.name} has no column {column!r}; it has {brief(', '.join(names)) or 'none'}", hint=hint)
 
 
-def _rendered(tokenizer: Any, value: Any, number: int) -> str:
-    """One chat in the tokenizer's own template; plain text is one turn of the user."""
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise StatsError("the tokenizer has no chat template", hint="leave chat_template out")
-    if not isinstance(value, str | list):
-        raise StatsError(f"row {number} holds {type(value).__name__} where text or messages are needed")
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    try:
-        return within(SECONDS_PER_CHAT, lambda: tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, *TEMPLATE_FAULTS) as error:
-        raise StatsError(f"the chat template does not accept the messages of row {number}: {error}") from error
-
-
-def _column(source: TextSource, *, chat: bool) -> Iterator[Any]:
-    """The values of the text column, row by row."""
-    if source.dataset is not None:
-        return _dataset_column(source, chat)
-    if Path(source.path).suffix.lower() == ".parquet":
-        return _parquet_column(source, chat)
-    return _jsonl_column(source, chat)
-
-
-def _choose_column(source: TextSource, columns: Sequence[str], chat: bool) -> str:
-    """The column that was asked for, or the usual one; StatsError names the ones there are."""
-    column = source.column or ("messages" if chat and "messages" in columns else "text")
-    if column not in columns:
-        close = nearest(column, list(columns))
-        raise StatsError(
-            f"{source.name} has no column {column!r}; it has {', '.join(columns) or 'none'}",
-            hint=f"did you mean {close}?" if close else "set `column`",
-        )
-    return column
-
-
-def _jsonl_column(source: TextSource, chat: bool) -> Iterator[Any]:
-    """One JSON object a line."""
-    try:
-        with open(source.path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = _json_row(source, number, line)
-                    yield row[_choose_column(source, list(row), chat)]
-    except UnicodeDecodeError as error:
-        raise StatsError(f"{source.name} is not UTF-8 text: byte {error.start} does not fit") from error
-    except OSError as error:
-        raise _unreadable(source, error) from error
-
-
-def _json_row(source: TextSource, number: int, line: str) -> dict[str, Any]:
-    """One line of a JSONL file."""
-    return json_object(line, f"line {number} of {source.name}", StatsError)
-
-
-def _parquet_column(source: TextSource, chat: bool) -> Iterator[Any]:
-    """One column of a Parquet file, read batch by batch."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open(source.path, "rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            column = _choose_column(source, table.schema_arrow.names, chat)
-            for batch in table.iter_batches(columns=[column]):
-                yield from batch.column(0).to_pylist()
-    except OSError as error:  # Parquet's own faults are OSErrors, too
-        raise _unreadable(source, error) from error
-    except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
-        raise StatsError(f"{source.name} is not a Parquet file: {error}") from error
-
-
-def _dataset_column(source: TextSource, chat: bool) -> Iterator[Any]:
-    """One column of a data set of the Hub, streamed."""
+def _dataset_rows(source: TextSource, columns: Columns) -> Iterator[Row]:
+    """The rows of a data set of the Hub, streamed."""
     import datasets
 
     try:
         rows = datasets.load_dataset(source.dataset, source.config, split=source.split or "train", streaming=True)
         for row in rows:
-            yield row[_choose_column(source, list(row), chat)]
+            yield {name: row[name] for name in columns(list(row))}
     except (OSError, ValueError) as error:
         raise StatsError(
             f"cannot stream the data set {source.dataset}: {error}",

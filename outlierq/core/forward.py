@@ -36,5 +36,5 @@ def _innermost(model: torch.nn.Module, error: BaseException) -> str:
     """The name of the last module in whose code the error passed."""
     names = {id(part): name for name, part in model.named_modules()}
     callers = (id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__))
-    found = [names[caller] for caller in callers if caller in names]
-    return (found[-1] if found else "") or type(model).__name__
+    passed = [names[caller] for caller in callers if caller in names]
+    return (passed[-1] if passed else "") or type(model).__name__

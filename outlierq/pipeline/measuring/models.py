@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import OutlierqError
+from outlierq.core.errors import OutlierqError, StatsError
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.events import Event, Listener, silent
 
@@ -51,17 +51,19 @@ def measure_text(
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
-    """The text to measure on, and its name. data: a text file, or None for the held-out part of the embedded text."""
-    if data is None:
-        from outlierq.calibrate.text import embedded_text
+    """The text to measure on, and its name. data: a file as calibration reads it, or None for the held-out part of the
+    embedded text."""
+    from outlierq.calibrate.text import embedded_text, whole_text
 
+    if data is None:
         return embedded_text("evaluation"), "Python language reference (held-out part)"
-    path = Path(data)
     try:
-        raw = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutlierqError(f"the evaluation text {data} cannot be read: {error}") from error
-    return raw, path.name
+        return whole_text(data), Path(data).name
+    except StatsError as error:
+        raise OutlierqError(
+            f"the evaluation text {data} cannot be read: {error.what}",
+            hint="give a file of plain text, or of rows with a column `text`",
+        ) from error
 
 
 def run_tasks(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], **options: Any) -> dict[str, Any]:

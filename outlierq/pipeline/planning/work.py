@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
 from outlierq.calibrate.runner import SPILL_BYTES
+from outlierq.calibrate.files import MOST_BYTES
 from outlierq.core.model import LinearSite, Structure
 from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
@@ -191,7 +192,7 @@ def _known(
         "heads": getattr(config, "num_attention_heads", None) or 1,
         "eager": getattr(skeleton.config, "_attn_implementation", "eager") == "eager",
         "tokenizer_bytes": len(tokenizer.read()) if tokenizer else 0,
-        "text_bytes": sum(path.stat().st_size for path in texts if path.is_file()),
+        "text_bytes": sum(min(path.stat().st_size, MOST_BYTES) for path in texts if path.is_file()),
         "cuda": device.startswith("cuda"),
         "vocabulary": getattr(config, "vocab_size", None) or 0,
     }
