@@ -37,7 +37,8 @@ def folder(tiny_llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ids(tiny_llama) -> torch.Tensor:
     """The tokens that the statistics are of."""
-    return token_set(open_checkpoint(str(tiny_llama)), settings()).ids
+    checkpoint = open_checkpoint(str(tiny_llama))
+    return token_set(checkpoint, build_skeleton(checkpoint), settings()).ids
 
 
 def source_of(model, work, needs) -> StatsFromRun:
@@ -48,7 +49,7 @@ def source_of(model, work, needs) -> StatsFromRun:
         checkpoint,
         find_structure(checkpoint, skeleton),
         checkpoint_names(checkpoint, skeleton),
-        token_set(checkpoint, settings()),
+        token_set(checkpoint, skeleton, settings()),
         settings(),
         fields=stored_fields(needs),
         work=work,

@@ -376,7 +376,7 @@ def source_of(model: Path, work: Path, shards: int) -> StatsFromRun:
         checkpoint,
         find_structure(checkpoint, skeleton),
         checkpoint_names(checkpoint, skeleton),
-        token_set(checkpoint, settings.calibration),
+        token_set(checkpoint, skeleton, settings.calibration),
         settings.calibration,
         fields=ALL_FIELDS | BLOCK_FIELDS,
         work=work,

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError
+from outlierq.core.forward import forward_of
+from outlierq.core.windows import check_ids, check_length
 
 if TYPE_CHECKING:
     import torch
@@ -135,25 +137,15 @@ def _check_ids(model: torch.nn.Module, ids: torch.Tensor) -> None:
     """Refuse what would fail inside the model without saying why."""
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise OutlierqError(f"windows of token ids must be [windows, length >= 2], not {list(ids.shape)}")
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > positions:
-        raise OutlierqError(
-            f"windows of {ids.shape[1]} tokens exceed the model's {positions} positions",
-            hint=f"use windows of at most {positions} tokens",
-        )
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
-        raise OutlierqError(
-            f"token id {int(ids.max())} does not fit the model's vocabulary of {vocabulary}",
-            hint="the tokenizer does not belong to this model",
-        )
+    check_length(model, ids.shape[1], "--window-length, or gate.window_length")
+    check_ids(model, ids)
 
 
 def _logits(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """[batch, length - 1, vocabulary]: the logits that predict tokens 1..L-1."""
     parameter = next(module.parameters(), batch)
-    return module(input_ids=batch.to(parameter.device), use_cache=False).logits[:, :-1]
+    with forward_of(module, "evaluate"):
+        return module(input_ids=batch.to(parameter.device), use_cache=False).logits[:, :-1]
 
 
 def _measure_window(index: int, logits: torch.Tensor, reference: torch.Tensor | None, target: torch.Tensor) -> _Window:

@@ -55,7 +55,7 @@ def calibrate(
     former = ranks.first(lambda: former_shards(out))
     known = (checkpoint, skeleton, structure, settings, fields, device)
     savings = obeying(work_of_calibration(*known, ranks=ranks.size, shards=former), max_memory, device)
-    tokens = ranks.first(lambda: token_set(checkpoint, settings))
+    tokens = ranks.first(lambda: token_set(checkpoint, skeleton, settings))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
     names = checkpoint_names(checkpoint, skeleton)

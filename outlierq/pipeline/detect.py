@@ -83,7 +83,7 @@ def from_run(
 
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     structure = find_structure(checkpoint, skeleton)
-    tokens = token_set(checkpoint, settings)
+    tokens = token_set(checkpoint, skeleton, settings)
     names = checkpoint_names(checkpoint, skeleton)
     source = StatsFromRun(
         skeleton,

@@ -197,10 +197,13 @@ def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> 
 
 
 def read_some_rows(stored: StoredTensor, rows: Iterable[int], opened: Opener = open_plain) -> torch.Tensor:
-    """Some rows of a tensor, in the given order, in fresh memory."""
+    """Some rows of a tensor, in the given order, in fresh memory; SourceError for a row that it does not have."""
     import torch
 
     chosen, shape = list(rows), stored.info.shape
+    beyond = [row for row in chosen if not 0 <= row < shape[0]]
+    if beyond:
+        raise SourceError(f"{stored.info.name} has {shape[0]} rows, and row {beyond[0]} was asked for")
     row_bytes = stored.info.nbytes // max(1, shape[0])
     raw = torch.empty(len(chosen) * row_bytes, dtype=torch.uint8)
     memory = memoryview(raw.numpy())

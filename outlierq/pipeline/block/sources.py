@@ -63,7 +63,7 @@ def stats_source(
         )
     from outlierq.calibrate.collect import stored_fields
 
-    tokens = ranks.first(lambda: token_set(plan.checkpoint, recipe.calibration))
+    tokens = ranks.first(lambda: token_set(plan.checkpoint, plan.skeleton, recipe.calibration))
     settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
     source = StatsFromRun(
         plan.skeleton,

@@ -226,6 +226,8 @@ class StatsFromRun:
             self._release(block.name)  # nobody runs it again
         self.notes = [*dict.fromkeys(text for rank in self.ranks.share(said) for text in rank)]
         self.notes += tokens_note(groups, stats)
+        if index == 0:
+            self.notes += self.tokens.notes
         self._combine_observed(index, observed)
         return groups, stats
 
@@ -411,19 +413,27 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
     return settings.model_copy(update={"shards": shards}), remark
 
 
-def token_set(checkpoint: Checkpoint, settings: Calibration) -> TokenSet:
-    """The tokens that the recipe asks for."""
+def token_set(checkpoint: Checkpoint, model: torch.nn.Module, settings: Calibration) -> TokenSet:
+    """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them.
+
+    model: its skeleton, which knows both sizes.
+    """
     from outlierq.calibrate.text import token_windows
+    from outlierq.core.windows import check_ids, check_length
     from outlierq.load import load_tokenizer
 
-    return token_windows(
-        load_tokenizer(checkpoint),
+    check_length(model, settings.sequence_length, "calibration.sequence_length")
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = token_windows(
+        tokenizer,
         [text.model_dump(exclude_none=True) for text in settings.text],
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
         chat_template=settings.chat_template,
     )
+    check_ids(model, tokens.ids, len(tokenizer))
+    return tokens
 
 
 def _torch_dtype(name: str) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
-from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.calibrate.files import MOST_BYTES
+from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.model import LinearSite, Structure
 from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
