@@ -212,7 +212,7 @@ def test_the_split_works_with_every_scheme():
     [
         ("compressed-tensors", "int8_split", "cannot keep outlier columns"),
         ("bitsandbytes", "int8_split", "cannot keep outlier columns"),
-        ("outlierq-split", "rtn", "is the format of int8_split"),
+        ("outlierq-split", "rtn", "is the format of `int8_split`"),
         ("bitsandbytes", "gptq", "largest weight"),
     ],
 )

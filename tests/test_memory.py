@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from conftest import write_llama
+from reference.statistics import correlated_inputs, random_weight, statistics_of
 from safetensors.torch import load_file
 
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
@@ -34,12 +38,13 @@ from outlierq.pipeline.block.sources import stats_source
 from outlierq.pipeline.planning import memory, phases
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.memory import choose, in_passes, smallest_ceiling
-from outlierq.pipeline.planning.phases import BASE_BYTES, peaks
+from outlierq.pipeline.planning.phases import BASE_BYTES, method_bytes, peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import ALONE
 from outlierq.pipeline.quantize import quantize
 from outlierq.quantize import stage
 from outlierq.recipe import load
+from outlierq.registry import COPIES, methods
 from outlierq.transform.rotate import Change, Spin
 
 SMALL = ["calibration.samples=6", "calibration.sequence_length=32", "calibration.batch_size=4"]
@@ -424,6 +429,36 @@ def test_a_run_stays_below_its_ceiling_under_a_limit_of_the_system(tiny_llama, t
     assert nothing > 200 << 20
     # Without a ceiling the same run makes 275 MiB.
     assert 20 << 20 < peak - nothing < ceilings[1] - BASE_BYTES + PAGES < 240 << 20
+
+
+def most_allocated(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held at once during `work`, beside what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+ROUNDED = [QuantScheme(4), QuantScheme(8, symmetric=False), QuantScheme(4, 64), QuantScheme(4, 32, symmetric=False)]
+
+
+@pytest.mark.parametrize("chosen", methods("quantize").values(), ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("scheme", ROUNDED, ids=str)
+def test_a_quantizer_holds_no_more_copies_of_its_rows_than_it_declares_and_not_far_fewer(chosen, scheme):
+    """The bound with which a ceiling is kept; one that is much too high would refuse runs that fit."""
+    rows, width = 2048, 128  # a stack beside which a hessian is small
+    w, stats = random_weight(rows, width), statistics_of(correlated_inputs(256, width), sequence_length=64)
+    searches = get_args(chosen.options["scale_search"].annotation) if "scale_search" in chosen.options else ()
+    variants = [{"scale_search": word} for word in searches] or [{}]
+    held = w.nbytes + max(
+        most_allocated(lambda given=given: chosen.function(w, stats, scheme, **given)) for given in variants
+    )
+    hessian = stats.hessian.nbytes
+    weights = (w.numel(), w.numel())
+    assert held <= method_bytes(chosen.copies, chosen.factors, weights, width, scheme.group_size, hessian)
+    if chosen.copies != COPIES:
+        assert held > method_bytes(chosen.copies - 2, False, weights, width, scheme.group_size, hessian)
 
 
 def test_sums_of_shards_that_wait_for_each_other_are_counted(tiny_llama):

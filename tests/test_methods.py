@@ -19,7 +19,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.notes import collecting, note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.core.stats import InputStats
+from outlierq.core.stats import DERIVED, InputStats
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import Method, method, methods
 from outlierq.transform.stage import choose_move, storable_scale
@@ -186,9 +186,8 @@ def test_a_method_says_which_statistics_it_misses(chosen: Method, w):
 
 @every_quantizer
 def test_a_quantizer_reads_only_the_statistics_it_declares(chosen, options, w, stats):
-    needs = set(chosen.needs) | ({"hessian"} if options.get("scale_search") == "hessian" else set())
-    fields = {"abs_mean": "sum_abs", "mean": "sum_x"}
-    kept = {fields.get(name, name): getattr(stats, fields.get(name, name)) for name in needs}
+    fields = [field for name in chosen.needs_with(options) for field in DERIVED.get(name, (name,))]
+    kept = {name: getattr(stats, name) for name in fields}
     scheme = QuantScheme(4, 64)
     little = chosen.function(w, InputStats(stats.tokens, stats.sequences, **kept), scheme, **options)
     assert same(little, chosen.function(w, stats, scheme, **options))

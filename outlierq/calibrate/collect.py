@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.experts import all_groups
 from outlierq.calibrate.extremes import Places, add_to_top, top_tokens
 from outlierq.calibrate.trace import first_input, submodule
-from outlierq.core.block_stats import BlockStats
+from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import NumbersError, StatsError
-from outlierq.core.stats import LOG2_BINS, LOG2_LOWEST, TOKEN_BINS, TOP_TOKENS, InputStats
+from outlierq.core.stats import DERIVED, FIELDS, LOG2_BINS, LOG2_LOWEST, TOKEN_BINS, TOP_TOKENS, InputStats
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +20,8 @@ if TYPE_CHECKING:
 
 LARGE = 6.0  # the outlier criterion of LLM.int8(), arXiv:2208.07339 section 3.2
 HUGE = 20.0  # far beyond it: what no scale of a whole token survives
-FIELDS = tuple(field.name for field in fields(InputStats) if field.name not in ("tokens", "sequences"))
-DERIVED = {"mean": ("sum_x",), "abs_mean": ("sum_abs",), "abs_max": ("min", "max")}
 POSITIONAL = ("sequence_large", "first_abs_max", "first_rows", "top_tokens")
 ALL_FIELDS = frozenset(FIELDS)
-BLOCK_FIELDS = frozenset(field.name for field in fields(BlockStats)) - {"output_names"}
 # Fields that are not running sums of one shape.
 APART = frozenset({"rows", "first_rows", "top_tokens"})
 NEED_ABSOLUTE = frozenset({"sum_abs", "token_histogram", "top_tokens"})

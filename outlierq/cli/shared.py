@@ -89,6 +89,13 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again even if
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along. Read it first.")
 ]
+TrustMethods = Annotated[
+    bool,
+    typer.Option(
+        "--trust-methods",
+        help="Follow `method: package.module:function` of the recipe: that runs its Python code. Read it first.",
+    ),
+]
 
 
 def open_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -129,11 +136,11 @@ def open_headers(source: str, revision: str | None, trust_remote_code: bool) -> 
     return open_model(source, revision, trust_remote_code)
 
 
-def load_recipe(reference: str, settings: list[str] | None) -> Recipe:
+def load_recipe(reference: str, settings: list[str] | None, trust_methods: bool = False) -> Recipe:
     """The checked recipe."""
     from outlierq import recipe
 
-    return recipe.load(reference, settings)
+    return recipe.load(reference, settings, trust_methods=trust_methods)
 
 
 def conversion_wanted(checkpoint: Checkpoint, form: str | None, recipe: str | None, settings: list[str] | None) -> bool:

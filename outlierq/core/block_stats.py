@@ -68,3 +68,6 @@ class BlockStats:
                 hint="calibrate again; models whose attention does not go through transformers' interface have none",
             )
         return value
+
+
+BLOCK_FIELDS = frozenset(field.name for field in fields(BlockStats)) - {"output_names"}

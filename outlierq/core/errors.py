@@ -49,6 +49,10 @@ class RecipeError(OutlierqError):
     """The recipe cannot be followed; `what` lists every fault found."""
 
 
+class MethodError(OutlierqError):
+    """A package's methods cannot be imported, or declare what cannot be."""
+
+
 class StatsError(OutlierqError):
     """Calibration statistics are missing, foreign, or not finite."""
 

@@ -187,6 +187,10 @@ class InputStats:
         return replace(self, tokens=self.tokens, sequences=self.sequences, **changed, **gone)
 
 
+FIELDS = tuple(field.name for field in fields(InputStats) if field.name not in ("tokens", "sequences"))
+DERIVED = {"mean": ("sum_x",), "abs_mean": ("sum_abs",), "abs_max": ("min", "max")}  # and the fields behind them
+
+
 def largest_entries(table: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` rows of a table of extreme entries (`TOP_COLUMNS`) with the largest |value|, largest first.
 

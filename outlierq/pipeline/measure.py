@@ -168,7 +168,8 @@ def unmeasured(folder: Path, plan: Plan) -> Report | None:
     report = read_report(folder)
     found = report.fingerprint, report.settings, report.versions.get("outlierq"), report.evaluation
     wanted = original_of(plan.checkpoint).fingerprint, plan.recipe.model_dump(mode="json"), __version__, None
-    return report if found == wanted else None
+    same_code = plan.recipe.outside_code.items() <= report.versions.items()
+    return report if found == wanted and same_code else None
 
 
 def read_report(folder: Path) -> Report:

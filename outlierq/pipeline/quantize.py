@@ -422,7 +422,8 @@ def noted(found: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, S
 def _identity(plan: Plan, source: StatsSource, savings: Savings) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     made_with = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
-    return made_with | source.identity | savings.identity
+    code = {"methods": plan.recipe.outside_code} if plan.recipe.outside_code else {}
+    return made_with | code | source.identity | savings.identity
 
 
 def _about(plan: Plan) -> dict[str, Any]:

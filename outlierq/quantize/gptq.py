@@ -21,7 +21,7 @@ from outlierq.registry import quantizer
 BLOCK = 128
 
 
-@quantizer("gptq", needs=("hessian",), paper="arXiv:2210.17323")
+@quantizer("gptq", needs=("hessian",), copies=11, factors=True, paper="arXiv:2210.17323")
 def gptq(
     w: torch.Tensor,
     stats: InputStats,

@@ -19,10 +19,16 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.twins.int8_split import THRESHOLD, choose_columns
 from outlierq.quantize.rtn import rtn
-from outlierq.registry import quantizer
+from outlierq.registry import OUTLIER_COLUMNS, quantizer
 
 
-@quantizer("int8_split", needs=("min", "max", "sum_sq", "rows"), paper="arXiv:2208.07339")
+@quantizer(
+    "int8_split",
+    needs=("min", "max", "sum_sq", "rows"),
+    needs_if={"scale_search": {"hessian": ("hessian",)}},
+    gives=(OUTLIER_COLUMNS,),
+    paper="arXiv:2208.07339",
+)
 def int8_split(
     w: torch.Tensor,
     stats: InputStats,

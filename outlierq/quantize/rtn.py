@@ -12,7 +12,7 @@ from outlierq.core.stats import InputStats
 from outlierq.ops.compiled.rounding import round_rows
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
 from outlierq.ops.search.scale_search import search_grid
-from outlierq.registry import quantizer
+from outlierq.registry import LARGEST_SCALES, quantizer
 
 
 def _at_once(
@@ -24,6 +24,8 @@ def _at_once(
 
 @quantizer(
     "rtn",
+    needs_if={"scale_search": {"hessian": ("hessian",)}},
+    gives_if={"scale_search": {"minmax": (LARGEST_SCALES,)}},
     paper="Gholami et al. 2021, arXiv:2103.13630, section III (uniform quantization, min-max range)",
     at_once=_at_once,
 )

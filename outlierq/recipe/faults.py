@@ -20,7 +20,7 @@ from outlierq.recipe.sections import (
     Transform,
 )
 from outlierq.recipe.yaml_lines import Lines, at
-from outlierq.registry import transform_method
+from outlierq.registry import LARGEST_SCALES, OUTLIER_COLUMNS, method, transform_method, ways_to
 
 
 def failure(name: str, faults: list[str]) -> RecipeError:
@@ -110,13 +110,15 @@ def _unstorable_sections(quantize: Quantize, form: str) -> list[str]:
 
 def _wrong_method_for(quantize: Quantize, form: str) -> list[str]:
     """A method whose result the format cannot hold."""
-    if quantize.method == "int8_split" and form not in ("outlierq-split", "dense"):
+    gives = method("quantize", quantize.method).gives_with(quantize.options)
+    if OUTLIER_COLUMNS in gives and form not in ("outlierq-split", "dense"):
         return [f"export.format: {form} cannot keep outlier columns in 16 bits; outlierq-split can"]
-    if form == "outlierq-split" and quantize.method != "int8_split":
-        return [f"quantize.method: outlierq-split is the format of int8_split (this is {quantize.method})"]
-    searched = quantize.options.get("scale_search", "minmax") != "minmax"
-    if form == "bitsandbytes" and (quantize.method != "rtn" or searched):
-        return ["quantize.method: bitsandbytes scales a row by its largest weight: `rtn`, `scale_search: minmax`"]
+    if form == "outlierq-split" and OUTLIER_COLUMNS not in gives:
+        makers = " or ".join(ways_to(OUTLIER_COLUMNS))
+        return [f"quantize.method: outlierq-split is the format of {makers} (this is {quantize.method})"]
+    if form == "bitsandbytes" and LARGEST_SCALES not in gives:
+        makers = " or ".join(ways_to(LARGEST_SCALES))
+        return [f"quantize.method: bitsandbytes scales a row by its largest weight: {makers}"]
     return []
 
 

@@ -11,16 +11,19 @@ from outlierq.recipe.schema import Recipe
 from outlierq.recipe.sections import Quantize, Transform
 from outlierq.recipe.shipped import find, read
 from outlierq.recipe.yaml_lines import FROM_SETTING, Lines, apply, at, lines_of
-from outlierq.registry import Method, method, transform_method
+from outlierq.registry import Method, follow, is_reference, method, transform_method
 
 
-def load(reference: str, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once."""
+def load(reference: str, settings: list[str] | None = None, *, trust_methods: bool = False) -> Recipe:
+    """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once.
+
+    trust_methods: `method: package.module:function` is imported, which runs that code.
+    """
     path = find(reference)
-    return parse(read(path), name=path.stem, settings=settings)
+    return parse(read(path), name=path.stem, settings=settings, trust_methods=trust_methods)
 
 
-def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None) -> Recipe:
+def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None, trust_methods: bool = False) -> Recipe:
     """Check the text of a recipe. `settings` are `quantize.group_size=64`, as given to `--set`."""
     faults: list[str] = []
     content, tree = yaml_tree(text, name, RecipeError)
@@ -34,14 +37,13 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None)
     if "name" in content:
         faults.append(f"{at(('name',), lines)}unknown key; a recipe is named after its file")
         del content["name"]
-    for section in _method_sections(content):
-        _split_options(content, section, faults, lines)
+    known = [_split_options(content, path, faults, lines, trust_methods) for path in _method_sections(content)]
     try:
         recipe = Recipe.model_validate({**content, "name": name})
     except ValidationError as error:
         faults += [fault_of(e, lines) for e in error.errors()]
         raise failure(name, faults) from None
-    if not any("there is no " in fault for fault in faults):
+    if all(known):
         faults += impossible(recipe)
     if faults:
         raise failure(name, faults)
@@ -55,31 +57,40 @@ def _method_sections(content: dict) -> list[tuple]:
     return [*found, ("quantize",)] if isinstance(content.get("quantize"), dict) else found
 
 
-def _split_options(content: dict, path: tuple, faults: list[str], lines: Lines) -> None:
-    """Move the method's own keys of a section into `options`, checked against the method's signature."""
+def _split_options(content: dict, path: tuple, faults: list[str], lines: Lines, trust_methods: bool) -> bool:
+    """Move the method's own keys of a section into `options`, checked against the method's signature.
+
+    Returns False for a method that is not known.
+    """
     parent, key = (content, path[0]) if len(path) == 1 else (content[path[0]], path[1])
     section = parent[key]
     if isinstance(section, str):
         section = {"method": section}
+    parent[key] = section
     if not isinstance(section, dict) or not isinstance(section.get("method"), str):
-        parent[key] = section
-        return
-    stage, model = path[0], Quantize if path[0] == "quantize" else Transform
+        return True  # what is wrong with it is said by the model
+    model = Quantize if path[0] == "quantize" else Transform
     own = [name for name in model.model_fields if name != "options"]
+    parent[key] = {k: v for k, v in section.items() if k in own}
     try:
-        chosen = transform_method(section["method"]) if stage == "transform" else method(stage, section["method"])
+        chosen = _method(path[0], section["method"], trust_methods)
     except RecipeError as error:
         faults.append(f"{at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
-        parent[key] = {k: v for k, v in section.items() if k in own}
-        return
+        return False
     rest = {k: v for k, v in section.items() if k not in own}
     try:
-        options = _options_model(chosen).model_validate(rest).model_dump(exclude_unset=True)
+        parent[key]["options"] = _options_model(chosen).model_validate(rest).model_dump(exclude_unset=True)
     except ValidationError as error:
         known = [*own, *chosen.options]
         faults += [fault_of({**e, "loc": (*path, *e["loc"])}, lines, known) for e in error.errors()]
-        options = {}
-    parent[key] = {**{k: v for k, v in section.items() if k in own}, "options": options}
+    return True
+
+
+def _method(section: str, name: str, trust_methods: bool) -> Method:
+    """What `method: name` means in a section of a recipe; RecipeError."""
+    if is_reference(name):
+        return follow(section, name, trusted=trust_methods)
+    return transform_method(name) if section == "transform" else method(section, name)
 
 
 def _options_model(chosen: Method) -> type[BaseModel]:

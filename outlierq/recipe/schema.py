@@ -22,7 +22,7 @@ from outlierq.recipe.sections import (
     Section,
     Transform,
 )
-from outlierq.registry import method, transform_method
+from outlierq.registry import code_of, method, transform_method
 
 WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
 
@@ -70,20 +70,28 @@ class Recipe(Section):
 
         Without those of the whole model that pruning reads, which are made before the others.
         """
-        used = (transform_method(step.method) for step in self.transform)
-        needs = frozenset().union(*(each.needs for each in used if each.stage != "prune"))
+        steps = ((transform_method(step.method), step.options) for step in self.transform)
+        needs = frozenset().union(*(each.needs_with(options) for each, options in steps if each.stage != "prune"))
         if self.quantize is not None:
-            needs |= method("quantize", self.quantize.method).needs
-            if self.quantize.options.get("scale_search") == "hessian":
-                needs |= {"hessian"}
-            activations = [section.activations for section in (self.quantize, *self.quantize.overrides)]
-            if any(isinstance(wanted, Activations) and not wanted.dynamic for wanted in activations):
-                needs |= {"abs_max", "rows", "first_rows"}
-            elif needs and any(activations):
-                needs |= {"rows"}  # so that the report can say what quantized inputs cost
-        if self.kv_cache is not None:
-            needs |= {"key_abs_max", "value_abs_max"}
-        return needs
+            needs |= method("quantize", self.quantize.method).needs_with(self.quantize.options)
+            needs |= self._needs_of_inputs(beside=needs)
+        return needs if self.kv_cache is None else needs | self.kv_cache.needs
+
+    def _needs_of_inputs(self, beside: frozenset[str]) -> frozenset[str]:
+        """The statistics that quantized inputs need. beside: what is collected anyway."""
+        sections = (section.activations for section in (self.quantize, *self.quantize.overrides))
+        inputs = [section for section in sections if isinstance(section, Activations)]
+        needs = frozenset().union(*(section.needs for section in inputs))
+        if needs or not (beside and inputs):
+            return needs
+        return frozenset({"rows"})  # so that the report can say what quantized inputs cost
+
+    @property
+    def outside_code(self) -> dict[str, str]:
+        """What code the methods are that do not come with outlierq, by "method NAME"; ours is known by our version."""
+        steps = [("transform", step.method) for step in self.transform]
+        steps += [("quantize", self.quantize.method)] if self.quantize else []
+        return {f"method {name}": code for section, name in steps if (code := code_of(section, name))}
 
     @property
     def fingerprint(self) -> str:

@@ -91,6 +91,11 @@ class Activations(Section):
         """How inputs are stored."""
         return ActivationScheme(self.kind, self.bits, self.dynamic, self.per)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that a static scale is made of."""
+        return frozenset() if self.dynamic else frozenset({"abs_max", "rows", "first_rows"})
+
 
 class KVCache(Section):
     """Calibrated scales for a KV cache in E4M3: one per tensor, or one per key-value head."""
@@ -101,6 +106,11 @@ class KVCache(Section):
     def scheme(self) -> CacheScheme:
         """How the cache is stored."""
         return CacheScheme(self.per)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the scales are made of."""
+        return frozenset({"key_abs_max", "value_abs_max"})
 
 
 class Override(Section):

@@ -39,6 +39,7 @@ def command(
     revision: shared.Revision = None,
     stream_from_hub: shared.StreamFromHub = False,
     trust_remote_code: shared.RemoteCode = False,
+    trust_methods: shared.TrustMethods = False,
     as_json: shared.AsJson = False,
     quiet: shared.Quiet = False,
 ) -> None:
@@ -47,7 +48,7 @@ def command(
     from outlierq.pipeline.calibrate import calibrate
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
-    chosen = calibration_settings(recipe, settings, given, chat_template)
+    chosen = calibration_settings(recipe, settings, given, chat_template, trust_methods)
     folder = shared.out_path(out)
     ranks = shared.ranks_of(context, stream_from_hub)
     if stream_from_hub:
@@ -81,13 +82,15 @@ def command(
         typer.echo(f"use them with: outlierq quantize {model} --recipe NAME --stats {out} -o OUT")
 
 
-def calibration_settings(recipe: str | None, settings: list[str] | None, given: dict, chat_template: bool) -> object:
+def calibration_settings(
+    recipe: str | None, settings: list[str] | None, given: dict, chat_template: bool, trust_methods: bool = False
+) -> object:
     """The calibration section of the recipe (or the defaults) with the command line's values on top."""
     import json
 
     from outlierq.recipe import load, parse
 
-    base = load(recipe, settings).calibration if recipe else None
+    base = load(recipe, settings, trust_methods=trust_methods).calibration if recipe else None
     section = base.model_dump(mode="json") if base else {}
     section |= {key: value for key, value in given.items() if value is not None}
     section |= {"chat_template": True} if chat_template else {}

@@ -20,6 +20,7 @@ def command(
     recipe: shared.RecipeName = "awq-gptq-w4",
     out: Annotated[str, typer.Option("--out", "-o", help="Where the small model goes.")] = "demo-output",
     settings: shared.Settings = None,
+    trust_methods: shared.TrustMethods = False,
     device: shared.Device = "auto",
     quiet: shared.Quiet = False,
 ) -> None:
@@ -37,7 +38,7 @@ def command(
     started = time.perf_counter()
     folder = shared.out_path(out)
     source = shared.open_model(default_model())
-    chosen = shared.load_recipe(recipe, [f"calibration.samples={SAMPLES}", *(settings or [])])
+    chosen = shared.load_recipe(recipe, [f"calibration.samples={SAMPLES}", *(settings or [])], trust_methods)
     plan = make_plan(source, chosen)
     shared.show(shared.plan_view(plan))
     if folder.is_dir() and (folder / "outlierq.json").is_file():

@@ -21,6 +21,7 @@ def command(
     max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
+    trust_methods: shared.TrustMethods = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Show what each tensor becomes and why, the exact output size, memory and time; reads headers only.
@@ -34,7 +35,8 @@ def command(
 
     plan = conversion(model, form, recipe, settings, revision, trust_remote_code)
     if plan is None:
-        chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, shared.with_format(settings, form))
+        settings = shared.with_format(settings, form)
+        chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, settings, trust_methods)
         checkpoint = shared.open_headers(model, revision, trust_remote_code)
         plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
     expected, savings = estimate(plan), None

@@ -39,6 +39,7 @@ def command(
     revision: shared.Revision = None,
     stream_from_hub: shared.StreamFromHub = False,
     trust_remote_code: shared.RemoteCode = False,
+    trust_methods: shared.TrustMethods = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run in the same place.")] = False,
     as_json: shared.AsJson = False,
     quiet: shared.Quiet = False,
@@ -75,7 +76,7 @@ def command(
             checkpoint.drop_shards()
             return
     settings = shared.with_format(settings, form)
-    chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked])
+    chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked], trust_methods)
     if junit is not None and chosen.gate is None:
         raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
     checkpoint = checkpoint or opened()

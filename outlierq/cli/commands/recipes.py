@@ -41,12 +41,12 @@ def show(reference: Reference) -> None:
 
 
 @app.command("check", epilog="Example:\n\n  outlierq recipes check mine.yaml --set quantize.bits=3")
-def check(reference: Reference, settings: shared.Settings = None) -> None:
+def check(reference: Reference, settings: shared.Settings = None, trust_methods: shared.TrustMethods = False) -> None:
     """Check a recipe; every fault is reported at once, with its line."""
     from outlierq.recipe import load
     from outlierq.registry import transform_method
 
-    recipe = load(reference, settings)
+    recipe = load(reference, settings, trust_methods=trust_methods)
     pruning = (transform_method(step.method).needs for step in recipe.pruning)
     needs = ", ".join(sorted(recipe.needs.union(*pruning))) or "no data"
     typer.echo(f"ok: {reference} ({recipe.description or 'no description'}; needs {needs})")

@@ -45,7 +45,9 @@ def make_report(
         settings=plan.recipe.model_dump(mode="json"),
         out=str(out),
         fingerprint=original_of(plan.checkpoint).fingerprint,
-        versions={"outlierq": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        versions={"outlierq": __version__, "python": platform.python_version()}
+        | {p: version(p) for p in PACKAGES}
+        | plan.recipe.outside_code,
         seeds=({} if source.seed is None else {"calibration": source.seed})
         | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
         machine=_machine(device, ranks),

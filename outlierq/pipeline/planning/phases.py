@@ -39,14 +39,7 @@ TOKENIZER_FACTOR, TEXT_FACTOR = 6, 8
 WORKSPACE = 3 * FLOAT * CHUNK_ELEMENTS_DEVICE
 
 
-# Float32 copies of a stack that the method holds at once (measured: 10.5 for GPTQ, 4.5 for rounding by the hessian).
-COPIES = {"gptq": 11}
-
-
-COPIES_OF_OTHERS = 6
-
-
-# The same of the rows that judge a transform (AWQ: 1024 rows and their candidates).
+# Float32 copies of the rows that judge a transform (AWQ: 1024 rows and their candidates).
 JUDGING_ROWS, JUDGING_COPIES = 1024, 10
 
 
@@ -205,14 +198,7 @@ class Phases:
         stack = rows * width
         piece = stack if most is None else min(stack, max(most, ROWS_PER_WORD * width))
         hessian = self._of_group(width)
-        solved = COPIES.get(work.method, COPIES_OF_OTHERS) * FLOAT * piece + (stack if piece < stack else 0)
-        found = solved
-        if work.method == "gptq":
-            # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
-            groups = -(-width // (work.group or width))
-            refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
-            found = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
-            found = max(found, 3 * hessian + FLOAT * piece)
+        found = method_bytes(work.copies, work.factors, (stack, piece), width, work.group, hessian)
         if work.activations:
             found = max(found, 3 * FLOAT * stack + 2 * hessian + 512 * (3 * width + 3 * rows) * FLOAT)
         # In a file they are read, weighed and moved; in memory one of them is, while all others are there.
@@ -262,6 +248,25 @@ class Phases:
         """What follows the blocks runs at sampled positions."""
         sampled = 2 * 512 * self.work.vocabulary * FLOAT
         return self._outside(frozenset()) + self.hidden() + self.activations() + sampled
+
+
+def method_bytes(
+    copies: int, factors: bool, weights: tuple[int, int], width: int, group: int | None, hessian: int
+) -> int:
+    """Upper bound of what a quantizer holds at once, with the rows that it is given, in bytes.
+
+    copies, factors: as it declares them. weights: of the stack, and of the part of it that is solved at a time, in rows
+    of `width`. group: columns that share a scale, None for all. hessian: its bytes.
+    """
+    stack, piece = weights
+    solved = copies * FLOAT * piece + (stack if piece < stack else 0)
+    if not factors:
+        return solved
+    # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
+    groups = -(-width // (group or width))
+    refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
+    found = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
+    return max(found, 3 * hessian + FLOAT * piece)
 
 
 def _inputs(block: Block) -> Iterator[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from outlierq.core.model import LinearSite, Structure
 from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
 from outlierq.load.source.shards import DTYPES
+from outlierq.registry import COPIES, method
 
 if TYPE_CHECKING:
     from outlierq.pipeline.planning.plan import Plan
@@ -72,12 +73,12 @@ class Work:
     stored, elements: bytes and numbers of every tensor. itemsize: bytes of a parameter while its block runs. eager:
     attention keeps its scores. calibration: None when no model is run. fields: statistics that are kept, and whether
     there are any. looked_up: tables of which rows are read when they are needed. by_rows: other tensors are copied some
-    rows at a time. group: the smallest group size. permutes: a step looks at all statistics of a block together.
-    from_file: statistics are read, not made. writes_stats: they are what is wanted, and the final logits. making: what
-    reading a tensor holds beside the tensor, where a recipe rewrites the model; those that are not named: nothing.
-    proves: the rewritten model is run beside the original, which is not done for a pruned one. shards: of the text,
-    each with sums of its own until they are merged. ranks: processes that share the work; all said here is of one of
-    them, the lead, which needs most.
+    rows at a time. copies, factors: as the method declares them. group: the smallest group size. permutes: a step looks
+    at all statistics of a block together. from_file: statistics are read, not made. writes_stats: they are what is
+    wanted, and the final logits. making: what reading a tensor holds beside the tensor, where a recipe rewrites the
+    model; those that are not named: nothing. proves: the rewritten model is run beside the original, which is not done
+    for a pruned one. shards: of the text, each with sums of its own until they are merged. ranks: processes that share
+    the work; all said here is of one of them, the lead, which needs most.
     """
 
     structure: Structure
@@ -92,7 +93,8 @@ class Work:
     calibration: Calibration | None
     fields: frozenset[str]
     quantized: frozenset[LinearSite] = frozenset()
-    method: str = ""
+    copies: int = COPIES
+    factors: bool = False
     looked_up: frozenset[str] = frozenset()
     by_rows: bool = False
     group: int | None = None
@@ -118,13 +120,14 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int 
     running = bool(needs) and not stats
     known = _known(plan.checkpoint, plan.skeleton, plan.structure, plan.names, recipe.calibration, device)
     form = exporter(recipe.export.format, plan.checkpoint.config)
+    quantizer = method("quantize", recipe.quantize.method) if needs and recipe.quantize else None
     return Work(
         **known,
         calibration=recipe.calibration if running else None,
         fields=ALL_FIELDS if stats and needs else stored_fields(needs) if needs else frozenset(),
         from_file=stats and bool(needs),
         quantized=frozenset(plan.schemes),
-        method=recipe.quantize.method if recipe.quantize else "",
+        **({"copies": quantizer.copies, "factors": quantizer.factors} if quantizer else {}),
         group=min((s.group_size for s in plan.schemes.values() if s.group_size), default=None),
         transforms=bool(recipe.group_transforms or recipe.permutations),
         permutes=bool(recipe.permutations),

@@ -1,0 +1,186 @@
+"""What a method says of itself: one decorator for each of the five stages, and the table that they fill.
+
+The stages are "quantize" (rounds weights), "transform" (scales the channels of one input group), "rewrite" (changes the
+whole model and not what it computes), "permute" (brings channels into another order) and "prune" (drops experts). A
+recipe names quantizers under `quantize`, and all others under `transform`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from outlierq.core.block_stats import BLOCK_FIELDS
+from outlierq.core.errors import MethodError, nearest
+from outlierq.core.stats import DERIVED, FIELDS
+from outlierq.registry.packages import package_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+STAGES = ("quantize", "transform", "rewrite", "permute", "prune")
+# What a format must know of a result: columns beside the codes, or a scale that just holds the largest weight.
+OUTLIER_COLUMNS, LARGEST_SCALES = "outlier columns", "scales of the largest weight"
+# Float32 copies of its rows that a quantizer holds at once, where it does not say; rounding by the hessian: 4.5.
+COPIES = 6
+
+ByOption = Mapping[str, Mapping[Any, tuple[str, ...]]]  # {option: {value: names}}
+NOTHING: ByOption = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function, and what its decorator says of it.
+
+    stage: one of `STAGES`. needs: statistics that it reads. needs_if: those that it reads as well where an option has
+    a value. gives, gives_if: alike, what formats must know of a quantizer's result (`OUTLIER_COLUMNS`). copies: float32
+    copies of its rows that a quantizer holds at once at most. factors: whether it factors the hessian and refines with
+    it (`ops.solve`, `ops.search.refine`), which takes memory of its own. paper: the source. at_once: of a quantizer, or
+    None. The same with fewer passes over memory: see `quantizer`.
+    """
+
+    name: str
+    stage: str
+    function: Callable[..., Any]
+    needs: frozenset[str]
+    paper: str
+    at_once: Callable[..., Any] | None = None
+    needs_if: ByOption = field(default_factory=dict, hash=False)
+    gives: frozenset[str] = frozenset()
+    gives_if: ByOption = field(default_factory=dict, hash=False)
+    copies: int = COPIES
+    factors: bool = False
+
+    @property
+    def section(self) -> str:
+        """The key of a recipe under which it is named."""
+        return "quantize" if self.stage == "quantize" else "transform"
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only arguments: what a recipe may set."""
+        parameters = inspect.signature(self.function, eval_str=True).parameters
+        return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def needs_with(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """The statistics that it reads with these options; those that are left out have their defaults."""
+        return self.needs | self._said_of(self.needs_if, options)
+
+    def gives_with(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """What formats must know of its result with these options."""
+        return self.gives | self._said_of(self.gives_if, options)
+
+    def _said_of(self, by_option: ByOption, options: Mapping[str, Any]) -> frozenset[str]:
+        """The names that a declaration has for the values of the options."""
+        values = {name: options.get(name, self.options[name].default) for name in by_option}
+        return frozenset(each for name, value in values.items() for each in by_option[name].get(value, ()))
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a transform wants to know if a shift can be absorbed: its fifth argument, `shiftable`."""
+        return "shiftable" in inspect.signature(self.function).parameters
+
+    @property
+    def reads(self) -> str:
+        """Name of the first argument: what a rewrite wants to know of a model, `anatomy` or `openings`."""
+        return next(iter(inspect.signature(self.function).parameters))
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+
+REGISTERED: dict[tuple[str, str], Method] = {}  # (section of a recipe, name) -> method
+
+
+def _register(stage: str, name: str, needs: tuple[str, ...], paper: str, **more: Any) -> Callable[[F], F]:
+    def keep(function: F) -> F:
+        made = Method(name, stage, function, frozenset(needs), paper, **more)
+        _check_name(made)
+        _check_statistics(made)
+        REGISTERED[made.section, name] = made
+        return function
+
+    return keep
+
+
+def _check_name(made: Method) -> None:
+    """MethodError when another method of its section has the name."""
+    other = REGISTERED.get((made.section, made.name))
+    if other is not None:
+        raise MethodError(
+            f"two {made.section} methods are called {made.name!r}: one of {package_of(other.function)}, "
+            f"one of {package_of(made.function)}",
+            hint="uninstall one of these packages, or rename its method",
+        )
+
+
+def _check_statistics(made: Method) -> None:
+    """MethodError when a method reads what calibration does not make."""
+    known = sorted(BLOCK_FIELDS) if made.stage == "prune" else [*FIELDS, *DERIVED]
+    asked = [*made.needs, *(name for by in made.needs_if.values() for names in by.values() for name in names)]
+    for name in asked:
+        if name not in known:
+            close = nearest(name, known)
+            raise MethodError(
+                f"the {made.section} method {made.name!r} of {package_of(made.function)} needs the statistic {name!r}, "
+                f"which calibration does not make; known: {', '.join(known)}",
+                hint=f"did you mean {close!r}?" if close else "correct `needs` in the method's decorator",
+            )
+
+
+def quantizer(
+    name: str,
+    *,
+    needs: tuple[str, ...] = (),
+    needs_if: ByOption = NOTHING,
+    gives: tuple[str, ...] = (),
+    gives_if: ByOption = NOTHING,
+    copies: int = COPIES,
+    factors: bool = False,
+    paper: str,
+    at_once: Callable[..., Any] | None = None,
+) -> Callable[[F], F]:
+    """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`; see `Method`.
+
+    at_once: `function(w, scheme, *, options)` for rows in their stored dtype, without statistics: the same
+    `QuantTensor`, the sum of the squares of the weights and that of their errors; or None where it cannot.
+    MethodError when the name is taken, or a statistic is unknown; that holds for all of these decorators.
+    """
+    declared = {"needs_if": needs_if, "gives": frozenset(gives), "gives_if": gives_if}
+    return _register("quantize", name, needs, paper, **declared, copies=copies, factors=factors, at_once=at_once)
+
+
+def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
+    """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`.
+
+    A function with a fifth argument `shiftable` may return a `Move` with a shift where that is true.
+    """
+    return _register("transform", name, needs, paper)
+
+
+def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
+    """Register `function(anatomy, *, options) -> Rewrite` of the whole model as `transform: [{method: name}]`.
+
+    Rewrites come before all other transforms; statistics are those of the rewritten model. A first argument called
+    `openings` instead asks for the biases that the model class could take.
+    """
+    return _register("rewrite", name, needs, paper)
+
+
+def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
+    """Register `function(stats, *, options) -> columns [k]` as `transform: [{method: name}]`.
+
+    The channels that shall come last in the input of a group; they are moved there where that costs nothing.
+    """
+    return _register("permute", name, needs, paper)
+
+
+def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
+    """Register `function(stats, groups, *, options) -> experts to keep` as `transform: [{method: name}]`.
+
+    It sees the `BlockStats` of one block, of an earlier `outlierq calibrate`; what it drops is gone before all else.
+    """
+    return _register("prune", name, needs, paper)
