@@ -62,7 +62,7 @@ def top_of_sequences(x: torch.Tensor, token_max: torch.Tensor, places: Places) -
 
 
 def add_to_top(top: torch.Tensor | None, new: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` largest entries of both tables."""
+    """The `count` largest entries of both tables, [n, 6] each."""
     import torch
 
     return largest_entries(new if top is None else torch.cat([top, new]), count)

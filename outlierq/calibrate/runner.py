@@ -60,7 +60,10 @@ class Call:
         return [value for value in (*self.after, *self.keyword.values()) if isinstance(value, UserDict)]
 
     def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The hidden states that the module returns; floating-point arguments are given in `dtype`."""
+        """The hidden states that the module returns, [sequences, tokens, H] as `hidden`.
+
+        Floating-point arguments are given in `dtype`.
+        """
 
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -453,7 +456,7 @@ class Wrap:
         return cls(type(output), len(output)) if isinstance(output, tuple | list) else cls()
 
     def put(self, hidden: torch.Tensor) -> Any:
-        """The hidden states as a block would return them; what else it returns (weights, a state) is None."""
+        """Hidden states of any shape as a block would return them; what else it returns (weights, a state) is None."""
         return hidden if self.kind is None else self.kind([hidden, *[None] * (self.size - 1)])
 
 
@@ -510,7 +513,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 
 def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
-    """The hidden states in what a block returned."""
+    """The hidden states [sequences, tokens, H] in what a block returned."""
     import torch
 
     hidden = output[0] if isinstance(output, tuple | list) else output

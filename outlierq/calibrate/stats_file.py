@@ -50,7 +50,8 @@ class StatsIdentity:
 class StatsWriter:
     """Writes statistics block by block; blocks that an earlier run with the same identity wrote are kept.
 
-    OutputError when the folder holds something else, or the statistics of another model, text or setting.
+    Tensors have the shapes of `InputStats`, `BlockStats` and `LogitSample`. OutputError when the folder holds something
+    else, or the statistics of another model, text or setting.
     """
 
     def __init__(self, folder: str | Path, identity: StatsIdentity):
@@ -164,7 +165,10 @@ class StatsWriter:
 
 
 class StatsReader:
-    """Reads a finished statistics folder; StatsError when it is missing, unfinished or damaged."""
+    """Reads a finished statistics folder; StatsError when it is missing, unfinished or damaged.
+
+    Tensors have the shapes of `InputStats`, `BlockStats` and `LogitSample`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

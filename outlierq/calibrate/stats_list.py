@@ -106,7 +106,7 @@ WHOLE = ("count_large", "count_huge", "log2_histogram", "token_histogram")
 
 
 def input_stats(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> InputStats:
-    """The statistics of one group; StatsError when a tensor is not one of them or has another shape."""
+    """The statistics of one group; StatsError when a tensor is not one of them or lacks the shape of its field."""
     name, width = values["name"], values["sites"][0]["in_features"] if values["sites"] else 0
     known = {field.name for field in fields(InputStats)} - {"tokens", "sequences"}
     for field, value in tensors.items():

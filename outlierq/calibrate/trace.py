@@ -32,13 +32,13 @@ class Trace:
     _alive: list[torch.Tensor] = field(default_factory=list)
 
     def key(self, tensor: torch.Tensor) -> tuple:
-        """The key of the tensor's data; the tensor is kept, for a freed address could be given to another one."""
+        """The key of the data of a tensor of any shape. It is kept: a freed address could be given to another one."""
         self._alive.append(tensor)
         return data_key(tensor)
 
 
 def data_key(tensor: torch.Tensor) -> tuple:
-    """Equal for two tensors that show the same data row by row, also as views of another shape.
+    """Equal for two tensors of any shape that show the same data row by row, also as views of another shape.
 
     A tensor that was written to in between has another key (autograd counts the writes).
     """
@@ -63,7 +63,7 @@ def submodule(module: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The input of a linear layer, however it was called."""
+    """The input [..., in] of a linear layer, however it was called."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

@@ -79,7 +79,7 @@ class TensorSource(ABC):
         """The tensor, in the shape of its header."""
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors by name; a source of many files opens each of them once."""
+        """Several tensors by name, each in the shape of its header; a source of many files opens each of them once."""
         return {name: self.read(name) for name in names}
 
 

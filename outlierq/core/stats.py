@@ -192,7 +192,7 @@ DERIVED = {"mean": ("sum_x",), "abs_mean": ("sum_abs",), "abs_max": ("min", "max
 
 
 def largest_entries(table: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` rows of a table of extreme entries (`TOP_COLUMNS`) with the largest |value|, largest first.
+    """The `count` rows of a table [n, 6] of extreme entries (`TOP_COLUMNS`) with the largest |value|, largest first.
 
     Of equal ones the earlier row comes first, so that the result does not depend on how the data was cut.
     """

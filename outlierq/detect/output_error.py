@@ -76,7 +76,10 @@ def split_columns(stack: torch.Tensor, stats: InputStats) -> torch.Tensor:
 
 
 def split_error(weight: torch.Tensor, stats: InputStats, columns: torch.Tensor) -> float:
-    """W8A8 of the other columns; those in 16 bits add no error, and no range to the others' scales."""
+    """W8A8 of the other columns; those in 16 bits add no error, and no range to the others' scales.
+
+    weight: [out, in]. columns: [k] indices.
+    """
     part = spread(weight, ROWS)
     rest = SiteError(part.index_fill(1, columns, 0.0), _with_rows(stats, lambda x: x.index_fill(1, columns, 0.0)), W8A8)
     power = SiteError(part, stats, W8A8).power
@@ -84,7 +87,7 @@ def split_error(weight: torch.Tensor, stats: InputStats, columns: torch.Tensor) 
 
 
 def rotated_error(weight: torch.Tensor, stats: InputStats) -> float:
-    """W8A8 of x D H and W D H: D seeded signs, H Hadamard. The product x W^T is the same."""
+    """W8A8 of x D H and W D H: D seeded signs, H Hadamard. The product x W^T is the same. weight: [out, in]."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (weight.shape[1],), generator=generator).float() * 2 - 1
     turned = _with_rows(stats, lambda x: hadamard_transform(x.float() * signs))

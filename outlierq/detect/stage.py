@@ -263,7 +263,10 @@ def _predict_folded(group: InputGroup, stats: InputStats, stack: torch.Tensor, e
 def measure_block(
     block: int, stats: BlockStats | None, inputs: Mapping[str, InputStats], weights: Mapping[str, Weights]
 ) -> BlockOutliers:
-    """The residual stream, the attention and the OWL ratio of one block. inputs, weights: by group name."""
+    """The residual stream, the attention and the OWL ratio of one block.
+
+    inputs, weights: by group name; a weight is [out, in].
+    """
     findings = Findings()
     owl = findings.attempt("owl", lambda: _owl(inputs, weights))
     massive: tuple[MassiveEntry, ...] = ()
@@ -304,7 +307,10 @@ def _owl(inputs: Mapping[str, InputStats], weights: Mapping[str, Weights]) -> fl
 def find_super_weight(
     entry: MassiveEntry, inputs: Mapping[str, InputStats], weights: Mapping[str, Weights], width: int
 ) -> str | None:
-    """The weight that wrote a massive activation of this block, in words; None when the statistics do not tell."""
+    """The weight that wrote a massive activation of this block, in words; None when the statistics do not tell.
+
+    weights: [out, in] by group and site. width: of the residual stream, the outputs of the weights that count.
+    """
     best: tuple[float, str] | None = None
     for name, sites in weights.items():
         stats = inputs.get(name)

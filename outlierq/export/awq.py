@@ -62,7 +62,10 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere."""
+    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere.
+
+    qweight: int32 [in, out / 8]. qzeros: int32 [groups, out / 8]. scales: [groups, out].
+    """
     stem = site.weight.removesuffix(".weight")
     return {
         f"{stem}.qweight": _words(byte_codes(site, quantized)),

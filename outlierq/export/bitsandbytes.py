@@ -56,7 +56,7 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`."""
+    """The tensors of `tensor_specs`: int8 codes [out, in], SCB float32 [out], weight_format uint8 []."""
     import torch
 
     if quantized.outlier_columns is not None:

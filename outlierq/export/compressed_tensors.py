@@ -80,7 +80,7 @@ def by_rows(site: LinearSite, scheme: QuantScheme) -> bool:
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`, or the same rows of them where `by_rows` allows it."""
+    """The tensors of `tensor_specs` for a weight [out, in], or the same rows of them where `by_rows` allows it."""
     if quantized.outlier_columns is not None:
         raise OutputError(f"{site.module}: compressed-tensors has no place for outlier columns")
     if quantized.scheme.scales != "plain":

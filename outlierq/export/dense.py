@@ -39,7 +39,7 @@ def by_rows(site: LinearSite, scheme: QuantScheme) -> bool:
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The dequantized weight, or rows of it, in its storage dtype."""
+    """The dequantized weight [out, in] ([in, out] as a Conv1D stores it), or rows of it, in its storage dtype."""
     import torch
 
     dense = native_packing.dequantize(quantized)

@@ -66,7 +66,11 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
 
 
 def encode(site: LinearSite, quantized: QuantTensor, *, version: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 2^(bits - 1) everywhere."""
+    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 2^(bits - 1) everywhere.
+
+    qweight: int32 [in * bits / 32, out]. qzeros: int32 [groups, out * bits / 32]. scales: [groups, out].
+    g_idx: int32 [in].
+    """
     import torch
 
     stem, bits = site.weight.removesuffix(".weight"), quantized.scheme.bits

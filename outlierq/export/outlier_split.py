@@ -49,7 +49,7 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
 
 
 def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`."""
+    """The tensors of `tensor_specs`: int8 codes [out, in], scales [out, 1], columns [k], their weight [out, k]."""
     import torch
 
     if quantized.outlier_columns is None:

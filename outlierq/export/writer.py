@@ -59,7 +59,7 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
         """Write one tensor; its dtype and shape must be the planned ones, its numbers finite.
 
-        row: write only the rows of `tensor`, from this one of the planned tensor on.
+        row: write only the rows of `tensor` [n, ...], from this one of the planned tensor on.
         """
         place = self.layout.places[name]
         self._check(name, tensor, row)
@@ -114,7 +114,7 @@ class ShardWriter:
         return digest.digest()
 
     def confirm(self, name: str, tensor: torch.Tensor, row: int | None = None, digest: Any = None) -> Any:
-        """Compare the bytes on disk with those of the tensor, or of rows of it; gives `digest` (XXH3-128) with them."""
+        """Compare the bytes on disk with those of the tensor, or of rows [n, ...] of it; gives their digest (XXH3)."""
         import xxhash
 
         digest = xxhash.xxh3_128() if digest is None else digest
@@ -199,7 +199,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def compare(name: str, decoded: QuantTensor | torch.Tensor, meant: QuantTensor) -> None:
-    """What was decoded from disk must be what was meant, bit for bit: every part of a `QuantTensor`, or dense rows."""
+    """What was decoded from disk must be what was meant, bit for bit: every part of a `QuantTensor`, or dense rows.
+
+    decoded, meant: [out, in], or the same rows of both.
+    """
     import torch
 
     if isinstance(decoded, torch.Tensor):
@@ -255,7 +258,7 @@ def disk_error(error: OSError, path: Path, size: int) -> OutputError:
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes | memoryview:
-    """The raw bytes of a tensor, without a copy when it is contiguous on the CPU."""
+    """The raw bytes of a tensor of any shape, without a copy when it is contiguous on the CPU."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -263,7 +266,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes | memoryview:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf.
+    """Whether no element of a tensor of any shape is NaN or Inf.
 
     Of floats of 8 and 16 bits the bits are looked at, 5 times faster than `isfinite`, and compiled 25 times: those that
     are not finite are the ones whose masked bits are all set.

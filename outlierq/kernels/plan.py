@@ -109,7 +109,10 @@ def halves(weight: PackedWeight) -> int:
 
 
 def plan_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> Launch:
-    """`w4a16_gemv`: one block for 16 outputs; warps as many as have at least two tiles each."""
+    """`w4a16_gemv`: one block for 16 outputs; warps as many as have at least two tiles each.
+
+    x: [tokens, in], 1 to 8 tokens. bias: [out]. y: [tokens, out].
+    """
     check_matmul(x, weight, bias)
     check(x.shape[0] <= GEMV_ROWS, f"w4a16_gemv takes 1 to {GEMV_ROWS} tokens", x=x)
     rows, columns = weight.shape
@@ -151,7 +154,10 @@ def plan_gemm(
     finished: torch.Tensor | None,
     parts: int,
 ) -> Launch:
-    """`w4a16_gemm`. partial, finished (zeros, int32): as large as `gemm_workspace` says; parts: `gemm_parts`."""
+    """`w4a16_gemm`. partial, finished (zeros, int32): as large as `gemm_workspace` says; parts: `gemm_parts`.
+
+    x: [tokens, in]. bias: [out]. y: [tokens, out].
+    """
     check_matmul(x, weight, bias)
     rows, columns = weight.shape
     tokens, block = x.shape[0], gemm_tokens(x.shape[0])
@@ -167,7 +173,7 @@ def plan_gemm(
 
 
 def plan_dequant(weight: PackedWeight, dense: torch.Tensor) -> Launch:
-    """`dequant`: one warp for a tile, four warps a block."""
+    """`dequant`: one warp for a tile, four warps a block. dense: [out, in]."""
     check_weight(weight)
     rows, columns = weight.shape
     fits = tuple(dense.shape) == weight.shape and dense.dtype == weight.dtype
@@ -183,7 +189,10 @@ def plan_dequant(weight: PackedWeight, dense: torch.Tensor) -> Launch:
 def plan_quant_rows(
     x: torch.Tensor, columns: torch.Tensor | None, codes: torch.Tensor, scale: torch.Tensor, outliers: torch.Tensor
 ) -> Launch:
-    """`quant_rows`: one block a token, which lies in shared memory. Columns out of range count as 0."""
+    """`quant_rows`: one block a token, which lies in shared memory. Columns out of range count as 0.
+
+    x, codes: [tokens, in]. columns: int32 [k]. scale: float32 [tokens]. outliers: [tokens, k or more].
+    """
     check(x.ndim == 2 and x.dtype in DTYPES, "x must be 16-bit floats [tokens, in]", x=x)
     tokens, width = x.shape
     check(width % 16 == 0 and width <= LARGEST_ROW, f"x must have a multiple of 16 inputs, at most {LARGEST_ROW}", x=x)
@@ -264,7 +273,11 @@ def plan_w8a8(
     finished: torch.Tensor | None,
     parts: int,
 ) -> Launch:
-    """`w8a8_outlier`. partial (int32), finished (zeros, int32): `w8a8_workspace`; parts: `w8a8_parts`."""
+    """`w8a8_outlier`. partial (int32), finished (zeros, int32): `w8a8_workspace`; parts: `w8a8_parts`.
+
+    x: int8 [tokens, in]. codes: int8 [out, in]. scale_x: float32 [tokens] or [1]; scale: float32 [out].
+    outliers: [tokens, 8 n], outlier_weight: [out, 8 n]. bias: [out]. y: [tokens, out].
+    """
     check_w8a8(x, scale_x, codes, scale, outliers, outlier_weight, bias, y)
     (tokens, inputs), outputs = x.shape, codes.shape[0]
     for space, count in zip((partial, finished), w8a8_workspace(tokens, outputs, parts), strict=True):
@@ -341,7 +354,7 @@ def plan_selftest(words: torch.Tensor, results: torch.Tensor, dtype: torch.dtype
 
 
 def check_columns(columns: torch.Tensor, width: int) -> None:
-    """Outlier columns are different, ascending and in range. Reads them, so it belongs where a layer is made."""
+    """Outlier columns [k] are different, ascending and in range. Reads them, so it belongs where a layer is made."""
     listed = columns.tolist()
     if listed != sorted(set(listed)) or (listed and not 0 <= listed[0] <= listed[-1] < width):
         raise KernelError(f"outlier columns must ascend within 0 .. {width - 1}; got {listed[:8]} .. {listed[-1:]}")

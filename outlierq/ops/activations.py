@@ -26,13 +26,13 @@ def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor
 
 
 def dynamic_scale(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
-    """Scale that just holds the largest value: of each last dimension (token, group), or of everything (tensor)."""
+    """Scale that just holds the largest value of x [..., K]: [..., 1] per token or group, [] for the whole tensor."""
     largest = x.abs().amax() if scheme.per == "tensor" else x.abs().amax(-1, keepdim=True)
     return scale_that_holds(largest, scheme)
 
 
 def scale_that_holds(largest: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
-    """The scale for these largest |x|; 1 where it would be 0 or too small for a normal number.
+    """The scale for these largest |x|, in the same shape; 1 where it would be 0 or too small for a normal number.
 
     That of a NaN is NaN: rounded to integers, nothing else would tell of it.
     """
@@ -41,7 +41,7 @@ def scale_that_holds(largest: torch.Tensor, scheme: ActivationScheme) -> torch.T
 
 
 def round_to_grid(x: torch.Tensor, scale: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
-    """`scale` times the nearest grid value of `x / scale`, saturating. x: float32; scale broadcasts against it."""
+    """`scale` times the nearest grid value of `x / scale`, saturating. x: float32 [..., K]; scale broadcasts."""
     if scheme.kind == "float":
         return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float().mul_(scale)
     return (x / scale).round_().clamp_(-scheme.code_max - 1, scheme.code_max).mul_(scale)

@@ -19,7 +19,7 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """The matrix itself, its lower half filled in place from the upper one, which is known."""
+    """The matrix [K, K] itself, its lower half filled in place from the upper one, which is known."""
     width = total.shape[0]
     for i in range(0, width, TILE):
         rows = slice(i, i + TILE)

@@ -70,7 +70,10 @@ class Grid:
 
 
 def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme) -> torch.Tensor:
-    """The code nearest to `ratio` = weight / scale, in float32 and in place: round to even, saturate at the range."""
+    """The code nearest to `ratio` = weight / scale, in float32 and in place: round to even, saturate at the range.
+
+    ratio: of any shape; zero_point broadcasts against it.
+    """
     if scheme.kind == "float" and scheme.bits == 4:
         return nearest_e2m1(ratio)
     if scheme.kind == "float":
@@ -88,6 +91,7 @@ def nearest_e2m1(x: torch.Tensor) -> torch.Tensor:
     """`x` rounded in place to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 of either sign, ties to the even mantissa, saturating.
 
     E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3: steps of 0.5 below 2, of 1 below 4, of 2.
+    x: float32 of any shape.
     """
     x.clamp_(-FP4_MAX, FP4_MAX)
     size = x.abs()
@@ -125,7 +129,7 @@ def over_blocks(values: torch.Tensor, scheme: QuantScheme, reduction: str) -> to
 def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """`scale` as it will be read back: rounded to its storage dtype, in float32. Zero becomes 1 (an all-zero group).
 
-    NumbersError when a finite scale is too large for that dtype.
+    scale: of any shape. NumbersError when a finite scale is too large for that dtype.
     """
     rounded = scale.to(getattr(torch, scheme.scale_dtype)).float()
     if (rounded.isinf() & scale.isfinite()).any():
@@ -141,7 +145,7 @@ def storable(
 ) -> Grid:
     """The grid whose scale is the nearest one to `scale` that the scheme can store. units: of two-level scales.
 
-    zero_point: integers, or any numbers with two-level minima, which are then rounded, too.
+    scale, zero_point: [out, groups], the latter integers, or any numbers with two-level minima, which are rounded, too.
     """
     if scheme.scales == "plain":
         return Grid(stored(scale, scheme), zero_point, scheme)
@@ -162,6 +166,7 @@ def power_of_two(scale: torch.Tensor, *, up_from: float) -> torch.Tensor:
     """2^e with `scale` = m * 2^e, 0.5 < m <= 1, or 2^(e - 1) where m is less than `up_from`; 1 where `scale` is 0.
 
     up_from 0.5 gives the power above, sqrt(0.5) the nearest by ratio. E8M0 has the exponents -127 to 127.
+    scale: float32 of any shape.
     """
     mantissa, exponent = torch.frexp(scale.clamp(min=0))
     exponent = torch.where(mantissa <= max(up_from, 0.5), exponent - 1, exponent).clamp(-127, 127)

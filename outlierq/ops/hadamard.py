@@ -96,14 +96,20 @@ def _construction(order: int) -> Callable[[], torch.Tensor] | None:
 
 
 def paley_one(q: int) -> torch.Tensor:
-    """I + S of order q + 1 for a prime power q = 3 mod 4; S = [0 1; -1 Q] is skew, Q_ij = chi(i - j)."""
+    """I + S of order q + 1 for a prime power q = 3 mod 4; S = [0 1; -1 Q] is skew, Q_ij = chi(i - j).
+
+    int64 [q + 1, q + 1].
+    """
     skew = torch.zeros(q + 1, q + 1, dtype=torch.int64)
     skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, quadratic_characters(q)
     return skew + torch.eye(q + 1, dtype=torch.int64)
 
 
 def paley_two(q: int) -> torch.Tensor:
-    """C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1] of order 2 (q + 1), q = 1 mod 4; C = [0 1; 1 Q] is symmetric."""
+    """C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1] of order 2 (q + 1), q = 1 mod 4; C = [0 1; 1 Q] is symmetric.
+
+    int64 [2 (q + 1), 2 (q + 1)].
+    """
     conference = torch.zeros(q + 1, q + 1, dtype=torch.int64)
     conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, quadratic_characters(q)
     one, two = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
@@ -168,7 +174,10 @@ def goethals_seidel_orders() -> tuple[int, ...]:
 
 
 def goethals_seidel(order: int) -> torch.Tensor:
-    """[A BJ CJ DJ; -BJ A D'J -C'J; -CJ -D'J A B'J; -DJ C'J -B'J A] of four circulants; J reverses, ' transposes."""
+    """[A BJ CJ DJ; -BJ A D'J -C'J; -CJ -D'J A B'J; -DJ C'J -B'J A] of four circulants; J reverses, ' transposes.
+
+    int64 [order, order].
+    """
     entry = _table()[str(order)]
     a, b, c, d = (_circulant(entry["n"], entry["subgroup"], minus) for minus in entry["minus"])
 
@@ -197,7 +206,7 @@ def _circulant(n: int, subgroup: list[int], minus: list[int]) -> torch.Tensor:
 def hadamard_transform(x: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
     """x M^T / sqrt(n) over the last axis, or x M / sqrt(n) with `transpose`; the two are inverse to each other.
 
-    Butterflies over the power of two, then one product with the core: n (log2(n / K) + K) operations per row.
+    x: [..., n]. Butterflies over the power of two, then a product with the core: n (log2(n / K) + K) operations a row.
     """
     n = x.shape[-1]
     order = core_order(n)
@@ -245,7 +254,7 @@ class Rotation:
         return signs
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x R over the last axis, in the dtype of x."""
+        """x R over the last axis of x [..., n], in its dtype."""
         if x.shape[-1] != self.n:
             raise ValueError(f"the last axis has {x.shape[-1]} entries, the rotation {self.n}")
         signs = self.signs.to(x.device, x.dtype).reshape(-1, self.block)

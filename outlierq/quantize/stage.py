@@ -127,7 +127,7 @@ class QuantizedRows:
 
     @classmethod
     def whole(cls, quantized: QuantTensor, row: SiteRow) -> QuantizedRows:
-        """All rows in one piece."""
+        """All rows [out, in] in one piece."""
 
         def once() -> Generator[QuantTensor, None, SiteRow]:
             yield quantized

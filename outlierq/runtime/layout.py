@@ -55,7 +55,7 @@ def pack_int8(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int8(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_int8`."""
+    """The inverse of `pack_int8`: int8 codes [out, in]."""
     return words.to_dense().t() if words.is_mkldnn else words
 
 

@@ -17,7 +17,7 @@ COLLAPSE = 25  # MADV_COLLAPSE of linux/mman.h
 
 
 def gather(tensor: torch.Tensor) -> int:
-    """Bytes of this CPU tensor that lie in huge pages now; 0 where there are none."""
+    """Bytes of this CPU tensor, of any shape, that lie in huge pages now; 0 where there are none."""
     if tensor.device.type != "cpu" or tensor.nbytes < PAGE or not sys.platform.startswith("linux"):
         return 0
     start = torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()

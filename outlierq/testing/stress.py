@@ -140,7 +140,7 @@ class StressedCheckpoint(DerivedCheckpoint):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, rewritten where it belongs to a scaled norm."""
+        """The tensor in its stored dtype and the shape of its header, rewritten where it belongs to a scaled norm."""
         tensor = self.original.read(name)
         change = self._changes.get(name)
         if change is None:

@@ -69,13 +69,13 @@ def _better(best: tuple, judge: Judge, family: Family, kind: str, r: float) -> t
 
 
 class Judge:
-    """Output error of rounding after a scale. Ranking candidates needs no more than bfloat16 operands."""
+    """Output error of rounding w [out, in] after a scale [in]. Ranking candidates needs bfloat16 operands only."""
 
     def __init__(self, w: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme):
         self.w, self.hessian, self.scheme = w, hessian, scheme
 
     def error(self, scale: torch.Tensor) -> float:
-        """tr(D H D^T) of the rounding error D of `w * scale`, divided by the scale again."""
+        """tr(D H D^T) of the rounding error D of `w * scale`, divided by the scale [in] again."""
         scaled = self.w * scale
         rounded = judging_grid(scaled, self.scheme).round(in_groups(scaled, self.scheme)).view_as(scaled)
         change = rounded.sub_(scaled).div_(scale)

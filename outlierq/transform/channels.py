@@ -19,7 +19,7 @@ def tied_max(values: torch.Tensor, tie: torch.Tensor | None) -> torch.Tensor:
 def evened(scale: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     """`scale` divided by the geometric mean of its living channels, within `LARGEST_SCALE`; dead channels are 1.
 
-    A factor common to all channels changes nothing: grids follow it.
+    scale: [in]. alive: [in] bool. A factor common to all channels changes nothing: grids follow it.
     """
     if not alive.any():
         return torch.ones_like(scale)
@@ -29,5 +29,5 @@ def evened(scale: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_powers_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """Each scale rounded to a power of two, on a logarithmic axis."""
+    """Each scale [in] rounded to a power of two, on a logarithmic axis."""
     return scale.log2().round().exp2()

@@ -94,7 +94,7 @@ class Threshold:
         return nearest_powers_of_two(scale) if self.power_of_two else scale
 
     def searched(self, grid_points: int) -> tuple[float, torch.Tensor, float]:
-        """(predicted error, scale, threshold) of the best threshold."""
+        """(predicted error, scale [in], threshold) of the best threshold."""
         largest = self.reach.max().item()
         if largest == 0:
             return self._at(1.0)

@@ -61,7 +61,7 @@ class Family:
         return self.bounded(self.inputs**alpha / self.columns ** (1 - alpha))
 
     def bounded(self, scale: torch.Tensor) -> torch.Tensor:
-        """The scale relative to its geometric middle, within bounds, and as a power of two if that is asked for."""
+        """The scale [in] relative to its geometric middle, within bounds, as a power of two if that is asked for."""
         scale = evened(scale, self.alive)
         return nearest_powers_of_two(scale) if self.power_of_two else scale
 
@@ -79,7 +79,7 @@ def _dividing(columns: torch.Tensor) -> torch.Tensor:
 
 
 def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tensor:
-    """The scale with the least predicted error; ones, when none errs less than no scaling. The choice is noted."""
+    """The scale [in] with the least predicted error; ones, when none errs less than no scaling. The choice is noted."""
     none = torch.ones_like(family.inputs)
     before = error(none)
     best = (before, none, None)

@@ -20,7 +20,7 @@ COLUMN = {name: place for place, name in enumerate(TOP_COLUMNS)}
 
 
 def massive_entries(block: int, stats: BlockStats) -> tuple[MassiveEntry, ...]:
-    """The massive ones among the largest entries of a block's output, largest first; their text is filled in later."""
+    """The massive ones among the largest entries [n, 6] of a block's output, largest first; their text comes later."""
     median = stats.need("residual_median").item()
     entries = [_entry(block, row, median) for row in stats.need("residual_top").tolist()]
     massive = [entry for entry in entries if abs(entry.value) > LARGEST and entry.ratio >= RATIO]
@@ -38,6 +38,7 @@ def persistent_share(stats: BlockStats) -> float:
     """Share, 0..1, of the sequences whose largest entry sits in the most common channel with a steady value.
 
     0 when that channel's values vary by 20 % or more (standard deviation over mean): then it is no constant bias.
+    From residual_first [sequences, 6].
     """
     first = stats.need("residual_first")
     channels = first[:, COLUMN["channel"]].long()

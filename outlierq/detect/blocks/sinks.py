@@ -16,12 +16,15 @@ FIRST, REST = MASS_COLUMNS.index("first"), MASS_COLUMNS.index("rest")
 
 
 def sink_heads(stats: BlockStats) -> float:
-    """Share, 0..1, of the heads that are attention sinks at position 0."""
+    """Share, 0..1, of the heads that are attention sinks at position 0, from attention_mass [heads, 4]."""
     return (stats.need("attention_mass")[:, FIRST] > SINK_MASS).float().mean().item()
 
 
 def no_op_heads(stats: BlockStats) -> float:
-    """Share, 0..1, of the heads that look at tokens without content, and find small values there."""
+    """Share, 0..1, of the heads that look at tokens without content, and find small values there.
+
+    From attention_mass [heads, 4] and sink_value_norm [kv heads].
+    """
     mass, norms = stats.need("attention_mass"), stats.need("sink_value_norm")
     away = mass.sum(1) - mass[:, REST]
     per_head = norms.repeat_interleave(len(mass) // len(norms))

@@ -33,7 +33,7 @@ def channel_ratios(abs_max: torch.Tensor) -> torch.Tensor:
 
 
 def channel_ratio(stats: InputStats) -> float:
-    """The largest of `channel_ratios`."""
+    """The largest of `channel_ratios`, from abs_max [K]."""
     return channel_ratios(stats.need("abs_max")).max().item()
 
 

@@ -13,7 +13,7 @@ from outlierq.core.stats import InputStats
 
 
 def top_share(stats: InputStats, *, share: float = 0.01) -> float:
-    """Energy share, 0..1, of the strongest `share` of the channels (at least one)."""
+    """Energy share, 0..1, of the strongest `share` of the channels (at least one), from sum_sq [K]."""
     energy = stats.need("sum_sq")
     total = energy.sum().item()
     if total == 0:

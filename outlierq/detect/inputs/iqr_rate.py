@@ -21,7 +21,10 @@ def iqr_rate(values: torch.Tensor, *, fence: float = 1.5) -> torch.Tensor:
 
 
 def quantile(ordered: torch.Tensor, share: float) -> torch.Tensor:
-    """Linear interpolation between neighbours of sorted values; torch.quantile refuses more than 16 million."""
+    """Linear interpolation between neighbours of sorted values; torch.quantile refuses more than 16 million.
+
+    ordered: [n, ...] ascending along the first axis, which goes.
+    """
     place = share * (len(ordered) - 1)
     below = int(place)
     above = min(below + 1, len(ordered) - 1)

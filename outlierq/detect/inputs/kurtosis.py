@@ -14,7 +14,7 @@ SUMS = ("sum_x", "sum_sq", "sum_cube", "sum_fourth")
 
 
 def kurtosis(stats: InputStats) -> float:
-    """Kurtosis of all values of the input together."""
+    """Kurtosis of all values of the input together, from its power sums [K]."""
     count = stats.tokens * stats.channels
     sums = torch.stack([stats.need(name).sum() for name in SUMS])
     value = from_power_sums(sums, count)

@@ -23,7 +23,7 @@ def outlier_features(
 ) -> dict[int, tuple[float, float]]:
     """Channel -> (share of inputs with |x| >= 6 in it, share of positions there), for the outlier features.
 
-    inputs: statistics of equal width, one for every input that counts.
+    inputs: statistics of equal width, one for every input that counts, with count_large and sequence_large [K].
     """
     if not inputs:
         return {}
@@ -36,5 +36,5 @@ def outlier_features(
 
 
 def large_share(stats: InputStats) -> float:
-    """Share, 0..1, of all values of one input with |x| >= 6."""
+    """Share, 0..1, of all values of one input with |x| >= 6, from count_large [K]."""
     return stats.need("count_large").sum().item() / (stats.tokens * stats.channels)

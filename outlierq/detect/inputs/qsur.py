@@ -50,7 +50,7 @@ def log_qsur(covariance: torch.Tensor) -> float:
 
 
 def rotation_gain(covariance: torch.Tensor) -> float:
-    """log(max_j sqrt(S_jj)) - log(sqrt(trace(S) / d)), what the best rotation adds to `log_qsur`."""
+    """log(max_j sqrt(S_jj)) - log(sqrt(trace(S) / d)), what the best rotation adds to `log_qsur`. S: [d, d]."""
     variance = covariance.diagonal().double()
     if not variance.max() > 0:
         raise StatsError("the input is constant, so there is nothing to rotate", hint="calibrate on more text")

@@ -19,14 +19,17 @@ def sigma_rate(stats: InputStats, rows: torch.Tensor, *, sigmas: float = 3.0) ->
 
 
 def largest_sigma(stats: InputStats) -> float:
-    """Distance of the most extreme value from the mean, in standard deviations of the whole input."""
+    """Distance of the most extreme value from the mean, in standard deviations of the whole input.
+
+    From min, max, sum_x and sum_sq, [K] each.
+    """
     mean, deviation = mean_and_deviation(stats)
     lowest, highest = stats.need("min").min().item(), stats.need("max").max().item()
     return max(mean - lowest, highest - mean) / deviation
 
 
 def mean_and_deviation(stats: InputStats) -> tuple[float, float]:
-    """Of all values of the input together; StatsError when they are all equal."""
+    """Of all values of the input together, from sum_x and sum_sq [K]; StatsError when they are all equal."""
     count = stats.tokens * stats.channels
     mean = stats.need("sum_x").sum().item() / count
     variance = stats.need("sum_sq").sum().item() / count - mean**2

@@ -11,7 +11,7 @@ from outlierq.core.stats import InputStats
 
 
 def token_range(stats: InputStats, *, share: float = 0.999) -> float:
-    """Quantile `share` of max_c |x_tc| over tokens, divided by its median."""
+    """Quantile `share` of max_c |x_tc| over tokens, divided by its median; from token_histogram [64]."""
     histogram = stats.need("token_histogram").double()
     reached = histogram.cumsum(0) / histogram.sum()
     if not reached[-1] > 0:

@@ -21,7 +21,7 @@ def stable_rank(weight: torch.Tensor) -> float:
 
 
 def largest_singular(weight: torch.Tensor) -> float:
-    """sigma_1 by power iteration of W^T W on several seeded vectors at once, until it rises by less than 0.1 %."""
+    """sigma_1 of W [out, in] by power iteration of W^T W on some seeded vectors, until it rises by less than 0.1 %."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(weight.shape[1], VECTORS, generator=generator).to(weight.device)
     best = 0.0

@@ -112,14 +112,14 @@ class GgufFormat:
         return gguf_name(info.name), "F32" if len(info.shape) == 1 else info.dtype, info.shape
 
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """The tensor of `plain_spec`."""
+        """The tensor of `plain_spec`, in the same shape; rows in the order of the file."""
         name = gguf_name(name)
         heads = self._heads(name)
         tensor = tensor if heads is None else tensor[_rotated_rows(len(tensor), heads)]
         return name, tensor.float() if tensor.ndim == 1 else tensor
 
     def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-        """The tensor of `tensor_specs`."""
+        """The tensor of `tensor_specs`: blocks, uint8 [out, bytes of a row]."""
         name = gguf_name(site.weight)
         heads = self._heads(name)
         return {name: encode_blocks(site, quantized, heads and _rotated_rows(site.out_features, heads))}

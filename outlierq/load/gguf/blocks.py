@@ -116,7 +116,10 @@ def _superblock_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
 
 
 def file_rows(rows: np.ndarray, count: int, heads: int) -> np.ndarray:
-    """Where the file has the model's rows: of a head with h rows, row i lies at 2 * i, row h / 2 + i at 2 * i + 1."""
+    """Where the file has the model's rows: of a head with h rows, row i lies at 2 * i, row h / 2 + i at 2 * i + 1.
+
+    rows: [n] numbers of rows, of `count` in all.
+    """
     size = count // heads
     head, place = rows // size, rows % size
     half, pair = place // (size // 2), place % (size // 2)

@@ -68,7 +68,7 @@ class GgufCheckpoint(Checkpoint):
         return fingerprint(self._head_bytes(), self.tensors, self._sample)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in `dtype`, with Hugging Face's shape."""
+        """The tensor in `dtype`, in the shape of its header, which is Hugging Face's."""
         import torch
 
         dtype, shape = getattr(torch, self.dtype), lookup(self.tensors, name).shape

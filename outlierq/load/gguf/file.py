@@ -169,7 +169,7 @@ def _check_bounds(path: Path, tensors: dict[str, GgufTensor], begin: int) -> Non
 
 
 def dequantized(path: Path, tensor: GgufTensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor's values in `dtype`; exact float32 values are computed run by run and rounded once."""
+    """The values in `dtype`, in the shape of the header; exact float32 values are computed run by run, rounded once."""
     import numpy as np
     import torch
     from gguf import GGMLQuantizationType

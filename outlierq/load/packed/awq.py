@@ -25,7 +25,10 @@ ROLES = ("qweight", "qzeros", "scales")
 
 
 def awq_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
-    """Output rows [start, stop). start: a multiple of 8. SourceError when the tensors do not fit the scheme."""
+    """Output rows [start, stop). start: a multiple of 8. SourceError when the tensors do not fit the scheme.
+
+    stored: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]. shape: (out, in).
+    """
     rows, columns = shape
     groups = scheme.groups(columns)
     expected = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}

@@ -58,7 +58,7 @@ class Int8Checkpoint(SplitCheckpoint):
         raise SourceError(f"{name} of {self.source} is LLM.int8(), which finds its outlier columns in each call")
 
     def layer(self, parts: Parts, bias: torch.Tensor | None) -> torch.nn.Module:
-        """LLM.int8() with the checkpoint's threshold."""
+        """LLM.int8() with the checkpoint's threshold. parts: weight int8 [out, in], SCB [out]; bias: [out]."""
         return DynamicSplitLinear(parts["weight"], parts["SCB"][:, None] / 127, bias, self.threshold)
 
 

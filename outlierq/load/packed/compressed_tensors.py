@@ -102,7 +102,7 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         return torch.from_numpy(_decode(self.linears[name], self.parts(name, ("weight_shape", "input_scale"))))
 
     def quantized(self, name: str) -> QuantTensor:
-        """Codes, scales and zero points of a packed weight. SourceError when they are not in groups of columns."""
+        """Codes [out, in], scales and zero points of a weight. SourceError when they are not in groups of columns."""
         weight = self.linears[name]
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")

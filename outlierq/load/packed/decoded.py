@@ -36,11 +36,11 @@ class DecodedCheckpoint(DerivedCheckpoint):
         """The linear with this weight, float32 [out, in]."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or decoded to float32."""
+        """The tensor as stored, or the weight of a linear decoded to float32 [out, in]."""
         lookup(self.tensors, name)
         return self.decoded(name) if name in self.linears else self.original.read(name)
 
     def parts(self, name: str, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """The stored tensors of the linear with this weight, by role, but for some roles."""
+        """The stored tensors of the linear with this weight, by role, but for some; each in the shape of its header."""
         members = self.linears[name].members
         return {role: self.original.read(stored) for role, stored in members.items() if role not in without}

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
-    """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit."""
+    """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit.
+
+    stored: weight_packed uint8 [out, in / 2], weight_scale [out, groups], weight_global_scale [1]. shape: (out, in).
+    """
     import numpy as np
     import torch
 

@@ -38,6 +38,9 @@ def gptq_rows(
 ) -> QuantTensor:
     """Output rows [start, stop). start: a multiple of 32. SourceError when the tensors do not fit the scheme, or when
     the groups are not runs of columns (activation order; see `gptq_dense`).
+
+    stored: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales [groups, out], g_idx
+    int32 [in]. shape: (out, in).
     """
     import numpy as np
 

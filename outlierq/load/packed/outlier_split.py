@@ -68,14 +68,14 @@ class SplitCheckpoint(DecodedCheckpoint):
         return decode_split(**parts)
 
     def quantized(self, name: str) -> QuantTensor:
-        """Codes, scales and outlier columns of a linear, by the name of its weight."""
+        """Codes [out, in], scales [out, 1] and outlier columns [k] of a linear, by the name of its weight."""
         parts = self.parts(name)
         scale, columns, kept = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
         scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
         return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=kept)
 
     def layer(self, parts: Parts, bias: torch.Tensor | None) -> torch.nn.Module:
-        """The module that computes the linear as it is stored."""
+        """The module that computes the linear as stored: int8 codes [out, in], 16-bit columns [out, k]; bias: [out]."""
         columns, kept = parts["outlier_columns"].long(), parts["outlier_weight"]
         return StaticSplitLinear(parts["weight"], parts["weight_scale"], bias, columns, kept)
 
@@ -136,7 +136,7 @@ class DynamicSplitLinear(SplitLinear):
         self.threshold = threshold
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`ops.int8_split.dynamic_split_matmul` without the original weight."""
+        """`ops.int8_split.dynamic_split_matmul` of x [..., in] without the original weight."""
         return dynamic_split_matmul(x, self.weight, self.scale, threshold=self.threshold)
 
 

@@ -108,7 +108,7 @@ def finished(codes: np.ndarray, zero_point: np.ndarray, scales: Any, scheme: Qua
 
 
 def as_symmetric(found: QuantTensor) -> QuantTensor:
-    """The same numbers without zero points where each of them is the middle one, else as they are."""
+    """The same numbers [out, in] without zero points where each of them is the middle one, else as they are."""
     import torch
 
     middle = 1 << (found.scheme.bits - 1)

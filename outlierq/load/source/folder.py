@@ -94,11 +94,11 @@ class FolderCheckpoint(Checkpoint):
         return list(dict.fromkeys(stored.path for stored in self._stored.values()))
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in fresh memory on the CPU."""
+        """The tensor as stored, in the shape of its header, in fresh memory on the CPU."""
         return self.read_many([name])[name]
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors; each shard is opened once."""
+        """Several tensors, each in the shape of its header; each shard is opened once."""
         return dict(read_stored(self._stored, names, self._open))
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:

@@ -167,7 +167,7 @@ def open_plain(path: Path) -> BinaryIO:
 def read_stored(
     tensors: dict[str, StoredTensor], names: Iterable[str], opened: Opener = open_plain
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each name, grouped by file so that each file is opened once."""
+    """(name, tensor in the shape of its header) for each name, grouped by file so that each file is opened once."""
     wanted: dict[Path, list[StoredTensor]] = {}
     for name in names:
         stored = lookup(tensors, name)
@@ -179,7 +179,7 @@ def read_stored(
 
 
 def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> Iterator[torch.Tensor]:
-    """A tensor `count` rows at a time, in one buffer: a piece is valid until the next is asked for.
+    """A tensor `count` rows at a time, [<= count, ...], in one buffer: a piece is valid until the next is asked for.
 
     Fresh memory for every tensor would cost more than reading it: the system clears each page before it is filled.
     """
@@ -197,7 +197,7 @@ def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> 
 
 
 def read_some_rows(stored: StoredTensor, rows: Iterable[int], opened: Opener = open_plain) -> torch.Tensor:
-    """Some rows of a tensor, in the given order, in fresh memory; SourceError for a row that it does not have."""
+    """Some rows of a tensor, [n, ...] in the given order, in fresh memory; SourceError for a row it does not have."""
     import torch
 
     chosen, shape = list(rows), stored.info.shape

@@ -85,7 +85,7 @@ def gguf_blocks(kind: str, quantized: QuantTensor, order: torch.Tensor | None) -
 
 
 def dequantize(quantized: QuantTensor) -> torch.Tensor | None:
-    """`QuantTensor.dequantize` in the dtype of the scales, of integers with plain scales by row and group."""
+    """`QuantTensor.dequantize`, [out, in], in the dtype of the scales; integers with plain scales by row and group."""
     scheme, scale, dtype = quantized.scheme, quantized.scale, getattr(torch, quantized.scheme.scale_dtype)
     plain = (scheme.kind, scheme.scales, scheme.block) == ("int", "plain", None) and scale.dtype == dtype
     compiled = _compiled() if plain and quantized.outlier_columns is None else None
@@ -105,7 +105,7 @@ def dequantize(quantized: QuantTensor) -> torch.Tensor | None:
 
 
 def any_masked(numbers: torch.Tensor, mask: int) -> bool | None:
-    """Whether all bits of `mask` are set in any of some numbers of one or two bytes."""
+    """Whether all bits of `mask` are set in any of some numbers of one or two bytes, of any shape."""
     compiled = native.library()
     if compiled is None or not _plain(numbers):
         return None

@@ -47,7 +47,8 @@ def fitted_together(groups: int, columns: int) -> int:
 def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> Grid:
     """The scales of all groups of a row, jointly: solve (C H C^T) s = C H w with C the row's codes by group.
 
-    Rows whose error does not fall (after rounding the scale to its storage dtype) keep their scales.
+    w, codes: [out, in]. hessian: [in, in]. Rows whose error does not fall (after rounding the scale to its storage
+    dtype) keep their scales.
     """
     centred = in_groups(codes, grid.scheme)
     if grid.zero_point is not None:
@@ -81,7 +82,7 @@ def refit_scales(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torc
 def descend(
     w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
-    """One pass of coordinate descent over the columns in `order`; returns the new codes.
+    """One pass of coordinate descent over the columns in `order` [in]; returns the new codes [out, in].
 
     With R = (W - Q) H, the best value of column j given all others is q_j + R_j / H_jj; it is rounded to the grid,
     and R loses (change of q_j) * H_j. Blocks of columns keep the update of the far columns a matrix product.

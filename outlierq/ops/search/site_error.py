@@ -127,7 +127,7 @@ def rounded_by(grid: Grid, w: torch.Tensor) -> torch.Tensor:
 
 
 def judging_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
-    """A grid close to the one that a scale search would end at, without searching."""
+    """A grid close to the one that a scale search would end at for w [out, in], without searching."""
     if not scheme.symmetric or scheme.bits > FEW_BITS or scheme.kind == "float":
         return minmax_grid(w, scheme)
     largest = in_groups(w, scheme).abs().amax(-1)
