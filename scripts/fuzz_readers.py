@@ -466,7 +466,7 @@ def write_stats(folder: Folder) -> None:
     """A finished statistics folder of one block."""
     import torch
 
-    from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter
+    from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsWriter
     from outlierq.core.block_stats import BlockStats
     from outlierq.core.logits import LogitSample
     from outlierq.core.model import Fold, InputGroup, LinearSite
@@ -486,7 +486,7 @@ def write_stats(folder: Folder) -> None:
 
 def read_stats(folder: Folder) -> None:
     """Everything that a command takes from a statistics folder."""
-    from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.calibrate.stored.stats_file import StatsReader
 
     reader = StatsReader(folder)
     reader.check(reader.identity.model_fingerprint)

@@ -10,7 +10,7 @@ import torch
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, stored_fields
 from outlierq.calibrate.runner import BlockRunner
-from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from outlierq.calibrate.stats_file import StatsIdentity, StatsReader, StatsWriter
+from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, StatsWriter
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample

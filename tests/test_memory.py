@@ -21,7 +21,7 @@ from reference.statistics import correlated_inputs, random_weight, statistics_of
 from safetensors.torch import load_file
 
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
-from outlierq.calibrate.spilled import SpilledStats, each_changed
+from outlierq.calibrate.stored.spilled import SpilledStats, each_changed
 from outlierq.core.errors import OutlierqError, OutputError
 from outlierq.core.model import InputGroup, LinearSite
 from outlierq.core.scheme import QuantScheme

@@ -16,7 +16,7 @@ from outlierq.calibrate.experts import routing
 from outlierq.calibrate.folds import check_fold
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner
-from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.phases import peaks

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from outlierq.calibrate import stats_file
-from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.stored import stats_file
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.report import REPORT_NAME
 from outlierq.export.writer import ShardWriter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
 
@@ -16,8 +16,8 @@ def check_length(model: torch.nn.Module, length: int, setting: str) -> None:
     A table of positions has no rows beyond them; rotary embeddings go on, but the model was never trained there.
     setting: what to change.
     """
-    positions = getattr(_config(model), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    positions = _limit(model, "max_position_embeddings")
+    if positions is not None and length > positions:
         raise OutlierqError(
             f"windows of {length} tokens exceed the model's {positions} positions",
             hint=f"use windows of at most {positions} tokens ({setting})",
@@ -25,7 +25,10 @@ def check_length(model: torch.nn.Module, length: int, setting: str) -> None:
 
 
 def check_ids(model: torch.nn.Module, ids: torch.Tensor, tokenizer_size: int | None = None) -> None:
-    """OutlierqError when token ids have no row in the model's table of embeddings. tokenizer_size: for the message."""
+    """OutlierqError when token ids have no row in the model's table of embeddings.
+
+    ids: of any shape. tokenizer_size: for the message.
+    """
     rows = _embedded(model)
     lowest, highest = int(ids.min()), int(ids.max())
     if rows is not None and not 0 <= lowest <= highest < rows:
@@ -36,16 +39,18 @@ def check_ids(model: torch.nn.Module, ids: torch.Tensor, tokenizer_size: int | N
         )
 
 
-def _config(model: torch.nn.Module) -> object:
-    """The part of the config that describes the language model."""
+def _limit(model: Any, name: str) -> int | None:
+    """The number that the config of the language model gives under a name, None where it gives none."""
     config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else None
 
 
-def _embedded(model: torch.nn.Module) -> int | None:
+def _embedded(model: Any) -> int | None:
     """Rows of the table of embeddings; what the config says where a model does not show its table."""
     try:
-        rows = model.get_input_embeddings().weight.shape[0]
+        return int(model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
-        rows = getattr(_config(model), "vocab_size", None)
-    return rows
+        return _limit(model, "vocab_size")

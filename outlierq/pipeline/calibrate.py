@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
-from outlierq.calibrate.stats_file import StatsIdentity, StatsWriter, former_shards
+from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsWriter, former_shards
 from outlierq.core.errors import during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint

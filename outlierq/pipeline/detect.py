@@ -21,7 +21,7 @@ from outlierq.pipeline.events import Event, Listener, silent
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.calibrate.stored.stats_file import StatsReader
     from outlierq.core.block_stats import BlockStats
     from outlierq.recipe import Calibration
 
@@ -51,7 +51,7 @@ class Statistics:
 
 def from_folder(folder: Path, checkpoint: Checkpoint) -> Statistics:
     """Statistics that `outlierq calibrate` wrote; StatsError when they are of another model."""
-    from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.calibrate.stored.stats_file import StatsReader
 
     reader = StatsReader(folder)
     reader.check(checkpoint.fingerprint)

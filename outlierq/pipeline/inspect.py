@@ -48,7 +48,7 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def describe_stats(folder: Path) -> dict[str, Any]:
     """Identity and extent of a statistics folder."""
-    from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.calibrate.stored.stats_file import StatsReader
 
     reader = StatsReader(folder)
     groups, stats = reader.block(reader.indices[0])
@@ -79,6 +79,6 @@ def describe_unfinished(folder: Path) -> dict[str, Any]:
 
 def describe_unfinished_stats(folder: Path) -> dict[str, Any]:
     """What an unfinished calibration has done so far."""
-    from outlierq.calibrate.stats_file import blocks_written
+    from outlierq.calibrate.stored.stats_file import blocks_written
 
     return {"unfinished": str(folder), "blocks_done": blocks_written(folder)}

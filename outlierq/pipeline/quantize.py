@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
-from outlierq.calibrate.spilled import each_changed
+from outlierq.calibrate.stored.spilled import each_changed
 from outlierq.core.errors import during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix

@@ -44,7 +44,7 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
-    from outlierq.calibrate.stats_file import StatsReader
+    from outlierq.calibrate.stored.stats_file import StatsReader
     from outlierq.pipeline.calibrate import calibrate
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from outlierq.calibrate.collect import stored_fields
-from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
 from outlierq.core.model import Checkpoint, InputGroup, Structure

@@ -18,7 +18,7 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates
-from outlierq.calibrate.spilled import SpilledStats
+from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import NumbersError, RecipeError

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.stats_file import StatsReader
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outlierq import __version__
-from outlierq.calibrate.stats_list import check_list, input_stats, value_of
+from outlierq.calibrate.stored.stats_list import check_list, input_stats, value_of
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample

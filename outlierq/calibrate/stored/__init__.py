@@ -1,0 +1,1 @@
+"""Statistics on disk: the folder that a user keeps, and what a run sets aside to save memory."""
