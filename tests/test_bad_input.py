@@ -322,6 +322,52 @@ class TestText:
         words = ("--windows", "1", "--window-length", "16", "--device", "cpu", "-q")
         assert "wikitexx" in refused("eval", tiny_llama, "--tasks", "wikitexx", *words)
 
+    def test_an_evaluation_text_of_chats_says_what_it_must_be(self, refused, tiny_llama, tmp_path):
+        (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
+        said = refused("eval", tiny_llama, "--text", tmp_path / "chats.jsonl", "-q")
+        assert "it has messages" in said and "rows with a column `text`" in said
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--min-task", "wikitexx:1"), "lm-eval knows no task `wikitexx`"),
+            (("--min-task", "wikitext:1", "--data-dir", "absent"), "absent holds no data files"),
+            (("--min-task", "wikitext:1", "--data-dir", "data"), "data has no data for 1 tasks: wikitext"),
+            (("--max-kl", "1", "--set", "gate.text=absent.txt"), "absent.txt cannot be read"),
+            (("--max-kl", "1", "--set", "gate.window_length=1000"), "windows of 1000 tokens exceed"),
+            (("--max-kl", "1", "--set", "gate.windows=100000"), "100000 windows of 512 need"),
+            (("--max-kl", "1", "--junit", "data"), "data cannot be written: it is a folder"),
+        ],
+    )
+    def test_what_a_gate_names_is_looked_for_before_anything_is_quantized(
+        self, refused, tiny_llama, tmp_path, monkeypatch, words, said
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "other.jsonl").write_text("{}\n")
+        monkeypatch.setattr("outlierq.pipeline.quantize.quantize", None)
+        assert said in refused.quantize(tiny_llama, "-r", "rtn-w4", "--device", "cpu", *words)
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("eval", "--tasks", "wikitexx"), "lm-eval knows no task `wikitexx`"),
+            (("eval", "--windows", "100000"), "100000 windows of 512 need"),
+            (("eval", "--window-length", "513"), "windows of 513 tokens exceed the model's 512 positions"),
+            (("eval", "-o", "file/results.json"), "results.json cannot be written: "),
+            (("detect", "-o", "file/report"), "report.json cannot be written: "),
+        ],
+    )
+    def test_what_a_measurement_names_is_looked_for_before_a_model_is_loaded(
+        self, refused, tiny_llama, tmp_path, monkeypatch, words, said
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("OUTLIERQ_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("outlierq.load.load_model", None)
+        monkeypatch.setattr("outlierq.pipeline.detect.detect", None)
+        assert said in refused(words[0], tiny_llama, *words[1:], "--device", "cpu", "-q")
+
 
 class TestOptions:
     """Words on the command line."""

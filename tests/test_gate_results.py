@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Report
@@ -46,7 +47,9 @@ def faked(cache, monkeypatch) -> SimpleNamespace:
         return {"rows": [{"task": name, "metric": "acc", "value": 0.5} for name in names]}
 
     monkeypatch.setattr(evaluation, "load_for_evaluation", load)
-    monkeypatch.setattr(evaluation, "measure_text", text)
+    monkeypatch.setattr(evaluation, "checked_windows", lambda *_, **__: torch.zeros(1, 2))
+    monkeypatch.setattr(evaluation, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluation, "measure_windows", text)
     monkeypatch.setattr(evaluation, "run_tasks", tasks)
     return asked
 

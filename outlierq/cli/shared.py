@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -338,6 +339,18 @@ def write_file(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise OutlierqError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_unwritable(*paths: Path | None) -> None:
+    """OutlierqError before any work when a file that is written after it cannot be; folders are made when needed."""
+    for path in filter(None, paths):
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if path.is_dir() or not (nearest == path or nearest.is_dir()) or not os.access(nearest, os.W_OK):
+            raise OutlierqError(
+                f"{path} cannot be written: "
+                + ("it is a folder" if path.is_dir() else f"{nearest} is no folder that can be written to"),
+                hint="nothing was done; name another place",
+            )
 
 
 @contextmanager

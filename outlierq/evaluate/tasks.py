@@ -80,14 +80,7 @@ def run_tasks(
         else:
             stack.enter_context(evaluating(model))
             stack.enter_context(_counting(model, progress))
-        if data_dir is None:
-            manager = task_manager(tasks)
-        else:
-            stack.enter_context(_offline())
-            overlay = Path(stack.enter_context(TemporaryDirectory(prefix="outlierq-tasks-")))
-            write_overlay(task_manager(tasks), tasks, Path(data_dir), overlay, num_fewshot)
-            manager = task_manager(tasks, overlay)
-        _refuse_overlap(manager, tasks)
+        manager = stack.enter_context(_manager(tasks, data_dir, num_fewshot))
         loaded = _load(manager, tasks, num_fewshot, seed)
         answering = (_in_vllm if served else _in_process)(model, tokenizer, batch_size, length)
         results = _evaluate(answering, loaded, limit, chat)
@@ -104,6 +97,27 @@ def run_tasks(
             "num_fewshot": _only(top, results["n-shot"]),
         },
     }
+
+
+def check_tasks(tasks: Sequence[str], data_dir: str | Path | None, num_fewshot: int | None) -> None:
+    """OutlierqError when lm-eval knows no such task, or local files do not hold its data; the network is not asked."""
+    with _quiet(), _manager(list(tasks), data_dir, num_fewshot):
+        pass
+
+
+@contextmanager
+def _manager(tasks: list[str], data_dir: str | Path | None, num_fewshot: int | None) -> Iterator[TaskManager]:
+    """lm-eval's task manager for these names; with a folder of data, its task files read it, and nothing the Hub."""
+    with ExitStack() as stack:
+        if data_dir is None:
+            manager = task_manager(tasks)
+        else:
+            stack.enter_context(_offline())
+            overlay = Path(stack.enter_context(TemporaryDirectory(prefix="outlierq-tasks-")))
+            write_overlay(task_manager(tasks), tasks, Path(data_dir), overlay, num_fewshot)
+            manager = task_manager(tasks, overlay)
+        _refuse_overlap(manager, tasks)
+        yield manager
 
 
 def _refuse_overlap(manager: TaskManager, tasks: list[str]) -> None:

@@ -110,6 +110,7 @@ def measure(
         keep(key, measured)
         return measured
 
+    data = "hub" if wanted.data_dir is None or not wanted.tasks else data_hash(wanted.data_dir)
     text_hash = hashlib.sha256(content.encode()).hexdigest()
     windows = {"windows": wanted.windows, "window_length": wanted.window_length}
     how = {"dtype": wanted.dtype, "device": _device_name(wanted.device), "runtime": wanted.runtime}
@@ -131,12 +132,20 @@ def measure(
         ),
     }
     if wanted.tasks:
-        data = "hub" if wanted.data_dir is None else data_hash(wanted.data_dir)
         shared = {**how, **_task_options(wanted), "tasks": wanted.tasks, "data": data, "backend": wanted.backend}
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
                 result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted, listen))
     return result | {"from_cache": reused}
+
+
+def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:
+    """OutlierqError, before hours of work on `checkpoint`, for what would stop a measurement after them: a text, tasks
+    or their data that are not there or do not fit the model."""
+    content, _ = evaluation.evaluation_text(wanted.text)
+    if wanted.tasks and wanted.data_dir is not None:
+        data_hash(wanted.data_dir)
+    _windows(_Side(checkpoint, wanted), content)
 
 
 def judge(results: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -214,21 +223,30 @@ class _Side:
         return load_tokenizer(self.checkpoint, trust_remote_code=self.wanted.trust_remote_code)
 
 
+def _windows(side: _Side, content: str) -> torch.Tensor:
+    """The windows of a text, [windows, length]; everything else that the measurement names is looked for, too."""
+    wanted = side.wanted
+    if wanted.tasks:
+        evaluation.check_tasks(wanted.tasks, wanted.data_dir, wanted.num_fewshot)
+    return evaluation.checked_windows(
+        side.checkpoint,
+        side.tokenizer,
+        content,
+        window_length=wanted.window_length,
+        windows=wanted.windows,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+
+
 def _divergence(
     side: _Side, original: _Side | None, content: str, wanted: Measurement, listen: Listener
 ) -> dict[str, Any]:
     """`Divergence` as plain values; "linears" says how a packed model computed."""
+    ids = _windows(side, content)
     with collecting() as notes:
         model = side.model
-    measured = evaluation.measure_text(
-        model,
-        side.tokenizer,
-        content,
-        reference=None if original is None else original.model,
-        window_length=wanted.window_length,
-        windows=wanted.windows,
-        listen=listen,
-    ).to_dict()
+    reference = None if original is None else original.model
+    measured = evaluation.measure_windows(model, ids, reference=reference, listen=listen).to_dict()
     if wanted.runtime == "packed":
         measured["linears"] = [*runtime_summary(model), *notes]
     return measured

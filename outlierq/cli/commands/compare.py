@@ -39,14 +39,14 @@ def command(
     measured = None
     if quality:
         content, _ = evaluation.evaluation_text(text)
-        loading = {"device": shared.choose_device(device), "trust_remote_code": trust_remote_code}
+        code = {"trust_remote_code": trust_remote_code}
+        ids = evaluation.checked_windows(first, load_tokenizer(first, **code), content, windows=windows or None, **code)
+        loading = {"device": shared.choose_device(device), **code}
         with shared.progress(quiet) as listen:
-            measured = evaluation.measure_text(
+            measured = evaluation.measure_windows(
                 evaluation.load_for_evaluation(second, **loading),
-                load_tokenizer(first, trust_remote_code=trust_remote_code),
-                content,
+                ids,
                 reference=evaluation.load_for_evaluation(first, **loading),
-                windows=windows or None,
                 listen=listen,
             )
     if as_json:

@@ -52,7 +52,8 @@ def command(
         written = shared.open_model(str(folder))
         after = evaluation.load_for_evaluation(written, dtype="bfloat16", device=where)
         text, text_name = evaluation.evaluation_text(None)
-        measured = evaluation.measure_text(after, tokenizer, text, reference=before, windows=WINDOWS, listen=listen)
+        ids = evaluation.checked_windows(source, tokenizer, text, windows=WINDOWS)
+        measured = evaluation.measure_windows(after, ids, reference=before, listen=listen)
     from outlierq.evaluate.generation import complete
 
     shared.show(terminal.before_after(report, measured))

@@ -44,6 +44,8 @@ def command(
     """Say which linear inputs are dangerous to quantize and why, from statistics and weights alone."""
     from outlierq.pipeline.detect import detect
 
+    pictures = None if png is None else png / "picture.png"
+    shared.refuse_unwritable(*(report_paths(out) if out else ()), pictures)
     checkpoint = shared.open_model(model, revision, trust_remote_code)
     # With statistics nothing runs on a device, and looking for one costs time.
     chosen = shared.choose_device(device if stats is None or device not in ("auto", "cpu") else "cpu")

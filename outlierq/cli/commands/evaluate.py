@@ -99,6 +99,7 @@ def command(
         trust_remote_code=trust_remote_code,
         runtime=runtime,
     )
+    shared.refuse_unwritable(out, junit)
     checkpoint = shared.open_model(model, revision, trust_remote_code)
     original = shared.open_model(reference, None, trust_remote_code) if reference else None
     if max_memory is not None:

@@ -51,7 +51,7 @@ def command(
     """
     from outlierq.load import reading_ahead
     from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
-    from outlierq.pipeline.measure import Measurement, judge, measure, record, unmeasured
+    from outlierq.pipeline.measure import Measurement, check_measurement, judge, measure, record, unmeasured
     from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.report import terminal
@@ -79,8 +79,14 @@ def command(
     chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked], trust_methods)
     if junit is not None and chosen.gate is None:
         raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
+    shared.refuse_unwritable(junit)
     checkpoint = checkpoint or opened()
     where = shared.choose_device(device)
+    measurement = None
+    if chosen.gate is not None:
+        code = {"data_dir": data_dir, "trust_remote_code": trust_remote_code}
+        measurement = Measurement.of_gate(chosen.gate, device=where, **code)
+        ranks.first(lambda: check_measurement(checkpoint, measurement))
     with shared.progress(quiet) as listen:
         chosen_by = expert_stats(
             checkpoint,
@@ -120,11 +126,8 @@ def command(
         if not ranks.lead:
             return
         results = None
-        if chosen.gate is not None:
-            wanted = Measurement.of_gate(
-                chosen.gate, device=where, data_dir=data_dir, trust_remote_code=trust_remote_code
-            )
-            results = judge(measure(shared.open_model(out), checkpoint, wanted, listen=listen), chosen.gate.limits)
+        if measurement is not None:
+            results = judge(measure(shared.open_model(out), checkpoint, measurement, listen=listen), chosen.gate.limits)
             report = record(shared.out_path(out), results | {"command": shared.command_line()})
     remove_expert_stats(shared.out_path(out))
     checkpoint.drop_shards()

@@ -33,20 +33,40 @@ def load_for_evaluation(
     return load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def measure_text(
-    model: torch.nn.Module,
+def checked_windows(
+    checkpoint: Checkpoint,
     tokenizer: Any,
     text: str,
     *,
-    reference: torch.nn.Module | None = None,
     window_length: int = 512,
     windows: int | None = None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:
+    """The first windows of a text (default: all), [windows, length], before any weight is read.
+
+    OutlierqError when the text is too short for them, or the model has no positions or no embeddings for them.
+    """
+    from outlierq.core.windows import check_ids, check_length
+    from outlierq.evaluate.divergence import text_windows
+    from outlierq.load import build_skeleton
+
+    model = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    check_length(model, window_length, "--window-length, or gate.window_length")
+    ids = text_windows(tokenizer, text, window_length, windows)
+    check_ids(model, ids, len(tokenizer))
+    return ids
+
+
+def measure_windows(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    *,
+    reference: torch.nn.Module | None = None,
     listen: Listener = silent,
 ) -> Divergence:
-    """Perplexity on `text`, and with a reference KL per token, top-1 agreement and flips."""
-    from outlierq.evaluate.divergence import measure, text_windows
+    """Perplexity on windows, and with a reference KL per token, top-1 agreement and flips."""
+    from outlierq.evaluate.divergence import measure
 
-    ids = text_windows(tokenizer, text, window_length, windows)
     return measure(model, ids, reference=reference, progress=lambda done, total: listen(Event("evaluate", done, total)))
 
 
@@ -71,3 +91,10 @@ def run_tasks(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], **op
     from outlierq.evaluate.tasks import run_tasks as run
 
     return run(model, tokenizer, tasks, **options)
+
+
+def check_tasks(tasks: Sequence[str], data_dir: Path | None, num_fewshot: int | None) -> None:
+    """OutlierqError when lm-eval knows no such task, or a folder does not hold its data."""
+    from outlierq.evaluate.tasks import check_tasks as check
+
+    check(tasks, data_dir, num_fewshot)
