@@ -1,1 +1,1 @@
-"""Stage package."""
+"""Arithmetic that stages and kernels share: grids, packing, solving, searching; pure functions of tensors."""
