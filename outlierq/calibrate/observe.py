@@ -12,6 +12,7 @@ from outlierq.calibrate.extremes import Places, add_to_top, top_entries, top_of_
 from outlierq.calibrate.runner import hidden_of
 from outlierq.calibrate.trace import submodule
 from outlierq.core.block_stats import BlockStats
+from outlierq.core.model import EXPERT_COUNTS
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ RESIDUAL = frozenset(name for name in BLOCK_FIELDS if name.startswith("residual_
 OUTPUT = frozenset(name for name in BLOCK_FIELDS if name.startswith("output_"))
 EXPERTS = frozenset({"expert_tokens", "expert_saliency"})
 ATTENTION = BLOCK_FIELDS - RESIDUAL - EXPERTS
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 NO_INTERFACE = (
     "the attention does not go through transformers' attention interface: nothing is known of queries, keys, values "

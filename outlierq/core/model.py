@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from outlierq.core.quant_tensor import QuantTensor
 
 
+# What configs, and modules of experts, call the number of experts in a block.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Header of one stored tensor. dtype is a safetensors name: "BF16", "F16", "F32", "I32", ..."""

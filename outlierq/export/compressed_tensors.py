@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from outlierq.core.dtypes import STORED_AS
 from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["clients", "encode", "obstacle", "quantization_config", "tensor_specs"]
-
-SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
@@ -56,7 +55,7 @@ def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, 
     rows, columns = site.out_features, site.in_features
     if scheme.scales != "plain":
         return _float4_specs(site, scheme)
-    scale_dtype, scales = SAFETENSORS_DTYPE[scheme.scale_dtype], scheme.scale_shape(rows, columns)
+    scale_dtype, scales = STORED_AS[scheme.scale_dtype], scheme.scale_shape(rows, columns)
     if format_of(scheme) != "pack-quantized":
         specs = [
             (site.weight, "F8_E4M3" if scheme.kind == "float" else "I8", (rows, columns)),

@@ -27,10 +27,10 @@ def clients(schemes: Collection[QuantScheme]) -> list[str]:
 
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
     """The weight under its own name and shape."""
-    from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
+    from outlierq.core.dtypes import STORED_AS
 
     shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
-    return [(site.weight, SAFETENSORS_DTYPE[scheme.scale_dtype], shape)]
+    return [(site.weight, STORED_AS[scheme.scale_dtype], shape)]
 
 
 def by_rows(site: LinearSite, scheme: QuantScheme) -> bool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import STORED_AS
 from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.export.bitsandbytes import int8_obstacle
 from outlierq.export.clients import client_facts
-from outlierq.export.compressed_tensors import SAFETENSORS_DTYPE
 from outlierq.ops.twins.int8_split import column_budget
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def clients(schemes: Collection[QuantScheme]) -> list[str]:
 def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor that replaces the site's weight."""
     stem, outliers = site.weight.removesuffix(".weight"), column_budget(site.in_features)
-    dtype = SAFETENSORS_DTYPE[scheme.scale_dtype]
+    dtype = STORED_AS[scheme.scale_dtype]
     return [
         (site.weight, "I8", (site.out_features, site.in_features)),
         (f"{stem}.weight_scale", dtype, (site.out_features, 1)),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 WORD = 32
+ROWS_PER_WORD = WORD  # rows that fill whole words of any width, where zero points are packed along them
 PIECE = 1 << 18  # codes worked on at a time
 
 

@@ -18,14 +18,13 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import RelativeErrors, relative_error_of_both
+from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.ops.search.clip_search import static_scale, weighed_rows
 from outlierq.ops.solve import sharing_factors
 
 # Weights quantized at a time without statistics: their codes, of one byte, are still in the cache when they are packed
 # and read back. Half as many cost 7 % more time in Python, twice as many save nothing more.
 PIECE_WEIGHTS = 1 << 21
-# Rows that share a word where zero points are packed along them.
-ROWS_PER_WORD = 32
 
 if TYPE_CHECKING:
     from outlierq.core.stats import InputStats

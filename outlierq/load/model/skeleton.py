@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
-from outlierq.core.model import Block, LinearSite, Structure
+from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure
 from outlierq.load.model.names import checkpoint_names
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _check_sizes(checkpoint: Checkpoint, parts: Iterable[Any]) -> None:
                 f"config.json of {checkpoint.source} asks for {blocks} blocks, more than there are tensors "
                 f"({len(checkpoint.tensors)})"
             )
-        for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        for key in EXPERT_COUNTS:
             experts = getattr(part, key, None)
             if isinstance(experts, int) and experts > MOST_EXPERTS:
                 raise SourceError(f"config.json of {checkpoint.source} asks for {experts} experts in a block")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
@@ -13,7 +14,6 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member
 from outlierq.load.packed.numbers import Parts
-from outlierq.load.source.shards import DTYPES
 
 if TYPE_CHECKING:
     import numpy as np

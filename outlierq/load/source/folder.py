@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import LARGEST_JSON, json_object
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.load.source.fingerprint import fingerprint
 from outlierq.load.source.shards import (
     AGAIN,
-    DTYPES,
     StoredTensor,
     lookup,
     open_plain,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.folds import apply_fold
 from outlierq.core.errors import NumbersError
 from outlierq.core.model import Checkpoint, Fold, InputGroup, as_matrix, from_matrix
-from outlierq.core.move import Move
+from outlierq.core.move import UNCHANGED, Move
 from outlierq.core.notes import collecting
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.registry import Method
-
-# Largest relative difference, in float32, between a weight and what its moved form stands for.
-MOVE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,8 @@ def _compare(group: InputGroup, name: str, found: torch.Tensor, expected: torch.
     """NumbersError when the largest difference is not small beside the largest value."""
     largest = max(expected.abs().max().item(), 1e-30)
     change = (found - expected).abs().max().item() / largest
-    if not change <= MOVE_TOLERANCE:
+    if not change <= UNCHANGED:
         raise NumbersError(
-            f"moving the input of {group.name} changed {name} by {change:.2e}, more than {MOVE_TOLERANCE:g}",
+            f"moving the input of {group.name} changed {name} by {change:.2e}, more than {UNCHANGED:g}",
             hint="this is a fault of outlierq; remove the `transform` section and report it",
         )

@@ -25,6 +25,7 @@ from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.logits import LogitSample
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
+from outlierq.core.move import UNCHANGED
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
 from outlierq.pipeline.block.hidden_files import SAVED, load_hidden, save_hidden
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 ROWS = 512  # whole tokens that are kept of an input, in all shards together
 # How much work a crash may cost: hidden states are saved when the last save is this old.
 SAVE_EVERY_SECONDS = 60.0
-# Largest relative change of a block's float32 output that a fold may cause.
-FOLD_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -317,9 +316,9 @@ class StatsFromRun:
 
         expected, found = output(before), output(after)
         change = ((found - expected).abs().max() / expected.abs().max()).item()
-        if not change <= FOLD_TOLERANCE:
+        if not change <= UNCHANGED:
             raise NumbersError(
-                f"folding changed the float32 output of {block.name} by {change:.2e}, more than {FOLD_TOLERANCE:g}",
+                f"folding changed the float32 output of {block.name} by {change:.2e}, more than {UNCHANGED:g}",
                 hint="this is a fault of outlierq; remove the `transform` section and report it",
             )
 

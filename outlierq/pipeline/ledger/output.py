@@ -18,6 +18,7 @@ from outlierq.core.report import SiteRow
 from outlierq.export import exporter
 from outlierq.export.writer import PIECE_BYTES, ShardWriter, check_complete, compare
 from outlierq.load import check_unchanged
+from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.plan import Plan
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
     from outlierq.load.source.shards import StoredTensor
 
-# Weights compared at a time, and the rows that share a word when zero points are packed along them.
-PIECE_WEIGHTS = 1 << 19
-ROWS_PER_WORD = 32
+PIECE_WEIGHTS = 1 << 19  # compared at a time
 
 
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]

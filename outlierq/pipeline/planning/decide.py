@@ -9,6 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import Checkpoint, LinearSite, Structure
@@ -23,13 +24,7 @@ from outlierq.recipe import GroupPolicy, Recipe, parse_size
 if TYPE_CHECKING:
     import torch
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
 SMALLER_GROUPS = (128, 64, 32)
-
-
-CACHE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def make_plan(
@@ -207,9 +202,9 @@ def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
     """Refuse to quantize weights that are not plain floating-point numbers, such as codes of another format."""
     for planned in sites:
         info = checkpoint.tensors[planned.site.weight]
-        if planned.scheme is not None and info.dtype not in FLOATS:
+        if planned.scheme is not None and info.dtype not in WEIGHT_DTYPES:
             raise SourceError(
-                f"{info.name} is stored as {info.dtype}; only {', '.join(FLOATS)} weights can be quantized",
+                f"{info.name} is stored as {info.dtype}; only {', '.join(WEIGHT_DTYPES)} weights can be quantized",
                 hint="start from the original checkpoint, or add the layer to quantize.ignore",
             )
 
@@ -240,7 +235,7 @@ def _output_tensors(
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
     tensors = of(structure.outside_tensors + outside_sites, OUTSIDE)
-    scale_dtype = CACHE_DTYPES[checkpoint.dtype] if caches else ""
+    scale_dtype = STORED_AS[checkpoint.dtype] if caches else ""
     for block in structure.blocks:
         unit = unit_name(block.index)
         tensors += of(block.tensors, unit)

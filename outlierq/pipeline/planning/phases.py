@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from outlierq.calibrate.collect import BLOCK_FIELDS, CHUNK_ELEMENTS_DEVICE
 from outlierq.core.model import Block
 from outlierq.export.writer import PIECE_BYTES
+from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.ops.search.refine import fitted_together
 from outlierq.pipeline.planning.work import Savings, Work
-from outlierq.quantize.stage import ROWS_PER_WORD
 
 FLOAT = 4  # bytes of a float32
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
 from outlierq.calibrate.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.model import LinearSite, Structure
 from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
-from outlierq.load.source.shards import DTYPES
 from outlierq.registry import COPIES, method
 
 if TYPE_CHECKING:

@@ -24,13 +24,12 @@ from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Structure, TensorSource
+from outlierq.core.move import UNCHANGED
 from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
 from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate
 
 # Rows of embeddings and head that take part in proofs; the same code treats every row, and 128 k of them are 4 GB.
 ROWS = 4096
-# Largest relative change of a float32 output that a rotation may cause. Right ones cause 1e-6 in tests, wrong ones 0.1.
-TOLERANCE = 1e-4
 MIN_CONTROL = 1e-3
 STREAM = "residual stream"
 
@@ -245,7 +244,7 @@ class _Search:
         found, obstacle = self._stream(block, module, trace)
         if not obstacle:
             error = self._rotated_error(block, found)
-            obstacle = "" if error <= TOLERANCE else self._reason(block, module, trace, found, error)
+            obstacle = "" if error <= UNCHANGED else self._reason(block, module, trace, found, error)
         values, without = self._values(block, groups)
         return replace(found, values=values, residual_obstacle=obstacle, values_obstacle=without)
 
@@ -291,9 +290,9 @@ class _Search:
         flat = output(unit, x)
         expected = flat * gain + (shift if has_bias else 0)
         found = output(gain - 1 if offset else gain, x, shift)
-        if relative_error(found, expected) > TOLERANCE:
+        if relative_error(found, expected) > UNCHANGED:
             return None
-        centred = relative_error(output(unit, x + 2), flat) <= TOLERANCE
+        centred = relative_error(output(unit, x + 2), flat) <= UNCHANGED
         names = self.noise.names
         return Norm(names[weight], names[bias] if has_bias else None, offset, centred, readers)
 
@@ -330,9 +329,9 @@ class _Search:
             rows = torch.tensor(group.fold.index).reshape(heads, -1)
             path = ValuePath(block.index, producer, group.sites, tuple(map(tuple, rows.tolist())))
             error, control = self._value_error(path)
-            if error <= TOLERANCE and control > MIN_CONTROL:
+            if error <= UNCHANGED and control > MIN_CONTROL:
                 best = (*best, path)
-            elif error <= TOLERANCE:
+            elif error <= UNCHANGED:
                 tried = f"the proof on {producer.module} shows nothing: without it the output changes by {control:.1g}"
         return best, "" if best else tried
 
@@ -359,7 +358,7 @@ class _Search:
         except SourceError as error:
             return replace(anatomy, residual_obstacle=error.what)
         error = self._outer_error(outer)
-        if error > TOLERANCE:
+        if error > UNCHANGED:
             reason = f"rotating what is outside of the blocks changes it by {error:.1g}"
             return replace(anatomy, residual_obstacle=reason)
         return whole

@@ -16,8 +16,9 @@ from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, TensorInfo
+from outlierq.core.move import UNCHANGED
 from outlierq.load import build_skeleton, checkpoint_names, find_structure
-from outlierq.pipeline.remodel.anatomy import TOLERANCE, Bench, Moved, Weights, kind_of, random_weights, relative_error
+from outlierq.pipeline.remodel.anatomy import Bench, Moved, Weights, kind_of, random_weights, relative_error
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.transform.add_biases import BiasKey, Openings, Shift
 from outlierq.transform.rotate import Rewrite
@@ -144,7 +145,7 @@ class _Trial:
         found = self.bench.block(Weights(self.names, read), block.index, self.hidden)
         expected = self.plain.block(self.plain_weights, block.index, self.hidden)
         error = relative_error(found, expected)
-        if not error <= TOLERANCE:
+        if not error <= UNCHANGED:
             raise SourceError(f"biases of zeros change the output of {block.name} by {error:.1g}")
 
     def _groups(self, block: Block) -> list[InputGroup]:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
-from outlierq.core.model import Block, Checkpoint, Structure, TensorInfo
+from outlierq.core.model import EXPERT_COUNTS, Block, Checkpoint, Structure, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 from outlierq.registry import Method
 
 if TYPE_CHECKING:
     import torch
 
-# What configs call the number of experts, of those chosen for a token, and of groups of experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What configs call the number of experts chosen for a token, and of groups of experts.
 CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
 GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
 
@@ -190,8 +189,7 @@ def _router_tensors(checkpoint: Checkpoint, block: Block, count: int) -> list[st
 
 def _config(config: dict[str, Any], total: int, remaining: int) -> dict[str, Any]:
     """The config, and those nested in it, with the new number of experts."""
-    changed = {
-        key: _config(value, total, remaining) if isinstance(value, dict) and set(EXPERTS) & value.keys() else value
-        for key, value in config.items()
-    }
-    return changed | {key: remaining for key in EXPERTS if config.get(key) == total}
+    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
+    experts = {key: value for key, value in nested.items() if set(EXPERT_COUNTS) & value.keys()}
+    changed = config | {key: _config(value, total, remaining) for key, value in experts.items()}
+    return changed | {key: remaining for key in EXPERT_COUNTS if config.get(key) == total}

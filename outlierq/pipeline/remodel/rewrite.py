@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import NumbersError
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, Structure
+from outlierq.core.move import UNCHANGED
 from outlierq.export import exporter
 from outlierq.pipeline.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
@@ -110,7 +111,7 @@ def prove_rewrite(
     rewrites = _rewrites(checkpoint)
     if not any(each.rewrite.changes for each in rewrites):
         return None
-    from outlierq.pipeline.remodel.anatomy import TOLERANCE, Bench, Weights, relative_error
+    from outlierq.pipeline.remodel.anatomy import Bench, Weights, relative_error
 
     original = rewrites[-1].original
     bench = Bench(skeleton, structure)
@@ -124,9 +125,9 @@ def prove_rewrite(
     changed = Weights(names, lambda name, rows: _exact(checkpoint, name, rows))
     expected = _logits(bench, plain, listen)
     error = relative_error(_logits(bench, changed, listen), expected)
-    if not error <= TOLERANCE:
+    if not error <= UNCHANGED:
         raise NumbersError(
-            f"rewriting the model changed its float32 logits by {error:.2e}, more than {TOLERANCE:g}",
+            f"rewriting the model changed its float32 logits by {error:.2e}, more than {UNCHANGED:g}",
             hint="this is a fault of outlierq; remove `rotate` from the `transform` section and report it",
         )
     return error

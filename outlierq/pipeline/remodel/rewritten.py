@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import WEIGHT_DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.model import Checkpoint, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.transform.rotate import Rewrite
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class RewrittenCheckpoint(RemodelledCheckpoint):
@@ -36,9 +35,9 @@ class RewrittenCheckpoint(RemodelledCheckpoint):
             self.config = _with(self.config, path, value)
         for name in rewrite.changes:
             dtype = self.tensors[name].dtype
-            if dtype not in FLOATS:
+            if dtype not in WEIGHT_DTYPES:
                 raise SourceError(
-                    f"{name} is stored as {dtype}; only {', '.join(FLOATS)} tensors can be rewritten",
+                    f"{name} is stored as {dtype}; only {', '.join(WEIGHT_DTYPES)} tensors can be rewritten",
                     hint="start from the original checkpoint",
                 )
 
