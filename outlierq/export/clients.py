@@ -28,7 +28,8 @@ def table() -> dict[str, Any]:
     A fact says `what` the client does `when` the named properties of a scheme (`_properties`, and those of all schemes
     together in `_lines`) have one of the listed values.
     """
-    return json.loads((resources.files("outlierq") / "data" / "clients.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads((resources.files("outlierq") / "data" / "clients.json").read_text("utf-8"))
+    return facts
 
 
 def client_facts(form: str, schemes: Collection[QuantScheme]) -> list[str]:
@@ -72,7 +73,8 @@ def _first(facts: Sequence[Fact], known: Mapping[str, Any]) -> str | None:
     for fact in facts:
         conditions = fact.get("when", {}).items()
         if all(known.get(key) in (value if isinstance(value, list) else [value]) for key, value in conditions):
-            return fact["what"].format_map(known)
+            what: str = fact["what"]
+            return what.format_map(known)
     return None
 
 

@@ -53,7 +53,7 @@ def quantization_config(
             targets=targets, weights=_weights(scheme), input_activations=_inputs(scheme), format=format_of(scheme)
         )
     formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
-    config = QuantizationConfig(
+    config: dict[str, Any] = QuantizationConfig(
         config_groups=groups,
         ignore=ignore,
         format=formats.pop() if len(formats) == 1 else MIXED,

@@ -262,7 +262,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes | memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -289,7 +289,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     any_masked = native_packing.any_masked(tensor, mask)
     if any_masked is not None:
         return not any_masked
-    pieces = tensor.contiguous().view(-1).view(bits).split(CHUNK // tensor.element_size())
+    pieces = torch.split(tensor.contiguous().view(-1).view(bits), CHUNK // tensor.element_size())
     return all((piece & mask).amax().item() < mask for piece in pieces)
 
 

@@ -16,10 +16,11 @@ from outlierq.recipe.sections import (
     KVCache,
     Override,
     Quantize,
+    Section,
     TextSource,
     Transform,
 )
-from outlierq.recipe.yaml_lines import Lines, at
+from outlierq.recipe.yaml_lines import KeyPath, Lines, at
 from outlierq.registry import LARGEST_SCALES, OUTLIER_COLUMNS, method, transform_method, ways_to
 
 
@@ -44,9 +45,9 @@ def fault_of(error: Any, lines: Lines, known: list[str] | None = None) -> str:
     return f"{at(path, lines)}unknown key; {advice}"
 
 
-def _fields_at(path: tuple) -> list[str]:
+def _fields_at(path: KeyPath) -> list[str]:
     """The keys that the section at `path` knows."""
-    sections = {
+    sections: dict[str | int, type[Section]] = {
         "calibration": Calibration,
         "quantize": Quantize,
         "transform": Transform,
@@ -58,7 +59,7 @@ def _fields_at(path: tuple) -> list[str]:
         "gate": Gate,
     }
     named = [p for p in path if p in sections]
-    model = sections[named[-1]] if named else Recipe
+    model: type[Section] = sections[named[-1]] if named else Recipe
     return [name for name in model.model_fields if name not in ("options", "name")]
 
 

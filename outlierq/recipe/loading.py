@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from outlierq.core.errors import RecipeError
@@ -10,7 +12,7 @@ from outlierq.recipe.faults import failure, fault_of, impossible
 from outlierq.recipe.schema import Recipe
 from outlierq.recipe.sections import Quantize, Transform
 from outlierq.recipe.shipped import find, read
-from outlierq.recipe.yaml_lines import FROM_SETTING, Lines, apply, at, lines_of
+from outlierq.recipe.yaml_lines import FROM_SETTING, KeyPath, Lines, apply, at, lines_of
 from outlierq.registry import Method, follow, is_reference, method, transform_method
 
 
@@ -50,30 +52,33 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None,
     return recipe
 
 
-def _method_sections(content: dict) -> list[tuple]:
+def _method_sections(content: dict[str, Any]) -> list[KeyPath]:
     """Paths of the sections that name a method."""
     transforms = content.get("transform")
-    found: list[tuple] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
+    found: list[KeyPath] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
     return [*found, ("quantize",)] if isinstance(content.get("quantize"), dict) else found
 
 
-def _split_options(content: dict, path: tuple, faults: list[str], lines: Lines, trust_methods: bool) -> bool:
+def _split_options(
+    content: dict[str, Any], path: KeyPath, faults: list[str], lines: Lines, trust_methods: bool
+) -> bool:
     """Move the method's own keys of a section into `options`, checked against the method's signature.
 
     Returns False for a method that is not known.
     """
-    parent, key = (content, path[0]) if len(path) == 1 else (content[path[0]], path[1])
+    part, key = str(path[0]), path[-1]
+    parent: Any = content if len(path) == 1 else content[part]
     section = parent[key]
     if isinstance(section, str):
         section = {"method": section}
     parent[key] = section
     if not isinstance(section, dict) or not isinstance(section.get("method"), str):
         return True  # what is wrong with it is said by the model
-    model = Quantize if path[0] == "quantize" else Transform
+    model = Quantize if part == "quantize" else Transform
     own = [name for name in model.model_fields if name != "options"]
     parent[key] = {k: v for k, v in section.items() if k in own}
     try:
-        chosen = _method(path[0], section["method"], trust_methods)
+        chosen = _method(part, section["method"], trust_methods)
     except RecipeError as error:
         faults.append(f"{at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
         return False
@@ -95,5 +100,5 @@ def _method(section: str, name: str, trust_methods: bool) -> Method:
 
 def _options_model(chosen: Method) -> type[BaseModel]:
     """A pydantic model of a method's keyword-only arguments."""
-    wanted = {name: (p.annotation, p.default) for name, p in chosen.options.items()}
-    return create_model(chosen.name, __config__=ConfigDict(extra="forbid"), **wanted)
+    fields: dict[str, Any] = {name: (p.annotation, p.default) for name, p in chosen.options.items()}
+    return create_model(chosen.name, __config__=ConfigDict(extra="forbid"), **fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -74,17 +74,8 @@ class Recipe(Section):
         needs = frozenset().union(*(each.needs_with(options) for each, options in steps if each.stage != "prune"))
         if self.quantize is not None:
             needs |= method("quantize", self.quantize.method).needs_with(self.quantize.options)
-            needs |= self._needs_of_inputs(beside=needs)
+            needs |= _needs_of_inputs(self.quantize, beside=needs)
         return needs if self.kv_cache is None else needs | self.kv_cache.needs
-
-    def _needs_of_inputs(self, beside: frozenset[str]) -> frozenset[str]:
-        """The statistics that quantized inputs need. beside: what is collected anyway."""
-        sections = (section.activations for section in (self.quantize, *self.quantize.overrides))
-        inputs = [section for section in sections if isinstance(section, Activations)]
-        needs = frozenset().union(*(section.needs for section in inputs))
-        if needs or not (beside and inputs):
-            return needs
-        return frozenset({"rows"})  # so that the report can say what quantized inputs cost
 
     @property
     def outside_code(self) -> dict[str, str]:
@@ -99,7 +90,7 @@ class Recipe(Section):
 
         Without the number of shards, which may be left to the number of processes: runs keep that beside it.
         """
-        aside = {"description": True, "gate": True, "calibration": {"shards"}}
+        aside: dict[str, bool | set[str]] = {"description": True, "gate": True, "calibration": {"shards"}}
         text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -116,9 +107,19 @@ class Recipe(Section):
         return _scheme(wanted, scale_dtype)
 
 
+def _needs_of_inputs(quantize: Quantize, beside: frozenset[str]) -> frozenset[str]:
+    """The statistics that quantized inputs need. beside: what is collected anyway."""
+    sections = (quantize.activations, *(override.activations for override in quantize.overrides))
+    inputs = [section for section in sections if isinstance(section, Activations)]
+    needs: frozenset[str] = frozenset().union(*(section.needs for section in inputs))
+    if needs or not (beside and inputs):
+        return needs
+    return frozenset({"rows"})  # so that the report can say what quantized inputs cost
+
+
 def _activations_for(quantize: Quantize, module: str) -> Activations | None:
     """The section on inputs that holds for the linear called `module`."""
-    wanted = quantize.activations
+    wanted: Activations | Literal["none"] | None = quantize.activations
     for override in quantize.overrides:
         if fnmatchcase(module, override.match) and override.activations is not None:
             wanted = override.activations

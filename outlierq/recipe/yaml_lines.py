@@ -10,14 +10,15 @@ from outlierq.core.errors import RecipeError
 from outlierq.core.machine.untrusted import brief, yaml_tree
 
 FROM_SETTING = 0  # stands for a line number where a value was given with --set
-Lines = dict[tuple, int]  # key path -> 1-based line, or FROM_SETTING
+KeyPath = tuple[str | int, ...]
+Lines = dict[KeyPath, int]  # key path -> 1-based line, or FROM_SETTING
 
 
 def lines_of(tree: yaml.Node | None, faults: list[str]) -> Lines:
     """1-based line of every key path in the YAML tree. A key that is given twice is a fault: YAML keeps the last."""
     found: Lines = {}
 
-    def walk(node: yaml.Node | None, path: tuple) -> None:
+    def walk(node: yaml.Node | None, path: KeyPath) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line, first = key.start_mark.line + 1, found.get((*path, key.value))
@@ -35,7 +36,7 @@ def lines_of(tree: yaml.Node | None, faults: list[str]) -> Lines:
     return found
 
 
-def apply(content: dict, setting: str) -> tuple:
+def apply(content: dict[str, Any], setting: str) -> KeyPath:
     """Set one `dotted.key=value` and return its path.
 
     The value is read as YAML, so `false`, `64` and `[a, b]` mean what they look like.
@@ -69,7 +70,7 @@ def _key_in(node: Any, part: str, setting: str) -> str | int:
     )
 
 
-def at(path: tuple, lines: Lines) -> str:
+def at(path: KeyPath, lines: Lines) -> str:
     """ "line 7, quantize.bits: " (the nearest known line), or "--set quantize.bits: " for a value given there."""
     key = ".".join(str(p) for p in path if p != "options")
     for end in range(len(path), 0, -1):

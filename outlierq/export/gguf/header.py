@@ -108,7 +108,8 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rope_type(config: Mapping[str, Any]) -> str:
     """How the rotary embedding is scaled; "default" is not at all."""
     rope = _rope(config)
-    return rope.get("rope_type", rope.get("type", "default"))
+    kind: str = rope.get("rope_type", rope.get("type", "default"))
+    return kind
 
 
 def _theta(config: Mapping[str, Any]) -> float:

@@ -66,9 +66,9 @@ def pieces_of_model(
             types[number], scores[number] = NORMAL, float(len(piece.text))
         elif piece.kind == USER_DEFINED:  # found in the text before spaces are written in another way
             tokens[number] = piece.text.replace(SPACE, " ")
-    for number, text, special in _added(settings, added):
+    for number, text, control in _added(settings, added):
         if number < size and types[number] in (NORMAL, UNUSED, USER_DEFINED):
-            tokens[number], types[number] = text, CONTROL if special else USER_DEFINED
+            tokens[number], types[number] = text, CONTROL if control else USER_DEFINED
     check_pieces(tokens, types)
     said = []
     if normalizer.get(REMOVE_SPACES, 1):
@@ -118,7 +118,8 @@ def _piece(raw: bytes) -> _Piece:
     text, score, kind = fields[TEXT].decode(), fields.get(SCORE, bytes(4)), fields.get(TYPE, NORMAL)
     if len(score) != 4 or kind not in KINDS:
         raise ValueError(f"the piece {text!r} has a score of {len(score)} bytes and the type {kind!r}")
-    return _Piece(text, *struct.unpack("<f", score), kind)
+    (number,) = struct.unpack("<f", score)
+    return _Piece(text, number, kind)
 
 
 def _last(fields: list[tuple[int, Any]], number: int) -> dict[int, Any]:
@@ -132,6 +133,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
     while place < len(raw):
         key, place = _varint(raw, place)
         kind = key & 7
+        value: int | bytes
         if kind == VARINT:
             value, place = _varint(raw, place)
         else:

@@ -11,12 +11,14 @@ pair as its score, llama.cpp joins the same pairs in the same order.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from outlierq.core.errors import SourceError
 
+Rank = TypeVar("Rank", int, float)
 SPACE = "\u2581"
 # ggml's numbers, which are those of SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -130,14 +132,15 @@ def _ranks(merges: Mapping[tuple[str, str], int]) -> dict[str, int]:
     ranks = {}
     for text, own in made.items():
         together = max(own) - min(own) == len(own) - 1  # no other piece can come between
-        parts, last = (None, None) if together else _joined(text, lambda left, right: merges.get((left, right)))
-        ranks[text] = last if parts == [text] else min(own)
+        parts, last = ([], None) if together else _joined(text, lambda left, right: merges.get((left, right)))
+        ranks[text] = last if last is not None and parts == [text] else min(own)
     return ranks
 
 
-def _joined(text: str, rank: Callable[[str, str], float | None]) -> tuple[list[str], float | None]:
+def _joined(text: str, rank: Callable[[str, str], Rank | None]) -> tuple[list[str], Rank | None]:
     """The text as pieces, after joining neighbours of the lowest rank, the leftmost first; and the last rank."""
-    parts, last = list(text), None
+    parts: list[str] = list(text)
+    last: Rank | None = None
     while True:
         ranked = [
             (own, place) for place in range(len(parts) - 1) if (own := rank(*parts[place : place + 2])) is not None
@@ -186,8 +189,7 @@ def check_pieces(tokens: list[str], types: list[int]) -> None:
     if missing:
         raise SourceError(f"the tokenizer has no pieces for {missing} of the 256 bytes", hint=ELSEWHERE)
     if len(set(tokens)) < len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise SourceError(f"the tokenizer has two tokens {twice!r}, which llama.cpp refuses", hint=ELSEWHERE)
 
 
