@@ -91,7 +91,7 @@ def test_decoding_what_was_encoded_gives_every_part_back(bits, symmetric, zeros,
         meant.zero_point.fill_(0 if zeros == "none" else int(scheme.code_max))
     stored = by_role(exporter(form).encode(site(96, 64), meant))
     for start, stop in ((0, 96), (32, 96), (0, 32)):
-        found = decode_rows(stored, scheme, (96, 64), start, stop, form=form)
+        found = decode_rows(stored, scheme, (96, 64), start, stop, format=form)
         wanted = meant.rows(start, stop)
         assert found.scheme == scheme
         assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scale, wanted.scale)

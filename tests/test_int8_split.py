@@ -259,7 +259,9 @@ def test_a_layer_of_the_written_model_is_int8_outside_of_its_columns(split_folde
     x = drawn(5, 96)
     low, kept = x.clone(), layer.columns
     low[:, kept] = 0
-    expected = plain_int8(low, layer.weight, layer.scale.float()) + (x[:, kept] @ layer.kept.float().T).numpy()
+    expected = (
+        plain_int8(low, layer.weight, layer.scale.float()) + (x[:, kept] @ layer.outlier_weight.float().T).numpy()
+    )
     assert np.allclose(layer(x).numpy(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 

@@ -117,7 +117,7 @@ def test_only_safetensors_and_small_files_of_the_top_level_are_fetched():
         "model.gguf",
     ]
     kept = huggingface_hub.utils.filter_repo_objects(
-        offered, allow_patterns=list(hub.WANTED), ignore_patterns=list(hub.UNWANTED)
+        offered, allow_patterns=list(hub.FETCHED), ignore_patterns=list(hub.REPEATED)
     )
     assert list(kept) == offered[:6]
 

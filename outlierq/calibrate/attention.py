@@ -1,4 +1,7 @@
-"""Statistics of attention from the arguments of its function: queries, keys and values after RoPE, and who is heard."""
+"""Statistics of attention from the arguments of its function: queries, keys and values after RoPE, and who is heard.
+
+`load/model/attention.py` finds the attention of a block and rounds the same keys and values.
+"""
 
 from __future__ import annotations
 

@@ -300,5 +300,5 @@ def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:
 
 
 def from_matrix(site: LinearSite, matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of `as_matrix`."""
+    """The stored tensor of a logical [out, in] weight: the inverse of `as_matrix`."""
     return matrix.T.contiguous() if site.transposed else matrix

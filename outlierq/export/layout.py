@@ -1,6 +1,7 @@
 """Where every output tensor will lie: shards, headers and offsets, known from shapes alone.
 
-The plan and the writer use the same layout, so the planned size is the written size, to the byte.
+The plan and the writer use the same layout, so the planned size is the written size, to the byte. `kernels/layout.py`
+and `runtime/layout.py` are about the order of codes in memory.
 """
 
 from __future__ import annotations

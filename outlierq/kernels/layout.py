@@ -3,6 +3,7 @@
 Codes are cut into tiles of 16 outputs x 64 inputs; in a tile, each of a warp's 32 lanes finds in 16 consecutive bytes
 the codes it needs as fragments of the tensor core's B operand (`packed.cuh` says which). Ragged edges are filled up:
 outputs to a multiple of 16, inputs to a multiple of 64. Checkpoints keep their own format; this one lives in memory.
+`runtime/layout.py` is that of torch's CPU products, `export/layout.py` that of files.
 """
 
 from __future__ import annotations

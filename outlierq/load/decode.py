@@ -60,17 +60,17 @@ PRESENTATIONS: dict[str, Callable[[Checkpoint, dict[str, Any]], Checkpoint]] = {
 
 
 def decode_rows(
-    stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int, *, form: str = ""
+    stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int, *, format: str = ""
 ) -> QuantTensor | torch.Tensor:
     """Output rows [start, stop) of a linear as it lies on disk, for comparison with what was meant.
 
     A decoder in `ROW_DECODERS` gives a `QuantTensor` where codes and scales can be told from the stored tensors (then
     each of them must be the one meant, bit for bit), or the dense rows in the dtype they are stored in.
     Weights are [out, in] here, also where the file holds [in, out]. shape: (out, in). start: a multiple of 32 (zero
-    points are packed along rows) and of a block's height. form: name of the format, for those whose tensors do not
-    tell it (GPTQ's versions). SourceError when the tensors do not fit.
+    points are packed along rows) and of a block's height. format: its name, where the tensors do not tell it
+    (GPTQ's versions). SourceError when the tensors do not fit.
     """
-    if form == "gptq-v2":
+    if format == "gptq-v2":
         return gptq_rows(stored, scheme, shape, start, stop, version=2)
     for roles, decoder in ROW_DECODERS:
         if roles <= stored.keys():

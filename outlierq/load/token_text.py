@@ -20,7 +20,7 @@ def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]
 
     A tokenizer.json is read with the tokenizers library alone: importing transformers for a dozen tokens takes seconds.
     """
-    wanted = sorted({token for token in tokens if 0 <= token < 1 << 32})
+    ids = sorted({token for token in tokens if 0 <= token < 1 << 32})
     path = checkpoint.path / TOKENIZER
     if path.is_file():
         from tokenizers import Tokenizer
@@ -28,8 +28,8 @@ def token_texts(checkpoint: Checkpoint, tokens: Iterable[int]) -> dict[int, str]
         raw = small_bytes(checkpoint.path, TOKENIZER, LARGEST_TOKENIZER)
         with tokenizer_faults(checkpoint.source):
             tokenizer = Tokenizer.from_buffer(raw)
-            return {token: tokenizer.decode([token], skip_special_tokens=False) for token in wanted}
+            return {token: tokenizer.decode([token], skip_special_tokens=False) for token in ids}
     from outlierq.load.whole import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
-    return {token: tokenizer.decode([token]) for token in wanted}
+    return {token: tokenizer.decode([token]) for token in ids}

@@ -4,7 +4,8 @@ torch keeps a 4-bit weight in strips of output rows, as many as four of the proc
 column the codes of a strip lie side by side, rows r and r + strip / 2 in one byte, the lower in the lower half. Codes
 are 0 to 15 and stand for (code - 8) * scale + zero, with a bfloat16 pair (scale, zero) for every group of columns. The
 packer is torch's own; this module undoes it, because for many tokens decoding is faster than torch's product. int8
-weights that meet int8 inputs lie as oneDNN likes them.
+weights that meet int8 inputs lie as oneDNN likes them. `kernels/layout.py` is that of the GPU kernels,
+`export/layout.py` that of files.
 """
 
 from __future__ import annotations

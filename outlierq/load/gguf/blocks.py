@@ -34,13 +34,13 @@ PLAIN = ("F32", "F16", "BF16")
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the file as the bytes that lie there: packed ones as U8 [rows, bytes of a row]."""
-    found = {}
+    tensors = {}
     for tensor in read_gguf_header(path).tensors.values():
         dtype, shape = tensor.type, tensor.shape
         if dtype not in PLAIN:
             dtype, shape = "U8", (tensor.nbytes // tensor.row_bytes, tensor.row_bytes)
-        found[tensor.name] = StoredTensor(TensorInfo(tensor.name, dtype, shape, tensor.nbytes), path, tensor.start)
-    return found
+        tensors[tensor.name] = StoredTensor(TensorInfo(tensor.name, dtype, shape, tensor.nbytes), path, tensor.start)
+    return tensors
 
 
 def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
@@ -73,8 +73,8 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         zero = torch.from_numpy(_per_group(zero, scheme, shape[1]))
     elif scheme.bits == 4:
         codes = (codes - np.uint8(8)).view(np.int8)
-    found = torch.from_numpy(_per_group(scale, scheme, shape[1]))
-    return QuantTensor(torch.from_numpy(np.ascontiguousarray(codes)), found, zero, scheme)
+    scale = torch.from_numpy(_per_group(scale, scheme, shape[1]))
+    return QuantTensor(torch.from_numpy(np.ascontiguousarray(codes)), scale, zero, scheme)
 
 
 def _mxfp4_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:

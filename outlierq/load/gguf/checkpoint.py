@@ -57,10 +57,10 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def files(self) -> tuple[CarriedFile, ...]:
         """Tokenizer and chat template rebuilt from the metadata, if it has one, and a generation config."""
-        found = {"generation_config.json": _generation_config(self.config)}
+        contents = {"generation_config.json": _generation_config(self.config)}
         if "tokenizer.ggml.model" in self._header.fields:
-            found.update(self._tokenizer_files())
-        return tuple(CarriedFile(name, content=content) for name, content in sorted(found.items()))
+            contents.update(self._tokenizer_files())
+        return tuple(CarriedFile(name, content=content) for name, content in sorted(contents.items()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,8 +140,8 @@ class GgufCheckpoint(Checkpoint):
         """First bytes of each tensor as the file stores it; of merged tensors, of every part."""
         for name in names:
             stored = (self._header.tensors[part] for part in self._parts[name])
-            wanted = ((name, self.path, tensor.start, tensor.nbytes) for tensor in stored)
-            yield name, b"".join(raw for _, raw in sample(wanted, length))
+            parts = ((name, self.path, tensor.start, tensor.nbytes) for tensor in stored)
+            yield name, b"".join(raw for _, raw in sample(parts, length))
 
 
 class _Trunk:

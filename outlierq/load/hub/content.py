@@ -21,12 +21,12 @@ def check_content(path: Path, digest: str, name: str, hint: str) -> None:
 
     digest: the sha256 of a file in large storage (LFS, Xet), or the blob id of one that git itself holds, as hex.
     """
-    found = _digest(path, digest)
-    if found != digest:
+    actual = _digest(path, digest)
+    if actual != digest:
         kind = "sha256" if len(digest) == SHA256_DIGITS else "git blob id"
         size = path.stat().st_size
         raise SourceError(
-            f"{name} is damaged: its {kind} is {found}, the Hub's is {digest} ({size:,} bytes at {path})", hint=hint
+            f"{name} is damaged: its {kind} is {actual}, the Hub's is {digest} ({size:,} bytes at {path})", hint=hint
         )
 
 
@@ -57,10 +57,10 @@ def _check_blob(file: tuple[str, Path]) -> None:
         part.replace(place)
 
 
-def _digest(path: Path, wanted: str) -> str:
-    """The digest of the file, of the kind of `wanted`."""
+def _digest(path: Path, listed: str) -> str:
+    """The digest of the file, of the kind of `listed`."""
     with path.open("rb") as file:
-        if len(wanted) == SHA256_DIGITS:
+        if len(listed) == SHA256_DIGITS:
             return hashlib.file_digest(file, "sha256").hexdigest()
         whole = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
         return hashlib.file_digest(file, lambda: whole).hexdigest()
@@ -85,5 +85,5 @@ def _place(blob: Path) -> Path:
 
 def _stamp(blob: Path) -> str:
     """What tells a file from a changed one without reading it."""
-    found = blob.stat()
-    return f"{blob} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+    status = blob.stat()
+    return f"{blob} {status.st_ino} {status.st_size} {status.st_mtime_ns}"

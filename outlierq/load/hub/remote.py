@@ -49,13 +49,13 @@ class RemoteFile:
         if start >= stop:
             return b""
         with asking(self.repository, self.commit, hint=GO_ON):
-            found = self._ask(start, stop)
-        if len(found) != stop - start:
+            content = self._ask(start, stop)
+        if len(content) != stop - start:
             raise SourceError(
-                f"the Hub gave {len(found)} bytes of {self.listed.name} instead of bytes {start} to {stop}",
+                f"the Hub gave {len(content)} bytes of {self.listed.name} instead of bytes {start} to {stop}",
                 hint="a proxy that does not pass on HTTP ranges does this; leave --stream-from-hub out",
             )
-        return found
+        return content
 
     def fetch(self, target: Path) -> None:
         """Put the file at `target`. SourceError when its bytes are not those that the Hub lists."""
@@ -100,12 +100,12 @@ class RemoteFile:
         """What is answered to a request for a range."""
         from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
-        wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         url, headers = self._resolved()
-        answer = http_backoff("GET", url, headers=headers | wanted, timeout=SECONDS)
+        answer = http_backoff("GET", url, headers=headers | span, timeout=SECONDS)
         if answer.status_code in (401, 403):  # signed addresses expire
             url, headers = self._resolved(instead_of=url)
-            answer = http_backoff("GET", url, headers=headers | wanted, timeout=SECONDS)
+            answer = http_backoff("GET", url, headers=headers | span, timeout=SECONDS)
         hf_raise_for_status(answer)
         return answer.content
 

@@ -28,10 +28,10 @@ SMALL = (
     "NOTICE*",
     "USE_POLICY*",
 )
-WANTED = (WEIGHTS, *SMALL)
+FETCHED = (WEIGHTS, *SMALL)
 
 # Subfolders hold other forms of the same weights, and "consolidated" files repeat them in the maker's own format.
-UNWANTED = ("*/*", "consolidated*", "*.bin.index.json")
+REPEATED = ("*/*", "consolidated*", "*.bin.index.json")
 
 # Of huggingface_hub for a download.
 THREADS = 8
@@ -50,7 +50,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one commit. names: of all; weights: those of the safetensors files that are wanted."""
+    """The files of one commit. names: of all; weights: the safetensors files at the top."""
 
     repository: str
     commit: str
@@ -69,10 +69,10 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     check_room(THREADS)
-    wanted = [*(WANTED if weights else SMALL), *(["*.py"] if trust_remote_code else [])]
+    patterns = [*(FETCHED if weights else SMALL), *(["*.py"] if trust_remote_code else [])]
     with asking(repository, revision):
         folder = snapshot_download(
-            repository, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED), max_workers=THREADS
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(REPEATED), max_workers=THREADS
         )
     if weights:
         check_cached(sorted(Path(folder).glob(WEIGHTS)))
@@ -88,11 +88,11 @@ def listing(repository: str, revision: str | None) -> Listing:
     with asking(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     names = tuple(sorted(file.rfilename for file in info.siblings))
-    wanted = set(filter_repo_objects(names, allow_patterns=[WEIGHTS], ignore_patterns=list(UNWANTED)))
+    fetched = set(filter_repo_objects(names, allow_patterns=[WEIGHTS], ignore_patterns=list(REPEATED)))
     weights = {
         file.rfilename: Listed(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
         for file in info.siblings
-        if file.rfilename in wanted
+        if file.rfilename in fetched
     }
     return Listing(repository, info.sha, names, weights)
 

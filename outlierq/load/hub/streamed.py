@@ -258,6 +258,6 @@ def _pinned(folder: Path, repository: str, revision: str | None) -> str | None:
 def _read_pin(place: Path) -> dict[str, Any]:
     """What the file holds; nothing when it is not there or was cut short."""
     with suppress(OSError, ValueError):
-        found = json.loads(place.read_text())
-        return found if isinstance(found, dict) else {}
+        pin = json.loads(place.read_text())
+        return pin if isinstance(pin, dict) else {}
     return {}

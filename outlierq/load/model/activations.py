@@ -36,7 +36,9 @@ def round_inputs(model: torch.nn.Module, schemes: Mapping[str, tuple[ActivationS
         model.get_submodule(name).register_forward_pre_hook(_rounding(scheme, scale))
 
 
-def _rounding(scheme: ActivationScheme, scale: torch.Tensor | None) -> Callable[..., Any]:
+def _rounding(
+    scheme: ActivationScheme, scale: torch.Tensor | None
+) -> Callable[[torch.nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     """A forward pre-hook that rounds the first argument."""
     from outlierq.ops.activations import fake_quantize
 

@@ -1,4 +1,7 @@
-"""Which module of a block is its attention, and rounding the keys and values that it sees, as an fp8 cache would."""
+"""Which module of a block is its attention, and rounding the keys and values that it sees, as an fp8 cache would.
+
+`calibrate/attention.py` keeps statistics of the same keys and values.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ def attention_names(module: torch.nn.Module) -> list[str]:
     No table of architectures: the code of a part's `forward` names the interface or it does not. Parts of a part that
     was found are not looked at.
     """
-    found: list[str] = []
+    attentions: list[str] = []
     for name, part in module.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
+        inside = any(name.startswith(f"{other}.") for other in attentions)
         if not inside and _calls_interface(part) and any(True for _ in part.parameters()):
-            found.append(name)
-    return found
+            attentions.append(name)
+    return attentions
 
 
 def _calls_interface(part: torch.nn.Module) -> bool:
@@ -72,7 +75,7 @@ def round_cache(model: torch.nn.Module, scales: Mapping[str, tuple[torch.Tensor,
             part.config._attn_implementation = name
 
 
-def _rounding(implementation: str) -> Callable[..., Any]:
+def _rounding(implementation: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """An attention function that rounds keys and values of modules with scales and goes on with `implementation`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -80,7 +83,7 @@ def _rounding(implementation: str) -> Callable[..., Any]:
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if "k_scale" in module._buffers:
             key = fake_quantize(key, CACHE_ELEMENTS, module.k_scale)
             value = fake_quantize(value, CACHE_ELEMENTS, module.v_scale)

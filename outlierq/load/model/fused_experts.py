@@ -4,7 +4,7 @@ The skeleton is given the experts as they are stored, one linear layer per tenso
 layers (discovery, statistics, folds, quantization, export under the names on disk) knows experts, too. What a fused
 module computes is not guessed: it must declare itself by transformers' experts interface, and the names of its parts on
 disk come from transformers' own conversion table. A fused module that declares anything else (biases, transposed
-weights) stays as it is.
+weights) stays as it is. `calibrate/experts.py` says which tokens they see.
 """
 
 from __future__ import annotations
@@ -118,15 +118,15 @@ def _leaves(model: torch.nn.Module, name: str) -> Leaves | None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    found: dict[str, list[str]] = {}
+    patterns: dict[str, list[str]] = {}
     for step in get_model_conversion_mapping(model):
         if isinstance(step, WeightConverter):
             target = step.target_patterns[0].rpartition(".")[2]
             operations = [type(operation).__name__ for operation in step.operations]
-            wanted = {GATE_UP: ["MergeModulelist", "Concatenate"], DOWN: ["MergeModulelist"]}
-            if operations == wanted.get(target):
-                found[target] = [_leaf(pattern, name) for pattern in step.source_patterns]
-    parts = [*found.get(GATE_UP, []), *found.get(DOWN, [])]
+            merging = {GATE_UP: ["MergeModulelist", "Concatenate"], DOWN: ["MergeModulelist"]}
+            if operations == merging.get(target):
+                patterns[target] = [_leaf(pattern, name) for pattern in step.source_patterns]
+    parts = [*patterns.get(GATE_UP, []), *patterns.get(DOWN, [])]
     return Leaves(*parts) if len(parts) == 3 and all(parts) else None
 
 

@@ -38,24 +38,24 @@ def looking_up(
     """
     import torch
 
-    found = tables(model, checkpoint, names)
+    ends = tables(model, checkpoint, names)
     inside = model.get_input_embeddings()
-    tensor = next((found[name] for name in found if model.get_submodule(name) is inside), None)
+    tensor = next((ends[name] for name in ends if model.get_submodule(name) is inside), None)
     if tensor is None:
         yield ()
         return
     before, padding = inside.weight, inside.padding_idx
 
     def rows(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        wanted, place = args[0].unique(return_inverse=True)
-        table = checkpoint.read_some_rows(tensor, wanted.tolist()).to(device=device, dtype=dtype)
+        ids, place = args[0].unique(return_inverse=True)
+        table = checkpoint.read_some_rows(tensor, ids.tolist()).to(device=device, dtype=dtype)
         part.weight = torch.nn.Parameter(table, requires_grad=False)
         return place, *args[1:]
 
     handle = inside.register_forward_pre_hook(rows)
     inside.padding_idx = None  # it would be looked for among the few rows
     try:
-        yield tuple(found)
+        yield tuple(ends)
     finally:
         handle.remove()
         inside.weight, inside.padding_idx = before, padding

@@ -128,9 +128,9 @@ def _lack_hint(checkpoint: Checkpoint, lost: list[str]) -> str:
 def _check_shapes(checkpoint: Checkpoint, slots: dict[str, torch.Tensor], names: dict[str, str]) -> None:
     """Every stored tensor must have the shape of its slot."""
     for slot, tensor in names.items():
-        stored, wanted = checkpoint.tensors[tensor].shape, tuple(slots[slot].shape)
-        if stored != wanted:
+        stored, needed = checkpoint.tensors[tensor].shape, tuple(slots[slot].shape)
+        if stored != needed:
             raise SourceError(
-                f"tensor {tensor} is {list(stored)}, but the model built from config.json needs {list(wanted)}",
+                f"tensor {tensor} is {list(stored)}, but the model built from config.json needs {list(needed)}",
                 hint="the weights do not belong to this config.json",
             )

@@ -12,6 +12,7 @@ from outlierq.load.model.names import checkpoint_names
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from outlierq.core.model import Checkpoint, TensorSource
 
@@ -53,7 +54,7 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     return model.eval().requires_grad_(False)
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
     """The config object of transformers, without cache and without quantization."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -104,7 +105,7 @@ def _check_content(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
             raise SourceError(f"config.json of {checkpoint.source} asks for {value:,} layers ({key})")
 
 
-def _check_sizes(checkpoint: Checkpoint, parts: Iterable[Any]) -> None:
+def _check_sizes(checkpoint: Checkpoint, parts: Iterable[PreTrainedConfig]) -> None:
     """Refuse a config that asks for so many parts that building the empty model would take hours or all memory."""
     for part in parts:
         blocks = getattr(part, "num_hidden_layers", None)
@@ -134,15 +135,15 @@ def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structu
     in `outside_tensors`. A tied head is no site: it has no tensor of its own (see `Structure.tied`).
     """
     names = checkpoint_names(checkpoint, skeleton)
-    list_name, blocks = _block_list(skeleton)
-    found = tuple(_block(f"{list_name}.{index}", index, block, names) for index, block in enumerate(blocks))
-    inside = {tensor for block in found for tensor in block.tensors}
+    list_name, modules = _block_list(skeleton)
+    blocks = tuple(_block(f"{list_name}.{index}", index, module, names) for index, module in enumerate(modules))
+    inside = {tensor for block in blocks for tensor in block.tensors}
     tied = _ties(names)
     shared = {tensor for _, tensor in tied}
     sites = _sites(skeleton, "", names, None)
     outside = tuple(site for site in sites if site.weight not in inside and site.weight not in shared)
     covered = inside | {tensor for site in outside for tensor in (site.weight, site.bias)}
-    return Structure(found, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
+    return Structure(blocks, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
 
 
 def _block_list(skeleton: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts, as_array
+from outlierq.load.packed.numbers import Numbers, Parts, as_array
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ def awq_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: 
     rows, columns = shape
     groups = scheme.groups(columns)
     expected = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
-    for role, wanted in expected.items():
-        if tuple(stored[role].shape) != wanted:
-            raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {wanted}")
+    for role, needed in expected.items():
+        if tuple(stored[role].shape) != needed:
+            raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {needed}")
     words = slice(start // 8, -(-stop // 8))
     codes, zero_point = (read_words(stored[role][:, words]) for role in ("qweight", "qzeros"))
     return finished(codes, zero_point, stored["scales"][:, start:stop], scheme)
 
 
-def read_words(words: Any) -> np.ndarray:
+def read_words(words: Numbers) -> np.ndarray:
     """Uint8 [8 * words, n] of int32 words [n, words]."""
     import numpy as np
 

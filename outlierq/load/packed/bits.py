@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from functools import partial
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts, as_array, as_floats
+from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_floats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,14 +50,14 @@ def pack_quantized_rows(
 
 
 def decode_pack_quantized(
-    weight_packed: Any,
-    weight_scale: Any,
-    weight_zero_point: Any | None,
+    weight_packed: Numbers,
+    weight_scale: Numbers,
+    weight_zero_point: Numbers | None,
     shape: tuple[int, int],
     bits: int,
     *,
     group_size: int | None = None,
-    group_index: Any | None = None,
+    group_index: Numbers | None = None,
 ) -> np.ndarray:
     """Float32 [out, in]: `(code - zero_point) * scale`, each group with its own scale.
 
@@ -94,7 +94,7 @@ def decode_pack_quantized(
     return weight
 
 
-def decode_codes(weight_packed: Any, shape: tuple[int, int], bits: int, *, symmetric: bool = True) -> np.ndarray:
+def decode_codes(weight_packed: Numbers, shape: tuple[int, int], bits: int, *, symmetric: bool = True) -> np.ndarray:
     """Int16 [out, in] codes: symmetric ones are signed, from -2^(bits-1); others unsigned, from 0 to 2^bits - 1."""
     import numpy as np
 
@@ -103,7 +103,7 @@ def decode_codes(weight_packed: Any, shape: tuple[int, int], bits: int, *, symme
     return codes - (1 << (bits - 1)) if symmetric else codes
 
 
-def decode_zero_points(weight_zero_point: Any, shape: tuple[int, int], bits: int, groups: int) -> np.ndarray:
+def decode_zero_points(weight_zero_point: Numbers, shape: tuple[int, int], bits: int, groups: int) -> np.ndarray:
     """Int16 [out, groups] unsigned zero points, on the scale of the unsigned codes."""
     import numpy as np
 
@@ -134,7 +134,7 @@ def _unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return codes[:, :columns]
 
 
-def _checked_words(packed: Any, rows: int, columns: int, bits: int) -> np.ndarray:
+def _checked_words(packed: Numbers, rows: int, columns: int, bits: int) -> np.ndarray:
     """The packed words as int32, refused when their number is not that of the shape."""
     import numpy as np
 
@@ -150,18 +150,18 @@ def _checked_words(packed: Any, rows: int, columns: int, bits: int) -> np.ndarra
     return words
 
 
-def _spread_evenly(weight: np.ndarray, per_group: np.ndarray, operation: Any) -> None:
+def _spread_evenly(weight: np.ndarray, per_group: np.ndarray, operation: np.ufunc) -> None:
     """Apply one value per group in place; groups of equal width are a view."""
     grouped = weight.reshape(*per_group.shape, -1)
     operation(grouped, per_group[..., None], out=grouped)
 
 
-def _spread_by_index(columns_of: np.ndarray, weight: np.ndarray, per_group: np.ndarray, operation: Any) -> None:
+def _spread_by_index(columns_of: np.ndarray, weight: np.ndarray, per_group: np.ndarray, operation: np.ufunc) -> None:
     """Apply one value per group in place; columns_of: [in] group of each column."""
     operation(weight, per_group[:, columns_of], out=weight)
 
 
-def _group_of_columns(columns: int, groups: int, group_size: int | None, group_index: Any | None) -> np.ndarray:
+def _group_of_columns(columns: int, groups: int, group_size: int | None, group_index: Numbers | None) -> np.ndarray:
     """[in] group of each column."""
     import numpy as np
 

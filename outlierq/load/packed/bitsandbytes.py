@@ -11,7 +11,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts
+from outlierq.load.packed.numbers import Numbers, Parts
 from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, linears_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAXIMA = ".SCB"
 
 
-def decode_int8(weight: Any, maxima: Any) -> np.ndarray:
+def decode_int8(weight: Numbers, maxima: Numbers) -> np.ndarray:
     """Float32 [out, in]: codes * (SCB / 127). weight: [out, in] int8. maxima: SCB, [out] float32."""
     import numpy as np
 

@@ -5,11 +5,11 @@ The decoders verify what an exporter wrote, so they share no code with any packe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts, as_array, as_bytes_array, as_floats, e4m3_values
+from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ def byte_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
     return torch.from_numpy(decode_float_quantized(codes, scale, block=scheme.block, first_row=start))
 
 
-def decode_int_quantized(weight: Any, weight_scale: Any) -> np.ndarray:
+def decode_int_quantized(weight: Numbers, weight_scale: Numbers) -> np.ndarray:
     """Float32 [out, in] of `int-quantized`: code * scale. weight: [out, in] int8. weight_scale: [out, groups].
 
     SourceError when the groups do not divide the columns.
@@ -45,7 +45,7 @@ def decode_int_quantized(weight: Any, weight_scale: Any) -> np.ndarray:
 
 
 def decode_float_quantized(
-    weight: Any, weight_scale: Any, *, block: tuple[int, int] | None = None, first_row: int = 0
+    weight: Numbers, weight_scale: Numbers, *, block: tuple[int, int] | None = None, first_row: int = 0
 ) -> np.ndarray:
     """Float32 [out, in] of `float-quantized`: E4M3 value * scale.
 

@@ -39,7 +39,7 @@ MEMBERS = {
     MXFP4: ("weight_packed", "weight_scale"),
 }
 SCALES = {NVFP4: "two-level", MXFP4: "power-of-two"}
-# What their parts may be, where that is not what the other forms have under the same name.
+# What their parts may be, where that is not what the other formats have under the same name.
 FLOAT4_ROLES = {
     (NVFP4, "weight_packed"): "weight_packed of 4-bit floats",
     (MXFP4, "weight_packed"): "weight_packed of 4-bit floats",
@@ -55,13 +55,13 @@ FUSED = ("weight_input", "weight_output")
 class PackedWeight(StoredLinear):
     """How one weight is stored.
 
-    group_size: columns that share a scale, None for a whole row. form: name of the compressed-tensors format. block:
+    group_size: columns that share a scale, None for a whole row. format: name of the compressed-tensors format. block:
     rows and columns that share a scale. inputs: how the input of the linear is rounded at run time, None for 16 bits.
     """
 
     bits: int
     group_size: int | None
-    form: str = "pack-quantized"
+    format: str = "pack-quantized"
     block: tuple[int, int] | None = None
     inputs: ActivationScheme | None = None
 
@@ -77,7 +77,7 @@ def compressed_tensors_checkpoint(checkpoint: Checkpoint, config: dict[str, Any]
     if not modules and _groups(config):
         raise SourceError(f"{checkpoint.source} says that it is compressed, but holds no compressed weight")
     groups = {module: _group_of(checkpoint, config, module) for module in modules}
-    packed = [m for m in modules if _form(groups[m], config) == "pack-quantized"]
+    packed = [m for m in modules if _format(groups[m], config) == "pack-quantized"]
     shapes = _shapes(checkpoint, packed)
     weights = {f"{m}.weight": _packed(checkpoint, config, m, groups[m], shapes.get(m)) for m in modules}
     return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, config))
@@ -107,25 +107,27 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
         parts = self.parts(name)
-        scale_dtype = self.dtype if weight.form in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
+        scale_dtype = self.dtype if weight.format in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
         scheme = QuantScheme(
             weight.bits,
             weight.group_size,
             weight.symmetric,
             scale_dtype,
-            kind="int" if weight.form in ("pack-quantized", "int-quantized") else "float",
+            kind="int" if weight.format in ("pack-quantized", "int-quantized") else "float",
             block=weight.block,
             activations=weight.inputs,
-            scales=SCALES.get(weight.form, "plain"),
+            scales=SCALES.get(weight.format, "plain"),
         )
-        if weight.form in SCALES:
+        if weight.format in SCALES:
             return e2m1_rows(parts, scheme, weight.shape, 0, weight.shape[0])
-        scale, wanted = parts["weight_scale"], scheme.scale_shape(*weight.shape)
+        scale, scale_shape = parts["weight_scale"], scheme.scale_shape(*weight.shape)
         if scale.numel() == 1:
-            parts["weight_scale"] = scale = scale.reshape(1, 1).expand(wanted).contiguous()
-        if tuple(scale.shape) != wanted:
-            raise SourceError(f"{name} of {self.source} has scales {list(scale.shape)}; {scheme} needs {list(wanted)}")
-        if weight.form == "pack-quantized":
+            parts["weight_scale"] = scale = scale.reshape(1, 1).expand(scale_shape).contiguous()
+        if tuple(scale.shape) != scale_shape:
+            raise SourceError(
+                f"{name} of {self.source} has scales {list(scale.shape)}; {scheme} needs {list(scale_shape)}"
+            )
+        if weight.format == "pack-quantized":
             return pack_quantized_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
 
@@ -153,11 +155,11 @@ class UnpackedCheckpoint(DecodedCheckpoint):
 
 def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
     """Float32 [out, in] by the decoder of the format."""
-    if weight.form in SCALES:
+    if weight.format in SCALES:
         return decode_e2m1(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
-    if weight.form == "int-quantized":
+    if weight.format == "int-quantized":
         return decode_int_quantized(parts["weight"], parts["weight_scale"])
-    if weight.form == "float-quantized":
+    if weight.format == "float-quantized":
         return decode_float_quantized(parts["weight"], parts["weight_scale"], block=weight.block)
     return decode_pack_quantized(
         parts["weight_packed"],
@@ -174,15 +176,15 @@ def _check_decodable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """Refuse what could not be evaluated faithfully, in one message."""
     faults = []
     groups = _groups(config)
-    forms = sorted({_form(group, config) for group in groups} - MEMBERS.keys())
-    if forms or not (groups or config.get("kv_cache_scheme")):
-        faults.append(f"format {', '.join(forms) or 'none'}")
+    formats = sorted({_format(group, config) for group in groups} - MEMBERS.keys())
+    if formats or not (groups or config.get("kv_cache_scheme")):
+        faults.append(f"format {', '.join(formats) or 'none'}")
     inputs = [input_scheme(group.get("input_activations")) for group in groups]
     faults += sorted({fault for fault in inputs if isinstance(fault, str)})
     if any(group.get("output_activations") for group in groups):
         faults.append("quantized outputs")
     if any(
-        _form(g, config) != "pack-quantized" and not (g.get("weights") or {}).get("symmetric", True) for g in groups
+        _format(g, config) != "pack-quantized" and not (g.get("weights") or {}).get("symmetric", True) for g in groups
     ):
         faults.append("unpacked weights with zero points")
     faults += _cache_faults(config.get("kv_cache_scheme"))
@@ -200,7 +202,7 @@ def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     return list((config.get("config_groups") or {}).values())
 
 
-def _form(group: dict[str, Any], config: dict[str, Any]) -> str:
+def _format(group: dict[str, Any], config: dict[str, Any]) -> str:
     """The format of a config group; its own wins over that of the whole checkpoint."""
     return group.get("format") or config.get("format") or "none"
 
@@ -247,28 +249,28 @@ def _packed(
     checkpoint: Checkpoint, config: dict[str, Any], module: str, group: dict[str, Any], shape: tuple[int, int] | None
 ) -> PackedWeight:
     """How one module's weight is stored, after its config group. shape: (out, in) where it is packed."""
-    weights, form = group.get("weights"), _form(group, config)
+    weights, layout = group.get("weights"), _format(group, config)
     if not weights or weights.get("num_bits") is None:
         raise SourceError(f"{checkpoint.source} holds a packed {module}, but its config group says nothing of weights")
     if weights.get("strategy") == "block" and not weights.get("block_structure"):
         raise SourceError(f"{checkpoint.source} has no block_structure for the blocks of {module}")
     inputs = input_scheme(group.get("input_activations"))
-    stored = {role: f"{module}.{role}" for role in MEMBERS[form]}
+    stored = {role: f"{module}.{role}" for role in MEMBERS[layout]}
     members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
-    needed = [MEMBERS[form][0], "weight_scale"]
+    needed = [MEMBERS[layout][0], "weight_scale"]
     needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
-    needed += ["weight_global_scale"] if form == NVFP4 else []
+    needed += ["weight_global_scale"] if layout == NVFP4 else []
     needed += ["input_scale"] if inputs is not None and not inputs.dynamic else []
     for role in needed:
         if role not in members:
             raise SourceError(f"{checkpoint.source} has no {module}.{role}")
     for role, name in members.items():
-        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((form, role), role))
+        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((layout, role), role))
     in_groups = weights.get("strategy") in ("group", "tensor_group")
     size = weights.get("group_size") if in_groups else None
     if in_groups and (size is None or size < 1):
         raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
-    if form in SCALES:
+    if layout in SCALES:
         rows, pairs = checkpoint.tensors[members["weight_packed"]].shape
         shape = rows, 2 * pairs
     shape = shape or checkpoint.tensors[members["weight"]].shape
@@ -279,7 +281,7 @@ def _packed(
         members,
         weights["num_bits"],
         size,
-        form,
+        layout,
         tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
         inputs,
         symmetric=weights.get("symmetric", True),

@@ -7,12 +7,12 @@ an E4M3 scale, which is divided by one float32 of the whole weight. MXFP4: 32 co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
+from outlierq.load.packed.numbers import Numbers, Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,13 +28,13 @@ def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
 
     packed = as_bytes_array(stored["weight_packed"][start:stop])
     scale, whole = stored["weight_scale"][start:stop], stored.get("weight_global_scale")
-    wanted = (stop - start, shape[1] // 2)
+    byte_shape = (stop - start, shape[1] // 2)
     small = torch.float8_e4m3fn if scheme.scales == "two-level" else torch.uint8
     groups = (stop - start, scheme.groups(shape[1]))
-    if packed.shape != wanted or tuple(scale.shape) != groups or scale.dtype != small:
+    if packed.shape != byte_shape or tuple(scale.shape) != groups or scale.dtype != small:
         raise SourceError(
-            f"{scheme} of {shape[0]} x {shape[1]} has bytes {list(wanted)} and {small} scales {list(groups)} in these "
-            f"rows, found {list(packed.shape)} and {scale.dtype} {list(scale.shape)}"
+            f"{scheme} of {shape[0]} x {shape[1]} has bytes {list(byte_shape)} and {small} scales {list(groups)} in "
+            f"these rows, found {list(packed.shape)} and {scale.dtype} {list(scale.shape)}"
         )
     _check_scales(as_bytes_array(scale), whole)
     halves, byte_of = np.arange(256), e4m3_of_e2m1()
@@ -43,7 +43,9 @@ def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
     return QuantTensor(torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme, super_scale=whole)
 
 
-def decode_e2m1(weight_packed: Any, weight_scale: Any, weight_global_scale: Any | None = None) -> np.ndarray:
+def decode_e2m1(
+    weight_packed: Numbers, weight_scale: Numbers, weight_global_scale: Numbers | None = None
+) -> np.ndarray:
     """Float32 [out, in]. weight_packed: bytes [out, in / 2]. weight_scale: [out, groups], E4M3 with
     weight_global_scale [1], or else exponents. SourceError when they do not fit or a scale is NaN.
     """
@@ -64,7 +66,7 @@ def decode_e2m1(weight_packed: Any, weight_scale: Any, weight_global_scale: Any 
     return weight.reshape(rows, columns)
 
 
-def _check_scales(scale: np.ndarray, whole: Any | None) -> None:
+def _check_scales(scale: np.ndarray, whole: Numbers | None) -> None:
     """SourceError for a divisor that is not positive, and for exponents that are NaN. E4M3 scales may be anything."""
     if whole is not None and not float(whole.reshape(-1)[0]) > 0:
         raise SourceError(f"the global scale is {float(whole.reshape(-1)[0]):g}; scales are divided by it")

@@ -60,11 +60,11 @@ def gptq_dense(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], versi
     groups = as_array(stored["g_idx"])
     if groups.min() < 0 or groups.max() >= scheme.groups(shape[1]):
         raise SourceError(f"g_idx names groups from {groups.min()} to {groups.max()}, of {scheme.groups(shape[1])}")
-    found = _rows(stored, scheme, shape, 0, shape[0], version)
-    dense = as_array(found.codes).astype(np.float32)
-    if found.zero_point is not None:
-        dense -= as_array(found.zero_point).astype(np.float32)[:, groups]
-    return dense * found.scale.float().numpy()[:, groups]
+    quantized = _rows(stored, scheme, shape, 0, shape[0], version)
+    dense = as_array(quantized.codes).astype(np.float32)
+    if quantized.zero_point is not None:
+        dense -= as_array(quantized.zero_point).astype(np.float32)[:, groups]
+    return dense * quantized.scale.float().numpy()[:, groups]
 
 
 def _check(stored: Parts, scheme: QuantScheme, shape: tuple[int, int]) -> None:
@@ -76,9 +76,9 @@ def _check(stored: Parts, scheme: QuantScheme, shape: tuple[int, int]) -> None:
         "scales": (groups, rows),
         "g_idx": (columns,),
     }
-    for role, wanted in expected.items():
-        if tuple(stored[role].shape) != wanted:
-            raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {wanted}")
+    for role, needed in expected.items():
+        if tuple(stored[role].shape) != needed:
+            raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {needed}")
 
 
 def _rows(

@@ -7,7 +7,7 @@ E4M3 (arXiv:2209.05433, section 3) fills a byte. Two E2M1 numbers (OCP Microscal
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Union
 
 from outlierq.core.errors import SourceError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # The tensors of one stored linear, by the last part of their names ("weight_packed", "weight_scale", ...).
 Parts = Mapping[str, "torch.Tensor"]
+# Decoders take both alike.
+Numbers = Union["np.ndarray", "torch.Tensor"]
 
 
 def e4m3_values() -> np.ndarray:
@@ -53,11 +55,11 @@ def e4m3_of_e2m1() -> np.ndarray:
     """Uint8 [16], the E4M3 byte of the number that each half of a byte stands for; -0 stays -0."""
     import numpy as np
 
-    known, wanted = e4m3_values(), e2m1_values()[:, None]
-    return ((known == wanted) & (np.signbit(known) == np.signbit(wanted))).argmax(1).astype(np.uint8)
+    e4m3, e2m1 = e4m3_values(), e2m1_values()[:, None]
+    return ((e4m3 == e2m1) & (np.signbit(e4m3) == np.signbit(e2m1))).argmax(1).astype(np.uint8)
 
 
-def as_bytes_array(weight: Any) -> np.ndarray:
+def as_bytes_array(weight: Numbers) -> np.ndarray:
     """Numbers of one byte as uint8 of the same shape; numpy knows no float8, so torch views them.
 
     SourceError when a number has more than one byte.
@@ -73,14 +75,14 @@ def as_bytes_array(weight: Any) -> np.ndarray:
     return np.asarray(weight, np.uint8)
 
 
-def as_array(value: Any) -> np.ndarray:
+def as_array(value: Numbers) -> np.ndarray:
     """A torch tensor or an array, as an array of the same shape and dtype."""
     import numpy as np
 
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
-def as_floats(value: Any) -> np.ndarray:
+def as_floats(value: Numbers) -> np.ndarray:
     """Numbers of any shape as float32; numpy knows no bfloat16, so torch widens it."""
     import numpy as np
 

@@ -16,7 +16,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member
-from outlierq.load.packed.numbers import Parts, as_floats
+from outlierq.load.packed.numbers import Numbers, Parts, as_floats
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 COLUMNS = ".outlier_columns"
 
 
-def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_weight: Any) -> np.ndarray:
+def decode_split(
+    weight: Numbers, weight_scale: Numbers, outlier_columns: Numbers, outlier_weight: Numbers
+) -> np.ndarray:
     """Float32 [out, in]: codes * scale, and the outlier columns as they are kept.
 
     weight: [out, in] int8. weight_scale: [out, 1]. outlier_columns: [k]. outlier_weight: [out, k]. SourceError when the
@@ -39,14 +41,14 @@ def decode_split(weight: Any, weight_scale: Any, outlier_columns: Any, outlier_w
     rows, width = codes.shape
     if columns.size and (columns.min() < 0 or columns.max() >= width or np.any(np.diff(columns) <= 0)):
         raise SourceError(f"the outlier columns are not ascending numbers from 0 to {width - 1}")
-    kept = as_floats(outlier_weight)
-    if kept.shape != (rows, columns.size):
+    outliers = as_floats(outlier_weight)
+    if outliers.shape != (rows, columns.size):
         raise SourceError(f"{columns.size} outlier columns of {rows} rows need weights {rows} x {columns.size}")
     scale = as_floats(weight_scale)
     if scale.size != rows:
         raise SourceError(f"{scale.size} scales do not fit {rows} rows of codes")
     dense = codes.astype(np.float32) * scale.reshape(rows, 1)
-    dense[:, columns] = kept
+    dense[:, columns] = outliers
     return dense
 
 
@@ -70,14 +72,14 @@ class SplitCheckpoint(DecodedCheckpoint):
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in], scales [out, 1] and outlier columns [k] of a linear, by the name of its weight."""
         parts = self.parts(name)
-        scale, columns, kept = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
+        scale, columns, outlier_weight = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
         scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
-        return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=kept)
+        return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=outlier_weight)
 
     def layer(self, parts: Parts, bias: torch.Tensor | None) -> torch.nn.Module:
         """The module that computes the linear as stored: int8 codes [out, in], 16-bit columns [out, k]; bias: [out]."""
-        columns, kept = parts["outlier_columns"].long(), parts["outlier_weight"]
-        return StaticSplitLinear(parts["weight"], parts["weight_scale"], bias, columns, kept)
+        columns, outlier_weight = parts["outlier_columns"].long(), parts["outlier_weight"]
+        return StaticSplitLinear(parts["weight"], parts["weight_scale"], bias, columns, outlier_weight)
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """Put modules that compute in int8 into a model that has the decoded weights. names: parameter -> tensor."""
@@ -104,12 +106,12 @@ class SplitLinear(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer without its bias."""
+        """The layer without its bias, [..., in] -> [..., out]."""
         raise NotImplementedError
 
 
 class StaticSplitLinear(SplitLinear):
-    """With fixed outlier columns. columns: [k], kept: [out, k]."""
+    """With fixed outlier columns. columns: [k], outlier_weight: [out, k]."""
 
     def __init__(
         self,
@@ -117,15 +119,15 @@ class StaticSplitLinear(SplitLinear):
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         columns: torch.Tensor,
-        kept: torch.Tensor,
+        outlier_weight: torch.Tensor,
     ):
         super().__init__(weight, scale, bias)
         self.register_buffer("columns", columns)
-        self.register_buffer("kept", kept)
+        self.register_buffer("outlier_weight", outlier_weight)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`ops.int8_split.split_matmul`."""
-        return split_matmul(x, self.weight, self.scale, self.columns, self.kept)
+        """[..., in] -> [..., out], by `ops.twins.int8_split.split_matmul`."""
+        return split_matmul(x, self.weight, self.scale, self.columns, self.outlier_weight)
 
 
 class DynamicSplitLinear(SplitLinear):
@@ -136,7 +138,7 @@ class DynamicSplitLinear(SplitLinear):
         self.threshold = threshold
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`ops.int8_split.dynamic_split_matmul` of x [..., in] without the original weight."""
+        """[..., in] -> [..., out], by `ops.twins.int8_split.dynamic_split_matmul` without the original weight."""
         return dynamic_split_matmul(x, self.weight, self.scale, threshold=self.threshold)
 
 
@@ -153,7 +155,7 @@ def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> 
     """The stored linears by the name of their weight; SourceError when one lacks a tensor or there is none."""
     if not stems:
         raise SourceError(f"{stored.source} says it is compressed, but holds no compressed linear")
-    found = {}
+    linears = {}
     for stem in stems:
         members = {role: f"{stem}.{role}" for role in roles}
         lost = [name for name in members.values() if name not in stored.tensors]
@@ -164,5 +166,5 @@ def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> 
         weight = stored.tensors[members["weight"]]
         if weight.dtype != "I8" or len(weight.shape) != 2:
             raise SourceError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, not a matrix of int8 codes")
-        found[weight.name] = StoredLinear(weight.shape, members)
-    return found
+        linears[weight.name] = StoredLinear(weight.shape, members)
+    return linears

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
@@ -90,7 +90,7 @@ def scheme_of(stem: str, bits: int, group_size: int, dtype: str, columns: int) -
     return QuantScheme(bits, size, symmetric=False, scale_dtype=DTYPES[dtype][0])
 
 
-def finished(codes: np.ndarray, zero_point: np.ndarray, scales: Any, scheme: QuantScheme) -> QuantTensor:
+def finished(codes: np.ndarray, zero_point: np.ndarray, scales: torch.Tensor, scheme: QuantScheme) -> QuantTensor:
     """A `QuantTensor` of uint8 codes [out, in], uint8 zero points [out, groups] and stored scales [groups, out].
 
     SourceError when the scheme is symmetric and a zero point is not the middle one.
@@ -107,15 +107,15 @@ def finished(codes: np.ndarray, zero_point: np.ndarray, scales: Any, scheme: Qua
     return QuantTensor(_tensor((codes - np.uint8(middle)).view(np.int8)), scale, None, scheme)  # wraps below 0
 
 
-def as_symmetric(found: QuantTensor) -> QuantTensor:
+def as_symmetric(quantized: QuantTensor) -> QuantTensor:
     """The same numbers [out, in] without zero points where each of them is the middle one, else as they are."""
     import torch
 
-    middle = 1 << (found.scheme.bits - 1)
-    if found.zero_point is None or not bool((found.zero_point == middle).all()):
-        return found
-    codes = (found.codes.to(torch.uint8) - middle).view(torch.int8)  # wraps below 0, as two's complement does
-    return QuantTensor(codes, found.scale, None, replace(found.scheme, symmetric=True))
+    middle = 1 << (quantized.scheme.bits - 1)
+    if quantized.zero_point is None or not bool((quantized.zero_point == middle).all()):
+        return quantized
+    codes = (quantized.codes.to(torch.uint8) - middle).view(torch.int8)  # wraps below 0, as two's complement does
+    return QuantTensor(codes, quantized.scale, None, replace(quantized.scheme, symmetric=True))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -122,8 +122,12 @@ class FolderCheckpoint(Checkpoint):
         return open_plain(path)
 
     def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
-        found = sorted((lookup(self._stored, name) for name in names), key=lambda stored: (stored.path, stored.start))
-        return sample(((stored.info.name, stored.path, stored.start, stored.info.nbytes) for stored in found), length)
+        in_order = sorted(
+            (lookup(self._stored, name) for name in names), key=lambda stored: (stored.path, stored.start)
+        )
+        return sample(
+            ((stored.info.name, stored.path, stored.start, stored.info.nbytes) for stored in in_order), length
+        )
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError, nearest
@@ -22,6 +22,8 @@ from outlierq.core.model import TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+Entry = TypeVar("Entry")
 
 # The limit of the safetensors library itself; a larger number is a damaged or hostile file, not a header.
 LARGEST_HEADER = 100_000_000
@@ -85,11 +87,11 @@ def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 
 def _no_repeats(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refused when a key comes twice (json would silently keep the last)."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise SourceError(f"the header of {path.name} names {twice} twice", hint=AGAIN)
-    return found
+    return entries
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
@@ -149,11 +151,11 @@ def read_stored(
     tensors: dict[str, StoredTensor], names: Iterable[str], opened: Opener = open_plain
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor in the shape of its header) for each name, grouped by file so that each file is opened once."""
-    wanted: dict[Path, list[StoredTensor]] = {}
+    by_file: dict[Path, list[StoredTensor]] = {}
     for name in names:
         stored = lookup(tensors, name)
-        wanted.setdefault(stored.path, []).append(stored)
-    for path, group in wanted.items():
+        by_file.setdefault(stored.path, []).append(stored)
+    for path, group in by_file.items():
         with reading(path), opened(path) as file:
             for stored in sorted(group, key=lambda stored: stored.start):
                 yield stored.info.name, _read_one(file, stored)
@@ -181,21 +183,21 @@ def read_some_rows(stored: StoredTensor, rows: Iterable[int], opened: Opener = o
     """Some rows of a tensor, [n, ...] in the given order, in fresh memory; SourceError for a row it does not have."""
     import torch
 
-    chosen, shape = list(rows), stored.info.shape
-    beyond = [row for row in chosen if not 0 <= row < shape[0]]
+    numbers, shape = list(rows), stored.info.shape
+    beyond = [row for row in numbers if not 0 <= row < shape[0]]
     if beyond:
         raise SourceError(f"{stored.info.name} has {shape[0]} rows, and row {beyond[0]} was asked for")
     row_bytes = stored.info.nbytes // max(1, shape[0])
-    raw = torch.empty(len(chosen) * row_bytes, dtype=torch.uint8)
+    raw = torch.empty(len(numbers) * row_bytes, dtype=torch.uint8)
     memory = memoryview(raw.numpy())
     with reading(stored.path), opened(stored.path) as file:
-        for place, row in enumerate(chosen):
+        for place, row in enumerate(numbers):
             target = memory[place * row_bytes : (place + 1) * row_bytes]
             read_exactly(file, stored.start + row * row_bytes, target, stored.info.name, stored.path)
-    return raw.view(torch_dtype(stored.info.dtype)).view(len(chosen), *shape[1:])
+    return raw.view(torch_dtype(stored.info.dtype)).view(len(numbers), *shape[1:])
 
 
-def lookup(tensors: dict[str, Any], name: str) -> Any:
+def lookup(tensors: Mapping[str, Entry], name: str) -> Entry:
     """The entry of a tensor; SourceError with the nearest name when there is none."""
     if name in tensors:
         return tensors[name]

@@ -35,10 +35,10 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
 
 def _stamp(path: Path) -> Stamp:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise SourceError(
             f"{path} is gone while it was read: {error.strerror or error}",
             hint="put it back and run the same command again; it continues where it stopped",
         ) from error
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -182,7 +182,7 @@ class Output:
         from outlierq.load import decode_rows
 
         form, shape = self.plan.recipe.export.format, (site.out_features, site.in_features)
-        return decode_rows(stored, self.schemes[site], shape, start, stop, form=form)
+        return decode_rows(stored, self.schemes[site], shape, start, stop, format=form)
 
     def written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block that is already on disk, under their source names."""
