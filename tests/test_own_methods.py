@@ -204,6 +204,29 @@ def test_statistics_that_calibration_does_not_make_are_named_with_the_nearest(in
     assert "known: min, max, " in refused.value.what and refused.value.hint == "did you mean 'hessian'?"
 
 
+WRONG_OPTIONS = {
+    "strength = 0.5": "has an option 'strength' without a type or a default",
+    "strength: float": "has an option 'strength' without a type or a default",
+    "strength: Later = 0.5": "the annotations of .* cannot be read: name 'Later' is not defined",
+}
+
+
+@pytest.mark.parametrize("option", WRONG_OPTIONS)
+def test_an_option_that_a_recipe_cannot_check_is_named_with_its_package(option, install):
+    code = "from __future__ import annotations\n" + DECORATED.format(name="mine", needs=())
+    install("own-rounding", code.replace("strength: float = 0.5", option))
+    with pytest.raises(MethodError, match=WRONG_OPTIONS[option]) as refused:
+        parse("quantize: {method: mine}")
+    assert "the package own-rounding 1.0" in refused.value.what and refused.value.hint
+
+
+def test_what_is_declared_of_an_option_that_there_is_not_is_named(install):
+    code = DECORATED.format(name="mine", needs=()).replace("needs=()", "needs_if={'search': {'wide': ('hessian',)}}")
+    install("own-rounding", code)
+    with pytest.raises(MethodError, match=r"own-rounding 1.0 declares what its option 'search' means, but has no such"):
+        registry.method("quantize", "mine")
+
+
 BAD = {
     "no_such_module:rounded": "there is no module 'no_such_module' .install the package",
     "own_code.missing:rounded": "there is no module 'own_code.missing'",

@@ -52,6 +52,9 @@ class Method:
     copies: int = COPIES
     factors: bool = False
 
+    def __str__(self) -> str:
+        return f"the {self.section} method {self.name!r} of {package_of(self.function)}"
+
     @property
     def section(self) -> str:
         """The key of a recipe under which it is named."""
@@ -59,9 +62,19 @@ class Method:
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """The keyword-only arguments: what a recipe may set."""
-        parameters = inspect.signature(self.function, eval_str=True).parameters
-        return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        """The keyword-only arguments: what a recipe may set. MethodError when one has no type or no default."""
+        try:
+            parameters = inspect.signature(self.function, eval_str=True).parameters
+        except NameError as error:
+            raise MethodError(
+                f"the annotations of {self} cannot be read: {error}",
+                hint="import what they name outside of `if TYPE_CHECKING`",
+            ) from error
+        own = {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        for name, option in own.items():
+            if inspect.Parameter.empty in (option.annotation, option.default):
+                raise MethodError(f"{self} has an option {name!r} without a type or a default", hint="give it both")
+        return own
 
     def needs_with(self, options: Mapping[str, Any]) -> frozenset[str]:
         """The statistics that it reads with these options; those that are left out have their defaults."""
@@ -100,6 +113,7 @@ def _register(stage: str, name: str, needs: tuple[str, ...], paper: str, **more:
         made = Method(name, stage, function, frozenset(needs), paper, **more)
         _check_name(made)
         _check_statistics(made)
+        _check_options(made)
         REGISTERED[made.section, name] = made
         return function
 
@@ -125,10 +139,19 @@ def _check_statistics(made: Method) -> None:
         if name not in known:
             close = nearest(name, known)
             raise MethodError(
-                f"the {made.section} method {made.name!r} of {package_of(made.function)} needs the statistic {name!r}, "
-                f"which calibration does not make; known: {', '.join(known)}",
+                f"{made} needs the statistic {name!r}, which calibration does not make; known: {', '.join(known)}",
                 hint=f"did you mean {close!r}?" if close else "correct `needs` in the method's decorator",
             )
+
+
+def _check_options(made: Method) -> None:
+    """MethodError when something is declared of an option that the function does not have."""
+    missing = sorted({*made.needs_if, *made.gives_if} - inspect.signature(made.function).parameters.keys())
+    if missing:
+        raise MethodError(
+            f"{made} declares what its option {missing[0]!r} means, but has no such option",
+            hint="correct `needs_if` or `gives_if` in its decorator",
+        )
 
 
 def quantizer(

@@ -79,7 +79,7 @@ def follow(section: str, reference: str, *, trusted: bool) -> Method:
     if function is None:
         close = nearest(function_name, [each for each in vars(module) if not each.startswith("_")])
         raise RecipeError(
-            f"{reference!r}: the module {name} ({module.__file__}) has no {function_name!r}",
+            f"{reference!r}: the module {name} has no {function_name!r}",
             hint=f"did you mean {close!r}?" if close else f"name a function that {name} defines",
         )
     made = next((each for each in REGISTERED.values() if each.function is function), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ def _installed(top: str) -> str | None:
     return TOLD.get(top) or next((f"{name} {metadata.version(name)}" for name in names), None)
 
 
+@cache  # a file that is changed later is not the code that runs
 def code(function: Callable[..., Any]) -> str | None:
     """Name and version of its package, where it has one, its module, and the sha256 of its file; None for our own."""
     if function.__module__.partition(".")[0] == OURS:
         return None
-    path = getattr(sys.modules[function.__module__], "__file__", None)
-    content = Path(path).read_bytes() if path else b""
-    return f"{package_of(function)}: {function.__module__}, sha256 {hashlib.sha256(content).hexdigest()}"
+    file = Path(getattr(sys.modules.get(function.__module__), "__file__", None) or "")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "unknown, it has no file"
+    return f"{package_of(function)}: {function.__module__}, sha256 {digest}"
