@@ -103,6 +103,54 @@ def test_an_override_that_matches_nothing_is_said(tiny_llama):
     assert any("*.ffn.*" in note and "matches no linear" in note for note in plan.notes)
 
 
+def patterns_noted(plan) -> list[str]:
+    return [note for note in plan.notes if "matches no linear" in note or "changes nothing" in note]
+
+
+@pytest.mark.parametrize("pattern", ["*.ffn.*", "re:.*ffn", "down_proj"])
+def test_an_ignore_pattern_that_matches_nothing_is_said(tiny_llama, pattern):
+    plan = plan_of(tiny_llama, "rtn-w4", f"quantize.ignore=['*up_proj', '{pattern}']")
+    assert patterns_noted(plan) == [f"the ignore {pattern!r} matches no linear"]
+
+
+@pytest.mark.parametrize("pattern", ["*lm_head", "lm_head", "re:.*lm_head", "re:lm_head$"])
+def test_a_pattern_for_a_head_that_is_tied_is_not_said(tiny_llama, untied_llama, pattern):
+    for model in (tiny_llama, untied_llama):
+        plan = plan_of(model, "rtn-w4", f"quantize.ignore=['{pattern}']")
+        assert patterns_noted(plan) == [] and not any("lm_head" in p.site.module for p in plan.sites if p.scheme)
+
+
+def test_expressions_as_llm_compressor_writes_them_work(tiny_llama):
+    override = "quantize.overrides=[{match: 're:.*layers.0.*(k|v)_proj', bits: 8}]"
+    plan = plan_of(tiny_llama, "rtn-w4", "quantize.ignore=['re:.*down_proj$']", override)
+    schemes = {p.site.module: p.scheme for p in plan.sites}
+    assert schemes["model.layers.0.mlp.down_proj"] is None and schemes["model.layers.0.self_attn.k_proj"].bits == 8
+    assert schemes["model.layers.1.self_attn.k_proj"].bits == 4 and patterns_noted(plan) == []
+
+
+def test_an_override_of_what_is_ignored_is_said(untied_llama):
+    plan = plan_of(untied_llama, "rtn-w4", "quantize.overrides=[{match: '*lm_head', bits: 8}]")
+    assert patterns_noted(plan) == [
+        "the override '*lm_head' changes nothing: quantize.ignore keeps all that it matches"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        (["quantize.ignore=['*up_proj']"], None),
+        (["quantize.ignore=['*up_proj']", "quantize.overrides=[{match: '*', bits: 8}]"], None),
+        (["quantize.ignore=['*up_proj']", "quantize.overrides=[{match: '*lm_head', bits: 8}]"], 8),
+        (["quantize.ignore=[]"], 4),
+    ],
+)
+def test_the_head_is_quantized_only_when_named(untied_llama, settings, bits):
+    plan = plan_of(untied_llama, "rtn-w4", *settings)
+    (head,) = [p for p in plan.sites if p.site.module == "lm_head"]
+    assert (head.scheme and head.scheme.bits) == bits
+    assert any(note.startswith("lm_head: kept in 16 bits: the output head") for note in plan.notes) == (bits is None)
+
+
 def test_tied_embeddings_are_stored_once(tiny_llama, untied_llama):
     assert "lm_head.weight" not in plan_of(tiny_llama, "rtn-w4").layout.places
     assert "lm_head.weight" in plan_of(untied_llama, "rtn-w4").layout.places

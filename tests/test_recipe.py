@@ -206,6 +206,11 @@ def test_an_option_of_another_method_is_unknown():
         ),
         (RTN + "  symmetric: maybe\n", "line 3, quantize.symmetric: Input should be a valid boolean"),
         (RTN + "  ignore: lm_head\n", "line 3, quantize.ignore: Input should be a valid tuple"),
+        (RTN + "  ignore: ['re:(']\n", "quantize.ignore: is no regular expression: missing )"),
+        (
+            RTN + "  overrides:\n    - {match: 're:*', bits: 4}\n",
+            "overrides.0.match: is no regular expression: nothing",
+        ),
         (RTN + "  overrides:\n    - bits: 4\n", "line 4, quantize.overrides.0.match: Field required"),
         (RTN + "  scale_search: best\n", "line 3, quantize.scale_search: Input should be 'minmax', 'mse' or 'hessian'"),
         ("quantize:\n  bits: 4\n", "line 1, quantize.method: Field required"),

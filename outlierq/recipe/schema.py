@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import Field
 
 from outlierq.core.scheme import QuantScheme
+from outlierq.recipe.patterns import matches
 from outlierq.recipe.sections import (
     SCHEME_KEYS,
     Activations,
@@ -96,11 +96,11 @@ class Recipe(Section):
 
     def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
         """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
-        if self.quantize is None or any(fnmatchcase(module, pattern) for pattern in self.quantize.ignore):
+        if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module):
             return None
         wanted = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
         for override in self.quantize.overrides:
-            if fnmatchcase(module, override.match):
+            if matches(module, override.match):
                 if override.keep:
                     return None
                 wanted = overridden(wanted, override)
@@ -121,7 +121,7 @@ def _activations_for(quantize: Quantize, module: str) -> Activations | None:
     """The section on inputs that holds for the linear called `module`."""
     wanted: Activations | Literal["none"] | None = quantize.activations
     for override in quantize.overrides:
-        if fnmatchcase(module, override.match) and override.activations is not None:
+        if matches(module, override.match) and override.activations is not None:
             wanted = override.activations
     return wanted if isinstance(wanted, Activations) else None
 

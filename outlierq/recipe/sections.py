@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
+from outlierq.recipe.patterns import HEAD, matches, sound
 
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
@@ -114,7 +115,7 @@ class KVCache(Section):
 
 
 class Override(Section):
-    """Different storage for the linears whose module name matches a glob pattern; later overrides win.
+    """Different storage for the linears whose module name fits a pattern (`patterns.matches`); later overrides win.
 
     activations: a section of its own, or `none` for inputs in 16 bits.
     """
@@ -130,6 +131,7 @@ class Override(Section):
     scales: Scales | None = None
 
     _group_size = field_validator("group_size", mode="before")(_columns)
+    _match = field_validator("match")(sound)
 
 
 class Quantize(Section):
@@ -138,7 +140,8 @@ class Quantize(Section):
     kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
-    MXFP4.
+    MXFP4. ignore: patterns of the linears that stay in 16 bits. The output head stays there, too, unless the list is
+    empty or an override names it.
     """
 
     method: str
@@ -155,6 +158,21 @@ class Quantize(Section):
     options: dict[str, Any] = {}
 
     _group_size = field_validator("group_size", mode="before")(_columns)
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        """Every pattern can be read."""
+        return tuple(map(sound, patterns))
+
+    def ignores(self, module: str) -> bool:
+        """Whether a pattern keeps the linear called `module` in 16 bits."""
+        return any(matches(module, pattern) for pattern in self.ignore)
+
+    def protects(self, module: str) -> bool:
+        """Whether no pattern keeps it there, but that it is the output head, which no override names."""
+        named = not self.ignore or any(HEAD in override.match for override in self.overrides)
+        return module.rpartition(".")[2] == HEAD and not named and not self.ignores(module)
 
 
 class Transform(Section):

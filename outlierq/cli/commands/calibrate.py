@@ -22,7 +22,9 @@ def command(
     out: Annotated[str, typer.Option("--out", "-o", help="The folder for the statistics.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A .txt, .jsonl or .parquet file, or `embedded` (the default). May be repeated for a mix."),
+        typer.Option(
+            help="A file of text or rows (.jsonl, .csv, .parquet, ...), or `embedded` (the default). May be repeated for a mix."
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Take the calibration section of this recipe.")

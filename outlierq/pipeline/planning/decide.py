@@ -24,6 +24,7 @@ from outlierq.recipe import GroupPolicy, Recipe, parse_size
 if TYPE_CHECKING:
     import torch
 
+HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
 SMALLER_GROUPS = (128, 64, 32)
 
 
@@ -82,6 +83,8 @@ def assembled(
 def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
     """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
     wanted = recipe.scheme_for(site.module, getattr(exporter(recipe.export.format), "SCALE_DTYPE", dtype))
+    if wanted is None and recipe.quantize is not None and recipe.quantize.protects(site.module):
+        return SitePlan(site, None, HEAD_KEPT)
     if wanted is None:
         return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
     if site.kind == "Router":

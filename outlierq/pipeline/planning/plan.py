@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from outlierq.export import exporter
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
 from outlierq.recipe import Recipe
+from outlierq.recipe.patterns import HEAD, matches
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Every site that cannot follow the recipe, and every override without a site, as a sentence.
+        """Every site that cannot follow the recipe, and every pattern without a site, as a sentence.
 
         Equal reasons are counted together.
         """
@@ -80,11 +80,28 @@ class Plan:
             f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
             for reason, modules in reasons.items()
         ]
-        overrides = self.recipe.quantize.overrides if self.recipe.quantize else ()
-        modules = [planned.site.module for planned in self.sites]
-        unused = [o.match for o in overrides if not any(fnmatchcase(module, o.match) for module in modules)]
         noted = rewrite_notes(self.checkpoint) + noted + self.approximations + [*self.layout.notes] + self._limits
-        return noted + [f"the override {match!r} matches no linear" for match in unused]
+        return noted + self._unused_patterns
+
+    @property
+    def _unused_patterns(self) -> list[str]:
+        """Patterns of the recipe that change nothing; one for the output head may, since many models share its matrix
+        with the embeddings."""
+        chosen = self.recipe.quantize
+        if chosen is None:
+            return []
+        modules = [planned.site.module for planned in self.sites]
+        said = []
+        for kind, pattern in [
+            *(("ignore", p) for p in chosen.ignore),
+            *(("override", o.match) for o in chosen.overrides),
+        ]:
+            fitting = [module for module in modules if matches(module, pattern)]
+            if not fitting and not (kind == "ignore" and matches(HEAD, pattern)):
+                said.append(f"the {kind} {pattern!r} matches no linear")
+            elif fitting and kind == "override" and all(map(chosen.ignores, fitting)):
+                said.append(f"the override {pattern!r} changes nothing: quantize.ignore keeps all that it matches")
+        return said
 
     @property
     def approximations(self) -> list[str]:
