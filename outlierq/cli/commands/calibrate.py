@@ -23,7 +23,7 @@ def command(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A file of text or rows (.jsonl, .csv, .parquet, ...), or `embedded` (the default). May be repeated for a mix."
+            help="A file of text or rows (.jsonl, .csv, .parquet) or `embedded` (the default). Repeated for a mix."
         ),
     ] = None,
     recipe: Annotated[
