@@ -38,7 +38,7 @@ def pack_quantized_rows(
         raise SourceError(f"weight_shape says {said} for a linear of {shape}")
     rows, columns, bits = stop - start, shape[1], scheme.bits
     scale = stored["weight_scale"][start:stop]
-    codes = _unpack(_checked_words(stored["weight_packed"][start:stop], rows, columns, bits), bits, columns)
+    codes = unpack(_checked_words(stored["weight_packed"][start:stop], rows, columns, bits), bits, columns)
     zero_point = None
     if scheme.symmetric:
         codes = (codes - codes.dtype.type(1 << (bits - 1))).view("i1")  # wraps below 0, as two's complement does
@@ -88,7 +88,7 @@ def decode_pack_quantized(
     run = max(1, VALUES_PER_RUN // max(1, columns))
     for first in range(0, rows, run):
         part = slice(first, first + run)
-        weight[part] = _unpack(packed[part], bits, columns)
+        weight[part] = unpack(packed[part], bits, columns)
         spread(weight[part], zero[part], np.subtract)
         spread(weight[part], scale[part], np.multiply)
     return weight
@@ -99,7 +99,7 @@ def decode_codes(weight_packed: Numbers, shape: tuple[int, int], bits: int, *, s
     import numpy as np
 
     rows, columns = shape
-    codes = _unpack(_checked_words(weight_packed, rows, columns, bits), bits, columns).astype(np.int16)
+    codes = unpack(_checked_words(weight_packed, rows, columns, bits), bits, columns).astype(np.int16)
     return codes - (1 << (bits - 1)) if symmetric else codes
 
 
@@ -109,11 +109,14 @@ def decode_zero_points(weight_zero_point: Numbers, shape: tuple[int, int], bits:
 
     rows = shape[0]
     packed = _checked_words(as_array(weight_zero_point).T, groups, rows, bits)
-    return _unpack(packed, bits, rows).T.astype(np.int16)
+    return unpack(packed, bits, rows).T.astype(np.int16)
 
 
-def _unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """Uint8 [rows, columns] from int32 [rows, words]. `slots` codes fill exactly `width` bytes, so the slots repeat."""
+def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Uint8 [rows, columns] from int32 [rows, words]: code i at bits i * bits and up, lowest first, as in GPTQ, too.
+
+    `slots` codes fill exactly `width` bytes, so the slots repeat.
+    """
     import numpy as np
 
     stored = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.bits import unpack
 from outlierq.load.packed.described import fits
 from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
@@ -114,15 +115,7 @@ def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
     if words.dtype != np.int32 or words.shape[1] * 32 < count * bits:
         raise SourceError(f"{count} fields of {bits} bits do not fit {words.shape[1]} words of {words.dtype}")
-    raw = np.ascontiguousarray(words).view(np.uint8)
-    if bits in (2, 4, 8):
-        per_byte, mask = 8 // bits, (1 << bits) - 1
-        values = np.empty((len(raw), raw.shape[1] * per_byte), np.uint8)
-        for place in range(per_byte):
-            values[:, place::per_byte] = raw >> (bits * place) & mask
-        return values[:, :count]
-    ordered = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little").reshape(len(raw), count, bits)
-    return (ordered << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+    return unpack(words, bits, count)
 
 
 def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedCheckpoint:
