@@ -31,8 +31,8 @@ def _of_section(section: str) -> dict[str, Method]:
 
 def methods(stage: str) -> dict[str, Method]:
     """Every method of a stage, by name, in alphabetical order."""
-    found = _of_section("quantize") | _of_section("transform")
-    return {name: made for name, made in sorted(found.items()) if made.stage == stage}
+    known = _of_section("quantize") | _of_section("transform")
+    return {name: made for name, made in sorted(known.items()) if made.stage == stage}
 
 
 def method(stage: str, name: str) -> Method:
@@ -60,9 +60,9 @@ def _pick(section: str, name: str, known: dict[str, Method]) -> Method:
 
 def ways_to(give: str) -> list[str]:
     """How a recipe gets results with a property: "`int8_split`", or "`rtn`, `scale_search: minmax`"."""
-    found = []
+    ways = []
     for made in methods("quantize").values():
-        found += [f"`{made.name}`"] if give in made.gives else []
+        ways += [f"`{made.name}`"] if give in made.gives else []
         options = ((name, value, gives) for name, by in made.gives_if.items() for value, gives in by.items())
-        found += [f"`{made.name}`, `{name}: {value}`" for name, value, gives in options if give in gives]
-    return found
+        ways += [f"`{made.name}`, `{name}: {value}`" for name, value, gives in options if give in gives]
+    return ways
