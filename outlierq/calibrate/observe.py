@@ -142,7 +142,7 @@ def attention_calls(see: Callable[..., None]) -> Iterator[None]:
     def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
         attention = original(self, implementation, default)
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             see(*args, **kwargs)
             return attention(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from outlierq.calibrate.trace import RunOnce
     from outlierq.core.model import Structure
 
+T = TypeVar("T")
+Returned: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any]"  # by the code of a block
 SPILL_BYTES = 4 << 30
 # Tokens of the probe run. Twice as many than the 16 at which torch switches kernels, and still cheap on every block.
 PROBE_TOKENS = 32
@@ -455,7 +457,7 @@ class Wrap:
         """As in this output of a block."""
         return cls(type(output), len(output)) if isinstance(output, tuple | list) else cls()
 
-    def put(self, hidden: torch.Tensor) -> Any:
+    def put(self, hidden: torch.Tensor) -> Returned:
         """Hidden states of any shape as a block would return them; what else it returns (weights, a state) is None."""
         return hidden if self.kind is None else self.kind([hidden, *[None] * (self.size - 1)])
 
@@ -475,7 +477,7 @@ class _Stub:
         """Forget what was noted."""
         self.wrap, self.received, self.call = wrap, None, None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Returned:
         """What the model's code calls instead of the block."""
         self.received, self.call = _split(args, kwargs)
         if self.run_real:
@@ -522,7 +524,7 @@ def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     return hidden
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(value: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
     """The same nest of tuples, lists and dicts with every tensor replaced by `function` of it."""
     import torch
 

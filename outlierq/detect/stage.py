@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from outlierq.core.scheme import QuantScheme
     from outlierq.core.stats import InputStats
 
+T = TypeVar("T")
 # Values that quartiles and tails of a whole input are estimated from: a rate of 0.7 % is then known to 7 %.
 SAMPLED_VALUES = 1 << 15
 # Channels of which every measure is kept: those with the largest |x|.
@@ -44,7 +45,7 @@ class Findings:
         self.values: dict[str, float] = {}
         self._reasons: dict[str, list[str]] = {}
 
-    def take(self, name: str, measure: Callable[[], Any]) -> Any:
+    def take(self, name: str, measure: Callable[[], float]) -> float | None:
         """Keep the figure that `measure` returns; a figure that is not finite, or an error of ours, is missing."""
         value = self.attempt(name, measure)
         if value is not None and not math.isfinite(value):
@@ -53,7 +54,7 @@ class Findings:
             self.values[name] = value
         return value
 
-    def attempt(self, name: str, measure: Callable[[], Any]) -> Any:
+    def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
         """The result of `measure`, or None and a missing entry."""
         try:
             return measure()

@@ -10,6 +10,7 @@ from outlierq.evaluate.replacing import replaced
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationConfig
 
 
 def complete(model: torch.nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int = 32, chat: bool = False) -> str:
@@ -44,7 +45,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return ids
 
 
-def _greedy(model: torch.nn.Module, tokenizer: Any, max_new_tokens: int) -> Any:
+def _greedy(model: torch.nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """A generation config that keeps only the stop tokens of the model's own."""
     from transformers import GenerationConfig
 

@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import NumbersError, OutputError
 from outlierq.export.layout import INDEX_NAME, Layout
 
 if TYPE_CHECKING:
     import torch
+    import xxhash
 
     from outlierq.core.quant_tensor import QuantTensor
 
@@ -113,7 +114,9 @@ class ShardWriter:
             digest.update(piece)
         return digest.digest()
 
-    def confirm(self, name: str, tensor: torch.Tensor, row: int | None = None, digest: Any = None) -> Any:
+    def confirm(
+        self, name: str, tensor: torch.Tensor, row: int | None = None, digest: xxhash.xxh3_128 | None = None
+    ) -> xxhash.xxh3_128:
         """Compare the bytes on disk with those of the tensor, or of rows [n, ...] of it; gives their digest (XXH3)."""
         import xxhash
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
 from outlierq.recipe.patterns import HEAD, matches, sound
 
+T = TypeVar("T")
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
 SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales")
@@ -60,16 +61,17 @@ class Calibration(Section):
 
     @field_validator("text", mode="before")
     @classmethod
-    def _text_in_short(cls, value: Any) -> Any:
+    def _text_in_short(cls, value: Any) -> list[Any]:
         """`text: embedded` and `text: notes.txt` are short for a list with one source."""
         entries = value if isinstance(value, list | tuple) else [value]
         return [{"path": e} if isinstance(e, str) else e for e in entries]
 
 
-def _columns(value: Any) -> Any:
+def _columns(value: Any) -> int | Literal["channel"] | None:
     """A group size is a positive number of columns or the word `channel`; None where it is left out."""
     if value is None or value == "channel" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
+        columns: int | Literal["channel"] | None = value
+        return columns
     raise ValueError(f"must be a positive number of columns, or `channel` (this is {value!r})")
 
 
@@ -226,9 +228,9 @@ class Gate(Section):
 
     @field_validator("min_task", mode="before")
     @classmethod
-    def _task_limits(cls, value: Any) -> Any:
+    def _task_limits(cls, value: T) -> T | list[T]:
         """One limit may be written without a list."""
-        entries = [value] if isinstance(value, str) else value
+        entries: T | list[T] = [value] if isinstance(value, str) else value
         for entry in entries if isinstance(entries, list | tuple) else ():
             TaskLimit.parse(str(entry))
         return entries

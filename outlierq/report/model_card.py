@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from outlierq.core.machine.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.core.report import Report
 from outlierq.report.terminal import human_bytes
 
+T = TypeVar("T")
 # What of the source's card holds for a compressed copy as well.
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -143,7 +144,7 @@ def _task_conditions(measured: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {conditions[name]}" for name in named if conditions.get(name) is not None)
 
 
-def _short(settings: Any) -> Any:
+def _short(settings: T) -> T | dict[Any, Any] | list[Any]:
     """Settings without what is not set."""
     if isinstance(settings, Mapping):
         return {key: _short(value) for key, value in settings.items() if value not in (None, [], {}, ())}

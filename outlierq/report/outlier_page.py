@@ -16,12 +16,15 @@ from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import OutputError
 from outlierq.core.outliers import GroupOutliers, OutlierReport
 from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 UNKNOWN = "–"
 CHANNELS_NAMED = 12  # channel numbers written out before "and n more"
@@ -217,7 +220,7 @@ def _listed(values: Iterable[Any], most: int = CHANNELS_NAMED) -> str:
     return ", ".join(values[:most]) + more if values else UNKNOWN
 
 
-def _breakable(name: str) -> Any:
+def _breakable(name: str) -> Markup:
     """A dotted name that may be broken after a dot."""
     from markupsafe import Markup, escape
 

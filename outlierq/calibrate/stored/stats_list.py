@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -15,6 +15,7 @@ from outlierq.core.stats import InputStats
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 MOST_CHANNELS = 1 << 22
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Length = Annotated[int, Field(ge=0, le=MOST_CHANNELS)]
@@ -124,8 +125,8 @@ def input_stats(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
     return InputStats(values.get("tokens", 0), values.get("sequences", 0), **tensors)
 
 
-def value_of(kind: type, tensors: Mapping[str, torch.Tensor], **others: Any) -> Any:
-    """A dataclass of tensors; StatsError when one is missing or none of its fields."""
+def value_of(kind: type[T], tensors: Mapping[str, torch.Tensor], **others: Any) -> T:
+    """A dataclass of tensors, with the shapes of its fields; StatsError when one is missing or none of its fields."""
     try:
         return kind(**tensors, **others)
     except TypeError as error:

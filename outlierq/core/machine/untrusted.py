@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from outlierq.core.errors import OutlierqError
 
@@ -23,6 +23,7 @@ LARGEST_YAML = 1 << 16  # bytes; PyYAML reads some 200 kB/s, and a recipe has a 
 MOST_YAML_NODES = 20_000  # after aliases are expanded
 DEEPEST = 64
 T = TypeVar("T")
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -33,14 +34,14 @@ def json_value(
     *,
     hint: str | None = None,
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
-) -> Any:
+) -> Json:
     """The value in a JSON text; `error` says that `name` is not JSON, and why. pairs: json's `object_pairs_hook`."""
     text = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
     if len(text) > LARGEST_JSON:
         raise error(f"{name} has {len(text)} bytes; more than {LARGEST_JSON} are not read", hint=hint)
     try:
         # Decoded here, since json guesses other encodings and lets halves of characters through.
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=pairs)
+        value: Json = json.loads(text.decode("utf-8-sig"), object_pairs_hook=pairs)
         if SURROGATE.search(text):  # half a character cannot be written or printed anywhere
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as fault:

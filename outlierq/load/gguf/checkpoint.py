@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
@@ -28,6 +28,7 @@ from outlierq.load.source.unchanged import stamps_of
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 STORED_NAMES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 
 # Tensors that no converter changes; being the largest ones, they are rounded to the dtype of use while being read.
@@ -219,7 +220,7 @@ def _table_sizes(header: GgufHeader, content: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _short(value: Any) -> Any:
+def _short(value: T) -> T | float:
     """Metadata holds float32; the shortest decimal of the same float32 (1e-05, not 9.999999747378752e-06)."""
     import numpy as np
 

@@ -16,6 +16,7 @@ from outlierq.core.machine.untrusted import brief
 from outlierq.load.source.shards import AGAIN, read_exactly
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # A vocabulary of 256,000 tokens with scores, types and merges has about a million; the format has 4 dimensions.
@@ -92,7 +93,7 @@ def _headers_only() -> type:
         entries: list[tuple[str, int, tuple[int, ...], int]]
         items = 0
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
             # The slice of a number that the file does not hold is empty, and gguf would go on reading nothing.
             self._need(offset + int(count) * np.dtype(dtype).itemsize)
             return super()._get(offset, dtype, count, override_order)
