@@ -101,6 +101,9 @@ def test_a_name_is_taken_for_every_stage_that_a_section_may_name(own_methods):
     with pytest.raises(MethodError, match="two transform methods are called 'rotate'"):
         registry.transform("rotate", paper="arXiv:0000.00000")(lambda w, stats, scheme, tie: None)
     registry.transform("rtn", paper="arXiv:0000.00000")(lambda w, stats, scheme, tie: None)  # another section
+    assert (
+        registry.method("quantize", "rtn").stage == "quantize" and registry.transform_method("rtn").stage != "quantize"
+    )
 
 
 def test_what_an_option_needs_and_gives_is_asked_of_its_declaration(own_methods):

@@ -31,8 +31,8 @@ def _of_section(section: str) -> dict[str, Method]:
 
 def methods(stage: str) -> dict[str, Method]:
     """Every method of a stage, by name, in alphabetical order."""
-    known = _of_section("quantize") | _of_section("transform")
-    return {name: made for name, made in sorted(known.items()) if made.stage == stage}
+    known = _of_section("quantize" if stage == "quantize" else "transform")
+    return {name: made for name, made in known.items() if made.stage == stage}
 
 
 def method(stage: str, name: str) -> Method:
