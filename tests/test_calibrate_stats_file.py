@@ -150,7 +150,7 @@ def test_tensors_from_inference_mode_and_views_are_written(tmp_path):
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     write(tmp_path / "whole", [0, 1, 2])
     write(tmp_path / "killed", [0, 1], finish=False)
-    (tmp_path / "killed" / "block-00002.safetensors.part").write_bytes(b"half")
+    (tmp_path / "killed" / "block-00002.safetensors.outlierq-part").write_bytes(b"half")
     writer = StatsWriter(tmp_path / "killed", IDENTITY)
     assert writer.done == {0, 1}
     writer.write(2, groups(2), stats(2))
@@ -198,6 +198,18 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         StatsWriter(tmp_path, IDENTITY)
     with pytest.raises(OutputError, match="cannot make the folder"):
         StatsWriter(tmp_path / "thesis.txt", IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["film.iso.part", "hidden-states-of-matter.pdf", "block-of-marble.jpg", ".lock"])
+def test_files_that_only_look_like_ours_are_left_alone(tmp_path, name):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / name).write_text("years of work")
+    with pytest.raises(OutputError, match="1 other files"):
+        StatsWriter(tmp_path / "new", IDENTITY)
+    writer = write(tmp_path / "ours", [0], finish=False)
+    (tmp_path / "ours" / name).write_text("years of work")
+    writer.finish()
+    assert (tmp_path / "new" / name).is_file() and (tmp_path / "ours" / name).is_file()
 
 
 def test_statistics_of_another_model_are_refused_with_both_hashes(tmp_path):

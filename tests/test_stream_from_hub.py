@@ -201,7 +201,7 @@ class TestStop:
         return words
 
     def test_it_goes_on_and_asks_for_no_shard_of_a_finished_block(self, hub, stopped, many_shards, outlierq, tmp_path):
-        done = [json.loads(line).get("unit") for line in (tmp_path / "out.partial/.journal.jsonl").open()]
+        done = [json.loads(line).get("unit") for line in (tmp_path / "out.partial/.outlierq-journal.jsonl").open()]
         done = [unit for unit in done if unit]
         assert len(done) >= 2
         hub.ranges.clear()
@@ -244,14 +244,14 @@ class TestStore:
     def test_half_a_shard_of_a_killed_process_is_fetched_on(self, hub, published, name, tmp_path):
         checkpoint = stream_checkpoint(REPO, tmp_path / "shards")
         whole = hub_file(hub, name)
-        (tmp_path / "shards" / f"{name}.part").write_bytes(whole[:1000])
+        (tmp_path / "shards" / f"{name}.outlierq-part").write_bytes(whole[:1000])
         with checkpoint.store.open(name) as file:
             assert file.read() == whole
         assert [first for path, first, last in hub.ranges if path == name and last == len(whole)] == [1000]
 
     def test_half_a_shard_with_a_hole_is_fetched_anew(self, hub, published, name, tmp_path):
         checkpoint = stream_checkpoint(REPO, tmp_path / "shards")
-        (tmp_path / "shards" / f"{name}.part").write_bytes(bytes(1000))
+        (tmp_path / "shards" / f"{name}.outlierq-part").write_bytes(bytes(1000))
         with checkpoint.store.open(name) as file:
             assert file.read() == hub_file(hub, name)
 
@@ -301,6 +301,15 @@ class TestStore:
         first.store.close()
         stream_checkpoint(REPO, tmp_path / "shards").store.clear()
         assert not (tmp_path / "shards").exists()
+
+    @pytest.mark.parametrize("kind", ["file", "shard of another model", "folder"])
+    def test_what_somebody_put_into_its_folder_is_left_alone(self, kind, hub, published, tmp_path):
+        mine = tmp_path / "shards" / ("other.safetensors" if kind == "shard of another model" else "mine")
+        mine.parent.mkdir()
+        mine.mkdir() if kind == "folder" else mine.write_text("precious")
+        with pytest.raises(SourceError, match=f"is in the way: it holds {mine.name}"):
+            stream_checkpoint(REPO, tmp_path / "shards")
+        assert [path.name for path in mine.parent.iterdir()] == [mine.name]
 
     def test_a_refused_run_leaves_nothing(self, hub, published, outlierq, tmp_path):
         (tmp_path / "out").mkdir()

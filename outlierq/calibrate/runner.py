@@ -165,18 +165,16 @@ class HiddenStates:
 
 def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
     """A new mapped file without a name."""
-    handle, name = tempfile.mkstemp(prefix="hidden-states-", dir=folder)
     try:
-        os.unlink(name)
-        os.posix_fallocate(handle, 0, nbytes)  # a disk that is full later would end the process without a word
-        return mmap.mmap(handle, nbytes)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # A disk that is full later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise OutputError(
             f"the hidden states of the calibration text need {nbytes:,} bytes in {folder}: {error.strerror or error}",
             hint="free some space, or calibrate on less text",
         ) from error
-    finally:
-        os.close(handle)
 
 
 @dataclass

@@ -169,7 +169,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
     with working(out, restart=restart) as work:
         clock = Clock()
         identity = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
-        journal = Journal(work, identity, clock.spent)
+        journal = Journal(work, identity, clock.spent, files=plan.files)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             with clock("export"):
                 _units(plan, output, listen)
@@ -178,7 +178,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
                 output.verify()
         report = make_report(plan, out, journal, clock, "cpu", NoStats(plan.structure), None, ALONE)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
-        finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
+        finish(work, out, plan.files)
     return report
 
 

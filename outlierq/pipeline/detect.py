@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutputError, SourceError, StatsError, during
 from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite
 from outlierq.core.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.stats import InputStats
@@ -258,10 +258,8 @@ def stream_width(data: BlockData) -> int | None:
 def write_json(report: OutlierReport, path: Path) -> None:
     """The report as JSON, all of it or nothing; its folder is made if need be."""
     content = json.dumps(report.to_dict(), allow_nan=False)
-    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, path)
+        write_atomically(path, content.encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

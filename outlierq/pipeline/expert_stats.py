@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from outlierq.calibrate.stored.stats_file import remove_statistics
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.pipeline.events import Listener, silent
@@ -21,7 +22,9 @@ from outlierq.registry import transform_method
 
 def remove_expert_stats(out: Path) -> None:
     """The run for `out` is done: what was made here for it is not needed any more."""
-    shutil.rmtree(_folder(out), ignore_errors=True)
+    # The result is in place; a file that stays is no reason to call the run a failure.
+    with suppress(OSError):
+        remove_statistics(_folder(out))
 
 
 def expert_stats(
@@ -55,7 +58,7 @@ def expert_stats(
         if max_memory is not None:
             check_together(works_of(plan, device, ranks.size, trust_remote_code=trust_remote_code), max_memory)
     if restart and ranks.lead:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_statistics(folder)
     calibrate(
         checkpoint,
         recipe.calibration or Calibration(),

@@ -10,8 +10,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import REPORT_NAME
-from outlierq.pipeline.ledger.folder import JOURNAL
-from outlierq.pipeline.ledger.journal import read_lines, seconds_of
+from outlierq.pipeline.ledger.journal import JOURNAL, read_lines, seconds_of
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError
 from outlierq.core.limits import Limits
+from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.notes import collecting
 from outlierq.core.report import REPORT_NAME, Report
-from outlierq.export.writer import disk_error, sync_folder, write_small
+from outlierq.export.writer import disk_error
 from outlierq.load import check_unchanged
 from outlierq.pipeline.events import Listener, silent
 from outlierq.pipeline.measuring import models as evaluation
@@ -160,13 +160,10 @@ def judge(results: dict[str, Any], limits: Limits) -> dict[str, Any]:
 def record(folder: Path, results: Mapping[str, Any]) -> Report:
     """Put the results into the report of a checkpoint that outlierq wrote, where `publish` finds them."""
     report = replace(read_report(folder), evaluation=dict(results))
-    part = f".{REPORT_NAME}.part"
-    write_small(folder, {part: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
     try:
-        os.replace(folder / part, folder / REPORT_NAME)
+        write_atomically(folder / REPORT_NAME, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     except OSError as error:
         raise disk_error(error, folder / REPORT_NAME, 0) from error
-    sync_folder(folder)
     return report
 
 

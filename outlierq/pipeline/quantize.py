@@ -21,7 +21,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
-from outlierq.pipeline.block.hidden_files import forget_hidden_beyond
+from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, hidden_names
 from outlierq.pipeline.block.report import make_report
 from outlierq.pipeline.block.sources import owners_for, stats_source
 from outlierq.pipeline.block.starved import (
@@ -88,7 +88,9 @@ def quantize(
         if not ranks.lead:
             _Run(plan, source, work, None, clock, device, listen, ranks, savings).all()
             return None
-        journal = Journal(work, _identity(plan, source, savings), clock.spent, _about(plan))
+        identity = _identity(plan, source, savings)
+        files = plan.files | hidden_names(identity.get("shards", 1))
+        journal = Journal(work, identity, clock.spent, _about(plan), files)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             _Run(plan, source, work, output, clock, device, listen, ranks, savings).all()
             with clock("verify"):
@@ -98,7 +100,7 @@ def quantize(
         report = replace(report, notes=(*report.notes, *savings.sentences))
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         plan.checkpoint.drop_shards()
-        finish(work, out, {*plan.small_files, *plan.layout.sizes, REPORT_NAME})
+        finish(work, out, plan.files)
     if max_memory is None:
         return_memory_at_once(LARGE)  # this process may go on, with a gate for example
     return_freed_memory()

@@ -10,9 +10,7 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import OutputError
+from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.outliers import GroupOutliers, OutlierReport
 from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
 
@@ -257,15 +256,8 @@ def _policy_hash(script: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """The whole file or none of it."""
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_atomically(path, content)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from outlierq.calibrate.stored.stats_list import check_list, input_stats, value_
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample
+from outlierq.core.machine.own_files import PART, foreign, remove_files, sync_names, write_atomically
 from outlierq.core.machine.untrusted import checked, json_value
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
@@ -26,6 +28,8 @@ FORMAT_VERSION = 2  # 2: histograms, top tokens, block statistics and logits
 FINISHED = "stats.json"
 UNFINISHED = "unfinished.json"
 LOGITS = "logits.safetensors"
+# Every other name that a run gives a file here.
+OWN_NAME = re.compile(r"(block|hidden-states)-\d+\.safetensors|logits\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -108,18 +112,17 @@ class StatsWriter:
         from safetensors.torch import save
 
         content = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
-        _write_atomically(self.folder / name, content)
+        _write(self.folder / name, content)
         return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
     def finish(self) -> None:
         """Declare the statistics complete."""
-        for path in self.folder.iterdir():
-            if path.name.endswith(".part") or path.name.startswith("hidden-states-"):  # of a run that was killed
-                path.unlink()
+        for path in self.folder.glob(f"*{PART}"):  # of a run that was killed
+            path.unlink()
         if (self.folder / UNFINISHED).exists() or not (self.folder / FINISHED).exists():
             self._write_list()
             os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
-            _sync(self.folder)
+            sync_names(self.folder)
 
     def _write_list(self) -> None:
         """Write the list of blocks as unfinished."""
@@ -130,20 +133,24 @@ class StatsWriter:
             "logits": self.logits,
             "blocks": [self.blocks[index] for index in sorted(self.blocks)],
         }
-        _write_atomically(self.folder / UNFINISHED, json.dumps(values, indent=1).encode())
+        _write(self.folder / UNFINISHED, json.dumps(values, indent=1).encode())
 
     def _resume(self) -> None:
         """Take over the verified blocks of an earlier run, or refuse the folder."""
         list_name = next((name for name in (UNFINISHED, FINISHED) if (self.folder / name).exists()), None)
         if list_name is None:
-            others = [entry.name for entry in self.folder.iterdir() if not _is_ours(entry.name)]
+            others = foreign(self.folder, (UNFINISHED,))
             if others:
                 raise OutputError(
                     f"{self.folder} holds {len(others)} other files ({others[0]}, ...) and no statistics",
                     hint="give a new or empty folder",
                 )
+            self._write_list()  # from now on it shows whose folder this is
             return
         values = _read_list(self.folder / list_name, OutputError)
+        if list_name == UNFINISHED and not values.get("blocks"):
+            self._write_list()  # nothing was done yet, so nothing is lost by starting over
+            return
         for key, ours in self.identity.to_json().items():
             held = values.get(key)
             if held != ours:
@@ -285,16 +292,26 @@ def former_shards(folder: Path) -> int | None:
     path = next((folder / name for name in (UNFINISHED, FINISHED) if (folder / name).exists()), None)
     if path is None:
         return None
-    settings = _read_list(path, OutputError).get("settings")
+    values = _read_list(path, OutputError)
+    settings = values.get("settings")
+    if path.name == UNFINISHED and not values.get("blocks"):
+        return None
     shards = settings.get("shards", 1) if isinstance(settings, dict) else None
     if type(shards) is not int:
         raise OutputError(f"{path} does not say in how many shards it was made", hint="give another folder")
     return shards
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a file may be left of our own killed run."""
-    return name.startswith(("block-", "hidden-states-", ".lock")) or name == LOGITS or name.endswith(".part")
+def remove_statistics(folder: Path) -> None:
+    """Remove statistics, finished or not, and their folder; what else lies there stays, and the folder with it.
+
+    A folder without a list of ours is left as it is. OSError when something cannot be removed.
+    """
+    if any((folder / name).is_file() for name in (FINISHED, UNFINISHED)):
+        names = sorted({path.name.removesuffix(PART) for path in folder.iterdir()})
+        remove_files(folder, [*filter(OWN_NAME.fullmatch, names), FINISHED, UNFINISHED])
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[str, Any]:
@@ -320,27 +337,12 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """The file is there with all its bytes or not at all, also after a power cut."""
-    part = path.with_name(path.name + ".part")
+def _write(path: Path, content: bytes) -> None:
+    """The file is there with all its bytes or as it was, also after a power cut."""
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync(path.parent)
+        write_atomically(path, content)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

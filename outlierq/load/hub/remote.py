@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.own_files import PART
 from outlierq.load.hub.content import check_content
 from outlierq.load.hub.snapshot import Listed, asking
 from outlierq.load.hub.threads import pool
@@ -59,7 +60,7 @@ class RemoteFile:
 
     def fetch(self, target: Path) -> None:
         """Put the file at `target`. SourceError when its bytes are not those that the Hub lists."""
-        part = target.with_name(f"{target.name}.part")
+        part = target.with_name(f"{target.name}{PART}")
         try:
             while True:
                 resumed = part.exists()

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
@@ -20,6 +18,7 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.own_files import LOCK, PART, foreign, remove_files, write_atomically
 from outlierq.core.model import Structure
 from outlierq.load.hub.content import check_cached
 from outlierq.load.hub.remote import PIECE_BYTES, RemoteFile
@@ -28,7 +27,7 @@ from outlierq.load.hub.threads import pool
 from outlierq.load.source.folder import FolderCheckpoint
 from outlierq.load.source.shards import StoredTensor, lookup, open_plain
 
-PIN, LOCK = "commit.json", ".lock"
+PIN = ".outlierq-shards.json"
 # Requests at a time for headers and first bytes.
 MOST_REQUESTS = 16
 # Blocks that a data-free run works on at once: more would need more shards, and wait for the network all the same.
@@ -165,9 +164,10 @@ class ShardStore:
         self._sound: set[str] = set()
         self.fetching: Callable[[int, int, str], None] = lambda done, total, name: None
         self._fetched: set[str] = set()
+        _refuse_foreign(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._process_lock = open(folder / LOCK, "w")  # noqa: SIM115 - held until `close`
+            self._process_lock = open(folder / LOCK, "a")  # noqa: SIM115 - held until `close`
         except OSError as error:
             raise SourceError(f"{folder} cannot be made: {error.strerror or error}") from error
         try:
@@ -180,17 +180,12 @@ class ShardStore:
         self._take_up(pin)
 
     def _take_up(self, pin: dict[str, str | None]) -> None:
-        """Keep the shards that a stopped run left, if they are of this commit."""
-        place = self.folder / PIN
-        if _read_pin(place).get("commit") != pin["commit"]:
-            for path in self.folder.iterdir():
-                if path.name != LOCK:
-                    path.unlink()
-        with place.open("w") as file:
-            file.write(json.dumps(pin))
-            file.flush()
-            os.fsync(file.fileno())
-        left = {path.name.removesuffix(".part") for path in self.folder.iterdir()}
+        """Keep the shards that a stopped run left, if they are of this commit; others of ours make room."""
+        former = _read_pin(self.folder / PIN)
+        if former.get("commit") != pin["commit"]:
+            remove_files(self.folder, [*_shards_of(former), PIN])
+        write_atomically(self.folder / PIN, json.dumps({**pin, "shards": sorted(self._remote)}).encode())
+        left = {path.name.removesuffix(PART) for path in self.folder.iterdir()}
         self._held.update(dict.fromkeys(sorted(left & self._remote.keys())))
 
     def open(self, name: str) -> BinaryIO:
@@ -232,21 +227,43 @@ class ShardStore:
     def _remove(self, name: str) -> None:
         self._held.pop(name)
         self._sound.discard(name)
-        for path in (self.folder / name, self.folder / f"{name}.part"):
-            path.unlink(missing_ok=True)
+        remove_files(self.folder, [name])
 
     def clear(self) -> None:
         """Remove everything: the work is done. A shard that is read once more all the same is fetched once more."""
         with self._lock:
             self._held.clear()
             self._sound.clear()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # The work is done; a file that stays is no reason to call it a failure.
+            with suppress(OSError):
+                remove_files(self.folder, [*sorted(self._remote), PIN, LOCK])
+                self.folder.rmdir()
 
     def close(self) -> None:
         """Let other processes in; shards stay for a run that goes on."""
         if not self._held:
             self.clear()
         self._process_lock.close()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """SourceError when the folder holds something that no run of ours lists as its own."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise SourceError(f"{folder} is in the way: it is no folder of ours", hint="move it, or choose another -o")
+    others = foreign(folder, {*_shards_of(_read_pin(folder / PIN)), PIN})
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise SourceError(
+            f"{folder} is in the way: it holds {others[0]}{more}, which this program did not put there",
+            hint="move what is yours out of it, or choose another -o",
+        )
+
+
+def _shards_of(pin: Mapping[str, Any]) -> list[str]:
+    """The shards that a pin lists."""
+    names = pin.get("shards")
+    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    return names if plain else []
 
 
 def _pinned(folder: Path, repository: str, revision: str | None) -> str | None:

@@ -21,7 +21,7 @@ from outlierq.core.model import Checkpoint, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.pipeline.ledger.folder import JOURNAL
+from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Digests, Output
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from outlierq.calibrate.runner import HiddenStates
 from outlierq.core.errors import OutputError
+from outlierq.core.machine.own_files import PART
 
 SAVED = "hidden-states-{}.safetensors"  # by the number of the shard
+SAVED_NAME = re.compile(r"hidden-states-\d+\.safetensors")
 
 
 def save_hidden(path: Path, hidden: HiddenStates, fingerprint: str, index: int) -> None:
     """Write the inputs of block `index`, atomically."""
     import os
 
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}{PART}")
     try:
         hidden.save(part, {"tokens": fingerprint, "block": str(index)})
         os.replace(part, path)
@@ -37,8 +40,13 @@ def forget_hidden_beyond(work: Path, index: int) -> None:
 
 
 def saved_hidden(work: Path) -> list[Path]:
-    """The files of saved hidden states in a folder."""
-    return sorted(work.glob(SAVED.format("*")))
+    """The files of saved hidden states in a folder of ours."""
+    return sorted(path for path in work.glob(SAVED.format("*")) if SAVED_NAME.fullmatch(path.name))
+
+
+def hidden_names(shards: int) -> frozenset[str]:
+    """The names of the files of saved hidden states, when the text runs in so many shards."""
+    return frozenset(SAVED.format(number) for number in range(shards))
 
 
 def load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from outlierq.core.errors import OutputError
-from outlierq.core.report import REPORT_NAME
+from outlierq.core.machine.own_files import LOCK, foreign, remove_files
 from outlierq.export.writer import disk_error, sync_folder
-
-# Names with a dot are never carried over from a source, so they cannot meet a file of the result.
-JOURNAL = ".journal.jsonl"
-
-
-LOCK = ".lock"
+from outlierq.pipeline.ledger.journal import JOURNAL, listed_files
 
 
 def work_folder(out: Path) -> Path:
@@ -36,42 +30,48 @@ def working(out: Path, *, restart: bool = False) -> Iterator[Path]:
     _refuse_foreign(work)
     with locked(work):
         if restart:
-            _clear(work, kept=())
+            _clear(work, but=())
         try:
             yield work
         finally:
             # Tidying up only; on a disk that is gone the error that is on its way says more.
             with suppress(OSError):
                 if [path.name for path in work.iterdir()] == [LOCK]:
-                    shutil.rmtree(work)
+                    (work / LOCK).unlink()
+                    work.rmdir()
 
 
 def refuse_existing(out: Path) -> None:
-    """OutputError when there is a result already."""
+    """OutputError when there is a result already, or no folder can be put there in one step."""
+    if out.is_symlink():
+        raise OutputError(f"{out} is a link to {os.readlink(out)}", hint="name the folder itself, or another one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             f"{out} exists already", hint="choose another output folder, or remove this one; nothing is overwritten"
         )
+    if out.exists() and (out.resolve() == Path.cwd() or os.path.ismount(out)):
+        kind = "a mount point" if os.path.ismount(out) else "the folder you are in"
+        raise OutputError(
+            f"{out} is {kind}, which cannot be replaced by the result", hint=f"name a new folder, such as {out}/NAME"
+        )
 
 
-def _clear(work: Path, kept: Collection[str]) -> None:
-    """Remove everything else from a work folder. What shows that the rest is ours goes last: `_refuse_foreign`."""
-    signs = [name for name in (REPORT_NAME, JOURNAL) if name not in kept]
-    others = (path for path in work.iterdir() if path.name not in (*kept, LOCK, *signs))
-    for path in (*others, *(work / name for name in signs)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _clear(work: Path, but: Collection[str]) -> None:
+    """Remove what the journal lists, with a few exceptions. The journal shows that the rest is ours: it goes last."""
+    names = sorted(listed_files(work) - {*but, JOURNAL})
+    remove_files(work, [*names, *({JOURNAL} - {*but})])
 
 
 def _refuse_foreign(work: Path) -> None:
-    """OutputError when the work folder holds something, but no run of ours."""
-    held = sorted(path.name for path in work.iterdir() if path.name != LOCK) if work.is_dir() else []
-    # Without a journal it is ours only when a run was cut off while it put its finished result in place.
-    if held and JOURNAL not in held and REPORT_NAME not in held:
+    """OutputError when the work folder is no folder, or holds something that no run of ours lists as its own."""
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise OutputError(f"{work} is in the way: it is no folder of ours", hint="move it, or choose another -o")
+    others = foreign(work, listed_files(work) | {JOURNAL})
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
         raise OutputError(
-            f"{work} is in the way: it holds {held[0]} and no run of outlierq", hint="move it, or choose another -o"
+            f"{work} is in the way: it holds {others[0]}{more}, which this program did not put there",
+            hint="move what is yours out of it, or choose another -o",
         )
 
 
@@ -81,7 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)  # else a power cut may take the folder with all that is safe in it
-        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held for the whole run
+        lock = open(folder / LOCK, "a")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise disk_error(error, folder, 0) from error
     with lock:
@@ -102,14 +102,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def finish(work: Path, out: Path, result: Collection[str]) -> None:
-    """Remove every file that is not part of the `result` and give the folder its final name."""
+    """Remove every file of the run that is not part of the `result`, and give the folder its final name."""
     from outlierq.export.writer import publish
 
     try:
-        _clear(work, kept=result)
+        _clear(work, but={*result, JOURNAL})
         (work / LOCK).unlink(missing_ok=True)
         if out.exists():
             out.rmdir()
         publish(work, out)
+        # Until now it showed whose folder this is.
+        (out / JOURNAL).unlink()
     except OSError as error:
         raise disk_error(error, out, 0) from error

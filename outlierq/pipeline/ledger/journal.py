@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from outlierq.core.errors import OutputError
+from outlierq.core.machine.own_files import remove_files
 from outlierq.core.machine.untrusted import brief, checked, json_object
 from outlierq.core.report import SiteRow
 from outlierq.export.writer import disk_error
-from outlierq.pipeline.ledger.folder import JOURNAL
+
+# No program but this one gives a file this name, and names with a dot are never carried over from a source.
+JOURNAL = ".outlierq-journal.jsonl"
+
+# Bytes; the longest first lines list some thousand files.
+LONGEST_LINE = 100_000_000
 
 # What the line of a finished unit must hold beside its name.
 UNIT_KEYS = ("xxh3_128", "rows", "transforms", "notes")
@@ -29,8 +35,9 @@ class Journal:
     """Finished units of one run, in `folder`. entries: unit name -> what was written about it.
 
     identity: what must be equal for a run to go on. about: what a reader of an unfinished run wants to know, by name.
-    spent: gives wall seconds by stage since it was asked last; each line carries them. seconds: what earlier processes
-    spent on this run; a killed one takes the time since its last line with it.
+    files: every name that the run may write in the folder; only what a journal lists is ever removed. spent: gives wall
+    seconds by stage since it was asked last; each line carries them. seconds: what earlier processes spent on this run;
+    a killed one takes the time since its last line with it.
     """
 
     def __init__(
@@ -39,9 +46,10 @@ class Journal:
         identity: dict[str, Any],
         spent: Callable[[], Mapping[str, float]] = dict,
         about: Mapping[str, Any] = MappingProxyType({}),
+        files: Collection[str] = (),
     ):
         self.folder, self._spent = folder, spent
-        self._first_line = {"identity": identity, "about": dict(about)}
+        self._first_line = {"identity": identity, "about": dict(about), "files": sorted(files)}
         self.path = folder / JOURNAL
         self.entries: dict[str, dict[str, Any]] = {}
         self.seconds: Counter[str] = Counter()
@@ -114,9 +122,22 @@ class Journal:
         if differing:
             # Nothing was done yet, so nothing is lost by starting over.
             self.seconds.clear()
+            remove_files(self.folder, sorted(listed_files(self.folder)))
             _cut(self.path, 0)
             self._append(self._first_line)
         self.entries = entries
+
+
+def listed_files(folder: Path) -> frozenset[str]:
+    """Names of all files that the unfinished run in a folder lists as its own; none where there is no such run."""
+    try:
+        with open(folder / JOURNAL, "rb") as file:
+            first = json.loads(file.readline(LONGEST_LINE))
+        names = first["files"] if isinstance(first["identity"], dict) else ()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
+    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    return frozenset(names) if plain else frozenset()
 
 
 def former_shards(folder: Path) -> int | None:
@@ -166,7 +187,7 @@ def _checked_line(line: bytes, path: Path, *, first: bool) -> dict[str, Any]:
     hint = "run again with --restart"
     value = json_object(line, f"{path} is damaged: a line", OutputError, hint=hint)
     parts = {"seconds": dict, "rows": list, "transforms": list, "notes": list, "unit": str}
-    parts |= {"identity": dict, "about": dict} if first else {}
+    parts |= {"identity": dict, "about": dict, "files": list} if first else {}
     faults = [name for name, kind in parts.items() if not isinstance(value.get(name, kind()), kind)]
     faults += [name for name in UNIT_KEYS if "unit" in value and name not in value]
     times = value.get("seconds", {})

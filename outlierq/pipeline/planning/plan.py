@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from outlierq.core.model import Checkpoint, LinearSite, Structure
+from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
 from outlierq.export.layout import INDEX_NAME, Layout
@@ -65,6 +66,11 @@ class Plan:
     def schemes(self) -> dict[LinearSite, QuantScheme]:
         """The scheme of every linear that is quantized."""
         return {p.site: p.scheme for p in self.sites if p.scheme is not None}
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of all files of the result."""
+        return frozenset({*self.small_files, *self.layout.sizes, REPORT_NAME})
 
     @property
     def notes(self) -> list[str]:
