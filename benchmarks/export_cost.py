@@ -143,7 +143,7 @@ class Case:
             step = 256
             for start in range(0, site.out_features, step):
                 stop = min(start + step, site.out_features)
-                found = decode_rows(stored, value.scheme, shape, start, stop, form=form)
+                found = decode_rows(stored, value.scheme, shape, start, stop, format=form)
                 compare(site.module, found, value.rows(start, stop))
         writer.close()
 
