@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError, PublishError
@@ -30,6 +30,7 @@ from outlierq.pipeline.measuring.cache import content_hash
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+T = TypeVar("T")
 CARD = "README.md"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A path of this machine, at the start of a word: two parts or more, so that "and/or" and "3 MB/s" are none.
@@ -89,7 +90,7 @@ def public_report(report: Report, repository: str, base_model: str | None) -> Re
     return replace(cleaned, model=base_model or cleaned.model, out=repository)
 
 
-def without_paths(value: Any) -> Any:
+def without_paths(value: T) -> T:
     """Plain values in which every local path is its last part."""
     if isinstance(value, str):
         return LOCAL_PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)

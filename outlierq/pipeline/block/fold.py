@@ -40,7 +40,7 @@ def choose(
 ) -> Choice | None:
     """The move of one group's input; None without a fold. Nothing is changed.
 
-    Reads the weights of the group's sites, and what `_producer_read` names.
+    Reads the weights of the group's sites, [out, in] or as a Conv1D stores them, and what `_producer_read` names.
     """
     import torch
 
@@ -64,8 +64,8 @@ def carry_out(
 ) -> dict[str, Any]:
     """Rewrite the weights of one group so that its input is moved; `InputStats.moved` keeps statistics consistent.
 
-    tensors: the block's tensors; the dict gets new float32 tensors for producer and consumers. Returns a row for the
-    report; its "folded" names every tensor that changed.
+    tensors: the block's tensors; the dict gets new float32 tensors of the same shape for producer and consumers.
+    Returns a row for the report; its "folded" names every tensor that changed.
     """
     row: dict[str, Any] = {"group": group.name, "method": "+".join(m.name for m, _ in steps), "note": group.fold_note}
     if choice is None:
@@ -139,7 +139,7 @@ def _storable(
 def check_move(
     group: InputGroup, move: Move, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> None:
-    """NumbersError unless producer and consumers, moved back in float32, are what they were.
+    """NumbersError unless producer and consumers, moved back in float32, are what they were, in the same shape.
 
     This needs no forward pass: that the fold itself changes nothing was proved when the statistics were made.
     """

@@ -41,7 +41,7 @@ def gather(
 ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
     """Permute every group whose producer is a linear; `tensors` get the new weights. New statistics, report rows.
 
-    head_dim: width of an attention head, None when the model has none.
+    tensors: by name, new ones in the same shape. head_dim: width of an attention head, None when the model has none.
     """
     method, options = step
     done, rows = dict(stats), []

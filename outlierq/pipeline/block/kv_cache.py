@@ -26,7 +26,7 @@ def cache_tensors(
     after: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """`k_scale` and `v_scale` by tensor name.
+    """`k_scale` and `v_scale` by tensor name, each [1], or [kv heads, 1, 1].
 
     before, after: the block's tensors without and with its transforms. A transform may scale the values (the fold of
     the input of the output projection); it leaves keys as they are.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class StatsSource(Protocol):
     """Gives each block's groups and statistics in turn.
 
+    Tensors of a block are given by name, in the shape of their headers; statistics have the shapes of `InputStats` and
+    `BlockStats`.
     identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
     remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
     """
@@ -54,7 +56,7 @@ class StatsSource(Protocol):
 
 
 class NoStats:
-    """For data-free recipes: every linear is its own group, without statistics."""
+    """For data-free recipes: every linear is its own group, without statistics of any shape."""
 
     def __init__(self, structure: Structure, *, remark: str = ""):
         self.structure, self.remark = structure, remark
@@ -83,7 +85,7 @@ class NoStats:
 
 
 class StatsFromFile(NoStats):
-    """Statistics of an earlier `outlierq calibrate`; no forward pass runs.
+    """Statistics of an earlier `outlierq calibrate`, with the shapes of `InputStats`; no forward pass runs.
 
     Folds were proved on these very weights when the statistics were made, so they are not proved again. shifts: input
     group -> (bias of its producer, note), for the shifts that biases make possible which `structure` has more than the

@@ -23,6 +23,7 @@ from outlierq.core.errors import EXIT_ERROR, OutlierqError, RankError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup, Store
 
 Value = TypeVar("Value")
 
@@ -81,9 +82,9 @@ class SeveralRanks(Ranks):
     RankError when another rank has gone.
     """
 
-    def __init__(self, rank: int, size: int, store: Any):
+    def __init__(self, rank: int, size: int, store: Store):
         self.rank, self.size, self._store = rank, size, store
-        self._devices: Any = None
+        self._devices: ProcessGroup | None = None
 
     def use(self, device: str) -> None:
         if not device.startswith("cuda") or self._devices is not None:
@@ -112,7 +113,7 @@ class SeveralRanks(Ranks):
     def first(self, value: Callable[[], Value]) -> Value:
         import torch.distributed as dist
 
-        def move(tensor: torch.Tensor, group: Any) -> None:
+        def move(tensor: torch.Tensor, group: ProcessGroup | None) -> None:
             dist.broadcast(tensor, 0, group=group)
 
         if not self.lead:
@@ -131,7 +132,7 @@ class SeveralRanks(Ranks):
         found = self.gather(value)
         return self.first(lambda: found)
 
-    def _transfer(self, value: Any, move: Callable[[torch.Tensor, Any], Any]) -> None:
+    def _transfer(self, value: Any, move: Callable[[torch.Tensor, ProcessGroup | None], object]) -> None:
         """Pass a value on: its length, itself without tensors, and each tensor's bytes."""
         import torch
 
@@ -144,7 +145,7 @@ class SeveralRanks(Ranks):
             for part in payload:
                 move(part, self._group_of(part))
 
-    def _arrive(self, move: Callable[[torch.Tensor, Any], Any]) -> Any:
+    def _arrive(self, move: Callable[[torch.Tensor, ProcessGroup | None], object]) -> Any:
         """The value that another rank passes on."""
         import torch
 
@@ -171,7 +172,7 @@ class SeveralRanks(Ranks):
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         return flat if self._devices else flat.cpu()
 
-    def _group_of(self, tensor: torch.Tensor) -> Any:
+    def _group_of(self, tensor: torch.Tensor) -> ProcessGroup | None:
         """Tensors on a GPU go from GPU to GPU."""
         return self._devices if tensor.is_cuda else None
 
@@ -251,7 +252,7 @@ class SeveralRanks(Ranks):
 class _Pulse(threading.Thread):
     """Says that this rank lives, also while it computes, and ends it when another one has fallen silent for long."""
 
-    def __init__(self, rank: int, size: int, store: Any):
+    def __init__(self, rank: int, size: int, store: Store):
         super().__init__(name="pulse", daemon=True)
         self.rank, self.size, self.store, self._ended = rank, size, store, threading.Event()
         store.set(f"beat/{rank}", "0")
@@ -385,7 +386,7 @@ def _join(size: int) -> SeveralRanks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def store(keeps: bool) -> Any:
+    def store(keeps: bool) -> dist.PrefixStore:
         found = dist.TCPStore(host, port, size, keeps, timeout=JOIN, wait_for_workers=False)
         return dist.PrefixStore(f"outlierq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
 

@@ -33,7 +33,10 @@ class ShardIds:
 
 
 def shards_of(ids: torch.Tensor, shards: int, ranks: Ranks) -> list[ShardIds]:
-    """The shards of this rank: neighbours, as many as any other rank has, give or take one; the lead has the first."""
+    """The shards of this rank: neighbours, as many as any other rank has, give or take one; the lead has the first.
+
+    ids: [windows, tokens].
+    """
     bounds = [index * len(ids) // shards for index in range(shards + 1)]
     mine = [index for index in range(shards) if index * ranks.size // shards == ranks.rank]
     return [ShardIds(index, bounds[index], ids[bounds[index] : bounds[index + 1]]) for index in mine]

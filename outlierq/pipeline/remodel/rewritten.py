@@ -49,7 +49,7 @@ class RewrittenCheckpoint(RemodelledCheckpoint):
         self.notes += (f"rotate: {head} can no longer share the tensor of {table}: {shared.nbytes:,} bytes more",)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, rewritten, in its stored dtype."""
+        """The tensor, rewritten, in the shape of its header and its stored dtype."""
         from outlierq.load.source.shards import torch_dtype
 
         change = self.rewrite.changes.get(name)
@@ -68,7 +68,7 @@ class RewrittenCheckpoint(RemodelledCheckpoint):
         return stored + copy + change.making_bytes(below.tensors[change.weight or change.source].shape)
 
     def zeros(self, name: str) -> torch.Tensor:
-        """What a tensor that was added holds."""
+        """What a tensor that was added holds, in the shape of its header."""
         import torch
 
         from outlierq.load.source.shards import torch_dtype
