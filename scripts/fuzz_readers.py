@@ -151,7 +151,7 @@ def read_config(folder: Folder) -> None:
     """Open the folder and let transformers check its config."""
     from outlierq.load.model.skeleton import _config
 
-    _config(open_folder(folder), False)
+    _config(open_folder(folder))
 
 
 def read_skeleton(folder: Folder) -> None:

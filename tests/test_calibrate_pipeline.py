@@ -12,7 +12,7 @@ from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, stored_fields
 from outlierq.calibrate.runner import BlockRunner
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, StatsError
-from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
+from outlierq.load import build_skeleton, find_structure, open_checkpoint, study
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile
 from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
 from outlierq.pipeline.calibrate import calibrate
@@ -38,23 +38,13 @@ def folder(tiny_llama, tmp_path_factory):
 def ids(tiny_llama) -> torch.Tensor:
     """The tokens that the statistics are of."""
     checkpoint = open_checkpoint(str(tiny_llama))
-    return token_set(checkpoint, build_skeleton(checkpoint), settings()).ids
+    return token_set(study(checkpoint), settings()).ids
 
 
 def source_of(model, work, needs) -> StatsFromRun:
-    checkpoint = open_checkpoint(str(model))
-    skeleton = build_skeleton(checkpoint)
-    return StatsFromRun(
-        skeleton,
-        checkpoint,
-        find_structure(checkpoint, skeleton),
-        checkpoint_names(checkpoint, skeleton),
-        token_set(checkpoint, skeleton, settings()),
-        settings(),
-        fields=stored_fields(needs),
-        work=work,
-        device="cpu",
-    )
+    studied = study(open_checkpoint(str(model)))
+    tokens = token_set(studied, settings())
+    return StatsFromRun(studied, tokens, settings(), work, fields=stored_fields(needs))
 
 
 def test_everything_is_kept_for_every_group_and_block(folder, ids):

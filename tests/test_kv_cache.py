@@ -154,7 +154,7 @@ def test_the_written_scales_are_those_of_transformers_own_cache(per, model, tmp_
 
     plan = plan_of(model, "kv-fp8", f"kv_cache.per={per}")
     quantize(plan, tmp_path / "out")
-    ids = token_set(plan.checkpoint, plan.skeleton, plan.recipe.calibration).ids
+    ids = token_set(plan.model, plan.recipe.calibration).ids
     found, source = tensors_of(tmp_path / "out"), tensors_of(model)
     for block, pair in enumerate(keys_and_values(model, ids)):
         for name, tensor in zip(("k_scale", "v_scale"), pair, strict=True):

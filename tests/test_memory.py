@@ -40,8 +40,9 @@ from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.memory import choose, in_passes, smallest_ceiling
 from outlierq.pipeline.planning.phases import BASE_BYTES, method_bytes, peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
-from outlierq.pipeline.processes.ranks import ALONE
+from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.quantize import quantize
+from outlierq.pipeline.resources import Resources
 from outlierq.quantize import stage
 from outlierq.recipe import load
 from outlierq.registry import COPIES, methods
@@ -112,7 +113,7 @@ def test_spilling_and_several_passes_leave_every_byte_as_it_is(
     monkeypatch.setattr(BlockRunner, "_hidden_states", watched_make)
     monkeypatch.setattr(BlockRunner, "run", watched_run)
     forced(HARMLESS)
-    compress(tiny_llama, tmp_path / "out", *recipe, max_memory=1)
+    compress(tiny_llama, tmp_path / "out", *recipe, resources=Resources(max_memory=1))
     assert weights(tmp_path / "out") == expected
     assert hidden and all(states.spilled for states in hidden)
     groups = 4  # queries, keys and values; the output of attention; gate and up; down
@@ -126,7 +127,7 @@ def test_parts_of_stacks_and_of_batches_change_no_more_than_last_bits(
     before = json.loads((usual("gptq-w4") / "outlierq.json").read_text())
     sizes, sequences = watch_sizes(monkeypatch), watch_sequences(monkeypatch)
     forced(LAST_BITS[saving])
-    report = compress(tiny_llama, tmp_path / "out", max_memory=1)
+    report = compress(tiny_llama, tmp_path / "out", resources=Resources(max_memory=1))
     usual_errors = [row["output_error"] for row in before["rows"] if row["output_error"] is not None]
     errors = [row.output_error for row in report.rows if row.output_error is not None]
     assert len(errors) == len(usual_errors) > 0
@@ -168,11 +169,11 @@ def test_a_run_is_not_continued_with_other_last_bits(tiny_llama, tmp_path, force
     forced(LAST_BITS["batch"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(quantizing._Run, "block", lambda self, block: (_ for _ in ()).throw(KeyboardInterrupt))
-        compress(tiny_llama, out, max_memory=1)
+        compress(tiny_llama, out, resources=Resources(max_memory=1))
     with pytest.raises(OutputError, match="batch_size"):
         compress(tiny_llama, out)
     forced(replace(HARMLESS, batch_size=1))  # the harmless ones may change
-    compress(tiny_llama, out, max_memory=1)
+    compress(tiny_llama, out, resources=Resources(max_memory=1))
 
 
 def test_the_tables_are_not_read_whole_before_the_first_block(untied_llama, tmp_path, monkeypatch):
@@ -184,7 +185,7 @@ def test_the_tables_are_not_read_whole_before_the_first_block(untied_llama, tmp_
     monkeypatch.setattr(
         FolderCheckpoint, "read_some_rows", lambda self, name, wanted: rows.append(name) or some(self, name, wanted)
     )
-    source = stats_source(planned(untied_llama), tmp_path, None, "cpu", lambda event: None, ALONE, NO_SAVINGS)
+    source = stats_source(planned(untied_llama), tmp_path)
     source.start()
     assert set(rows) == {"model.embed_tokens.weight"}
     assert whole and not {"model.embed_tokens.weight", "lm_head.weight"} & set(whole)
@@ -461,9 +462,15 @@ def test_a_quantizer_holds_no_more_copies_of_its_rows_than_it_declares_and_not_f
         assert held > method_bytes(chosen.copies - 2, False, weights, width, scheme.group_size, hessian)
 
 
+def several(count: int) -> Ranks:
+    ranks = Ranks()
+    ranks.size = count
+    return ranks
+
+
 def test_sums_of_shards_that_wait_for_each_other_are_counted(tiny_llama):
     def collecting(shards: int, ranks: int = 1) -> int:
-        work = work_of(planned(tiny_llama, "gptq-w4", f"calibration.shards={shards}"), ranks=ranks)
+        work = work_of(planned(tiny_llama, "gptq-w4", f"calibration.shards={shards}"), Resources(ranks=several(ranks)))
         return peaks(work, NO_SAVINGS)["collect"]
 
     alone, halves, thirds, quarters = (collecting(shards) for shards in (1, 2, 3, 4))

@@ -42,7 +42,7 @@ def compressed(tmp_path_factory, tools) -> Path:
     recipe = load("rtn-w4", settings)
     original = open_checkpoint(str(source))
     quantize(make_plan(original, recipe), work / "w4")
-    wanted = Measurement.of_gate(recipe.gate, device="cpu", data_dir=None, trust_remote_code=False)
+    wanted = Measurement.of_gate(recipe.gate, device="cpu", data_dir=None)
     found = measure(open_checkpoint(str(work / "w4")), original, wanted)
     record(work / "w4", judge(found, recipe.gate.limits) | {"command": f"outlierq quantize {source}"})
     return work / "w4"

@@ -22,7 +22,7 @@ from outlierq.cli.main import run
 from outlierq.core.errors import NumbersError, OutlierqError, OutputError, RecipeError
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
-from outlierq.load import build_skeleton, checkpoint_names, find_structure, open_checkpoint
+from outlierq.load import open_checkpoint, study
 from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.block.data_free import output_beside
 from outlierq.pipeline.block.fold import waves
@@ -370,18 +370,9 @@ def test_sums_are_made_in_one_order_however_shards_are_dealt(shards):
 def source_of(model: Path, work: Path, shards: int) -> StatsFromRun:
     small = ["calibration.samples=8", "calibration.sequence_length=32", "calibration.batch_size=2"]
     checkpoint, settings = open_checkpoint(str(model)), load("gptq-w4", [*small, f"calibration.shards={shards}"])
-    skeleton = build_skeleton(checkpoint)
-    return StatsFromRun(
-        skeleton,
-        checkpoint,
-        find_structure(checkpoint, skeleton),
-        checkpoint_names(checkpoint, skeleton),
-        token_set(checkpoint, skeleton, settings.calibration),
-        settings.calibration,
-        fields=ALL_FIELDS | BLOCK_FIELDS,
-        work=work,
-        device="cpu",
-    )
+    studied = study(checkpoint)
+    tokens = token_set(studied, settings.calibration)
+    return StatsFromRun(studied, tokens, settings.calibration, work, fields=ALL_FIELDS | BLOCK_FIELDS)
 
 
 def test_shards_have_the_statistics_of_the_whole_text(tiny_llama, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from outlierq.core.errors import NumbersError, RecipeError, SourceError
-from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_model, open_checkpoint
+from outlierq.load import load_model, open_checkpoint, study
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel import rewrite as rewriting
@@ -86,10 +86,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def proved(checkpoint) -> float:
     """What the check before every run finds."""
-    skeleton = build_skeleton(checkpoint)
-    return prove_rewrite(
-        checkpoint, skeleton, find_structure(checkpoint, skeleton), checkpoint_names(checkpoint, skeleton)
-    )
+    return prove_rewrite(study(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +140,11 @@ def test_one_outlier_channel_of_the_stream_becomes_many_small_ones(llama):
     from outlierq.pipeline.remodel.anatomy import Bench, Weights
 
     checkpoint = rewritten(open_checkpoint(str(llama)), ROTATE)
-    skeleton = build_skeleton(checkpoint)
-    bench = Bench(skeleton, find_structure(checkpoint, skeleton))
+    model = study(checkpoint)
+    bench = Bench(model)
 
     def ratio(read) -> float:
-        hidden = bench.before(Weights(checkpoint_names(checkpoint, skeleton), read)).flatten(0, 1)
+        hidden = bench.before(Weights(model.names, read)).flatten(0, 1)
         return float((hidden.abs().amax(-1) / hidden.norm(dim=-1)).mean() * hidden.shape[-1] ** 0.5)
 
     def spiked(name: str, rows: int | None) -> torch.Tensor:
@@ -259,7 +256,7 @@ def test_a_rewrite_that_fails_its_proof_writes_nothing(llama, tmp_path, monkeypa
     plan = make_plan(open_checkpoint(str(llama)), ROTATE)
     wrong = altered(plan.checkpoint, "lm_head.weight", by_input=())
     with pytest.raises(NumbersError, match="float32 logits") as raised:
-        quantize(replace(plan, checkpoint=wrong), tmp_path / "out")
+        quantize(replace(plan, model=replace(plan.model, checkpoint=wrong)), tmp_path / "out")
     assert raised.value.where == "transform on the whole model"
     assert not (tmp_path / "out").exists()
 

@@ -97,6 +97,7 @@ class Checkpoint(TensorSource):
     stamps: weight file -> (inode, bytes, nanoseconds of the last change) when it was opened; no others are watched.
     reads_rows: whether `read_rows` and `read_some_rows` read no more of a file than what they give.
     most_threads: how many threads may read at a time, None for any number.
+    trust_remote_code: whether Python code that comes with the checkpoint may run.
     """
 
     source: str
@@ -108,6 +109,7 @@ class Checkpoint(TensorSource):
     stamps: Mapping[Path, tuple[int, int, int]] = MappingProxyType({})
     reads_rows: bool = False
     most_threads: int | None = None
+    trust_remote_code: bool = False
 
     @property
     @abstractmethod
@@ -179,6 +181,7 @@ class DerivedCheckpoint(Checkpoint):
         self.source, self.kind, self.dtype = original.source, original.kind, original.dtype
         self.path, self.revision = original.path, original.revision
         self.stamps, self.most_threads = original.stamps, original.most_threads
+        self.trust_remote_code = original.trust_remote_code
 
     @property
     def files(self) -> tuple[CarriedFile, ...]:
@@ -252,6 +255,19 @@ class Structure:
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear site, blocks first."""
         return tuple(s for b in self.blocks for s in b.sites) + self.outside_sites
+
+
+@dataclass(frozen=True)
+class StudiedModel:
+    """A checkpoint with what was found in it (`outlierq.load.study`).
+
+    skeleton: its model class, parameters on the meta device. names: parameter of the class -> stored tensor.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: torch.nn.Module
+    structure: Structure
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ _HOMES = {
     "is_hub_id": "sources",
     "open_checkpoint": "sources",
     "stream_checkpoint": "sources",
+    "study": "model.study",
     "build_skeleton": "model.skeleton",
     "check_unchanged": "source.unchanged",
     "checkpoint_names": "model.names",

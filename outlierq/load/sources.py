@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from outlierq.core.errors import SourceError, nearest
 from outlierq.load.source.folder import PICKLES, FolderCheckpoint, pickle_refusal
@@ -12,6 +12,8 @@ from outlierq.load.source.folder import PICKLES, FolderCheckpoint, pickle_refusa
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.load.hub.streamed import StreamedCheckpoint
+
+Opened = TypeVar("Opened", bound="Checkpoint")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,9 +38,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
         checkpoint = FolderCheckpoint(folder, source=source, revision=commit)
     else:
         raise _missing(source, path)
-    if not trust_remote_code:
-        _refuse_remote_code(checkpoint)
-    return checkpoint
+    return _permitted(checkpoint, trust_remote_code)
 
 
 def stream_checkpoint(
@@ -58,8 +58,14 @@ def stream_checkpoint(
     from outlierq.load.hub.streamed import open_streamed
 
     checkpoint = open_streamed(source, revision, shards, trust_remote_code=trust_remote_code, restart=restart)
+    return _permitted(checkpoint, trust_remote_code)
+
+
+def _permitted(checkpoint: Opened, trust_remote_code: bool) -> Opened:
+    """The checkpoint, which knows from here on whether its code may run; refused when it needs code that may not."""
     if not trust_remote_code:
         _refuse_remote_code(checkpoint)
+    checkpoint.trust_remote_code = trust_remote_code
     return checkpoint
 
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 
-def load_model(
-    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
-) -> torch.nn.Module:
+def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> torch.nn.Module:
     """The model with every parameter from the checkpoint, in eval mode.
 
     Compressed weights are decoded; inputs of linears and the KV cache are rounded in every forward where the checkpoint
@@ -27,21 +25,21 @@ def load_model(
     SourceError for compression formats that cannot be decoded.
     """
     plain = unpacked(checkpoint)
-    skeleton = build_skeleton(plain, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(plain)
     names = checkpoint_names(plain, skeleton)
     load_tensors_into(skeleton, plain, names, dtype=dtype, device=device)
     plain.install(skeleton, names)
     return skeleton
 
 
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint's folder, or the one in the metadata of its GGUF file.
 
     SourceError when there is none that can be used.
     """
     if checkpoint.kind == "gguf":
-        return gguf_tokenizer(checkpoint.path, checkpoint.source, trust_remote_code=trust_remote_code)
+        return gguf_tokenizer(checkpoint.path, checkpoint.source)
     from transformers import AutoTokenizer
 
     with tokenizer_faults(checkpoint.source):
-        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)

@@ -16,11 +16,11 @@ from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
 from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
-from outlierq.pipeline.events import Event, Listener, fetching, silent
+from outlierq.pipeline.events import Event, Listener, fetching
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
 from outlierq.pipeline.planning.work import Savings, work_of_calibration
-from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:
@@ -32,50 +32,31 @@ def calibrate(
     settings: Calibration,
     out: Path,
     *,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
     only: frozenset[str] | None = None,
-    listen: Listener = silent,
-    ranks: Ranks = ALONE,
-    max_memory: int | None = None,
+    resources: Resources = USUAL,
 ) -> StatsIdentity:
     """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues.
 
-    only: fields of `InputStats` and `BlockStats` to keep, and no logits. ranks: the processes that share the work; all
-    of them call this, and the lead writes.
+    only: fields of `InputStats` and `BlockStats` to keep, and no logits.
     """
-    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+    from outlierq.load import study
 
-    ranks.use(device)
+    ranks, listen = resources.ranks, resources.listen
+    ranks.use(resources.device)
     fields = ALL_FIELDS | BLOCK_FIELDS if only is None else only
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
+    model = study(checkpoint)
+    structure = model.structure
     checkpoint.make_room(structure, fetching(listen), together=False)
     former = ranks.first(lambda: former_shards(out))
-    known = (checkpoint, skeleton, structure, settings, fields, device)
-    savings = obeying(work_of_calibration(*known, ranks=ranks.size, shards=former), max_memory, device)
-    tokens = ranks.first(lambda: token_set(checkpoint, skeleton, settings))
+    savings = obeying(work_of_calibration(model, settings, fields, resources, shards=former), resources)
+    tokens = ranks.first(lambda: token_set(model, settings))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
-    names = checkpoint_names(checkpoint, skeleton)
     with locked(out) if ranks.lead else nullcontext():
         writer = StatsWriter(out, identity) if ranks.lead else None
         done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
-        source = StatsFromRun(
-            skeleton,
-            checkpoint,
-            structure,
-            names,
-            tokens,
-            settings,
-            fields=fields,
-            work=out,
-            device=device,
-            listen=listen,
-            ranks=ranks,
-            savings=savings,
-        )
+        source = StatsFromRun(model, tokens, settings, out, resources, fields=fields, savings=savings)
         _make_missing(done, writer, source, structure.blocks, listen)
         if ranks.lead:
             for path in saved_hidden(out):

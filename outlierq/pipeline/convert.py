@@ -115,17 +115,16 @@ def make_conversion(
     form: str,
     *,
     max_shard_size: str = "5GB",
-    trust_remote_code: bool = False,
     listen: Listener = silent,
 ) -> Plan:
     """Read and check every weight, and plan the conversion. RecipeError or SourceError when it cannot be exact."""
-    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+    from outlierq.load import study
 
     if form == "dense":
         raise RecipeError("dense weights hold no codes; a conversion to them is not without loss")
     source = PackedSource(checkpoint, form)
-    skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
-    structure = find_structure(source, skeleton)
+    model = study(source)
+    structure = model.structure
     packed = [site for site in structure.sites if site.weight in source.linears]
     schemes = _schemes(source, packed, listen)
     sites = tuple(SitePlan(site, schemes.get(site), "" if site in schemes else "kept") for site in structure.sites)
@@ -141,7 +140,7 @@ def make_conversion(
         quantize=Quantize(method=NO_METHOD, ignore=()),
         export=Export(format=form, max_shard_size=max_shard_size),
     )
-    plan = assembled(source, skeleton, structure, checkpoint_names(source, skeleton), sites, recipe, {})
+    plan = assembled(model, sites, recipe, {})
     if plan.approximations:
         raise RecipeError(f"the conversion would not be exact: {plan.approximations[0]}")
     return plan
@@ -164,7 +163,6 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
     from outlierq.pipeline.block.report import make_report
     from outlierq.pipeline.block.stats import NoStats
     from outlierq.pipeline.ledger.clock import Clock
-    from outlierq.pipeline.processes.ranks import ALONE
 
     with working(out, restart=restart) as work:
         clock = Clock()
@@ -176,7 +174,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        report = make_report(plan, out, journal, clock, "cpu", NoStats(plan.structure), None, ALONE)
+        report = make_report(plan, out, journal, clock, NoStats(plan.structure))
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         finish(work, out, plan.files)
     return report

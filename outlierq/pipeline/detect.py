@@ -17,6 +17,7 @@ from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite
 from outlierq.core.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.stats import InputStats
 from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch
@@ -73,29 +74,17 @@ def quick_settings() -> Calibration:
     return Calibration(**QUICK)
 
 
-def from_run(
-    checkpoint: Checkpoint, settings: Calibration, work: Path, *, device: str = "cpu", trust_remote_code: bool = False
-) -> Statistics:
+def from_run(checkpoint: Checkpoint, settings: Calibration, work: Path, resources: Resources = USUAL) -> Statistics:
     """Statistics of the model run now, block by block; none of them are kept. work: for large hidden states."""
     from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
-    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+    from outlierq.load import study
     from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
 
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
-    tokens = token_set(checkpoint, skeleton, settings)
-    names = checkpoint_names(checkpoint, skeleton)
-    source = StatsFromRun(
-        skeleton,
-        checkpoint,
-        structure,
-        names,
-        tokens,
-        settings,
-        fields=ALL_FIELDS | BLOCK_FIELDS,
-        work=work,
-        device=device,
-    )
+    model = study(checkpoint)
+    tokens = token_set(model, settings)
+    unheard = replace(resources, listen=silent)
+    source = StatsFromRun(model, tokens, settings, work, unheard, fields=ALL_FIELDS | BLOCK_FIELDS)
+    structure = model.structure
     notes: list[str] = []
     description = f"a short calibration just now, not kept: {tokens.description}"
     return Statistics(description, len(structure.blocks), _run(source, structure.blocks, notes), notes)
@@ -110,23 +99,16 @@ def _run(source: object, blocks: Sequence[Block], notes: list[str]) -> Iterator[
         source.finished(block.index, dict)
 
 
-def detect(
-    checkpoint: Checkpoint,
-    *,
-    stats: Path | None = None,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    listen: Listener = silent,
-) -> OutlierReport:
+def detect(checkpoint: Checkpoint, *, stats: Path | None = None, resources: Resources = USUAL) -> OutlierReport:
     """The outlier report of a model. stats: a folder of `outlierq calibrate`; without it a short calibration runs."""
     from outlierq.load import unpacked
 
     plain = unpacked(checkpoint)
     if stats is not None:
-        return report(plain, from_folder(stats, checkpoint), listen=listen)
+        return report(plain, from_folder(stats, checkpoint), listen=resources.listen)
     with tempfile.TemporaryDirectory(prefix="outlierq-detect-") as work:
-        run = from_run(plain, quick_settings(), Path(work), device=device, trust_remote_code=trust_remote_code)
-        return report(plain, run, listen=listen)
+        run = from_run(plain, quick_settings(), Path(work), resources)
+        return report(plain, run, listen=resources.listen)
 
 
 def report(checkpoint: Checkpoint, statistics: Statistics, *, listen: Listener = silent) -> OutlierReport:

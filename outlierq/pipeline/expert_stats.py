@@ -8,14 +8,13 @@ from pathlib import Path
 from outlierq.calibrate.stored.stats_file import remove_statistics
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.events import Listener, silent
 from outlierq.pipeline.ledger.folder import refuse_existing
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.memory import check_together
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.planning.work import Work, work_of, work_of_calibration
-from outlierq.pipeline.processes.ranks import ALONE, Ranks
 from outlierq.pipeline.remodel.rewrite import original_of
+from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.recipe import Calibration, Recipe
 from outlierq.registry import transform_method
 
@@ -33,18 +32,14 @@ def expert_stats(
     out: Path,
     *,
     given: Path | None = None,
-    device: str = "cpu",
     restart: bool = False,
-    trust_remote_code: bool = False,
-    listen: Listener = silent,
-    ranks: Ranks = ALONE,
-    max_memory: int | None = None,
+    resources: Resources = USUAL,
 ) -> Path | None:
     """The folder of the statistics that the recipe's pruning needs: those given, or else made here, beside `out`.
 
     None when the recipe prunes nothing, or names statistics itself. The text is that of the recipe's calibration; a
-    stopped run continues. max_memory: bytes, here and in the run that follows; OutlierqError before any work when they
-    are too few for either.
+    stopped run continues. OutlierqError before any work when `resources.max_memory` is too little, for this or for the
+    run that follows.
     """
     if not _fields(recipe):
         return None
@@ -54,36 +49,30 @@ def expert_stats(
     if not folder.exists():
         # What stands in the way shows before the work, not after it.
         refuse_existing(out)
-        plan = make_plan(checkpoint, recipe, trust_remote_code=trust_remote_code)
-        if max_memory is not None:
-            check_together(works_of(plan, device, ranks.size, trust_remote_code=trust_remote_code), max_memory)
-    if restart and ranks.lead:
+        plan = make_plan(checkpoint, recipe)
+        if resources.max_memory is not None:
+            check_together(works_of(plan, resources), resources.max_memory)
+    if restart and resources.ranks.lead:
         remove_statistics(folder)
     calibrate(
         checkpoint,
         recipe.calibration or Calibration(),
         folder,
-        device=device,
-        trust_remote_code=trust_remote_code,
         only=_fields(recipe),
-        listen=listen,
-        ranks=ranks,
-        max_memory=max_memory,
+        resources=resources,
     )
     return folder
 
 
-def works_of(plan: Plan, device: str = "cpu", ranks: int = 1, *, trust_remote_code: bool = False) -> list[Work]:
+def works_of(plan: Plan, resources: Resources = USUAL) -> list[Work]:
     """What a run has to do: what the plan says, and before it the statistics that the pruning needs, if it does."""
-    from outlierq.load import build_skeleton, find_structure
+    from outlierq.load import study
 
-    found, fields = [work_of(plan, device=device, ranks=ranks)], _fields(plan.recipe)
+    works, fields = [work_of(plan, resources)], _fields(plan.recipe)
     if fields:
-        before = original_of(plan.checkpoint)
-        skeleton = build_skeleton(before, trust_remote_code=trust_remote_code)
-        known = (before, skeleton, find_structure(before, skeleton), plan.recipe.calibration or Calibration(), fields)
-        found.append(work_of_calibration(*known, device, ranks=ranks))
-    return found
+        before = study(original_of(plan.checkpoint))
+        works.append(work_of_calibration(before, plan.recipe.calibration or Calibration(), fields, resources))
+    return works
 
 
 def _fields(recipe: Recipe) -> frozenset[str]:

@@ -59,11 +59,10 @@ class Measurement:
     dtype: str = "float32"
     device: str = "cpu"
     backend: str = "transformers"
-    trust_remote_code: bool = False
     runtime: str = "dense"
 
     @classmethod
-    def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None, trust_remote_code: bool) -> Measurement:
+    def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None) -> Measurement:
         """What a gate needs to know."""
         return cls(
             text=None if gate.text == EMBEDDED else gate.text,
@@ -76,7 +75,6 @@ class Measurement:
             batch_size=gate.batch_size,
             dtype=gate.dtype,
             device=device,
-            trust_remote_code=trust_remote_code,
         )
 
 
@@ -209,7 +207,6 @@ class _Side:
             self.checkpoint,
             dtype=wanted.dtype,
             device=wanted.device,
-            trust_remote_code=wanted.trust_remote_code,
             runtime=wanted.runtime,
         )
 
@@ -217,7 +214,7 @@ class _Side:
     def tokenizer(self) -> Any:
         from outlierq.load import load_tokenizer
 
-        return load_tokenizer(self.checkpoint, trust_remote_code=self.wanted.trust_remote_code)
+        return load_tokenizer(self.checkpoint)
 
 
 def _windows(side: _Side, content: str) -> torch.Tensor:
@@ -231,7 +228,6 @@ def _windows(side: _Side, content: str) -> torch.Tensor:
         content,
         window_length=wanted.window_length,
         windows=wanted.windows,
-        trust_remote_code=wanted.trust_remote_code,
     )
 
 
@@ -257,7 +253,7 @@ def _tasks(side: _Side, wanted: Measurement, listen: Listener) -> dict[str, Any]
         folder = side.checkpoint.path
         if folder.is_file():
             raise OutlierqError(f"{folder} is one file; vLLM is given folders", hint="leave --backend out")
-        model, tokenizer = Served(folder, wanted.trust_remote_code), None
+        model, tokenizer = Served(folder, side.checkpoint.trust_remote_code), None
     else:
         model, tokenizer = side.model, side.tokenizer
     return evaluation.run_tasks(model, tokenizer, wanted.tasks, data_dir=wanted.data_dir, **_task_options(wanted))

@@ -34,7 +34,7 @@ from outlierq.pipeline.block.starved import (
     tokens_of,
 )
 from outlierq.pipeline.block.stats import StatsSource
-from outlierq.pipeline.events import Event, Listener, fetching, silent
+from outlierq.pipeline.events import Event, fetching
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.folder import finish, work_folder, working
 from outlierq.pipeline.ledger.journal import Journal, former_shards
@@ -42,9 +42,10 @@ from outlierq.pipeline.ledger.output import Output
 from outlierq.pipeline.planning.memory import LARGE, obeying
 from outlierq.pipeline.planning.plan import OUTSIDE, Plan, unit_name
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
-from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import bare, names_of
 from outlierq.pipeline.remodel.rewrite import prove_rewrite
+from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
@@ -60,48 +61,42 @@ def quantize(
     out: Path,
     *,
     stats: Path | None = None,
-    device: str = "cpu",
     restart: bool = False,
-    listen: Listener = silent,
-    ranks: Ranks = ALONE,
-    max_memory: int | None = None,
+    resources: Resources = USUAL,
 ) -> Report | None:
     """Carry out a plan and put the result at `out`; the report is also written there as outlierq.json.
 
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
-    ranks: the processes that share the work; all of them call this, and only the lead gets a report. max_memory: bytes
-    that each process, and its GPU, may hold; OutlierqError before any work when they are too few.
+    Of several processes that share the work only the lead gets a report.
     """
+    ranks, listen = resources.ranks, resources.listen
     former = ranks.first(lambda: None if restart else former_shards(work_folder(out)))
-    asked = work_of(plan, stats=stats is not None, device=device, ranks=ranks.size, shards=former)
-    savings = obeying(asked, max_memory, device)
-    ranks.use(device)
+    savings = obeying(work_of(plan, resources, stats=stats is not None, shards=former), resources)
+    ranks.use(resources.device)
     plan.checkpoint.make_room(plan.structure, fetching(listen), together=is_data_free(plan))
     with _working_together(out, restart, ranks) as work:
         clock = Clock()
         with clock("calibrate"):
-            source = stats_source(plan, work, stats, device, listen, ranks, savings, former)
+            source = stats_source(plan, work, stats, resources, savings, former)
         with during("transform", "the whole model"), clock("transform"):
-            rewrite_error = ranks.first(
-                lambda: prove_rewrite(plan.checkpoint, plan.skeleton, plan.structure, plan.names, listen)
-            )
+            rewrite_error = ranks.first(lambda: prove_rewrite(plan.model, listen))
         if not ranks.lead:
-            _Run(plan, source, work, None, clock, device, listen, ranks, savings).all()
+            _Run(plan, source, work, None, clock, resources, savings).all()
             return None
         identity = _identity(plan, source, savings)
         files = plan.files | hidden_names(identity.get("shards", 1))
         journal = Journal(work, identity, clock.spent, _about(plan), files)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
-            _Run(plan, source, work, output, clock, device, listen, ranks, savings).all()
+            _Run(plan, source, work, output, clock, resources, savings).all()
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        report = make_report(plan, out, journal, clock, device, source, rewrite_error, ranks)
+        report = make_report(plan, out, journal, clock, source, rewrite_error, resources)
         report = replace(report, notes=(*report.notes, *savings.sentences))
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         plan.checkpoint.drop_shards()
         finish(work, out, plan.files)
-    if max_memory is None:
+    if resources.max_memory is None:
         return_memory_at_once(LARGE)  # this process may go on, with a gate for example
     return_freed_memory()
     return report
@@ -132,14 +127,12 @@ class _Run:
         work: Path,
         output: Output | None,
         clock: Clock,
-        device: str,
-        listen: Listener,
-        ranks: Ranks = ALONE,
+        resources: Resources = USUAL,
         savings: Savings = NO_SAVINGS,
     ):
-        self.savings = savings
+        self.savings, self.resources = savings, resources
         self.plan, self.source, self.work, self.output = plan, source, work, output
-        self.clock, self.device, self.listen, self.ranks = clock, device, listen, ranks
+        self.clock, self.device, self.listen, self.ranks = clock, resources.device, resources.listen, resources.ranks
         self.schemes = plan.schemes
         calibration = plan.recipe.calibration
         self.sink_weight = calibration.sink_weight if calibration else 1.0
@@ -166,11 +159,11 @@ class _Run:
         waiting = [unit for unit in units if unit.name not in self._done]
         if not self.ranks.lead:
             with closing(output_beside(self.plan, self.work, self.ranks)) as output:
-                give(waiting, output, self.device, self.ranks)
+                give(waiting, output, self.resources)
             return
         since = time.perf_counter()
         # Closed before the output is: no thread may write to a file that is closed.
-        with closing(done_by_all(waiting, self.output, self.device, self.ranks)) as results:
+        with closing(done_by_all(waiting, self.output, self.resources)) as results:
             for done in results:
                 if done.name in places:
                     block = places[done.name]
@@ -324,7 +317,7 @@ class _Run:
         for step in self.plan.recipe.permutations:
             from outlierq.pipeline.block.gather import gather
 
-            config = self.plan.skeleton.config.get_text_config()
+            config = self.plan.model.skeleton.config.get_text_config()
             heads = getattr(config, "num_attention_heads", None)
             head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
 

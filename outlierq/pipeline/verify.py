@@ -94,7 +94,7 @@ def verify(
     _check_numbers(checkpoint, found)
     if plain is not None:
         found.linears = len(plain.packed)
-        _check_places(plain, config, found, trust_remote_code)
+        _check_places(plain, config, found)
         _check_weights(plain, reference, config, found, listen)
         if reference is not None:
             _compare_plain(plain, reference, found)
@@ -119,12 +119,12 @@ def _decoded(checkpoint: Checkpoint, found: Verification) -> Checkpoint | None:
         return None
 
 
-def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verification, trust_remote_code: bool) -> None:
+def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verification) -> None:
     """Every parameter of the model has its tensor, every tensor its place, and config.json tells them right."""
     from outlierq.load import build_skeleton, checkpoint_names
 
     try:
-        skeleton = build_skeleton(plain, trust_remote_code=trust_remote_code)
+        skeleton = build_skeleton(plain)
         names = checkpoint_names(plain, skeleton)
     except SourceError as error:
         found.fault("tensors", "", error.what)

@@ -21,8 +21,8 @@ from outlierq.calibrate.folds import apply_fold, prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner
 from outlierq.core.errors import OutlierqError, SourceError
-from outlierq.core.model import Checkpoint, DerivedCheckpoint, InputGroup, LinearSite, Structure
-from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
+from outlierq.core.model import Checkpoint, DerivedCheckpoint, InputGroup, LinearSite, StudiedModel
+from outlierq.load import load_tensors_into, release, study
 from outlierq.load.source.shards import torch_dtype
 from outlierq.transform.stage import storable_scale
 
@@ -38,7 +38,6 @@ def stressed(
     factor: float = 60.0,
     *,
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> StressedCheckpoint:
     """`checkpoint` with the outputs of its norms `factor` times larger in some channels, and the readers adapted.
 
@@ -49,9 +48,7 @@ def stressed(
     """
     if not factor > 1:
         raise OutlierqError(f"a factor of {factor:g} makes no outliers", hint="use a factor above 1")
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
-    groups = [g for g in proved_groups(checkpoint, skeleton, structure) if g.fold and g.fold.kind in NORMS]
+    groups = [g for g in proved_groups(study(checkpoint)) if g.fold and g.fold.kind in NORMS]
     if not groups:
         raise SourceError(f"no norm of {checkpoint.source} may be scaled", hint="its readers are not its only users")
     width = Counter(group.sites[0].in_features for group in groups).most_common(1)[0][0]
@@ -63,17 +60,17 @@ def stressed(
     )
 
 
-def proved_groups(checkpoint: Checkpoint, skeleton: torch.nn.Module, structure: Structure) -> list[InputGroup]:
+def proved_groups(model: StudiedModel) -> list[InputGroup]:
     """The input groups of every block with the folds that were proved for them; one short probe runs, no text."""
     import torch
 
-    names = checkpoint_names(checkpoint, skeleton)
+    checkpoint, skeleton, structure = model.checkpoint, model.skeleton, model.structure
     blocks = [block.name for block in structure.blocks]
 
     def materialise(name: str) -> None:
         part = skeleton.get_submodule(name) if name else skeleton
         skip = () if name else blocks
-        load_tensors_into(part, checkpoint, names, prefix=name, skip=skip, dtype="float32")
+        load_tensors_into(part, checkpoint, model.names, prefix=name, skip=skip, dtype="float32")
 
     def forget(name: str) -> None:
         release(skeleton.get_submodule(name) if name else skeleton)

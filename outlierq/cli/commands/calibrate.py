@@ -48,6 +48,7 @@ def command(
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
     from outlierq.calibrate.stored.stats_file import StatsReader
     from outlierq.pipeline.calibrate import calibrate
+    from outlierq.pipeline.resources import Resources
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
     chosen = calibration_settings(recipe, settings, given, chat_template, trust_methods)
@@ -62,11 +63,7 @@ def command(
             checkpoint,
             chosen,
             folder,
-            device=shared.choose_device(device),
-            trust_remote_code=trust_remote_code,
-            listen=listen,
-            ranks=ranks,
-            max_memory=shared.ceiling(max_memory),
+            resources=Resources(shared.choose_device(device), listen, ranks, shared.ceiling(max_memory)),
         )
     if not ranks.lead:
         return

@@ -39,9 +39,8 @@ def command(
     measured = None
     if quality:
         content, _ = evaluation.evaluation_text(text)
-        code = {"trust_remote_code": trust_remote_code}
-        ids = evaluation.checked_windows(first, load_tokenizer(first, **code), content, windows=windows or None, **code)
-        loading = {"device": shared.choose_device(device), **code}
+        ids = evaluation.checked_windows(first, load_tokenizer(first), content, windows=windows or None)
+        loading = {"device": shared.choose_device(device)}
         with shared.progress(quiet) as listen:
             measured = evaluation.measure_windows(
                 evaluation.load_for_evaluation(second, **loading),

@@ -36,6 +36,7 @@ def command(
     from outlierq.pipeline.measuring import models as evaluation
     from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
+    from outlierq.pipeline.resources import Resources
     from outlierq.report import terminal
 
     started = time.perf_counter()
@@ -48,7 +49,7 @@ def command(
         shared.say(f"replacing the result of an earlier demo in {out}", quiet)
     where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
-        report = quantize(plan, folder, device=where, listen=listen)
+        report = quantize(plan, folder, resources=Resources(where, listen))
         sign(folder)
         tokenizer = load_tokenizer(source)
         before = evaluation.load_for_evaluation(source, dtype="bfloat16", device=where)

@@ -43,6 +43,7 @@ def command(
 ) -> None:
     """Say which linear inputs are dangerous to quantize and why, from statistics and weights alone."""
     from outlierq.pipeline.detect import detect
+    from outlierq.pipeline.resources import Resources
 
     pictures = None if png is None else png / "picture.png"
     shared.refuse_unwritable(*(report_paths(out) if out else ()), pictures)
@@ -52,7 +53,7 @@ def command(
     if stats is None:
         shared.say("no --stats: running a short calibration on the embedded text first; it is not kept", quiet)
     with shared.progress(quiet) as listen:
-        report = detect(checkpoint, stats=stats, device=chosen, trust_remote_code=trust_remote_code, listen=listen)
+        report = detect(checkpoint, stats=stats, resources=Resources(chosen, listen))
     written = [*_write(report, out), *_pictures(report, png)]
     if as_json:
         shared.print_json(report.to_dict())

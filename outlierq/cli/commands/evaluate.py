@@ -96,7 +96,6 @@ def command(
         dtype=dtype,
         device=shared.choose_device(device),
         backend=backend,
-        trust_remote_code=trust_remote_code,
         runtime=runtime,
     )
     shared.refuse_unwritable(out, junit)
@@ -132,7 +131,5 @@ def check_memory(checkpoint: object, original: object | None, wanted: object, ma
         raise typer.BadParameter(
             "what tasks need is not known beforehand; leave --tasks out", param_hint="--max-memory"
         )
-    models = [
-        build_skeleton(each, trust_remote_code=wanted.trust_remote_code) for each in (checkpoint, original) if each
-    ]
+    models = [build_skeleton(each) for each in (checkpoint, original) if each]
     check_evaluation(models, wanted.dtype, wanted.window_length, shared.ceiling(max_memory))

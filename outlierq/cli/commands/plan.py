@@ -38,13 +38,13 @@ def command(
         settings = shared.with_format(settings, form)
         chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, settings, trust_methods)
         checkpoint = shared.open_headers(model, revision, trust_remote_code)
-        plan = make_plan(checkpoint, chosen, trust_remote_code=trust_remote_code)
+        plan = make_plan(checkpoint, chosen)
     expected, savings = estimate(plan), None
     if max_memory is not None:
         from outlierq.pipeline.expert_stats import works_of
         from outlierq.pipeline.planning.memory import check_together, choose
 
-        works, ceiling = works_of(plan, trust_remote_code=trust_remote_code), shared.ceiling(max_memory)
+        works, ceiling = works_of(plan), shared.ceiling(max_memory)
         check_together(works, ceiling)
         savings = list(dict.fromkeys(said for work in works for said in choose(work, ceiling).sentences))
     if as_json:
@@ -78,7 +78,7 @@ def conversion(
         return None
     from outlierq.pipeline.convert import make_conversion
 
-    return make_conversion(checkpoint, form, trust_remote_code=trust_remote_code)
+    return make_conversion(checkpoint, form)
 
 
 def describe(plan: object, expected: object) -> dict:

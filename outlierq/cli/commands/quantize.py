@@ -54,6 +54,7 @@ def command(
     from outlierq.pipeline.measure import Measurement, check_measurement, judge, measure, record, unmeasured
     from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
+    from outlierq.pipeline.resources import Resources
     from outlierq.report import terminal
 
     asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
@@ -72,7 +73,7 @@ def command(
             shared.refuse_several(ranks, "converting without loss")
             if ceiling is not None:
                 raise typer.BadParameter("a conversion has no ceiling", param_hint="--max-memory")
-            convert(checkpoint, form, out, restart, as_json, quiet, trust_remote_code)
+            convert(checkpoint, form, out, restart, as_json, quiet)
             checkpoint.drop_shards()
             return
     settings = shared.with_format(settings, form)
@@ -84,28 +85,19 @@ def command(
     where = shared.choose_device(device)
     measurement = None
     if chosen.gate is not None:
-        code = {"data_dir": data_dir, "trust_remote_code": trust_remote_code}
-        measurement = Measurement.of_gate(chosen.gate, device=where, **code)
+        measurement = Measurement.of_gate(chosen.gate, device=where, data_dir=data_dir)
         ranks.first(lambda: check_measurement(checkpoint, measurement))
     with shared.progress(quiet) as listen:
+        resources = Resources(where, listen, ranks, ceiling)
         chosen_by = expert_stats(
-            checkpoint,
-            chosen,
-            shared.out_path(out),
-            given=stats,
-            device=where,
-            restart=restart,
-            trust_remote_code=trust_remote_code,
-            listen=listen,
-            ranks=ranks,
-            max_memory=ceiling,
+            checkpoint, chosen, shared.out_path(out), given=stats, restart=restart, resources=resources
         )
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = make_plan(checkpoint, chosen, expert_stats=chosen_by, trust_remote_code=trust_remote_code)
+        plan = make_plan(checkpoint, chosen, expert_stats=chosen_by)
     if ceiling is not None and chosen.gate is not None:
         from outlierq.pipeline.planning.memory import check_evaluation
 
-        check_evaluation([plan.skeleton] * 2, chosen.gate.dtype, chosen.gate.window_length, ceiling)
+        check_evaluation([plan.model.skeleton] * 2, chosen.gate.dtype, chosen.gate.window_length, ceiling)
     if not quiet:
         shared.show(shared.plan_view(plan), stderr=True)
     with shared.progress(quiet) as listen:
@@ -117,17 +109,17 @@ def command(
             plan,
             shared.out_path(out),
             stats=None if chosen_by else stats,  # of the whole model, which is not the one that is quantized
-            device=where,
             restart=restart,
-            listen=listen,
-            ranks=ranks,
-            max_memory=ceiling,
+            resources=Resources(where, listen, ranks, ceiling),
         )
         if not ranks.lead:
             return
         results = None
         if measurement is not None:
-            results = judge(measure(shared.open_model(out), checkpoint, measurement, listen=listen), chosen.gate.limits)
+            results = judge(
+                measure(shared.open_model(out, None, trust_remote_code), checkpoint, measurement, listen=listen),
+                chosen.gate.limits,
+            )
             report = record(shared.out_path(out), results | {"command": shared.command_line()})
     remove_expert_stats(shared.out_path(out))
     checkpoint.drop_shards()
@@ -142,15 +134,13 @@ def command(
         shared.finish_gate(results, junit)
 
 
-def convert(
-    checkpoint: object, form: str, out: str, restart: bool, as_json: bool, quiet: bool, trust_remote_code: bool
-) -> None:
+def convert(checkpoint: object, form: str, out: str, restart: bool, as_json: bool, quiet: bool) -> None:
     """Write the codes and scales of a compressed checkpoint in another format."""
     from outlierq.pipeline.convert import convert, make_conversion
     from outlierq.report import terminal
 
     with shared.progress(quiet) as listen:
-        plan = make_conversion(checkpoint, form, trust_remote_code=trust_remote_code, listen=listen)
+        plan = make_conversion(checkpoint, form, listen=listen)
     if not quiet:
         shared.show(shared.plan_view(plan), stderr=True)
     with shared.progress(quiet) as listen:

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 SPACE = "\u2581"
 
 
-def gguf_tokenizer(path: Path, source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def gguf_tokenizer(path: Path, source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in the metadata of a GGUF file. source: what the user wrote. SourceError when it cannot be used."""
     from transformers import AutoTokenizer
 
     path = path.resolve()
     with tokenizer_faults(source):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return with_spaces_of(tokenizer, read_gguf_header(path).fields)
 
 

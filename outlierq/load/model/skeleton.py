@@ -27,7 +27,7 @@ MOST_EXPERTS, MOST_LEARNED_POSITIONS, MOST_CHANNELS = 1 << 16, 1 << 15, 1 << 20
 PORTION_BYTES = 32 << 20
 
 
-def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> torch.nn.Module:
+def build_skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
     """The causal language model of the checkpoint's config: parameters on the meta device, buffers real, eval mode.
 
     Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
@@ -37,11 +37,11 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = _config(checkpoint, trust_remote_code)
+    config = _config(checkpoint)
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=trust_remote_code
+                config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=checkpoint.trust_remote_code
             )
     except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
         raise SourceError(
@@ -54,13 +54,13 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     return model.eval().requires_grad_(False)
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The config object of transformers, without cache and without quantization."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     content = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_THE_SKELETON}
     model_type = content.get("model_type")
-    own_code = trust_remote_code and content.get("auto_map")
+    own_code = checkpoint.trust_remote_code and content.get("auto_map")
     if not own_code and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
         close = nearest(str(model_type), list(CONFIG_MAPPING.keys()))
         raise SourceError(

@@ -25,6 +25,7 @@ from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Digests, Output
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks
+from outlierq.pipeline.resources import Resources
 from outlierq.quantize.stage import QuantizedRows, quantize_rows, rows_of_a_piece
 from outlierq.registry import method
 
@@ -60,17 +61,19 @@ def is_data_free(plan: Plan) -> bool:
     return not plan.recipe.needs and not plan.recipe.transform
 
 
-def done_by_all(units: list[Unit], output: Output, device: str, ranks: Ranks) -> Generator[Done, None, None]:
+def done_by_all(units: list[Unit], output: Output, resources: Resources) -> Generator[Done, None, None]:
     """The units, dealt to the ranks in turn, in their order as they are done; the others `give` theirs."""
-    with closing(done_in_order(units[:: ranks.size], output, device)) as ours:
+    ranks = resources.ranks
+    with closing(done_in_order(units[:: ranks.size], output, resources.device)) as ours:
         for number in range(len(units)):
             rank = number % ranks.size
             yield next(ours) if rank == 0 else ranks.receive(rank)
 
 
-def give(units: list[Unit], output: Output, device: str, ranks: Ranks) -> None:
+def give(units: list[Unit], output: Output, resources: Resources) -> None:
     """Do this rank's units and tell the lead of each, once what was written is forced onto the disk."""
-    with closing(done_in_order(units[ranks.rank :: ranks.size], output, device)) as ours:
+    ranks = resources.ranks
+    with closing(done_in_order(units[ranks.rank :: ranks.size], output, resources.device)) as ours:
         for done in ours:
             output.writer.sync()
             ranks.send(done, 0)

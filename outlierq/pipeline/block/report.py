@@ -17,6 +17,7 @@ from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.remodel.rewrite import original_of
+from outlierq.pipeline.resources import USUAL, Resources
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -26,12 +27,14 @@ def make_report(
     out: Path,
     journal: Journal,
     clock: Clock,
-    device: str,
     source: StatsSource,
-    rewrite_error: float | None,
-    ranks: Ranks,
+    rewrite_error: float | None = None,
+    resources: Resources = USUAL,
 ) -> Report:
-    """Everything that was done, from the journal (so that a resumed run reports all of its blocks)."""
+    """Everything that was done, from the journal (so that a resumed run reports all of its blocks).
+
+    rewrite_error: how far a rewritten model's logits were from the original's, None without a rewrite.
+    """
     rows = journal.rows
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
@@ -50,7 +53,7 @@ def make_report(
         | plan.recipe.outside_code,
         seeds=({} if source.seed is None else {"calibration": source.seed})
         | {step.method: step.options.get("seed", 0) for step in plan.recipe.rewrites},
-        machine=_machine(device, ranks),
+        machine=_machine(resources.device, resources.ranks),
         rows=rows,
         transforms=transforms,
         notes=(*plan.notes, *([source.remark] if source.remark else []), *noted),

@@ -9,12 +9,12 @@ from outlierq.core.errors import RecipeError
 from outlierq.core.model import InputGroup
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
 from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
-from outlierq.pipeline.events import Listener
 from outlierq.pipeline.planning.plan import Plan
-from outlierq.pipeline.planning.work import Savings
+from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import all_of_lead, dealt
 from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of
+from outlierq.pipeline.resources import USUAL, Resources
 
 
 def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
@@ -28,15 +28,13 @@ def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, 
 def stats_source(
     plan: Plan,
     work: Path,
-    stats: Path | None,
-    device: str,
-    listen: Listener,
-    ranks: Ranks,
-    savings: Savings,
+    stats: Path | None = None,
+    resources: Resources = USUAL,
+    savings: Savings = NO_SAVINGS,
     former: int | None = None,
 ) -> StatsSource:
     """Where statistics come from: nowhere, a file, or the model itself. former: shards of the run that goes on."""
-    needs, recipe = plan.recipe.needs, plan.recipe
+    needs, recipe, ranks = plan.recipe.needs, plan.recipe, resources.ranks
     if not needs:
         unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
         return NoStats(plan.structure, remark=unused)
@@ -63,20 +61,15 @@ def stats_source(
         )
     from outlierq.calibrate.collect import stored_fields
 
-    tokens = ranks.first(lambda: token_set(plan.checkpoint, plan.skeleton, recipe.calibration))
+    tokens = ranks.first(lambda: token_set(plan.model, recipe.calibration))
     settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
     source = StatsFromRun(
-        plan.skeleton,
-        plan.checkpoint,
-        plan.structure,
-        plan.names,
+        plan.model,
         tokens,
         settings,
+        work,
+        resources,
         fields=stored_fields(needs),
-        work=work,
-        device=device,
-        listen=listen,
-        ranks=ranks,
         owners=owners_for(plan),
         savings=savings,
         folds=bool(recipe.group_transforms or recipe.permutations),

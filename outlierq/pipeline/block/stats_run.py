@@ -24,15 +24,15 @@ from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.logits import LogitSample
 from outlierq.core.machine.heap import return_freed_memory
-from outlierq.core.model import Block, Checkpoint, InputGroup, Structure
+from outlierq.core.model import Block, InputGroup, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
 from outlierq.pipeline.block.hidden_files import SAVED, load_hidden, save_hidden
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.events import Event
 from outlierq.pipeline.planning.memory import in_passes
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
-from outlierq.pipeline.processes.ranks import ALONE, Ranks
+from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import (
     Merging,
     ShardIds,
@@ -44,6 +44,7 @@ from outlierq.pipeline.processes.sharding import (
     shards_of,
     sorted_by_group,
 )
+from outlierq.pipeline.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch
@@ -71,41 +72,37 @@ class StatsFromRun:
 
     static: hidden states come from the original blocks; sequential: from the blocks as they were written.
     fields: what to keep (see InputStats and BlockStats). work: folder for spilled and saved hidden states. shards: how
-    many parts the text is cut into, which decides the order of all sums. ranks: who else runs parts. owners: which rank
-    gets the statistics of each group; the others know of it only how many tokens there were. savings: what is done to
-    need less memory. folds: whether anybody asks which folds a group has.
+    many parts the text is cut into, which decides the order of all sums. owners: which rank of `resources.ranks` gets
+    the statistics of each group; the others know of it only how many tokens there were. savings: what is done to need
+    less memory. folds: whether anybody asks which folds a group has.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        checkpoint: Checkpoint,
-        structure: Structure,
-        names: Mapping[str, str],
+        model: StudiedModel,
         tokens: TokenSet,
         settings: Calibration,
+        work: Path,
+        resources: Resources = USUAL,
         *,
         fields: frozenset[str] = ALL_FIELDS,
-        work: Path,
-        device: str,
-        listen: Listener = silent,
-        ranks: Ranks = ALONE,
         owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead,
         savings: Savings = NO_SAVINGS,
         folds: bool = True,
     ):
-        self.model, self.checkpoint, self.structure, self.names = model, checkpoint, structure, names
+        self.model, self.checkpoint = model.skeleton, model.checkpoint
+        self.structure, self.names = model.structure, model.names
         self.tokens, self.settings, self.fields = tokens, settings, fields
-        self.work, self.device, self.listen = work, device, listen
-        self.ranks, self._owners, self._count = ranks, owners, settings.shards or 1
+        self.work, self.device, self.listen = work, resources.device, resources.listen
+        self.ranks, self._owners, self._count = resources.ranks, owners, settings.shards or 1
         self._savings, self._folds = savings, folds
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
         several = {"shards": self._count} if self._count > 1 else {}
         self.identity: dict[str, Any] = {"text": tokens.fingerprint, **several}
         self.seed, self.remark = settings.seed, ""
-        self._dtype = _torch_dtype(checkpoint.dtype)
-        self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, ranks)]
+        self._dtype = _torch_dtype(self.checkpoint.dtype)
+        self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, self.ranks)]
         self._started = False
         self._saved_at = time.monotonic()
         self.notes: list[str] = []
@@ -412,17 +409,14 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
     return settings.model_copy(update={"shards": shards}), remark
 
 
-def token_set(checkpoint: Checkpoint, model: torch.nn.Module, settings: Calibration) -> TokenSet:
-    """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them.
-
-    model: its skeleton, which knows both sizes.
-    """
+def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
+    """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them."""
     from outlierq.calibrate.text import token_windows
     from outlierq.core.windows import check_ids, check_length
     from outlierq.load import load_tokenizer
 
-    check_length(model, settings.sequence_length, "calibration.sequence_length")
-    tokenizer = load_tokenizer(checkpoint)
+    check_length(model.skeleton, settings.sequence_length, "calibration.sequence_length")
+    tokenizer = load_tokenizer(model.checkpoint)
     tokens = token_windows(
         tokenizer,
         [text.model_dump(exclude_none=True) for text in settings.text],
@@ -431,7 +425,7 @@ def token_set(checkpoint: Checkpoint, model: torch.nn.Module, settings: Calibrat
         seed=settings.seed,
         chat_template=settings.chat_template,
     )
-    check_ids(model, tokens.ids, len(tokenizer))
+    check_ids(model.skeleton, tokens.ids, len(tokenizer))
     return tokens
 
 

@@ -21,7 +21,6 @@ def load_for_evaluation(
     *,
     dtype: str = "float32",
     device: str = "cpu",
-    trust_remote_code: bool = False,
     runtime: str = "dense",
 ) -> torch.nn.Module:
     """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are."""
@@ -30,7 +29,7 @@ def load_for_evaluation(
     else:
         from outlierq.load import load_model as load
 
-    return load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load(checkpoint, dtype=dtype, device=device)
 
 
 def checked_windows(
@@ -40,7 +39,6 @@ def checked_windows(
     *,
     window_length: int = 512,
     windows: int | None = None,
-    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """The first windows of a text (default: all), [windows, length], before any weight is read.
 
@@ -50,7 +48,7 @@ def checked_windows(
     from outlierq.evaluate.divergence import text_windows
     from outlierq.load import build_skeleton
 
-    model = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    model = build_skeleton(checkpoint)
     check_length(model, window_length, "--window-length, or gate.window_length")
     ids = text_windows(tokenizer, text, window_length, windows)
     check_ids(model, ids, len(tokenizer))

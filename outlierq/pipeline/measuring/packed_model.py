@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 
-def load_packed_model(
-    checkpoint: Checkpoint, *, dtype: str = "bfloat16", device: str = "cpu", trust_remote_code: bool = False
-) -> torch.nn.Module:
+def load_packed_model(checkpoint: Checkpoint, *, dtype: str = "bfloat16", device: str = "cpu") -> torch.nn.Module:
     """The model with a `QuantLinear` for every compressed linear; all other tensors as `load_model` gives them.
 
     Dense weights of packed linears never exist. A linear whose format has no codes in groups of columns (activation
@@ -27,7 +25,7 @@ def load_packed_model(
     from outlierq.runtime import QuantLinear
 
     plain = unpacked(checkpoint)
-    model = build_skeleton(plain, trust_remote_code=trust_remote_code)
+    model = build_skeleton(plain)
     names = checkpoint_names(plain, model)
     wanted = getattr(torch, dtype)
     packed: dict[str, QuantLinear] = {}

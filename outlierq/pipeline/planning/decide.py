@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.core.model import Checkpoint, LinearSite, Structure
+from outlierq.core.model import Checkpoint, LinearSite, StudiedModel
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
@@ -21,21 +21,16 @@ from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, 
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Recipe, parse_size
 
-if TYPE_CHECKING:
-    import torch
-
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
 SMALLER_GROUPS = (128, 64, 32)
 
 
-def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
-) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Plan:
     """Decide everything that headers can decide. RecipeError or SourceError when the recipe cannot be followed.
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import build_skeleton, checkpoint_names, find_structure
+    from outlierq.load import study
 
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "something")
@@ -43,41 +38,33 @@ def make_plan(
             f"{checkpoint.source} is already compressed with {method}",
             hint="start from the original checkpoint; with --format alone it is converted without loss",
         )
-    checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats, trust_remote_code=trust_remote_code)
+    checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
-    sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in structure.sites)
+    model = study(checkpoint)
+    sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in model.structure.sites)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
-    names = checkpoint_names(checkpoint, skeleton)
-    caches = _caches(skeleton, structure, names, recipe)
-    return assembled(checkpoint, skeleton, structure, names, sites, recipe, caches)
+    return assembled(model, sites, recipe, _caches(model, recipe))
 
 
 def assembled(
-    checkpoint: Checkpoint,
-    skeleton: torch.nn.Module,
-    structure: Structure,
-    names: Mapping[str, str],
-    sites: tuple[SitePlan, ...],
-    recipe: Recipe,
-    caches: Mapping[int, CachePlan],
+    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, caches: Mapping[int, CachePlan]
 ) -> Plan:
     """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
     _check_together(sites, recipe)
-    tensors = _output_tensors(checkpoint, structure, sites, recipe, caches)
+    checkpoint = model.checkpoint
+    tensors = _output_tensors(model, sites, recipe, caches)
     form = exporter(recipe.export.format, checkpoint.config)
     small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
     if hasattr(form, "make_layout"):
         layout = form.make_layout(tensors, [(p.site, p.scheme) for p in sites if p.scheme is not None], checkpoint)
         small = {name: content for name, content in small.items() if form.keeps_file(name)}
-        return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
+        return Plan(model, recipe, sites, layout, small, caches)
     layout = make_layout(tensors, parse_size(recipe.export.max_shard_size))
-    small["config.json"] = config_json(checkpoint, structure, sites, recipe)
+    small["config.json"] = config_json(model, sites, recipe)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
-    return Plan(checkpoint, skeleton, structure, names, recipe, sites, layout, small, caches)
+    return Plan(model, recipe, sites, layout, small, caches)
 
 
 def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
@@ -143,31 +130,29 @@ def _in_blocks(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
     return SitePlan(site, replace(wanted, block=None, activations=inputs), f"per channel: {fault}")
 
 
-def _caches(
-    skeleton: torch.nn.Module, structure: Structure, names: Mapping[str, str], recipe: Recipe
-) -> dict[int, CachePlan]:
+def _caches(model: StudiedModel, recipe: Recipe) -> dict[int, CachePlan]:
     """The scales of every block's KV cache. RecipeError when no attention, or more than one in a block, is found."""
     from outlierq.load import attention_names, stored_prefix
 
     if recipe.kv_cache is None:
         return {}
-    config = skeleton.config.get_text_config()
+    config = model.skeleton.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shape = (1,) if recipe.kv_cache.per == "tensor" else (heads, 1, 1)
     caches = {}
-    for block in structure.blocks:
-        found = attention_names(skeleton.get_submodule(block.name))
+    for block in model.structure.blocks:
+        found = attention_names(model.skeleton.get_submodule(block.name))
         if len(found) > 1:
             raise RecipeError(
                 f"{block.name} has {len(found)} attention modules ({', '.join(found)}); cache scales are for one",
                 hint="leave kv_cache out for this model",
             )
         if found:
-            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{found[0]}", names), shape)
+            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{found[0]}", model.names), shape)
     if not caches:
         raise RecipeError(
-            f"no block of {type(skeleton).__name__} calls transformers' attention interface, so the keys and values "
-            "that a cache holds are not known",
+            f"no block of {type(model.skeleton).__name__} calls transformers' attention interface, so the keys and "
+            "values that a cache holds are not known",
             hint="leave kv_cache out for this model",
         )
     return caches
@@ -213,14 +198,11 @@ def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint,
-    structure: Structure,
-    sites: tuple[SitePlan, ...],
-    recipe: Recipe,
-    caches: Mapping[int, CachePlan],
+    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, caches: Mapping[int, CachePlan]
 ) -> list[OutputTensor]:
     """Every tensor to be written, in file order: what is outside of the blocks first, then block by block."""
     form = exporter(recipe.export.format)
+    checkpoint, structure = model.checkpoint, model.structure
     replaced = {p.site.weight: p for p in sites if p.scheme is not None}
 
     def of(names: tuple[str, ...], unit: str) -> list[OutputTensor]:
@@ -248,11 +230,11 @@ def _output_tensors(
     return tensors
 
 
-def config_json(checkpoint: Checkpoint, structure: Structure, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
+def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
     """The source's config with the quantization config added."""
-    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config: dict[str, Any] = {k: v for k, v in model.checkpoint.config.items() if k != "quantization_config"}
     if recipe.quantize is not None or recipe.kv_cache is not None:
-        shared = [slot.removesuffix(".weight") for slot, _ in structure.tied]
+        shared = [slot.removesuffix(".weight") for slot, _ in model.structure.tied]
         form = exporter(recipe.export.format)
         cache = {"cache": recipe.kv_cache.scheme} if recipe.kv_cache else {}  # not every format has one
         added = form.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, **cache)

@@ -45,7 +45,7 @@ def _seconds(plan: Plan) -> float:
 
 def _share_of_experts(plan: Plan) -> float:
     """Which share of the tokens an expert gets on average; 1 when every expert sees all of them."""
-    config, calibration = plan.skeleton.config.get_text_config(), plan.recipe.calibration
+    config, calibration = plan.model.skeleton.config.get_text_config(), plan.recipe.calibration
     experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen and not calibration.all_experts else 1.0

@@ -20,6 +20,7 @@ from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import InputGroup
 from outlierq.pipeline.planning.phases import BASE_BYTES, FLOAT, Phases, peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, Work
+from outlierq.pipeline.resources import Resources
 
 if TYPE_CHECKING:
     import torch
@@ -145,14 +146,15 @@ def too_low(least: int, ceiling: int) -> OutlierqError:
     )
 
 
-def obeying(work: Work, ceiling: int | None, device: str) -> Savings:
+def obeying(work: Work, resources: Resources) -> Savings:
     """The savings of a run with this ceiling, and the allocators told of it; none without a ceiling."""
+    ceiling = resources.max_memory
     if ceiling is None:
         if work.statistics:
             return_memory_at_once(LARGE)
         return NO_SAVINGS
     savings = choose(work, ceiling)
-    obey(device, ceiling)
+    obey(resources.device, ceiling)
     return savings
 
 

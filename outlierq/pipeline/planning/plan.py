@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from outlierq.core.model import Checkpoint, LinearSite, Structure
+from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import exporter
@@ -17,7 +17,7 @@ from outlierq.recipe import Recipe
 from outlierq.recipe.patterns import HEAD, matches
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 OUTSIDE = "outside"
 
@@ -48,19 +48,26 @@ class CachePlan:
 class Plan:
     """Everything that is decided before work starts.
 
-    small_files: everything but weights, by name, without the report. names: parameter of the model class -> tensor.
-    caches: by block index, for blocks whose KV cache gets scales.
+    model: what is compressed, as the recipe's rewrites leave it. small_files: everything but weights, by name, without
+    the report. caches: by block index, for blocks whose KV cache gets scales.
     """
 
-    checkpoint: Checkpoint
-    skeleton: torch.nn.Module
-    structure: Structure
-    names: Mapping[str, str]
+    model: StudiedModel
     recipe: Recipe
     sites: tuple[SitePlan, ...]
     layout: Layout
     small_files: Mapping[str, bytes]
     caches: Mapping[int, CachePlan] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that is compressed."""
+        return self.model.checkpoint
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, linears and other tensors of the model."""
+        return self.model.structure
 
     @property
     def schemes(self) -> dict[LinearSite, QuantScheme]:
@@ -123,7 +130,7 @@ class Plan:
         from outlierq.load import fused_experts
 
         said = []
-        fused = fused_experts(self.skeleton, self.names) if self.recipe.quantize else []
+        fused = fused_experts(self.model.skeleton, self.model.names) if self.recipe.quantize else []
         if fused:
             said.append(f"{fused[0]} and {len(fused) - 1} more hold all experts at once: kept in 16 bits")
         without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0

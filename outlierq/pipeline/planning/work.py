@@ -11,9 +11,10 @@ from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
 from outlierq.calibrate.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.dtypes import DTYPES
-from outlierq.core.model import LinearSite, Structure
+from outlierq.core.model import LinearSite, Structure, StudiedModel
 from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
+from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.registry import COPIES, method
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ class Work:
     ranks: int = 1
 
 
-def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int = 1, shards: int | None = None) -> Work:
+def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, shards: int | None = None) -> Work:
     """What `quantize` has to do. stats: statistics come from a file. shards: of a run that goes on."""
     recipe = plan.recipe
     making = {name: plan.checkpoint.making_bytes(name) for name in plan.checkpoint.tensors}
     needs = recipe.needs if recipe.calibration is not None else frozenset()  # a conversion has no method to ask
     running = bool(needs) and not stats
-    known = _known(plan.checkpoint, plan.skeleton, plan.structure, plan.names, recipe.calibration, device)
+    known = _known(plan.model, recipe.calibration, resources.device)
     form = exporter(recipe.export.format, plan.checkpoint.config)
     quantizer = method("quantize", recipe.quantize.method) if needs and recipe.quantize else None
     return Work(
@@ -136,8 +137,8 @@ def work_of(plan: Plan, *, stats: bool = False, device: str = "cpu", ranks: int 
         by_rows=plan.checkpoint.reads_rows and not hasattr(form, "plain"),
         making={name: size for name, size in making.items() if size},
         proves=len(recipe.rewrites) > len(recipe.pruning),
-        shards=_shards(recipe.calibration, ranks, shards),
-        ranks=ranks,
+        shards=_shards(recipe.calibration, resources.ranks.size, shards),
+        ranks=resources.ranks.size,
     )
 
 
@@ -147,40 +148,29 @@ def _shards(calibration: Calibration | None, ranks: int, former: int | None) -> 
 
 
 def work_of_calibration(
-    checkpoint: Any,
-    skeleton: Any,
-    structure: Structure,
+    model: StudiedModel,
     settings: Calibration,
     fields: frozenset[str],
-    device: str,
+    resources: Resources = USUAL,
     *,
-    ranks: int = 1,
     shards: int | None = None,
 ) -> Work:
     """What `calibrate` has to do. shards: of a run that goes on."""
-    from outlierq.load import checkpoint_names
-
     return Work(
-        **_known(checkpoint, skeleton, structure, checkpoint_names(checkpoint, skeleton), settings, device),
+        **_known(model, settings, resources.device),
         calibration=settings,
         fields=fields,
         statistics=True,
         transforms=True,
         writes_stats=True,
-        shards=_shards(settings, ranks, shards),
-        ranks=ranks,
+        shards=_shards(settings, resources.ranks.size, shards),
+        ranks=resources.ranks.size,
     )
 
 
-def _known(
-    checkpoint: Any,
-    skeleton: Any,
-    structure: Structure,
-    names: Mapping[str, str],
-    settings: Calibration | None,
-    device: str,
-) -> dict[str, Any]:
+def _known(model: StudiedModel, settings: Calibration | None, device: str) -> dict[str, Any]:
     """The fields of `Work` that any run has."""
+    checkpoint, skeleton, structure = model.checkpoint, model.skeleton, model.structure
     config = skeleton.config.get_text_config()
     texts = [Path(str(source.path)) for source in settings.text] if settings else []
     files = {file.name: file for file in checkpoint.files}
@@ -189,7 +179,7 @@ def _known(
         "structure": structure,
         "stored": {name: info.nbytes for name, info in checkpoint.tensors.items()},
         "elements": {name: info.nbytes // DTYPES[info.dtype][1] for name, info in checkpoint.tensors.items()},
-        "looked_up": frozenset(tables(skeleton, checkpoint, names).values()),
+        "looked_up": frozenset(tables(skeleton, checkpoint, model.names).values()),
         "itemsize": 4 if checkpoint.dtype == "float32" else 2,
         "hidden": getattr(config, "hidden_size", None) or max(s.in_features for s in structure.sites),
         "heads": getattr(config, "num_attention_heads", None) or 1,

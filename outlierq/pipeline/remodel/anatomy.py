@@ -23,9 +23,9 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
-from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Structure, TensorSource
+from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource
 from outlierq.core.move import UNCHANGED
-from outlierq.load import build_skeleton, checkpoint_names, find_structure, load_tensors_into, release
+from outlierq.load import load_tensors_into, release, study
 from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate
 
 # Rows of embeddings and head that take part in proofs; the same code treats every row, and 128 k of them are 4 GB.
@@ -78,8 +78,8 @@ class _Reader(TensorSource):
 class Bench:
     """Runs a model part by part in float32 with weights from anywhere: before the blocks, one block, after them."""
 
-    def __init__(self, skeleton: torch.nn.Module, structure: Structure):
-        self.model, self.structure = copy.deepcopy(skeleton), structure
+    def __init__(self, model: StudiedModel):
+        self.model, self.structure = copy.deepcopy(model.skeleton), model.structure
         self.weights: Weights | None = None
         tables = {name: part for name, part in self.model.named_modules() if isinstance(part, torch.nn.Embedding)}
         for part in tables.values():
@@ -90,7 +90,7 @@ class Bench:
         self.ids = torch.randint(0, rows, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         self.runner = BlockRunner(
             self.model,
-            structure,
+            self.structure,
             materialise=self.fill,
             release=lambda name: release(self.model.get_submodule(name) if name else self.model),
             dtype=torch.float32,
@@ -151,12 +151,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def find_anatomy(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy:
+def find_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """The anatomy of a checkpoint's model; parts that cannot be rotated are named in its obstacles."""
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
-    names = checkpoint_names(checkpoint, skeleton)
-    search = _Search(Bench(skeleton, structure), random_weights(checkpoint, skeleton, names))
+    model = study(checkpoint)
+    search = _Search(Bench(model), random_weights(model))
     anatomy = search.blocks()
     anatomy = search.outside(anatomy)
     if anatomy.tied and anatomy.norms:
@@ -171,9 +169,10 @@ def _uniform(checkpoint: Checkpoint, norm: Norm) -> bool:
     return bool((gain == gain[0]).all()) and (norm.bias is None or not checkpoint.read(norm.bias).any())
 
 
-def random_weights(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[str, str]) -> Weights:
+def random_weights(model: StudiedModel) -> Weights:
     """Random weights, with gains and biases that matter; stored buffers are real."""
-    random = {names[slot] for slot, _ in skeleton.named_parameters(remove_duplicate=False)}
+    checkpoint, names = model.checkpoint, model.names
+    random = {names[slot] for slot, _ in model.skeleton.named_parameters(remove_duplicate=False)}
 
     def read(name: str, rows: int | None) -> torch.Tensor:
         if name not in random:

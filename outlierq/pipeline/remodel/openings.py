@@ -15,9 +15,9 @@ from outlierq.calibrate.experts import routing
 from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.core.errors import NumbersError, SourceError
-from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, TensorInfo
+from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, StudiedModel, TensorInfo
 from outlierq.core.move import UNCHANGED
-from outlierq.load import build_skeleton, checkpoint_names, find_structure
+from outlierq.load import build_skeleton, study
 from outlierq.pipeline.remodel.anatomy import Bench, Moved, Weights, kind_of, random_weights, relative_error
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.transform.add_biases import BiasKey, Openings, Shift
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def find_openings(checkpoint: Checkpoint, *, refusal: str = "", trust_remote_code: bool = False) -> Openings:
+def find_openings(checkpoint: Checkpoint, *, refusal: str = "") -> Openings:
     """The keys of the checkpoint's config that make places for biases, and the shifts that these could carry.
 
     refusal: why the output format cannot hold biases that the checkpoint does not have; then none are looked for.
     """
     if refusal:
         return Openings(obstacle=refusal)
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
-    keys = tuple(_keys(checkpoint, skeleton, structure, trust_remote_code))
+    model = study(checkpoint)
+    keys = tuple(_keys(model))
     if not keys:
         return Openings(obstacle="no key of this model's config makes places for biases")
     try:
-        trial = _Trial(checkpoint, skeleton, structure, keys, trust_remote_code)
+        trial = _Trial(model, keys)
         return Openings(keys, trial.shifts())
     except (SourceError, NumbersError) as error:
         return Openings(keys, obstacle=error.what)
@@ -52,10 +51,9 @@ def opened(checkpoint: Checkpoint, keys: tuple[BiasKey, ...]) -> RewrittenCheckp
     return RewrittenCheckpoint(checkpoint, Rewrite({}, zeros=zeros, settings={k.path: k.value for k in keys}), "opened")
 
 
-def _keys(
-    checkpoint: Checkpoint, skeleton: torch.nn.Module, structure: Structure, trust_remote_code: bool
-) -> Iterator[BiasKey]:
+def _keys(model: StudiedModel) -> Iterator[BiasKey]:
     """Keys that add biases of linears to the class, and do nothing else to it."""
+    checkpoint, skeleton, structure = model.checkpoint, model.skeleton, model.structure
     config = skeleton.config.get_text_config()
     outer = [key for key, value in checkpoint.config.items() if isinstance(value, dict)]
     nested = [key for key in outer if getattr(skeleton.config, key, None) is config]
@@ -67,7 +65,7 @@ def _keys(
             continue
         key = BiasKey((*nested[:1], name), not value, {})
         try:
-            other = build_skeleton(opened(checkpoint, (key,)), trust_remote_code=trust_remote_code)
+            other = build_skeleton(opened(checkpoint, (key,)))
         except SourceError:  # the class does not take the key this way round
             continue
         after = {name: tuple(slot.shape) for name, slot in other.state_dict(keep_vars=True).items()}
@@ -97,22 +95,12 @@ def _biases(
 class _Trial:
     """The model with all keys turned over, on random weights, beside the model as it is."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        skeleton: torch.nn.Module,
-        structure: Structure,
-        keys: tuple[BiasKey, ...],
-        trust_remote_code: bool,
-    ):
-        self.plain = Bench(skeleton, structure)
-        self.plain_weights = random_weights(checkpoint, skeleton, checkpoint_names(checkpoint, skeleton))
+    def __init__(self, model: StudiedModel, keys: tuple[BiasKey, ...]):
+        self.plain, self.plain_weights = Bench(model), random_weights(model)
         self.plain.before(self.plain_weights)
-        wider = opened(checkpoint, keys)
-        skeleton = build_skeleton(wider, trust_remote_code=trust_remote_code)
-        self.names = checkpoint_names(wider, skeleton)
-        self.bench = Bench(skeleton, find_structure(wider, skeleton))
-        self.weights = random_weights(wider, skeleton, self.names)
+        wider = study(opened(model.checkpoint, keys))
+        self.names = wider.names
+        self.bench, self.weights = Bench(wider), random_weights(wider)
         self.hidden = self.bench.before(self.weights)
         self.new = frozenset(name for key in keys for name in key.tensors)
 

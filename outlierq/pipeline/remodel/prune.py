@@ -76,16 +76,15 @@ def pruned(
     options: Mapping[str, Any],
     *,
     stats: Path | None = None,
-    trust_remote_code: bool = False,
 ) -> PrunedCheckpoint:
     """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop.
 
     stats: statistics of this model, used where the options name none; without any the plan alone can be made.
     """
-    from outlierq.load import build_skeleton, find_structure
+    from outlierq.load import study
 
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    structure = find_structure(checkpoint, skeleton)
+    model = study(checkpoint)
+    skeleton, structure = model.skeleton, model.structure
     config = skeleton.config.get_text_config()
     blocks = [block for block in structure.blocks if _experts(block)]
     if not blocks:

@@ -6,13 +6,12 @@ float32 logits on a short probe must be those of the original.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError
 from outlierq.core.machine.heap import return_freed_memory
-from outlierq.core.model import Checkpoint, Structure
+from outlierq.core.model import Checkpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import exporter
 from outlierq.pipeline.events import Event, Listener, silent
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
     from outlierq.recipe import Recipe
 
 
-def rewritten(
-    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, trust_remote_code: bool = False
-) -> Checkpoint:
+def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Checkpoint:
     """The checkpoint as the rewrites of the recipe leave it; the checkpoint itself when there are none.
 
     No weights are read, except for the gain of the last norm. RecipeError when a rewrite is not possible.
@@ -36,25 +33,23 @@ def rewritten(
     for step in recipe.rewrites:
         method = transform_method(step.method)
         if method.stage == "prune":
-            checkpoint = pruned(
-                checkpoint, method, step.options, stats=expert_stats, trust_remote_code=trust_remote_code
-            )
+            checkpoint = pruned(checkpoint, method, step.options, stats=expert_stats)
             continue
-        rewrite = method.function(_looked_at(checkpoint, method, recipe, trust_remote_code), **step.options)
+        rewrite = method.function(_looked_at(checkpoint, method, recipe), **step.options)
         checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)
     return checkpoint
 
 
-def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe, trust_remote_code: bool) -> Any:
+def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Any:
     """What the rewrite wants to know of the model."""
     if method.reads == "anatomy":
         from outlierq.pipeline.remodel.anatomy import find_anatomy
 
-        return find_anatomy(checkpoint, trust_remote_code=trust_remote_code)
+        return find_anatomy(checkpoint)
     from outlierq.pipeline.remodel.openings import find_openings
 
     refusal = getattr(exporter(recipe.export.format), "NO_NEW_BIASES", "")
-    return find_openings(checkpoint, refusal=refusal, trust_remote_code=trust_remote_code)
+    return find_openings(checkpoint, refusal=refusal)
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -96,25 +91,20 @@ def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
     return [*rewrite_notes(checkpoint.original), *checkpoint.notes]
 
 
-def prove_rewrite(
-    checkpoint: Checkpoint,
-    skeleton: torch.nn.Module,
-    structure: Structure,
-    names: Mapping[str, str],
-    listen: Listener = silent,
-) -> float | None:
+def prove_rewrite(model: StudiedModel, listen: Listener = silent) -> float | None:
     """Relative difference of the rewritten model's float32 logits from the original's; None without a changed tensor.
 
     The whole model runs on a short probe, one block in memory at a time; of large vocabularies the first tokens are
     compared. NumbersError above 1e-4.
     """
+    checkpoint, names = model.checkpoint, model.names
     rewrites = _rewrites(checkpoint)
     if not any(each.rewrite.changes for each in rewrites):
         return None
     from outlierq.pipeline.remodel.anatomy import Bench, Weights, relative_error
 
     original = rewrites[-1].original
-    bench = Bench(skeleton, structure)
+    bench = Bench(model)
     shared = dict(each.rewrite.untied for each in rewrites if each.rewrite.untied)
     added = {name: each for each in rewrites for name in each.rewrite.zeros}
 
