@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,39 @@ class TestHelp:
 
     def test_the_version_is_printed(self, outlierq):
         assert outlierq("--version").out == f"outlierq {__version__}\n"
+
+
+def offered(words: str) -> list[str]:
+    """What bash is told at the end of a line."""
+    line = {"_OUTLIERQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    return process(env=os.environ | line).stdout.split()
+
+
+class TestCompletion:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "outlierq quantize model -r gptq",
+            "outlierq plan model --recipe gptq",
+            "outlierq calibrate model -r gptq",
+            "outlierq demo --recipe gptq",
+            "outlierq recipes show gptq",
+            "outlierq recipes check gptq",
+        ],
+    )
+    def test_names_of_shipped_recipes_are_offered(self, words):
+        assert offered(words) == ["gptq-w3", "gptq-w4"]
+
+    def test_files_are_left_to_the_shell(self):
+        assert offered("outlierq quantize model -r ./mi") == []
+
+    def test_commands_and_options_are_offered(self):
+        assert offered("outlierq quan") == ["quantize"] and offered("outlierq plan --form") == ["--format"]
+
+    def test_no_heavy_library_is_loaded_for_it(self):
+        code = "import sys; from outlierq.cli.shared import recipe_names; recipe_names(''); print(sorted(sys.modules))"
+        loaded = process(code=code).stdout
+        assert "outlierq.recipe" in loaded and not any(f"'{name}'" in loaded for name in ("torch", "transformers"))
 
 
 class TestQuantize:

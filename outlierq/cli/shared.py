@@ -23,9 +23,23 @@ if TYPE_CHECKING:
     from outlierq.pipeline.processes.ranks import Ranks
     from outlierq.recipe import Recipe
 
+
+def recipe_names(incomplete: str) -> list[str]:
+    """The shipped recipes that a shell offers; where none fits it offers files by itself."""
+    from outlierq.recipe.shipped import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name), or a GGUF file.")]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).")
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).",
+        autocompletion=recipe_names,
+    ),
 ]
 DEFAULT_RECIPE = "gptq-w4"
 OptionalRecipe = Annotated[
@@ -35,6 +49,7 @@ OptionalRecipe = Annotated[
         "-r",
         help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).",
         show_default=DEFAULT_RECIPE,
+        autocompletion=recipe_names,
     ),
 ]
 Settings = Annotated[

@@ -27,7 +27,13 @@ def command(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Take the calibration section of this recipe.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Take the calibration section of this recipe.",
+            autocompletion=shared.recipe_names,
+        ),
     ] = None,
     settings: shared.Settings = None,
     samples: Annotated[int | None, typer.Option(help="Number of token windows [128].")] = None,

@@ -15,7 +15,10 @@ app = typer.Typer(
     "  outlierq recipes check mine.yaml",
 )
 
-Reference = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Reference = Annotated[
+    str,
+    typer.Argument(help="A YAML file, or the name of a shipped recipe.", autocompletion=shared.recipe_names),
+]
 
 
 @app.command("list", epilog="Example:\n\n  outlierq recipes list --json")
