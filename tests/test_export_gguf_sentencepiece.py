@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, TokenType
+from libraries import sentencepiece_in_gguf
 from piece_tokenizers import BYTES, CHAT_TEMPLATE, SPACE, SPECIAL, all_merges, texts, trained, write_pieces
 from reference.llama_pieces import joined, token_ids_of
 from tokenizers import Tokenizer, models
@@ -78,6 +79,7 @@ def changed(folder: Path, change: Callable[[dict], object]) -> Path:
     return folder
 
 
+@sentencepiece_in_gguf
 @pytest.mark.parametrize("prepared", ["prepend", "gemma", "metaspace-never"])
 @pytest.mark.parametrize(
     ("made", "across"), [(trained, False), (all_merges, True)], ids=["trained", "all merges, spaces inside"]
@@ -98,6 +100,7 @@ def test_llama_cpp_finds_the_tokens_of_transformers(made, across, prepared, with
     assert verify(str(path), str(source)).sound
 
 
+@sentencepiece_in_gguf
 def test_the_tokenizer_that_a_dense_copy_carries_on_is_the_same(with_tokenizer, tmp_path):
     path, fields = compressed(with_tokenizer(*trained(SIZE)))
     for file in open_checkpoint(str(path)).files:
@@ -329,6 +332,12 @@ def with_model(with_tokenizer) -> Callable[..., Path]:
         return source
 
     return make
+
+
+def test_a_source_with_nothing_but_a_sentencepiece_model_is_calibrated(with_model, outlierq, tmp_path):
+    source = with_model()
+    answer = outlierq("calibrate", source, "-o", tmp_path / "stats", "--samples", "4", "--sequence-length", "32")
+    assert answer.code == 0, answer.err
 
 
 def test_a_sentencepiece_model_gives_the_same_pieces_as_the_tokenizer_made_of_it(with_model, with_tokenizer):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from libraries import dense_words
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from outlierq.core.errors import SourceError
@@ -107,7 +108,10 @@ def test_the_wanted_dtype_is_given_whatever_is_stored(tmp_path):
     [
         {"all": {"targets": ["Linear"], "num_bits": 4, "strategy": "group", "group_size": 16}},
         {"all": {"targets": ["Linear"], "num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False}},
-        {"all": {"targets": ["Linear"], "num_bits": 3, "strategy": "channel", "symmetric": False}},
+        pytest.param(
+            {"all": {"targets": ["Linear"], "num_bits": 3, "strategy": "channel", "symmetric": False}},
+            marks=dense_words,
+        ),
         {"all": {"targets": ["Linear"], "num_bits": 8, "strategy": "channel"}},
     ],
     ids=["4 bit", "4 bit asymmetric", "3 bit channel asymmetric", "8 bit channel"],
@@ -124,6 +128,7 @@ def test_a_packed_model_gives_the_logits_that_compressed_tensors_decodes(tmp_pat
     assert torch.allclose(logits(load_model(checkpoint)), logits(reference), atol=1e-5)
 
 
+@dense_words
 def test_every_config_group_is_decoded_with_its_own_bits_and_group_size(tmp_path):
     groups = {
         "down": {"targets": ["re:.*down_proj$"], "num_bits": 8, "strategy": "group", "group_size": 32},

@@ -392,12 +392,12 @@ def test_the_fingerprint_changes_with_a_weight_and_with_the_metadata(tmp_path, l
 
 
 def tokenizer_keys(writer: GGUFWriter) -> None:
-    """A byte-level BPE vocabulary of single characters and one merge."""
+    """A byte-level BPE vocabulary of single characters and two merges."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*(chr(48 + i) for i in range(VOCAB - 1)), "01"])
+    writer.add_token_list([*(chr(48 + i) for i in range(VOCAB - 2)), "01", "23"])
     writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["0 1"])
+    writer.add_token_merges(["0 1", "2 3"])
     writer.add_chat_template("{{ messages[0]['content'] }}")
 
 

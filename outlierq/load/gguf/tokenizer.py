@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.machine.installed import needs_version
 from outlierq.load.gguf.file import read_gguf_header
 from outlierq.load.model.foreign import tokenizer_faults
 
@@ -24,9 +25,28 @@ def gguf_tokenizer(path: Path, source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = path.resolve()
+    fields = read_gguf_header(path).fields
+    if fields.get("tokenizer.ggml.model") == "llama":
+        needs_version("transformers", ">=5.18", "a tokenizer of SentencePiece pieces in a GGUF file")
     with tokenizer_faults(source):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return with_spaces_of(tokenizer, read_gguf_header(path).fields)
+        tokenizer = with_ends_of(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), fields)
+    return with_spaces_of(tokenizer, fields)
+
+
+def with_ends_of(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer with the first and last token that the file names; it is changed in place.
+
+    transformers before 5.18 takes the first for the last; before 5.21 it leaves the first out of a text.
+    """
+    for name in ("bos_token", "eos_token"):
+        number = fields.get(f"tokenizer.ggml.{name}_id")
+        if number is not None and getattr(tokenizer, f"{name}_id") != number:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    if fields.get("tokenizer.ggml.model") == "llama":
+        begins = fields.get("tokenizer.ggml.add_bos_token", True)
+        if tokenizer.add_bos_token != begins:
+            tokenizer.add_bos_token = begins
+    return tokenizer
 
 
 def with_spaces_of(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -66,13 +66,19 @@ def snapshot(
     revision: branch, tag or commit; None is the default branch. weights: fetch and check them, too. SourceError when
     the repository is unknown or closed to this user, neither cached nor reachable, or when a file is damaged.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
 
     check_room(THREADS)
     patterns = [*(FETCHED if weights else SMALL), *(["*.py"] if trust_remote_code else [])]
     with asking(repository, revision):
         folder = snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(REPEATED), max_workers=THREADS
+            repository,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(REPEATED),
+            max_workers=THREADS,
+            # huggingface_hub 1 does not see by itself that it cannot list the files of a commit, then.
+            local_files_only=is_offline_mode(),
         )
     if weights:
         check_cached(sorted(Path(folder).glob(WEIGHTS)))

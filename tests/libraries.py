@@ -1,0 +1,22 @@
+"""Versions of the libraries that the tests run with: at the lower ends of their ranges some know less than we write."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+
+
+def at_least(package: str, number: str) -> bool:
+    return Version(version(package)) >= Version(number)
+
+
+def needs(package: str, number: str, reason: str) -> pytest.MarkDecorator:
+    """For tests of what an older `package` cannot do. reason: what that is."""
+    return pytest.mark.skipif(not at_least(package, number), reason=f"{package} before {number} {reason}")
+
+
+sentencepiece_in_gguf = needs("transformers", "5.18", "loses tokens of such files")
+# 2, 4 and 8 bits fill whole words; of other widths no code was split between two words.
+dense_words = needs("compressed-tensors", "0.18", "packs 3, 5, 6 and 7 bits in another way")
