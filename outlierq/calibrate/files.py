@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from outlierq.core.errors import OutlierqError, StatsError
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import LARGEST_JSON, json_object, json_value
 from outlierq.core.notes import note
 
@@ -117,6 +118,7 @@ def _plain(path: str) -> BinaryIO:
 
 def _zstandard(path: str) -> BinaryIO:
     """Through pyarrow: Python reads zstd from 3.14 on."""
+    needs_extra("pyarrow")
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
@@ -209,6 +211,7 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, Columns], Iterator[Row]]:
 
 def _parquet(file: BinaryIO, name: str, columns: Columns) -> Iterator[Row]:
     """A Parquet file, read batch by batch, and only the columns that are asked for."""
+    needs_extra("pyarrow")
     import pyarrow
     import pyarrow.parquet
 

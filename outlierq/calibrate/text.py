@@ -15,6 +15,7 @@ from outlierq.calibrate.chats import SHAPES, chat_columns, messages_of, rendered
 from outlierq.calibrate.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
 from outlierq.core.block_stats import MASS_COLUMNS
 from outlierq.core.errors import StatsError, during, nearest
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.notes import collecting, note
 
@@ -353,6 +354,7 @@ def _columns(source: TextSource, names: Sequence[str], chat: bool) -> tuple[str,
 
 def _dataset_rows(source: TextSource, columns: Columns) -> Iterator[Row]:
     """The rows of a data set of the Hub, streamed."""
+    needs_extra("datasets")
     import datasets
 
     try:

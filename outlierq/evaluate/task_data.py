@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError, SourceError, nearest
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import json_value
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def task_manager(names: Sequence[str], overlay: Path | None = None) -> TaskManag
 
     overlay: folder of task files that replace genuine ones. OutlierqError names an unknown task and its neighbour.
     """
+    needs_extra("lm_eval")
     from lm_eval.tasks import TaskManager
 
     known = task_folders()

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError, SourceError
+from outlierq.core.machine.installed import needs_extra
 from outlierq.evaluate.divergence import evaluating
 from outlierq.evaluate.replacing import environment, replaced
 from outlierq.evaluate.task_data import leaf_tasks, task_manager, write_overlay
@@ -67,6 +68,7 @@ def run_tasks(
     tasks = list(dict.fromkeys(tasks))
     if not tasks:
         raise OutlierqError("no tasks were named", hint="for example wikitext, arc_easy or mmlu")
+    needs_extra("lm_eval")
     served = isinstance(model, Served)
     if served:
         need_vllm()
@@ -201,8 +203,7 @@ def need_vllm() -> None:
     if find_spec("vllm") is None:
         raise OutlierqError(
             "the backend vllm is not installed here",
-            hint="vLLM needs other versions of transformers than outlierq pins: make an environment with `pip install "
-            "vllm lm-eval==0.4.13 accelerate xxhash gguf`, then `pip install --no-deps outlierq` there; or leave "
+            hint="pip install vllm 'outlierq[eval]' (one command, so that versions are found that fit both), or leave "
             "--backend out",
         )
 

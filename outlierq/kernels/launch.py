@@ -165,7 +165,7 @@ def unavailable() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy is not usable ({error}): install outlierq[cuda] for the CUDA kernels; torch is used instead"
+        return f"CuPy is not usable ({error}): `pip install 'outlierq[cuda]'` brings it; torch is used instead"
     try:
         cupy.cuda.runtime.getDeviceCount()
         cupy.cuda.nvrtc.getVersion()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from outlierq.core.errors import SourceError, nearest
+from outlierq.core.machine.installed import check_versions
 from outlierq.load.source.folder import PICKLES, FolderCheckpoint, pickle_refusal
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
     elif is_hub_id(source):
         from outlierq.load.hub.snapshot import snapshot
 
+        check_versions()
         folder, commit = snapshot(source, revision, trust_remote_code=trust_remote_code)
         checkpoint = FolderCheckpoint(folder, source=source, revision=commit)
     else:
@@ -57,6 +59,7 @@ def stream_checkpoint(
         raise SourceError(f"{source} is no Hub id, so there is nothing to stream", hint="leave --stream-from-hub out")
     from outlierq.load.hub.streamed import open_streamed
 
+    check_versions()
     checkpoint = open_streamed(source, revision, shards, trust_remote_code=trust_remote_code, restart=restart)
     return _permitted(checkpoint, trust_remote_code)
 

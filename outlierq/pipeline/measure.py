@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError
 from outlierq.core.limits import Limits
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from outlierq.recipe import Gate
 
 RESULTS_VERSION = 1
-PACKAGES = ("torch", "transformers", "lm-eval")
+PACKAGES = ("torch", "transformers")
 EMBEDDED = "embedded"
 
 
@@ -60,6 +62,10 @@ class Measurement:
     device: str = "cpu"
     backend: str = "transformers"
     runtime: str = "dense"
+
+    def __post_init__(self) -> None:
+        if self.tasks:
+            needs_extra("lm_eval")
 
     @classmethod
     def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None) -> Measurement:
@@ -273,7 +279,8 @@ def _conditions(wanted: Measurement) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     """What the figures depend on beside the bytes."""
     found = {"outlierq": __version__, "python": platform.python_version()}
-    return found | {package: version(package) for package in PACKAGES}
+    packages = [*PACKAGES, *(["lm-eval"] if find_spec("lm_eval") else [])]
+    return found | {package: version(package) for package in packages}
 
 
 def _device_name(device: str) -> str:

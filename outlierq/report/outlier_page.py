@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import OutputError
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.outliers import GroupOutliers, OutlierReport
 from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
@@ -44,6 +45,7 @@ def write_pictures(report: OutlierReport, folder: Path) -> list[Path]:
 
     The background is white, so that a picture can be read on any model card. Returns the paths, in reading order.
     """
+    needs_extra("vl_convert")
     import vl_convert
 
     paths = []
@@ -240,6 +242,7 @@ def _part(ending: str) -> str:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script; putting it together takes a second."""
+    needs_extra("vl_convert")
     import vl_convert
 
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

@@ -45,6 +45,10 @@ def command(
     from outlierq.pipeline.detect import detect
     from outlierq.pipeline.resources import Resources
 
+    if out is not None or png is not None:
+        from outlierq.core.machine.installed import needs_extra
+
+        needs_extra("vl_convert")
     pictures = None if png is None else png / "picture.png"
     shared.refuse_unwritable(*(report_paths(out) if out else ()), pictures)
     checkpoint = shared.open_model(model, revision, trust_remote_code)

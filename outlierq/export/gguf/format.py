@@ -23,6 +23,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import RecipeError
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
@@ -71,6 +72,9 @@ class GgufFormat:
 
     SCALE_DTYPE = "float16"
     NO_NEW_BIASES = "llama.cpp reads of most architectures only the biases that their models usually have"
+
+    def __post_init__(self) -> None:
+        needs_extra("gguf")
 
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
         """Why this format cannot hold the site, or None when it can."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
 from outlierq.load.source.shards import AGAIN, read_exactly
 
@@ -62,6 +63,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise SourceError(f"{path.name} cannot be read: {error.strerror or error}") from error
     if magic != b"GGUF":
         raise SourceError(f"{path.name} is not a GGUF file: it begins with {magic!r}, not b'GGUF'", hint=AGAIN)
+    needs_extra("gguf")
     try:
         reader = _headers_only()(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if field.data}

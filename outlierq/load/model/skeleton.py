@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
+from outlierq.core.machine.installed import check_versions
 from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure
 from outlierq.load.model.names import checkpoint_names
 
@@ -33,6 +34,7 @@ def build_skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
     Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
     checkpoint gives the plain model. SourceError when transformers cannot build the model.
     """
+    check_versions()
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
