@@ -23,6 +23,11 @@ class Move:
     scale: torch.Tensor
     shift: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, result: torch.Tensor | Move) -> Move:
+        """What a transform returns: a scale [in] alone, or a move."""
+        return result if isinstance(result, Move) else cls(result)
+
     def then(self, later: Move) -> Move:
         """This move and `later`, which was chosen for what this one leaves, as one."""
         shift = self.shift

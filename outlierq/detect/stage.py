@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -41,7 +41,7 @@ Weights = Mapping["LinearSite", torch.Tensor]
 class Findings:
     """Figures by name, and for those that could not be had the reason."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self._reasons: dict[str, list[str]] = {}
 
@@ -80,7 +80,7 @@ class Findings:
 def measure_group(block: int, group: InputGroup, stats: InputStats | None, weights: Weights) -> GroupOutliers:
     """Everything about one input. weights: [out, in] of every site of the group."""
     names = tuple(site.module for site in group.sites)
-    head = {"group": group.name, "block": block, "role": role(group.name), "sites": names}
+    head: dict[str, Any] = {"group": group.name, "block": block, "role": role(group.name), "sites": names}
     if stats is None or not stats.tokens:
         reason = "no token reached it during calibration (calibrate on more text, or add it to `quantize.ignore`)"
         missing = (f"every measure of the input: {reason}",)
@@ -315,7 +315,7 @@ def find_super_weight(
     best: tuple[float, str] | None = None
     for name, sites in weights.items():
         stats = inputs.get(name)
-        if stats is None or getattr(stats, "top_tokens", None) is None:
+        if stats is None or stats.top_tokens is None:
             continue
         for site, weight in sites.items():
             written = super_weight(entry, weight, stats.top_tokens) if len(weight) == width else None

@@ -44,6 +44,9 @@ def rtn(
     if scale_search == "minmax":
         grid = minmax_grid(w, scheme)
     else:
-        hessian = stats.need("hessian") if scale_search == "hessian" else None
+        hessian = None
+        if scale_search == "hessian":
+            assert stats is not None, "no statistics, though this search declares that it needs them"
+            hessian = stats.need("hessian")
         grid = search_grid(w, scheme, hessian)
     return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)

@@ -58,7 +58,7 @@ def quantize_group(
         with during("quantize", ", ".join(site.module for site in sites)):
             if stats is None:
                 for site in sites:
-                    pieces = weights[site].split(rows_of_a_piece(site.in_features, scheme))
+                    pieces = torch.split(weights[site], rows_of_a_piece(site.in_features, scheme))
                     rows = quantize_rows(site, pieces, scheme, method, options)
                     done[site] = QuantTensor.stack(list(rows)), rows.row
             else:
@@ -90,7 +90,8 @@ def _with_activations(
 
     Sites that share an input share its scale; runtimes that fuse them into one product have room for one only.
     """
-    schemes = {result.scheme.activations for result, _ in done.values()} - {None}
+    asked = (result.scheme.activations for result, _ in done.values())
+    schemes = {scheme for scheme in asked if scheme is not None}
     if not schemes:
         return done
     if stats.rows is None and all(scheme.dynamic for scheme in schemes):
@@ -273,7 +274,7 @@ def _quantize_rows_of(
     """One linear, as many of its rows at a time as have `most_weights` weights."""
     started, done, errors = time.perf_counter(), [], RelativeErrors()
     with collecting() as notes:
-        for piece in weight.split(_whole_blocks(most_weights // site.in_features, scheme)):
+        for piece in torch.split(weight, _whole_blocks(most_weights // site.in_features, scheme)):
             rows = piece.float()
             _check_finite(site, int((~rows.isfinite()).sum()), rows.square().sum().item())
             done.append(method.function(rows, stats, scheme, **options))

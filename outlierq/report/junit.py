@@ -25,4 +25,5 @@ def junit_xml(rows: Sequence[GateRow], model: str, seconds: float) -> bytes:
             failure = {"type": "limit", "message": f"not kept: {measured}"}
             ElementTree.SubElement(case, "failure", failure).text = str(row)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+    text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"

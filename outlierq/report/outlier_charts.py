@@ -239,7 +239,7 @@ def _distinct(entries: Iterable[MassiveEntry]) -> list[dict[str, Any]]:
     rows = []
     for (block, position, channel), same_place in places.items():
         largest = max(same_place, key=lambda entry: abs(entry.value))
-        row = {"b": block, "position": position, "channel": channel, "value": _rounded(largest.value)}
+        row: dict[str, Any] = {"b": block, "position": position, "channel": channel, "value": _rounded(largest.value)}
         row |= {"size": _rounded(abs(largest.value)), "ratio": _rounded(largest.ratio), "text": repr(largest.text)}
         rows.append({**row, "sequences": len({entry.sequence for entry in same_place})})
     rows.sort(key=lambda row: -row["size"])
@@ -252,7 +252,11 @@ def _distinct(entries: Iterable[MassiveEntry]) -> list[dict[str, Any]]:
 def _error_row(group: GroupOutliers, scheme: str) -> dict[str, Any]:
     after = error_after(group, scheme)
     row = {"b": group.block, "group": group.group, "danger": group.danger, "before": _rounded(group.errors[scheme])}
-    return {**row, "after": _rounded(after) if _positive(after) else None, "remedy": group.remedy or "none"}
+    return {
+        **row,
+        "after": _rounded(after) if after is not None and _positive(after) else None,
+        "remedy": group.remedy or "none",
+    }
 
 
 def _blocks(report: OutlierReport) -> list[int]:

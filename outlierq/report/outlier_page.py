@@ -133,7 +133,7 @@ def _after(group: GroupOutliers, scheme: str) -> str:
     if after is not None:
         return percent(after)
     own = {key.removeprefix(f"{scheme} "): e for key, e in group.errors.items() if key.startswith(f"{scheme} ")}
-    best = min(own, key=own.get, default=None)
+    best = min(own, key=own.__getitem__, default=None)
     if scheme == PREFERRED_SCHEME or best is None or not own[best] < group.errors.get(scheme, math.inf):
         return ""
     return f"{percent(own[best])} {best}"

@@ -63,7 +63,7 @@ def _roles(groups: Sequence[GroupOutliers]) -> Table:
     for group in groups:
         by_role.setdefault(group.role, []).append(group)
     for role, some in by_role.items():
-        count = Counter(group.danger for group in some)
+        count: Counter[str] = Counter(group.danger for group in some)
         danger = Text(", ").join(Text(f"{count[d]} {d}", style=STYLES[d]) for d in ORDER if count[d])
         figures = [_largest(g.measures.get("channel_ratio") for g in some), _largest(_kurtosis(g) for g in some)]
         errors = [_percent(g.errors.get("w8a8") for g in some), _percent(map(after_remedy, some))]

@@ -19,6 +19,7 @@ from outlierq.registry import transform
 LARGEST_SCALE = 100.0
 # Rows on which the winner must also beat no scaling when every group's scale is searched.
 CONFIRMING_ROWS = 256
+Candidate = tuple[float, torch.Tensor, str, float]  # output error, scale [in], kind and r of the family
 
 
 @transform("awq", needs=("hessian", "abs_mean"), paper="arXiv:2306.00978")
@@ -61,7 +62,7 @@ def awq(
     return best[1]
 
 
-def _better(best: tuple, judge: Judge, family: Family, kind: str, r: float) -> tuple:
+def _better(best: Candidate, judge: Judge, family: Family, kind: str, r: float) -> Candidate:
     """`best` (error, scale, kind, r), or the candidate when it errs less."""
     scale = family.scale(kind, r)
     error = judge.error(scale)

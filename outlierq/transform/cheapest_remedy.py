@@ -62,10 +62,10 @@ def _remedies(
         candidates = {
             "none": Move(torch.ones(w.shape[1], device=w.device)),
             "smoothquant": Move(smoothquant(w, stats, scheme, tie)),
-            "os_plus": Move(os_plus(w, stats, scheme, tie)),
+            "os_plus": Move.of(os_plus(w, stats, scheme, tie)),
         }
         if shiftable:
             shifted = os_plus(w, stats, scheme, tie, True)
-            if isinstance(shifted, Move):
+            if isinstance(shifted, Move):  # it may find that only scaling helps
                 candidates["os_plus with shift"] = shifted
     return [(name, move, error(move.scale, move.shift)) for name, move in candidates.items()]

@@ -56,7 +56,9 @@ class _Noise:
     """The expected output error as a function of log s, and the slope of its logarithm."""
 
     def __init__(self, w: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, scheme: QuantScheme):
-        self.one_step = scheme.activations.per == "tensor"
+        inputs = scheme.activations
+        assert inputs is not None, "the noise of inputs that are not quantized"
+        self.one_step = inputs.per == "tensor"
         self.counts = counts / counts.sum()
         self.column_power = w.square().sum(0)
         self.channel_power = (x.square() * self.counts[:, None]).sum(0)
@@ -71,7 +73,7 @@ class _Noise:
         self.log_weights = in_groups(w, scheme).abs().log()  # [out, groups, columns]
         largest = scheme.code_max if scheme.symmetric else scheme.code_max / 2
         self.weight_factor = self.weight_share / largest**2
-        self.input_factor = 1 / scheme.activations.code_max**2
+        self.input_factor = 1 / inputs.code_max**2
         self.scheme = scheme
 
     def slope(self, logs: torch.Tensor) -> torch.Tensor:

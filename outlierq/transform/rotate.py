@@ -173,6 +173,9 @@ class Change:
         """The bias with the norm's bias, as the weight passes it on."""
         bias = stored.double()
         if self.norm is not None:
+            assert self.weight is not None and self.norm.bias is not None, (
+                "a bias of a norm without the weight it passes"
+            )
             weight = read(self.weight).double()
             bias = bias + (weight.T if self.transposed else weight) @ read(self.norm.bias).double()
         return self._outputs(bias[:, None])[:, 0]
@@ -193,7 +196,7 @@ def _merged(matrix: torch.Tensor, norm: Norm, read: Read) -> torch.Tensor:
     """Rows that read the norm without gain: W diag(g), and where the bias goes through the mean, that mean."""
     gain = read(norm.weight).double() + (1.0 if norm.offset else 0.0)
     merged = matrix * gain
-    if norm.bias_in_mean:
+    if norm.bias is not None and norm.bias_in_mean:
         merged += (matrix @ read(norm.bias).double() / len(gain) - merged.mean(-1))[:, None]
     return merged
 
@@ -283,16 +286,16 @@ class _Builder:
     def _norm(self, norm: Norm, spin: Spin) -> None:
         """The norm loses its gain and bias to its readers. A tied head stays tied where there is nothing to lose."""
         tied = self.anatomy.tied
-        shares = tied is not None and tied[0] in norm.readers
-        if shares and norm.uniform:
+        shared = tied if tied is not None and tied[0] in norm.readers else None
+        if shared is not None and norm.uniform:
             return
-        if shares:
-            self.untied = (tied[0].weight, tied[1])
+        if shared is not None:
+            self.untied = (shared[0].weight, shared[1])
         self.changes[norm.weight] = Change(norm.weight, constant=0.0 if norm.offset else 1.0)
         if norm.bias is not None:
             self.changes[norm.bias] = Change(norm.bias, constant=1.0 if norm.bias_in_mean else 0.0)
         for site in norm.readers:
-            source = tied[1] if shares and site == tied[0] else site.weight
+            source = shared[1] if shared is not None and site == shared[0] else site.weight
             self._add(site.weight, source, transposed=site.transposed, norm=norm, by_input=(spin,))
             if site.bias is not None and norm.bias is not None and not norm.bias_in_mean:
                 self._add(site.bias, site.bias, transposed=site.transposed, norm=norm, weight=site.weight)

@@ -18,6 +18,8 @@ from outlierq.transform.refined_scale import refined_scale
 TINY, LEAST_SHARE = 1e-30, 1e-18  # weights whose inverse is near the end of float32, and the least of a column's
 STEPS = 10  # of alpha on [0, 1]; the best one is refined by half a step
 
+Candidate = tuple[float, torch.Tensor, float | None]  # predicted error, scale [in], alpha
+
 
 @transform("smoothquant", needs=("abs_max", "rows", "first_rows"), paper="arXiv:2211.10438")
 def smoothquant(
@@ -82,7 +84,7 @@ def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tenso
     """The scale [in] with the least predicted error; ones, when none errs less than no scaling. The choice is noted."""
     none = torch.ones_like(family.inputs)
     before = error(none)
-    best = (before, none, None)
+    best: Candidate = (before, none, None)
     for step in range(STEPS + 1):
         best = _better(best, family, error, step / STEPS)
     if best[2] is not None:
@@ -108,7 +110,7 @@ def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tenso
     return scale
 
 
-def _better(best: tuple, family: Family, error: SiteError, alpha: float) -> tuple:
+def _better(best: Candidate, family: Family, error: SiteError, alpha: float) -> Candidate:
     """`best` (error, scale, alpha), or the candidate when it errs less."""
     scale = family.scale(alpha)
     least = error(scale)

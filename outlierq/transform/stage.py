@@ -37,7 +37,7 @@ def choose_move(
             left = stats if total.shift is None else stats.shifted(total.shift)
             told = (shiftable,) if method.shifts else ()
             result = method.function(w * total.scale, left.scaled(total.scale), scheme, tie, *told, **options)
-            move = result if isinstance(result, Move) else Move(result)
+            move = Move.of(result)
             _check(move, method.name, shiftable)
             total = _agreed(total.then(move), tie)
     return total

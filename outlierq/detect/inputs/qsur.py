@@ -44,7 +44,7 @@ def log_qsur(covariance: torch.Tensor) -> float:
             f"the covariance [{width}, {width}] is singular, so its ellipsoid has no volume",
             hint="calibrate with more tokens than channels; dead channels have none at all",
         )
-    log_determinant = 2 * (factor.diagonal().double().log() + deviation.double().log()).sum().item()
+    log_determinant: float = 2 * (factor.diagonal().double().log() + deviation.double().log()).sum().item()
     log_ball = width / 2 * log(pi) - lgamma(width / 2 + 1)
     return (log_ball + log_determinant / 2) / width - log(2 * deviation.max().item())
 

@@ -17,4 +17,5 @@ def token_range(stats: InputStats, *, share: float = 0.999) -> float:
     if not reached[-1] > 0:
         raise StatsError("the histogram of tokens is empty", hint="calibrate on more text")
     top, middle = (int((reached < level).sum()) for level in (share, 0.5))
-    return 2.0 ** ((top - middle) / 2)
+    ratio: float = 2.0 ** ((top - middle) / 2)  # bins are half powers of two wide
+    return ratio

@@ -28,7 +28,7 @@ def largest_singular(weight: torch.Tensor) -> float:
     for _ in range(ROUNDS):
         vectors, _ = torch.linalg.qr(vectors)
         images = weight @ vectors
-        norm = torch.linalg.matrix_norm(images, 2).item()
+        norm: float = torch.linalg.matrix_norm(images, 2).item()
         if norm <= best * (1 + CLOSE):
             break
         best = norm
