@@ -226,6 +226,17 @@ def test_the_tokenizer_of_the_folder_is_loaded(tmp_path):
     assert load_tokenizer(open_checkpoint(str(tmp_path)))("b a c").input_ids == [1, 0, 2]
 
 
+def test_a_tokenizer_of_pieces_names_the_packages_that_read_it(tmp_path, monkeypatch):
+    from outlierq.load import whole
+
+    llama(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr(whole, "find_spec", lambda name: None if name == "sentencepiece" else name)
+    with pytest.raises(SourceError, match=r"tokenizer\.model alone, and sentencepiece is not installed") as caught:
+        load_tokenizer(open_checkpoint(str(tmp_path)))
+    assert caught.value.hint.startswith("pip install sentencepiece,")
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     llama(tmp_path)
     with pytest.raises(SourceError, match=r"the tokenizer of .* cannot be loaded"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from outlierq.core.errors import SourceError
 from outlierq.load.decode import unpacked
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.foreign import tokenizer_faults
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from outlierq.core.model import Checkpoint
+
+PIECE_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google"}  # package -> what is imported of it
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> torch.nn.Module:
@@ -41,5 +45,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return gguf_tokenizer(checkpoint.path, checkpoint.source)
     from transformers import AutoTokenizer
 
+    _need_reader_of_pieces(checkpoint)
     with tokenizer_faults(checkpoint.source):
         return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def _need_reader_of_pieces(checkpoint: Checkpoint) -> None:
+    """SourceError where only SentencePiece could read the tokenizer, and is not installed; transformers names tiktoken
+    instead, which cannot read it either."""
+    pieces = checkpoint.path / "tokenizer.model"
+    if (checkpoint.path / "tokenizer.json").is_file() or not pieces.is_file():
+        return
+    with pieces.open("rb") as file:
+        is_message = file.read(1) == b"\n"  # tag of the first piece; tiktoken's files are lines of text
+    missing = [name for name, module in PIECE_READERS.items() if find_spec(module) is None]
+    if is_message and missing:
+        raise SourceError(
+            f"{checkpoint.source} has its tokenizer as tokenizer.model alone, and {' and '.join(missing)} "
+            f"{'are' if len(missing) > 1 else 'is'} not installed, which transformers needs to read it",
+            hint=f"pip install {' '.join(missing)}, or put the tokenizer.json of the same model beside it",
+        )
