@@ -252,11 +252,8 @@ def _distinct(entries: Iterable[MassiveEntry]) -> list[dict[str, Any]]:
 def _error_row(group: GroupOutliers, scheme: str) -> dict[str, Any]:
     after = error_after(group, scheme)
     row = {"b": group.block, "group": group.group, "danger": group.danger, "before": _rounded(group.errors[scheme])}
-    return {
-        **row,
-        "after": _rounded(after) if after is not None and _positive(after) else None,
-        "remedy": group.remedy or "none",
-    }
+    drawn = _rounded(after) if after is not None and _positive(after) else None
+    return {**row, "after": drawn, "remedy": group.remedy or "none"}
 
 
 def _blocks(report: OutlierReport) -> list[int]:

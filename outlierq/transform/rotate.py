@@ -173,9 +173,7 @@ class Change:
         """The bias with the norm's bias, as the weight passes it on."""
         bias = stored.double()
         if self.norm is not None:
-            assert self.weight is not None and self.norm.bias is not None, (
-                "a bias of a norm without the weight it passes"
-            )
+            assert self.weight is not None and self.norm.bias is not None, "a norm's bias passes a weight"
             weight = read(self.weight).double()
             bias = bias + (weight.T if self.transposed else weight) @ read(self.norm.bias).double()
         return self._outputs(bias[:, None])[:, 0]

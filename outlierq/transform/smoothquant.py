@@ -89,9 +89,9 @@ def searched(family: Family, error: SiteError, refine_steps: int) -> torch.Tenso
         best = _better(best, family, error, step / STEPS)
     if best[2] is not None:
         middle = best[2]
-        for alpha in (middle - 0.5 / STEPS, middle + 0.5 / STEPS):
-            if 0 <= alpha <= 1:
-                best = _better(best, family, error, alpha)
+        for near in (middle - 0.5 / STEPS, middle + 0.5 / STEPS):
+            if 0 <= near <= 1:
+                best = _better(best, family, error, near)
     after, scale, alpha = best
     words = "no scaling" if alpha is None else f"alpha {alpha:.2f}"
     activations = error.scheme.activations
