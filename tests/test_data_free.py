@@ -98,6 +98,23 @@ def test_a_nan_is_named_and_counted_whatever_piece_it_is_in(monkeypatch):
         list(stage.quantize_rows(site_of(12, 8), weight.split(4), scheme, method("quantize", "rtn"), {}))
 
 
+def test_finite_weights_whose_squares_overflow_are_refused_for_what_they_are():
+    scheme, weight = QuantScheme(4, None), torch.full((2, 8), 1e30)
+    with pytest.raises(NumbersError, match=r"m.linear.weight holds weights of more than 1e15, whose squares"):
+        list(stage.quantize_rows(site_of(2, 8), iter([weight]), scheme, method("quantize", "rtn"), {}))
+
+
+@pytest.mark.parametrize(("size", "refused"), [(0, False), (1e-6, False), (1e-9, True), (1e-30, True)])
+def test_weights_that_float16_scales_cannot_hold_are_refused(size, refused):
+    scheme, weight = QuantScheme(4, 8, scale_dtype="float16"), torch.randn(4, 16) * size
+    rows = stage.quantize_rows(site_of(4, 16), iter([weight]), scheme, method("quantize", "rtn"), {})
+    if refused:
+        with pytest.raises(NumbersError, match=r"weights of m\.linear.weight are too small for the format's float16"):
+            list(rows)
+    else:
+        assert len(list(rows)) == 1 and rows.row.weight_error < 0.2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_piece_may_be_overwritten_after_it_was_used(dtype):
     """Pieces share one buffer; what was made of a piece must not look at it again."""

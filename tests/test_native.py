@@ -50,6 +50,16 @@ def test_codes_scales_and_zero_points_are_those_of_torch(dtype, scale_dtype, sym
 
 
 @needs_compiler
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_would_be_rounded_to_zero_are_those_of_torch(scale_dtype, symmetric):
+    w = torch.linspace(-1, 1, 16)[None] * torch.logspace(-45, -4, 60)[:, None]
+    scheme = QuantScheme(4, None, symmetric=symmetric, scale_dtype=scale_dtype)
+    expected, (found, _, _) = rtn(w, None, scheme), native.round_rows(w, scheme)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(dtype):
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)

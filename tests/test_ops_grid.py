@@ -135,11 +135,20 @@ def test_a_stored_scale_is_a_value_of_its_storage_type(dtype):
     assert torch.allclose(kept, scale, rtol=2**-8)
 
 
-def test_a_scale_too_small_for_its_storage_type_is_an_all_zero_group():
-    scheme = QuantScheme(4, None, scale_dtype="float16")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_too_small_for_its_storage_type_is_the_smallest_there_is(symmetric):
+    scheme = QuantScheme(4, None, symmetric, scale_dtype="float16")
     result = rtn(torch.full((1, 8), 1e-12), None, scheme)
-    assert torch.all(result.scale == 1)
-    assert torch.all(result.codes == 0)
+    assert torch.all(result.scale == 2**-24) and torch.all(result.dequantize() == 0)
+    assert torch.all(rtn(torch.zeros(1, 8), None, scheme).scale == 1)
+    w = torch.linspace(-1, 1, 16)[None] * 2e-7  # a scale of 3e-8 is rounded to zero or to 6e-8
+    assert (rtn(w, None, scheme).dequantize() - w).norm() < 0.2 * w.norm()
+
+
+def test_units_too_small_for_float16_are_the_smallest_there_is():
+    w = torch.randn(2, 256) * 5e-6
+    scheme = QuantScheme(4, 32, symmetric=False, scales="two-level")
+    assert (rtn(w, None, scheme).dequantize() - w).norm() < 0.12 * w.norm()
 
 
 def test_bits_per_weight_counts_codes_scales_and_zero_points():

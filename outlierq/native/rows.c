@@ -15,12 +15,13 @@ struct scheme {
     float code_min, code_max;
 };
 
-/* Keep a scale, which is not negative, and give it as it will be read back. Zero becomes 1: all its weights are 0. */
+/* Keep a scale, which is not negative, and give it as it will be read back. Zero becomes 1: all its weights are 0; one
+   that would be rounded to zero becomes the smallest there is. */
 INLINE float stored(float scale, enum dtype dtype, void *scales, int64_t place) {
     float rounded = scale;
     if (dtype == BFLOAT16) rounded = as_float((uint32_t)to_bfloat16(scale) << 16);
     if (dtype == FLOAT16) rounded = of_float16(to_float16(scale));
-    if (rounded == 0) rounded = 1;
+    if (rounded == 0) rounded = scale == 0 ? 1.0f : dtype == FLOAT16 ? 0x1p-24f : 0x1p-126f;
     if (dtype == FLOAT32) ((float *)scales)[place] = rounded;
     if (dtype == BFLOAT16) ((uint16_t *)scales)[place] = to_bfloat16(rounded);
     if (dtype == FLOAT16) ((uint16_t *)scales)[place] = to_float16(rounded);

@@ -17,6 +17,7 @@ from outlierq.core.scheme import FP4_MAX, FP8_MAX, QuantScheme
 # Two-level scales. Integers: 8 groups share a unit, of which a scale or minimum is up to 63.
 UNIT_GROUPS, LARGEST_SMALL = 8, 63
 SMALLEST_E4M3 = 2.0**-9
+SMALLEST_FLOAT16 = 2.0**-24
 # The divisor of E4M3 scales, and the largest magnitudes of weights that it serves: scales stay under 448, and normal
 # (from 2^-6) down to groups that are 100 times smaller than the rest.
 USUAL_UNIT, USUAL_WEIGHTS = 1024.0, (0.01, FP4_MAX * FP8_MAX / 1024)
@@ -129,15 +130,27 @@ def over_blocks(values: torch.Tensor, scheme: QuantScheme, reduction: str) -> to
 def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """`scale` as it will be read back: rounded to its storage dtype, in float32. Zero becomes 1 (an all-zero group).
 
-    scale: of any shape. NumbersError when a finite scale is too large for that dtype.
+    scale: of any shape. NumbersError when a finite scale is too large for that dtype; one that would be rounded to zero
+    becomes the smallest there is, which errs least.
     """
-    rounded = scale.to(getattr(torch, scheme.scale_dtype)).float()
+    dtype = getattr(torch, scheme.scale_dtype)
+    rounded = scale.to(dtype).float()
     if (rounded.isinf() & scale.isfinite()).any():
         raise NumbersError(
             f"a scale of {scale.abs().nan_to_num(posinf=0).max().item():g} is too large for {scheme.scale_dtype}",
             hint="these weights need a checkpoint in bfloat16 or float32",
         )
-    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+    return _not_zero(rounded, scale, dtype)
+
+
+def _not_zero(rounded: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded scales with the smallest number of their dtype instead of 0, or 1 where the exact one is 0, too.
+
+    All of one shape, float32. Subnormal numbers only in float16: a weight over one of a wider dtype may be no number.
+    """
+    smallest = SMALLEST_FLOAT16 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
+    instead = torch.where(exact > 0, smallest, 1.0)
+    return torch.where(rounded == 0, instead, rounded)
 
 
 def storable(
@@ -192,8 +205,7 @@ def row_units(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     scale, low: [out, groups]. As stored: float16, 1 where all are zero.
     """
     each = torch.unflatten(torch.stack([scale, -low], -1), 1, (-1, UNIT_GROUPS)).amax(2) / LARGEST_SMALL
-    rounded = each.to(torch.float16).float()
-    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+    return _not_zero(each.to(torch.float16).float(), each, torch.float16)
 
 
 def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:

@@ -25,6 +25,8 @@ from outlierq.ops.solve import sharing_factors
 # Weights quantized at a time without statistics: their codes, of one byte, are still in the cache when they are packed
 # and read back. Half as many cost 7 % more time in Python, twice as many save nothing more.
 PIECE_WEIGHTS = 1 << 21
+# Of float16, whose smallest number is 2^-24: below, a scale has 4 bits or less. And what no method loses otherwise.
+SMALL_SCALE, ABSURD_ERROR = 2.0**-20, 0.5
 
 if TYPE_CHECKING:
     from outlierq.core.stats import InputStats
@@ -207,11 +209,29 @@ def _sum_of_squares(values: torch.Tensor) -> float:
 
 
 def _check_finite(site: LinearSite, bad: int, power: float) -> None:
-    """NumbersError when the sum of squares shows that a weight is NaN or Inf. bad: how many are."""
+    """NumbersError when the sum of squares shows that a weight is NaN, Inf or huge. bad: how many are not finite."""
+    if not math.isfinite(power) and not bad:
+        raise NumbersError(
+            f"{site.weight} holds weights of more than 1e15, whose squares are beyond float32",
+            hint="a model with such weights computes nothing; keep them as they are by quantize.ignore",
+        )
     if not math.isfinite(power):
         raise NumbersError(
             f"{site.weight} holds {bad} NaN or Inf among {site.out_features * site.in_features} weights",
             hint="the source checkpoint is damaged; get it again",
+        )
+
+
+def _check_scales(site: LinearSite, quantized: QuantTensor, weight_error: float) -> None:
+    """NumbersError when most scales are near the smallest number of float16, and little of the weight is left."""
+    scale = quantized.scale if quantized.super_scale is None else quantized.super_scale
+    if scale.dtype != torch.float16 or (0 < weight_error < ABSURD_ERROR):
+        return
+    if scale.float().median().item() < SMALL_SCALE and (weight_error or not quantized.dequantize().any()):
+        raise NumbersError(
+            f"the weights of {site.weight} are too small for the format's float16 scales: the relative error would be "
+            f"{weight_error:.2f}",
+            hint="add it to quantize.ignore, or write compressed-tensors, whose scales have the model's own dtype",
         )
 
 
@@ -293,8 +313,9 @@ def _row(
     seconds: float,
     notes: list[str],
 ) -> SiteRow:
-    """The report row of one site."""
+    """The report row of one site. NumbersError when the weights are too small for the format's scales."""
     scheme = quantized.scheme
+    _check_scales(site, quantized, weight_error)
     return SiteRow(
         site=site.module,
         method=method,
