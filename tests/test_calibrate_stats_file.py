@@ -123,7 +123,7 @@ def test_statistics_of_the_first_format_are_refused(tmp_path):
     write(tmp_path, [0])
     path = tmp_path / "stats.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
-    with pytest.raises(StatsError, match="format version 1; this program reads 2") as caught:
+    with pytest.raises(StatsError, match="format version 1; this program reads 3") as caught:
         StatsReader(tmp_path)
     assert "calibrate again" in caught.value.hint
 
@@ -132,7 +132,7 @@ def test_the_list_names_its_blocks_in_plain_json(tmp_path):
     write(tmp_path, [0])
     values = json.loads((tmp_path / "stats.json").read_text())
     block = values["blocks"][0]
-    assert values["format_version"] == 2 and values["mode"] == "static" and block["file"] == "block-00000.safetensors"
+    assert values["format_version"] == 3 and values["mode"] == "static" and block["file"] == "block-00000.safetensors"
     assert block["groups"][0]["fold"]["index"] == [[4, 2], [4, 2]] and block["groups"][0]["tokens"] == 15
     assert sorted(content(tmp_path)) == ["block-00000.safetensors", "stats.json"]
 
@@ -248,10 +248,10 @@ def test_a_damaged_list_is_refused(tmp_path):
     path.write_text(json.dumps({key: value for key, value in values.items() if key != "mode"}))
     with pytest.raises(StatsError, match="lacks mode"):
         StatsReader(tmp_path)
-    path.write_text(json.dumps({**values, "format_version": 3}))
-    with pytest.raises(StatsError, match="format version 3; this program reads 2"):
+    path.write_text(json.dumps({**values, "format_version": 4}))
+    with pytest.raises(StatsError, match="format version 4; this program reads 3"):
         StatsReader(tmp_path)
-    with pytest.raises(OutputError, match="format version 3"):
+    with pytest.raises(OutputError, match="format version 4"):
         StatsWriter(tmp_path, IDENTITY)
     path.write_text("{")
     with pytest.raises(StatsError, match=r"cannot read .*stats.json"):

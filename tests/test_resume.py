@@ -445,3 +445,64 @@ def test_a_calibration_into_a_folder_in_use_or_with_other_files_is_refused(tiny_
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another outlierq works in"):
             collect(tiny_llama, busy)
+
+
+def spoil(model: Path, tensor: str, start: int = 4096) -> bytes:
+    """Zero a tensor's bytes behind the first ones, as a broken download leaves them; gives what the file held."""
+    sound = (model / "model.safetensors").read_bytes()
+    header = json.loads(sound[8 : 8 + int.from_bytes(sound[:8], "little")])
+    first, last = (8 + int.from_bytes(sound[:8], "little") + offset for offset in header[tensor]["data_offsets"])
+    (model / "model.safetensors").write_bytes(sound[: first + start] + bytes(last - first - start) + sound[last:])
+    return sound
+
+
+@pytest.mark.parametrize("name", ["static", "sequential", "data-free"])
+@pytest.mark.parametrize("where", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_run_does_not_go_on_with_blocks_of_other_bytes(name, where, llama_copy, tmp_path):
+    """The fingerprint reads the first 4 KiB of a tensor; what a finished unit was made of is known whole."""
+    recipe, settings = RECIPES[name]
+    sound, out = spoil(llama_copy, where), tmp_path / "out"
+    moment = "after the first block is in the journal"
+    assert in_child(moment, compress, llama_copy, out, recipe, settings) == KILLED
+    (llama_copy / "model.safetensors").write_bytes(sound)
+    with pytest.raises(OutputError, match=rf"unfinished run \(2 units done\) of other weights: {where}"):
+        compress(llama_copy, out, recipe, settings)
+    compress(llama_copy, out, recipe, settings, restart=True)
+
+
+def test_a_run_goes_on_with_a_copy_of_the_files(unfinished, llama_copy, uninterrupted, tmp_path):
+    os.utime(llama_copy / "model.safetensors")
+    compress(llama_copy, tmp_path / "out", *RECIPES["static"])
+    assert result(tmp_path / "out")[0] == result(uninterrupted["static"])[0]
+
+
+def test_statistics_do_not_go_on_with_blocks_of_other_bytes(llama_copy, tmp_path):
+    sound, out = spoil(llama_copy, "model.layers.0.mlp.down_proj.weight"), tmp_path / "stats"
+    assert in_child("listing the first block", collect, llama_copy, out) == KILLED
+    (llama_copy / "model.safetensors").write_bytes(sound)
+    with pytest.raises(OutputError, match=r"statistics of other weights: model\.layers\.0"):
+        collect(llama_copy, out)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_statistics_of_a_sibling_are_refused(where, llama_copy, tmp_path):
+    """Every tensor begins with the same bytes, as in a mixture of which only later experts were trained on."""
+    collect(llama_copy, tmp_path / "stats")
+    spoil(llama_copy, where)
+    with pytest.raises(StatsError, match=f"statistics are of another model: {where} has other bytes"):
+        compress(llama_copy, tmp_path / "out", "gptq-w4", SMALL, stats=tmp_path / "stats")
+    with pytest.raises(StatsError, match="statistics are of another model"):
+        compress(llama_copy, tmp_path / "out", "gptq-w4", SMALL, stats=tmp_path / "stats")
+
+
+def test_statistics_of_another_tokenizer_are_refused(llama_copy, tmp_path):
+    collect(llama_copy, tmp_path / "stats")
+    path = llama_copy / "tokenizer.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"truncation": None}, indent=4))
+    compress(llama_copy, tmp_path / "out", "gptq-w4", SMALL, stats=tmp_path / "stats")
+    vocabulary = values["model"]["vocab"]
+    values["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    path.write_text(json.dumps(values))
+    with pytest.raises(StatsError, match="statistics of another tokenizer"):
+        compress(llama_copy, tmp_path / "other", "gptq-w4", SMALL, stats=tmp_path / "stats")

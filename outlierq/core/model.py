@@ -95,6 +95,8 @@ class Checkpoint(TensorSource):
     path: the folder, or the GGUF file. revision: commit on the Hub, None where there is none.
     linears: how each weight is stored that `quantized` can be asked for, by its name.
     stamps: weight file -> (inode, bytes, nanoseconds of the last change) when it was opened; no others are watched.
+    bytes_read: XXH3-128 (hex) of the stored bytes of every tensor that was read whole, by its name in the file.
+    made_of: the same of the checkpoint that earlier decisions about this one were made on, such as which experts stay.
     reads_rows: whether `read_rows` and `read_some_rows` read no more of a file than what they give.
     most_threads: how many threads may read at a time, None for any number.
     trust_remote_code: whether Python code that comes with the checkpoint may run.
@@ -107,6 +109,8 @@ class Checkpoint(TensorSource):
     revision: str | None = None
     linears: Mapping[str, StoredLinear] = MappingProxyType({})
     stamps: Mapping[Path, tuple[int, int, int]] = MappingProxyType({})
+    bytes_read: Mapping[str, str] = MappingProxyType({})
+    made_of: Mapping[str, str] = MappingProxyType({})
     reads_rows: bool = False
     most_threads: int | None = None
     trust_remote_code: bool = False
@@ -159,6 +163,10 @@ class Checkpoint(TensorSource):
         names: parameter -> tensor. A plain checkpoint means no more than its weights.
         """
 
+    def digest(self, name: str) -> str:
+        """XXH3-128 of a tensor's stored bytes as they are now, as hex; by a name of `bytes_read`."""
+        raise KeyError(name)
+
     def make_room(self, structure: Structure, fetching: Callable[[int, int, str], None], *, together: bool) -> None:
         """Tell a source whose weight files come and go which blocks belong together; nothing for others.
 
@@ -182,6 +190,7 @@ class DerivedCheckpoint(Checkpoint):
         self.path, self.revision = original.path, original.revision
         self.stamps, self.most_threads = original.stamps, original.most_threads
         self.trust_remote_code = original.trust_remote_code
+        self.bytes_read, self.made_of = original.bytes_read, original.made_of
 
     @property
     def files(self) -> tuple[CarriedFile, ...]:
@@ -192,6 +201,10 @@ class DerivedCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """The fingerprint of the original."""
         return self.original.fingerprint
+
+    def digest(self, name: str) -> str:
+        """The digest of the original's tensor."""
+        return self.original.digest(name)
 
     @property
     def digests(self) -> Mapping[str, str]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
 from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsWriter, former_shards
-from outlierq.core.errors import during
+from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint
-from outlierq.load import check_unchanged
+from outlierq.load import check_unchanged, differing, lasting_stamps, tokenizer_digest
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
 from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
 from outlierq.pipeline.events import Event, Listener, fetching
@@ -54,7 +54,7 @@ def calibrate(
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
     with locked(out) if ranks.lead else nullcontext():
-        writer = StatsWriter(out, identity) if ranks.lead else None
+        writer = _writer(out, identity, checkpoint) if ranks.lead else None
         done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
         source = StatsFromRun(model, tokens, settings, out, resources, fields=fields, savings=savings)
         _make_missing(done, writer, source, structure.blocks, listen)
@@ -83,7 +83,20 @@ def _identity(
             **({"shards": settings.shards} if settings.shards > 1 else {}),
         },
         mode="static",
+        tokenizer=tokenizer_digest(checkpoint),
     )
+
+
+def _writer(out: Path, identity: StatsIdentity, checkpoint: Checkpoint) -> StatsWriter:
+    """Writes statistics, or goes on with them. OutputError when the blocks that there are were made of other bytes."""
+    writer = StatsWriter(out, identity, lasting_stamps(checkpoint))
+    changed = differing(checkpoint, writer.read) if writer.former_stamps not in (None, writer.stamps) else []
+    if changed:
+        raise OutputError(
+            f"{out} holds statistics of other weights: {changed[0]} of {checkpoint.source} had other bytes",
+            hint="give another folder, or delete this one",
+        )
+    return writer
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,8 @@ def _make_missing(
                 groups, stats = source.block(block.index)
             check_unchanged(source.checkpoint)
             if writer:
-                writer.write(block.index, groups, stats, source.block_stats(block.index), source.notes)
+                made = source.block_stats(block.index), source.notes, source.checkpoint.bytes_read
+                writer.write(block.index, groups, stats, *made)
             source.finished(block.index, dict)
             return_freed_memory()
         if not done.logits:
@@ -121,5 +135,5 @@ def _make_missing(
                 sample = source.logits()
             check_unchanged(source.checkpoint)
             if writer:
-                writer.write_logits(sample)
+                writer.write_logits(sample, source.checkpoint.bytes_read)
     listen(Event("calibrate", len(blocks), len(blocks)))

@@ -168,6 +168,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
         clock = Clock()
         identity = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
         journal = Journal(work, identity, clock.spent, files=plan.files)
+        journal.check_source(plan.checkpoint)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             with clock("export"):
                 _units(plan, output, listen)

@@ -53,18 +53,22 @@ class Statistics:
 def from_folder(folder: Path, checkpoint: Checkpoint) -> Statistics:
     """Statistics that `outlierq calibrate` wrote; StatsError when they are of another model."""
     from outlierq.calibrate.stored.stats_file import StatsReader
+    from outlierq.load import tokenizer_digest
 
     reader = StatsReader(folder)
-    reader.check(checkpoint.fingerprint)
+    reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
     description = f"{folder}: {reader.identity.token_description}"
-    return Statistics(description, len(reader.indices), _read(reader), list(reader.notes))
+    return Statistics(description, len(reader.indices), _read(reader, checkpoint), list(reader.notes))
 
 
-def _read(reader: StatsReader) -> Iterator[BlockData]:
-    """One file a block."""
+def _read(reader: StatsReader, checkpoint: Checkpoint) -> Iterator[BlockData]:
+    """One file a block; StatsError when the weights that were looked at since are not those that it was made of."""
+    from outlierq.calibrate.stored.stats_file import check_made_of
+
     for index in reader.indices:
         groups, inputs = reader.block(index)
         yield BlockData(index, groups, inputs, reader.block_stats(index))
+        check_made_of(reader.made_of, checkpoint.bytes_read)
 
 
 def quick_settings() -> Calibration:

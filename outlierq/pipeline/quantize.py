@@ -86,7 +86,9 @@ def quantize(
         identity = _identity(plan, source, savings)
         files = plan.files | hidden_names(identity.get("shards", 1))
         journal = Journal(work, identity, clock.spent, _about(plan), files)
+        journal.check_source(plan.checkpoint)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
+            output.made_of |= source.made_of
             _Run(plan, source, work, output, clock, resources, savings).all()
             with clock("verify"):
                 write_small(work, plan.small_files)
@@ -171,7 +173,7 @@ class _Run:
                 now = time.perf_counter()
                 self.clock.share(now - since, done.seconds)
                 since = now
-                self.output.commit(done.name, done.digests, done.rows)
+                self.output.commit(done.name, done.digests, done.rows, read=done.read)
 
     def _in_order(self) -> None:
         """All units, one after another: each block may see what was made of those before it."""

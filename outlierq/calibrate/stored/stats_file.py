@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from outlierq import __version__
@@ -24,7 +25,8 @@ from outlierq.core.machine.untrusted import checked, json_value
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 
-FORMAT_VERSION = 2  # 2: histograms, top tokens, block statistics and logits
+# 2: histograms, top tokens, block statistics and logits. 3: the tokenizer, and digests of the weights that were read.
+FORMAT_VERSION = 3
 FINISHED = "stats.json"
 UNFINISHED = "unfinished.json"
 LOGITS = "logits.safetensors"
@@ -38,6 +40,7 @@ class StatsIdentity:
 
     model_fingerprint: of the checkpoint. token_fingerprint, token_description: of the token set. settings: plain JSON
     values of everything else that matters (needs, skipped tokens, dtype, seed, ...). mode: "static" or "sequential".
+    tokenizer: a digest of it.
     """
 
     model_fingerprint: str
@@ -45,6 +48,7 @@ class StatsIdentity:
     token_description: str
     settings: dict[str, Any]
     mode: str = "static"
+    tokenizer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Values as they come back from JSON, so that identities can be compared."""
@@ -55,13 +59,19 @@ class StatsWriter:
     """Writes statistics block by block; blocks that an earlier run with the same identity wrote are kept.
 
     Tensors have the shapes of `InputStats`, `BlockStats` and `LogitSample`. OutputError when the folder holds something
-    else, or the statistics of another model, text or setting.
+    else, or the statistics of another model, text or setting. read: digests of the weights that the written blocks were
+    made of, as `Checkpoint.bytes_read`. stamps: of the model's files now; former_stamps: as they were when the list was
+    written last, None for new statistics.
     """
 
-    def __init__(self, folder: str | Path, identity: StatsIdentity):
-        self.folder, self.identity = Path(folder), identity
+    def __init__(
+        self, folder: str | Path, identity: StatsIdentity, stamps: Mapping[str, list[int]] = MappingProxyType({})
+    ):
+        self.folder, self.identity, self.stamps = Path(folder), identity, dict(stamps)
+        self.read: dict[str, str] = {}
+        self.former_stamps: dict[str, list[int]] | None = None
         self.blocks: dict[int, dict[str, Any]] = {}
-        self.logits: dict[str, str] | None = None
+        self.logits: dict[str, Any] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,10 +90,12 @@ class StatsWriter:
         stats: Mapping[str, InputStats],
         block_stats: BlockStats | None = None,
         notes: Sequence[str] = (),
+        read: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Write one block. stats: by group name; a group may have none (a site that is never called).
 
-        notes: what was unusual about it. Tensors are named "group/field"; those of the block itself "/field".
+        notes: what was unusual about it. read: digests of all weights that were read so far. Tensors are named
+        "group/field"; those of the block itself "/field".
         """
         tensors = {
             f"{name}/{field}": value
@@ -99,13 +111,20 @@ class StatsWriter:
             "groups": [_group_to_json(group, stats) for group in groups],
             "output_names": block_stats.output_names if block_stats else (),
             "notes": list(notes),
+            "read": self._new(read),
         }
         self._write_list()
 
-    def write_logits(self, sample: LogitSample) -> None:
-        """Write the final logits."""
-        self.logits = self._write_tensors(LOGITS, sample.tensors())
+    def write_logits(self, sample: LogitSample, read: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write the final logits. read: as above."""
+        self.logits = {**self._write_tensors(LOGITS, sample.tensors()), "read": self._new(read)}
         self._write_list()
+
+    def _new(self, read: Mapping[str, str]) -> dict[str, str]:
+        """Those digests that no block has yet."""
+        new = {name: digest for name, digest in read.items() if name not in self.read}
+        self.read |= new
+        return new
 
     def _write_tensors(self, name: str, tensors: Mapping[str, Any]) -> dict[str, str]:
         """Write a file; its name and hash for the list."""
@@ -130,6 +149,7 @@ class StatsWriter:
             "format_version": FORMAT_VERSION,
             "outlierq": __version__,
             **self.identity.to_json(),
+            "stamps": self.stamps,
             "logits": self.logits,
             "blocks": [self.blocks[index] for index in sorted(self.blocks)],
         }
@@ -159,11 +179,14 @@ class StatsWriter:
                     hint="give another folder, or delete this one",
                 )
         check_list(values, str(self.folder / list_name), OutputError)
+        self.former_stamps = values["stamps"]
         for block in values["blocks"]:
             if self._is_intact(block):
                 self.blocks[block["index"]] = block
+                self.read |= block["read"]
         if values["logits"] and self._is_intact(values["logits"]):
             self.logits = values["logits"]
+            self.read |= self.logits["read"]
 
     def _is_intact(self, entry: Mapping[str, Any]) -> bool:
         """Whether the file of an entry is there as it was written."""
@@ -197,14 +220,27 @@ class StatsReader:
         """Indices of the blocks there are."""
         return tuple(sorted(self._blocks))
 
-    def check(self, model_fingerprint: str) -> None:
-        """StatsError unless the statistics are of the model with this fingerprint."""
-        if self.identity.model_fingerprint != model_fingerprint:
-            raise StatsError(
-                f"{self.folder} holds statistics of another model: {self.identity.model_fingerprint[:12]}..., "
-                f"this one is {model_fingerprint[:12]}...",
-                hint="run `outlierq calibrate` on this model",
-            )
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Digests of the weights that the statistics were made of, as `Checkpoint.bytes_read`."""
+        parts = [*self._blocks.values(), *([self._logits] if self._logits else [])]
+        return {name: digest for part in parts for name, digest in part["read"].items()}
+
+    def check(self, model_fingerprint: str, tokenizer: str | None = None) -> None:
+        """StatsError unless the statistics are of the model with this fingerprint, and of the tokens of its tokenizer.
+
+        The fingerprint knows a sample of the weights; who reads all of them compares them with `made_of`.
+        tokenizer: its digest, None where it does not matter.
+        """
+        for what, made, now in (
+            ("model", self.identity.model_fingerprint, model_fingerprint),
+            ("tokenizer", self.identity.tokenizer, self.identity.tokenizer if tokenizer is None else tokenizer),
+        ):
+            if made != now:
+                raise StatsError(
+                    f"{self.folder} holds statistics of another {what}: {made[:12]}..., this one is {now[:12]}...",
+                    hint="run `outlierq calibrate` on this model",
+                )
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """Groups and statistics of one block, the latter by group name."""
@@ -277,6 +313,16 @@ class StatsReader:
             )
         return StatsError(
             f"{self.folder} holds no statistics ({FINISHED})", hint="write them with `outlierq calibrate`"
+        )
+
+
+def check_made_of(made_of: Mapping[str, str], read: Mapping[str, str]) -> None:
+    """StatsError when statistics were made of other bytes than those that were read. Both: digests by tensor."""
+    other = [name for name, digest in read.items() if made_of.get(name, digest) != digest]
+    if other:
+        raise StatsError(
+            f"the statistics are of another model: {other[0]} has other bytes than when they were made",
+            hint="run `outlierq calibrate` on this model, and then this command with --restart",
         )
 
 

@@ -51,7 +51,11 @@ class _Group(_Part):
     parts: list[_Group] = []
 
 
-class _Block(_File):
+class _Made(_File):
+    read: dict[str, str]
+
+
+class _Block(_Made):
     index: NonNegativeInt
     groups: list[_Group]
     output_names: list[str]
@@ -64,7 +68,9 @@ class _List(_Part):
     token_description: str
     settings: dict[str, Any]
     mode: str
-    logits: _File | None
+    tokenizer: str
+    stamps: dict[str, list[int]]
+    logits: _Made | None
     blocks: list[_Block]
 
 

@@ -22,7 +22,7 @@ from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.skeleton import config_errors
 from outlierq.load.source.fingerprint import fingerprint
-from outlierq.load.source.shards import lookup, sample
+from outlierq.load.source.shards import lookup, sample, stored_digest
 from outlierq.load.source.unchanged import stamps_of
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class GgufCheckpoint(Checkpoint):
         self.path, self.source = path, source or str(path)
         self._header = read_gguf_header(path)
         self.stamps = stamps_of([path])
+        self.bytes_read: dict[str, str] = {}
         self.dtype = _dtype(self._header)
         self._parsed_config = _parsed_config(self._header)
         self.config: dict[str, Any] = _full_config(self._header, self._parsed_config, self.dtype)
@@ -75,11 +76,16 @@ class GgufCheckpoint(Checkpoint):
         dtype, shape = getattr(torch, self.dtype), lookup(self.tensors, name).shape
         parts = self._parts[name]
         if parts == (UNTOUCHED[0],) or parts == (UNTOUCHED[1],):
-            return dequantized(self.path, self._header.tensors[parts[0]], dtype).reshape(shape)
+            return dequantized(self.path, self._header.tensors[parts[0]], dtype, self.bytes_read).reshape(shape)
         value = self._processed(name, parts).to(dtype).contiguous()
         if tuple(value.shape) != shape:
             raise SourceError(f"tensor {name} became {list(value.shape)} instead of {list(shape)} when converted")
         return value
+
+    def digest(self, name: str) -> str:
+        """XXH3-128 of the bytes of a tensor, by its name in the file, as they are now; as hex."""
+        tensor = lookup(self._header.tensors, name)
+        return stored_digest(name, self.path, tensor.start, tensor.nbytes)
 
     @property
     def packed(self) -> list[str]:
@@ -93,7 +99,7 @@ class GgufCheckpoint(Checkpoint):
 
         merged: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for part in parts:
-            plain = dequantized(self.path, self._header.tensors[part], torch.float32).numpy()
+            plain = dequantized(self.path, self._header.tensors[part], torch.float32, self.bytes_read).numpy()
             result = self._processor.process(
                 weights=plain, name=part, tensor_key_mapping=self._name_map, parsed_parameters=merged
             )

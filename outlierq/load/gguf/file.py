@@ -171,24 +171,34 @@ def _check_bounds(path: Path, tensors: dict[str, GgufTensor], begin: int) -> Non
         )
 
 
-def dequantized(path: Path, tensor: GgufTensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in `dtype`, in the shape of the header; exact float32 values are computed run by run, rounded once."""
+def dequantized(
+    path: Path, tensor: GgufTensor, dtype: torch.dtype, digests: dict[str, str] | None = None
+) -> torch.Tensor:
+    """The values in `dtype`, in the shape of the header; exact float32 values are computed run by run, rounded once.
+
+    digests: gets the XXH3-128 of the tensor's bytes.
+    """
     import numpy as np
     import torch
+    import xxhash
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     rows = prod(tensor.shape[:-1])
     values = torch.empty((rows, tensor.shape[-1]), dtype=dtype)
     run = max(1, VALUES_PER_RUN // tensor.shape[-1])
+    digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         for first in range(0, rows, run):
             count = min(run, rows - first)
             raw = np.empty((count, tensor.row_bytes), np.uint8)
             start = tensor.start + first * tensor.row_bytes
             read_exactly(file, start, memoryview(raw).cast("B"), tensor.name, path)
+            digest.update(memoryview(raw).cast("B"))
             plain = dequantize(raw.view(_plain_dtype(tensor.type)), GGMLQuantizationType[tensor.type])
             values[first : first + count] = torch.from_numpy(np.ascontiguousarray(plain))
+    if digests is not None:
+        digests.setdefault(tensor.name, digest.hexdigest())
     return values.reshape(tensor.shape)
 
 

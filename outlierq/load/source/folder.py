@@ -23,6 +23,7 @@ from outlierq.load.source.shards import (
     read_some_rows,
     read_stored,
     sample,
+    stored_digest,
 )
 from outlierq.load.source.unchanged import stamps_of
 
@@ -74,6 +75,7 @@ class FolderCheckpoint(Checkpoint):
         self.config: dict[str, Any] = json_object(self._config_bytes, "config.json", SourceError, hint=AGAIN)
         self._stored = _stored_tensors(path, self._names(), self._header)
         self.stamps = stamps_of(self.weight_files)
+        self.bytes_read: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
         self.dtype = _dtype(self.config, self.tensors.values())
 
@@ -99,15 +101,22 @@ class FolderCheckpoint(Checkpoint):
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors, each in the shape of its header; each shard is opened once."""
-        return dict(read_stored(self._stored, names, self._open))
+        return dict(read_stored(self._stored, names, self._open, self.bytes_read))
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
         """The tensor `count` rows at a time, [count, ...] each; a piece is valid until the next is asked for."""
-        return read_rows(lookup(self._stored, name), count, self._open)
+        return read_rows(lookup(self._stored, name), count, self._open, self.bytes_read)
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
         """Some rows of the tensor, [len(rows), ...], in the given order."""
+        if name not in self.bytes_read:  # a sample of rows would not tell two tensors apart
+            self.bytes_read[name] = self.digest(name)
         return read_some_rows(lookup(self._stored, name), rows, self._open)
+
+    def digest(self, name: str) -> str:
+        """XXH3-128 of the tensor's bytes as they are now, as hex."""
+        stored = lookup(self._stored, name)
+        return stored_digest(name, stored.path, stored.start, stored.info.nbytes, self._open)
 
     def _names(self) -> Collection[str]:
         """The files that there are."""

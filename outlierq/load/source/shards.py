@@ -33,6 +33,9 @@ MOST_DIMENSIONS, LARGEST_SIZE = 64, 1 << 63
 
 AGAIN = "download or copy the file again"
 
+# Bytes of a tensor that are digested at a time.
+PIECE_BYTES = 1 << 22
+
 # Opens a weight file without a buffer of its own; a file that is not here yet is fetched first.
 Opener = Callable[[Path], BinaryIO]
 
@@ -148,9 +151,15 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read_stored(
-    tensors: dict[str, StoredTensor], names: Iterable[str], opened: Opener = open_plain
+    tensors: dict[str, StoredTensor],
+    names: Iterable[str],
+    opened: Opener = open_plain,
+    digests: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor in the shape of its header) for each name, grouped by file so that each file is opened once."""
+    """(name, tensor in the shape of its header) for each name, grouped by file so that each file is opened once.
+
+    digests: gets the XXH3-128 of the bytes of each tensor that it does not have yet.
+    """
     by_file: dict[Path, list[StoredTensor]] = {}
     for name in names:
         stored = lookup(tensors, name)
@@ -158,16 +167,21 @@ def read_stored(
     for path, group in by_file.items():
         with reading(path), opened(path) as file:
             for stored in sorted(group, key=lambda stored: stored.start):
-                yield stored.info.name, _read_one(file, stored)
+                yield stored.info.name, _read_one(file, stored, digests)
 
 
-def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> Iterator[torch.Tensor]:
+def read_rows(
+    stored: StoredTensor, count: int, opened: Opener = open_plain, digests: dict[str, str] | None = None
+) -> Iterator[torch.Tensor]:
     """A tensor `count` rows at a time, [<= count, ...], in one buffer: a piece is valid until the next is asked for.
 
     Fresh memory for every tensor would cost more than reading it: the system clears each page before it is filled.
+    digests: as above, once the last row is read.
     """
     import torch
+    import xxhash
 
+    digest = xxhash.xxh3_128()
     rows = stored.info.shape[0]
     row_bytes = stored.info.nbytes // max(1, rows)
     raw = torch.empty(min(count, rows) * row_bytes, dtype=torch.uint8)
@@ -176,7 +190,24 @@ def read_rows(stored: StoredTensor, count: int, opened: Opener = open_plain) -> 
             part = raw[: min(count, rows - first) * row_bytes]
             start = stored.start + first * row_bytes
             read_exactly(file, start, memoryview(part.numpy()), stored.info.name, stored.path)
+            if digests is not None:
+                digest.update(memoryview(part.numpy()))
             yield part.view(torch_dtype(stored.info.dtype)).view(-1, *stored.info.shape[1:])
+    if digests is not None:
+        digests.setdefault(stored.info.name, digest.hexdigest())
+
+
+def stored_digest(name: str, path: Path, start: int, nbytes: int, opened: Opener = open_plain) -> str:
+    """XXH3-128 of bytes of a file, as hex; read piece by piece."""
+    import xxhash
+
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(nbytes, PIECE_BYTES)))
+    with reading(path), opened(path) as file:
+        for first in range(0, nbytes, PIECE_BYTES):
+            part = buffer[: min(PIECE_BYTES, nbytes - first)]
+            read_exactly(file, start + first, part, name, path)
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_some_rows(stored: StoredTensor, rows: Iterable[int], opened: Opener = open_plain) -> torch.Tensor:
@@ -208,12 +239,15 @@ def lookup(tensors: Mapping[str, Entry], name: str) -> Entry:
     )
 
 
-def _read_one(file: BinaryIO, stored: StoredTensor) -> torch.Tensor:
+def _read_one(file: BinaryIO, stored: StoredTensor, digests: dict[str, str] | None) -> torch.Tensor:
     """Read one tensor's bytes into fresh memory."""
     import torch
+    import xxhash
 
     raw = torch.empty(stored.info.nbytes, dtype=torch.uint8)
     read_exactly(file, stored.start, memoryview(raw.numpy()), stored.info.name, stored.path)
+    if digests is not None and stored.info.name not in digests:
+        digests[stored.info.name] = xxhash.xxh3_128_hexdigest(memoryview(raw.numpy()))
     return raw.view(getattr(torch, DTYPES[stored.info.dtype][0])).reshape(stored.info.shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,20 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
                 hint="wait for the program that writes there and run the same command again; add --restart to compress "
                 "what is there now",
             )
+
+
+def lasting_stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """The same by file name, for a run that goes on later; with the time of the last change of any kind in it.
+
+    That one cannot be set back, as the other can by whoever copies a file. Empty for a source whose files come and go.
+    """
+    found = {path: path.stat() for path in checkpoint.stamps}
+    return {p.name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in found.items()}
+
+
+def differing(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[str]:
+    """Names of the tensors whose bytes are not those that were read before. digests: as `Checkpoint.bytes_read`."""
+    return [name for name, digest in digests.items() if checkpoint.digest(name) != digest]
 
 
 def _stamp(path: Path) -> Stamp:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,12 +48,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Done:
-    """A unit that is written and read back, but not yet forced onto the disk. seconds: by stage, of one thread."""
+    """A unit that is written and read back, but not yet forced onto the disk. seconds: by stage, of one thread.
+
+    read: digests of the source's tensors that another process has read.
+    """
 
     name: str
     digests: Digests
     rows: list[SiteRow]
     seconds: dict[str, float]
+    read: dict[str, str] = field(default_factory=dict)
 
 
 def is_data_free(plan: Plan) -> bool:
@@ -76,7 +80,7 @@ def give(units: list[Unit], output: Output, resources: Resources) -> None:
     with closing(done_in_order(units[ranks.rank :: ranks.size], output, resources.device)) as ours:
         for done in ours:
             output.writer.sync()
-            ranks.send(done, 0)
+            ranks.send(replace(done, read=output.newly_read()), 0)
 
 
 def output_beside(plan: Plan, work: Path, ranks: Ranks) -> Output:

@@ -13,6 +13,7 @@ from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
 from outlierq.core.model import Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
+from outlierq.load import tokenizer_digest
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,13 @@ class StatsSource(Protocol):
     Tensors of a block are given by name, in the shape of their headers; statistics have the shapes of `InputStats` and
     `BlockStats`.
     identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
+    made_of: digests of the source's tensors that finished statistics were made of, as `Checkpoint.bytes_read`.
     remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
     """
 
     identity: dict[str, Any]
     seed: int | None
+    made_of: Mapping[str, str]
     remark: str
     notes: list[str]
 
@@ -62,6 +65,7 @@ class NoStats:
         self.structure, self.remark = structure, remark
         self.identity: dict[str, Any] = {}
         self.seed: int | None = None
+        self.made_of: Mapping[str, str] = {}
         self.notes: list[str] = []
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
@@ -104,7 +108,8 @@ class StatsFromFile(NoStats):
         super().__init__(structure)
         self.shifts = shifts or {}
         self.reader = StatsReader(folder)
-        self.reader.check(checkpoint.fingerprint)
+        self.reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
+        self.made_of = self.reader.made_of
         found = self.reader.identity
         self.identity = {"statistics": found.to_json()}
         self.seed = found.settings["seed"]

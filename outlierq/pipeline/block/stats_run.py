@@ -101,6 +101,7 @@ class StatsFromRun:
         several = {"shards": self._count} if self._count > 1 else {}
         self.identity: dict[str, Any] = {"text": tokens.fingerprint, **several}
         self.seed, self.remark = settings.seed, ""
+        self.made_of: Mapping[str, str] = {}
         self._dtype = _torch_dtype(self.checkpoint.dtype)
         self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, self.ranks)]
         self._started = False

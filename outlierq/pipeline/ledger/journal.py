@@ -13,13 +13,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
 from outlierq.core.machine.own_files import remove_files
 from outlierq.core.machine.untrusted import brief, checked, json_object
 from outlierq.core.report import SiteRow
 from outlierq.export.writer import disk_error
+from outlierq.load import differing, lasting_stamps
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
 
 # No program but this one gives a file this name, and names with a dot are never carried over from a source.
 JOURNAL = ".outlierq-journal.jsonl"
@@ -35,9 +39,10 @@ class Journal:
     """Finished units of one run, in `folder`. entries: unit name -> what was written about it.
 
     identity: what must be equal for a run to go on. about: what a reader of an unfinished run wants to know, by name.
-    files: every name that the run may write in the folder; only what a journal lists is ever removed. spent: gives wall
-    seconds by stage since it was asked last; each line carries them. seconds: what earlier processes spent on this run;
-    a killed one takes the time since its last line with it.
+    read: digests of the source's tensors that were read so far, as `Checkpoint.bytes_read`. stamps: `lasting_stamps` of
+    its files when they were looked at last. files: every name that the run may write in the folder; only what a journal
+    lists is ever removed. spent: gives wall seconds by stage since it was asked last; each line carries them. seconds:
+    what earlier processes spent on this run; a killed one takes the time since its last line with it.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Journal:
         self._first_line = {"identity": identity, "about": dict(about), "files": sorted(files)}
         self.path = folder / JOURNAL
         self.entries: dict[str, dict[str, Any]] = {}
+        self.read: dict[str, str] = {}
+        self.stamps: dict[str, list[int]] = {}
         self.seconds: Counter[str] = Counter()
         if self.path.exists():
             self._resume(identity)
@@ -73,6 +80,26 @@ class Journal:
         """Record a finished unit; it is on the disk when this returns."""
         self._append({"unit": unit, **content, "seconds": dict(self._spent())})
         self.entries[unit] = content
+        self.read |= content.get("read", {})
+
+    def check_source(self, checkpoint: Checkpoint) -> None:
+        """OutputError when the source's files have changed since, and a tensor in them that was read has other bytes.
+
+        Files that were copied, or put in their place again, are read once more; unchanged ones are not.
+        """
+        now = lasting_stamps(checkpoint)
+        if now == self.stamps:
+            return
+        changed = differing(checkpoint, self.read)
+        if changed:
+            more = f" and {len(changed) - 1} more" if changed[1:] else ""
+            raise OutputError(
+                f"{self.folder} holds an unfinished run ({len(self.entries)} units done) of other weights: {changed[0]}"
+                f"{more} of {checkpoint.source} had other bytes",
+                hint="put the former files back to finish it, or add --restart to compress what is there now",
+            )
+        self.stamps = now
+        self._append({"stamps": now})
 
     @contextmanager
     def told_of_stops(self) -> Iterator[None]:
@@ -107,8 +134,11 @@ class Journal:
         try:
             former = lines[0]["identity"] if lines else {}
             self.seconds = seconds_of(lines)
-            timed = [(line, line.pop("seconds", None)) for line in lines[1:]]
-            entries = {line.pop("unit"): line for line, seconds in timed if line or seconds is None}
+            for line in lines[1:]:
+                self.stamps = line.get("stamps", self.stamps)
+                self.read |= line.get("read", {})
+            units = [line for line in lines[1:] if line.keys() - {"seconds", "stamps"}]
+            entries = {line["unit"]: {key: value for key, value in line.items() if key != "unit"} for line in units}
         except (KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{self.path} is damaged: {error}", hint="run again with --restart") from error
         wanted = json.loads(json.dumps(identity))
@@ -122,6 +152,8 @@ class Journal:
         if differing:
             # Nothing was done yet, so nothing is lost by starting over.
             self.seconds.clear()
+            self.read.clear()
+            self.stamps.clear()
             remove_files(self.folder, sorted(listed_files(self.folder)))
             _cut(self.path, 0)
             self._append(self._first_line)
@@ -186,7 +218,15 @@ def _checked_line(line: bytes, path: Path, *, first: bool) -> dict[str, Any]:
     """The object on one line; OutputError when it does not hold what we write."""
     hint = "run again with --restart"
     value = json_object(line, f"{path} is damaged: a line", OutputError, hint=hint)
-    parts = {"seconds": dict, "rows": list, "transforms": list, "notes": list, "unit": str}
+    parts = {
+        "seconds": dict,
+        "rows": list,
+        "transforms": list,
+        "notes": list,
+        "unit": str,
+        "read": dict,
+        "stamps": dict,
+    }
     parts |= {"identity": dict, "about": dict, "files": list} if first else {}
     faults = [name for name, kind in parts.items() if not isinstance(value.get(name, kind()), kind)]
     faults += [name for name in UNIT_KEYS if "unit" in value and name not in value]

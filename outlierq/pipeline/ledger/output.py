@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.stored.stats_file import check_made_of
 from outlierq.core.errors import OutputError
 from outlierq.core.model import Block, LinearSite, as_matrix, from_matrix
 from outlierq.core.quant_tensor import QuantTensor
@@ -39,7 +40,8 @@ class Output:
     """The shards of a run in its work folder, and the journal of what is in them.
 
     `put_linear` and `put_tensor` may be called from several threads at once, `commit` from one. Without a journal
-    nothing can be committed: that is for who writes on behalf of another process.
+    nothing can be committed: that is for who writes on behalf of another process. made_of: digests of the tensors that
+    statistics were made of, which must be those that are read here.
     """
 
     def __init__(self, plan: Plan, work: Path, journal: Journal | None):
@@ -48,6 +50,8 @@ class Output:
         self.form = exporter(plan.recipe.export.format, plan.checkpoint.config)
         self.writer = ShardWriter(work, plan.layout)
         self.committed: set[str] = set()
+        self._told: set[str] = set(journal.read) if journal else set()
+        self.made_of: dict[str, str] = dict(plan.checkpoint.made_of)
 
     def write(
         self,
@@ -139,18 +143,32 @@ class Output:
         rows: Sequence[SiteRow],
         transforms: Sequence[Mapping[str, Any]] = (),
         notes: Sequence[str] = (),
+        read: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """End a unit that is written and read back: force it onto the disk, then enter it in the journal."""
+        """End a unit that is written and read back: force it onto the disk, then enter it in the journal.
+
+        read: what another process has read for it. StatsError when statistics were made of other bytes.
+        """
         self.writer.sync()
         check_unchanged(self.plan.checkpoint)
+        read = {**self.newly_read(), **read}
+        check_made_of(self.made_of, read)
         self.committed.add(unit)
         entry = {
             "xxh3_128": self._digest_of_unit(unit, digests),
             "rows": [asdict(row) for row in rows],
             "transforms": list(transforms),
             "notes": list(notes),
+            "read": read,
         }
         self.journal.add(unit, entry)
+
+    def newly_read(self) -> dict[str, str]:
+        """Digests of the source's tensors that were read since this was asked last."""
+        read = list(self.plan.checkpoint.bytes_read.items())  # other threads go on reading
+        new = {name: digest for name, digest in read if name not in self._told}
+        self._told |= new.keys()
+        return new
 
     def _digest_of_unit(self, unit: str, digests: Digests) -> str:
         """One digest of the digests of a unit's tensors, in file order."""

@@ -106,7 +106,9 @@ def pruned(
     numbers = {str(index): choice.tolist() for index, choice in kept.items()}
     changed = _config(checkpoint.config, total, remaining)
     identity = [method.name, numbers]
-    return PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=reader is not None)
+    pruned = PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=reader is not None)
+    pruned.made_of = {**checkpoint.made_of, **(reader.made_of if reader else {})}
+    return pruned
 
 
 def _experts(block: Block) -> list[str]:
@@ -123,8 +125,10 @@ def _reader(checkpoint: Checkpoint, folder: Path | str | None) -> StatsReader | 
     """The statistics in a folder. StatsError when they are of another model."""
     if folder is None:
         return None
+    from outlierq.load import tokenizer_digest
+
     reader = StatsReader(Path(folder))
-    reader.check(checkpoint.fingerprint)
+    reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
     return reader
 
 
