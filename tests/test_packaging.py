@@ -80,12 +80,12 @@ def wheels(sdist, tmp_path_factory) -> dict[str, Path]:
 
 def installed(wheel: Path, place: Path) -> Path:
     """The interpreter of a new environment with this wheel; all else comes from the environment that runs the tests."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    output_of(sys.executable, "-m", "venv", "--without-pip", place, cwd=place.parent)
     python = place / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(pip, check=True)
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index")
+    output_of(*pip, wheel, cwd=place.parent)
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(output_of(python, "-c", ask, cwd=place.parent).strip())
     # A path in a .pth file is added after the environment's own, and .pth files in it (editable installs) are not read.
     (packages / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
     return python
