@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from outlierq.core.errors import OutlierqError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from outlierq.core.limits import Limits
     from outlierq.core.model import Checkpoint
     from outlierq.evaluate.gate import GateRow
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.processes.ranks import Ranks
     from outlierq.recipe import Recipe
+
+T = TypeVar("T")
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -248,7 +252,7 @@ def say(text: str, quiet: bool = False) -> None:
         typer.echo(text, err=True)
 
 
-def plan_view(plan: Plan) -> Any:
+def plan_view(plan: Plan) -> RenderableType:
     """The plan as a table."""
     from outlierq.report import terminal
 
@@ -290,7 +294,7 @@ def gate_limits(
     """The limits given on the command line."""
     from outlierq.core.limits import Limits, TaskLimit, share
 
-    def read(parse: Any, text: str | None, option: str) -> Any:
+    def read(parse: Callable[[str], T], text: str | None, option: str) -> T | None:
         try:
             return None if text is None else parse(text)
         except ValueError as error:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-from outlierq.core.quant_tensor import QuantTensor
-
-if TYPE_CHECKING:
-    import torch
-
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from outlierq.core.quant_tensor import QuantTensor
-
 
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -278,7 +269,7 @@ class StudiedModel:
     """
 
     checkpoint: Checkpoint
-    skeleton: torch.nn.Module
+    skeleton: PreTrainedModel
     structure: Structure
     names: Mapping[str, str]
 

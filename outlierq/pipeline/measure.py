@@ -33,6 +33,7 @@ from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from outlierq.recipe import Gate
 
@@ -217,7 +218,7 @@ class _Side:
         )
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         from outlierq.load import load_tokenizer
 
         return load_tokenizer(self.checkpoint)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlierq.cli import shared
+
+if TYPE_CHECKING:
+    from outlierq.recipe.sections import Calibration
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -89,7 +92,7 @@ def command(
 
 def calibration_settings(
     recipe: str | None, settings: list[str] | None, given: dict, chat_template: bool, trust_methods: bool = False
-) -> object:
+) -> Calibration | None:
     """The calibration section of the recipe (or the defaults) with the command line's values on top."""
     import json
 

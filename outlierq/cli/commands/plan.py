@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from outlierq.cli import shared
+
+if TYPE_CHECKING:
+    from outlierq.pipeline.planning.estimate import Estimate
+    from outlierq.pipeline.planning.plan import Plan
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -69,7 +75,7 @@ def conversion(
     settings: list[str] | None,
     revision: str | None,
     trust_remote_code: bool,
-) -> object | None:
+) -> Plan | None:
     """The plan of a conversion, None when none is asked for."""
     if form is None:
         return None
@@ -81,7 +87,7 @@ def conversion(
     return make_conversion(checkpoint, form)
 
 
-def describe(plan: object, expected: object) -> dict:
+def describe(plan: Plan, expected: Estimate) -> dict:
     """The plan for machines."""
     return {
         "model": plan.checkpoint.source,

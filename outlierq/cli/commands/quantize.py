@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlierq.cli import shared
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -62,7 +65,7 @@ def command(
     ranks = shared.ranks_of(context, stream_from_hub)
     ceiling = shared.ceiling(max_memory)
 
-    def opened() -> object:
+    def opened() -> Checkpoint:
         if stream_from_hub:
             return shared.open_streamed(context, model, shared.out_path(out), revision, trust_remote_code, restart)
         return shared.open_model(model, revision, trust_remote_code)

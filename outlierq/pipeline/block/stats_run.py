@@ -430,7 +430,7 @@ def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
     return tokens
 
 
-def _torch_dtype(name: str) -> Any:
+def _torch_dtype(name: str) -> torch.dtype:
     """float16 overflows in residual streams on a CPU; blocks run in bfloat16 or float32."""
     import torch
 

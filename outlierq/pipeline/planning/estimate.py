@@ -35,7 +35,7 @@ def _seconds(plan: Plan) -> float:
         return 3.0 + sum(s.out_features * s.in_features for s in plan.schemes) / 2e8
     tokens = calibration.samples * calibration.sequence_length
     inputs = {(b.index, s.expert, s.in_features) for b in plan.structure.blocks for s in b.sites}
-    share = _share_of_experts(plan)
+    share = 1.0 if calibration.all_experts else _share_of_experts(plan)
     products = 2 * tokens * sum(s.out_features * s.in_features * (share if s.expert else 1) for s in plan.schemes)
     products += 2 * tokens * sum(k * k * (share if expert else 1) for _, expert, k in inputs)
     solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
@@ -44,11 +44,11 @@ def _seconds(plan: Plan) -> float:
 
 
 def _share_of_experts(plan: Plan) -> float:
-    """Which share of the tokens an expert gets on average; 1 when every expert sees all of them."""
-    config, calibration = plan.model.skeleton.config.get_text_config(), plan.recipe.calibration
+    """Which share of the tokens the router sends to an expert on average; 1 without experts."""
+    config = plan.model.skeleton.config.get_text_config()
     experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
     chosen = getattr(config, "num_experts_per_tok", None)
-    return chosen / experts if experts and chosen and not calibration.all_experts else 1.0
+    return chosen / experts if experts and chosen else 1.0
 
 
 def _flops() -> float:

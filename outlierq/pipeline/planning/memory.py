@@ -23,7 +23,7 @@ from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, Work
 from outlierq.pipeline.resources import Resources
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
 
 # Weights of a stack that are solved at a time when memory is short, and sequences of a batch: the least.
@@ -33,7 +33,7 @@ LEAST_WEIGHTS = 1 << 18
 LARGE = 2 << 20
 
 
-def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_length: int) -> int:
+def evaluation_bytes(models: Sequence[PreTrainedModel], dtype: str, window_length: int) -> int:
     """Upper bound of resident memory while these models are measured side by side on a text, all weights in memory."""
     from outlierq.evaluate.divergence import CHUNK_ELEMENTS
 
@@ -47,11 +47,11 @@ def evaluation_bytes(models: Sequence[torch.nn.Module], dtype: str, window_lengt
         token = itemsize * (4 * min(inner, 8 * config.hidden_size) + 12 * config.hidden_size)
         scores = config.num_attention_heads * window_length * 2 * FLOAT
         most = max(most, window_length * (token + scores), 2 * FLOAT * max(sizes))
-    logits = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
+    logits: int = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
     return BASE_BYTES + found + most + logits
 
 
-def check_evaluation(models: Sequence[torch.nn.Module], dtype: str, window_length: int, ceiling: int | None) -> None:
+def check_evaluation(models: Sequence[PreTrainedModel], dtype: str, window_length: int, ceiling: int | None) -> None:
     """OutlierqError when a measurement would need more than the ceiling: models are measured whole, not by block."""
     needed = evaluation_bytes(models, dtype, window_length)
     if ceiling is not None and needed > ceiling:

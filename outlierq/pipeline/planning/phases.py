@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from outlierq.calibrate.collect import BLOCK_FIELDS, CHUNK_ELEMENTS_DEVICE
+from outlierq.calibrate.collect import CHUNK_ELEMENTS_DEVICE
+from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.model import Block
 from outlierq.export.writer import PIECE_BYTES
 from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.ops.search.refine import fitted_together
 from outlierq.pipeline.planning.work import Savings, Work
+from outlierq.recipe import Calibration
 
 FLOAT = 4  # bytes of a float32
 
@@ -99,20 +101,26 @@ class Phases:
         return 2 * self._batch_tokens * token
 
     @property
+    def _text(self) -> Calibration:
+        """What runs through the blocks; asked for only where something does."""
+        assert self.work.calibration is not None, "no text runs"
+        return self.work.calibration
+
+    @property
     def _batch_tokens(self) -> int:
         """Tokens that run at once."""
-        calibration = self.work.calibration
+        calibration = self._text
         return min(self.savings.batch_size or calibration.batch_size, calibration.samples) * calibration.sequence_length
 
     def activations(self) -> int:
         """One batch inside of a block: what each linear returns, its inputs, and the residual stream with its norm."""
-        work, calibration = self.work, self.work.calibration
+        work = self.work
         expert = [s for s in self.block.sites if s.expert]
         plain = [s for s in self.block.sites if not s.expert]
         outputs = sum(s.out_features for s in plain) + 3 * max((s.out_features for s in expert), default=0)
         widest = max(s.in_features for s in self.block.sites)
         token = work.itemsize * (outputs + 2 * widest + 8 * work.hidden) + FLOAT * 2 * work.hidden
-        length = calibration.sequence_length
+        length = self._text.sequence_length
         scores = self._batch_tokens * length * FLOAT  # a mask
         if work.eager:
             scores += self._batch_tokens * length * work.heads * (FLOAT + 2 * work.itemsize)
