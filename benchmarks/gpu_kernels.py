@@ -20,6 +20,7 @@ from record import write_results
 
 from outlierq.kernels import launch, layout
 from outlierq.kernels.layout import PackedWeight
+from outlierq.ops.twins.quant_rows import SplitOperands
 
 CALLS, REPLAYS, EAGER_CALLS = 20, 50, 200
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -163,11 +164,11 @@ def measure_int8(bandwidth: float) -> list[dict]:
 
 
 def with_outliers(codes, low, scale_x, scale, outliers, kept) -> torch.Tensor:
-    return launch.w8a8_outlier(low, scale_x, codes, scale, outliers, kept, dtype=DTYPE)
+    return launch.w8a8_outlier(SplitOperands(low, scale_x, codes, scale, outliers, kept), dtype=DTYPE)
 
 
 def without_outliers(codes, low, scale_x, scale, outliers, kept) -> torch.Tensor:
-    return launch.w8a8_outlier(low, scale_x, codes, scale, dtype=DTYPE)
+    return launch.w8a8_outlier(SplitOperands(low, scale_x, codes, scale), dtype=DTYPE)
 
 
 def whole_linear(x, codes, columns, pitch, scale, kept) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Bound:
 BOUNDS = {
     "circles between files": Bound(0, 0),
     "files in the largest folder": Bound(15, 15),
-    "functions with 8 or more arguments": Bound(8, 32),
+    "functions with 8 or more arguments": Bound(8, 8),
     "functions that return Any or object": Bound(5, 10),
     "probes of formats and checkpoints": Bound(0, 20),
     "docstrings with shapes where there are tensors": Bound(90, 90, "%", at_least=True),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference.statistics import tables_of
 
-from outlierq.calibrate.collect import ALL_FIELDS, Collector, stored_fields, token_stride
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences, stored_fields, token_stride
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import InputGroup, LinearSite
 from outlierq.ops.precision import matmul_operands
@@ -40,7 +40,8 @@ def inputs(sequences: int, seed: int = 0, length: int = LENGTH) -> torch.Tensor:
 
 def collect(batches, needs=ALL_FIELDS, **settings):
     module = TwoLinears().to(batches[0].dtype)
-    collector = Collector(module, GROUPS, needs, sequence_length=LENGTH, **settings)
+    tokens = Sequences(LENGTH, settings.pop("skip_first_tokens", 0), settings.pop("ids", None))
+    collector = Collector(module, GROUPS, needs, tokens, **settings)
     with torch.inference_mode(), collector:
         for batch in batches:
             module(batch)
@@ -195,7 +196,7 @@ def test_the_settings_of_matrix_products_are_restored():
 
 def test_routed_tokens_are_counted_without_positions():
     module = TwoLinears()
-    collector = Collector(module, GROUPS[1:], ALL_FIELDS, sequence_length=LENGTH, skip_first_tokens=1)
+    collector = Collector(module, GROUPS[1:], ALL_FIELDS, Sequences(LENGTH, 1))
     with collector:
         module.flat(inputs(1, length=7)[0])
         module.flat(inputs(1, length=10)[0])
@@ -218,7 +219,7 @@ def test_a_number_that_is_not_finite_names_the_site(bad):
 
 def test_a_site_that_saw_no_tokens_is_named():
     module = TwoLinears()
-    collector = Collector(module, GROUPS, ALL_FIELDS, sequence_length=LENGTH)
+    collector = Collector(module, GROUPS, ALL_FIELDS, Sequences(LENGTH))
     with collector:
         module.wide(inputs(1))
     with pytest.raises(StatsError, match=r"b\.0\.flat saw no tokens"):
@@ -227,7 +228,7 @@ def test_a_site_that_saw_no_tokens_is_named():
 
 def test_skipping_whole_sequences_is_refused():
     with pytest.raises(StatsError, match="skip_first_tokens=10 must be below the 10"):
-        Collector(TwoLinears(), GROUPS, ALL_FIELDS, sequence_length=LENGTH, skip_first_tokens=LENGTH)
+        Collector(TwoLinears(), GROUPS, ALL_FIELDS, Sequences(LENGTH, LENGTH))
 
 
 def test_the_first_token_counts_sink_weight_times_in_the_hessian():

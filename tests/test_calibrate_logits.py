@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from outlierq.calibrate.logits import sample_logits, sample_places
-from outlierq.calibrate.runner import BlockRunner
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Block, Structure
 
@@ -24,8 +24,7 @@ def through_the_blocks(model, ids):
     runner = BlockRunner(
         model,
         Structure(blocks, (), ()),
-        materialise=asked.append,
-        release=asked.append,
+        PartWeights(asked.append, asked.append),
         dtype=torch.float32,
         batch_size=2,
     )

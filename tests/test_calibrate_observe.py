@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from outlierq.calibrate import collect
 from outlierq.calibrate.collect import BLOCK_FIELDS, token_stride
 from outlierq.calibrate.observe import NO_INTERFACE, BlockObserver, kurtosis
-from outlierq.calibrate.runner import BlockRunner
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.calibrate.text import token_classes
 from outlierq.core.block_stats import TOP_COLUMNS
 from outlierq.core.errors import StatsError
@@ -68,8 +68,7 @@ def observed(tiny: SimpleNamespace, fields=BLOCK_FIELDS, batch: int = BATCH):
     runner = BlockRunner(
         tiny.model,
         tiny.structure,
-        materialise=lambda name: None,
-        release=lambda name: None,
+        PartWeights(lambda name: None, lambda name: None),
         dtype=torch.float32,
         batch_size=batch,
     )

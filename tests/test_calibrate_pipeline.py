@@ -14,7 +14,7 @@ from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.load import build_skeleton, find_structure, open_checkpoint, study
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile
-from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
+from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, token_set
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.recipe import load
 
@@ -44,7 +44,7 @@ def ids(tiny_llama) -> torch.Tensor:
 def source_of(model, work, needs) -> StatsFromRun:
     studied = study(open_checkpoint(str(model)))
     tokens = token_set(studied, settings())
-    return StatsFromRun(studied, tokens, settings(), work, fields=stored_fields(needs))
+    return StatsFromRun(studied, tokens, settings(), work, asked=Asked(stored_fields(needs)))
 
 
 def test_everything_is_kept_for_every_group_and_block(folder, ids):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from outlierq.calibrate.collect import Collector
+from outlierq.calibrate.collect import Collector, Sequences
 from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
-from outlierq.calibrate.runner import BlockRunner
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.calibrate.text import token_windows
 from outlierq.core.model import Block, LinearSite, Structure
 
@@ -48,7 +48,7 @@ def test_a_trained_model_is_calibrated_block_by_block(smollm):
     model, tokenizer, structure = smollm
     ids = token_windows(tokenizer, "embedded", samples=8, sequence_length=128, seed=0).ids
     runner = BlockRunner(
-        model, structure, materialise=lambda name: None, release=lambda name: None, dtype=torch.bfloat16, batch_size=4
+        model, structure, PartWeights(lambda name: None, lambda name: None), dtype=torch.bfloat16, batch_size=4
     )
     hidden = runner.start(ids)
     assert len(structure.blocks) == 30
@@ -57,7 +57,7 @@ def test_a_trained_model_is_calibrated_block_by_block(smollm):
         groups = prove_folds(module, block, find_groups(module, block, run_once), run_once, model.config)
         assert [len(group.sites) for group in groups] == [3, 1, 2, 1]
         assert all(group.fold for group in groups), [group.fold_note for group in groups]
-        collector = Collector(module, groups, {"hessian", "sum_sq", "abs_max"}, sequence_length=128)
+        collector = Collector(module, groups, {"hessian", "sum_sq", "abs_max"}, Sequences(128))
         runner.run(module, index, hidden, collector)
         for stats in collector.finish().values():
             assert stats.tokens == 8 * 128

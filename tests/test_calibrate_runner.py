@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from outlierq.calibrate.collect import Collector
-from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.collect import Collector, Sequences
+from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
 from outlierq.calibrate.trace import submodule
 from outlierq.core.errors import NumbersError, SourceError, StatsError
 from outlierq.core.model import Block, InputGroup, LinearSite, Structure
@@ -54,8 +54,8 @@ class Toy(torch.nn.Module):
 
 
 def runner_of(model, structure=TWO_BLOCKS, **settings) -> BlockRunner:
-    settings = {"materialise": lambda name: None, "release": lambda name: None, "dtype": torch.float32, **settings}
-    return BlockRunner(model, structure, batch_size=2, **settings)
+    weights = PartWeights(settings.pop("materialise", lambda name: None), settings.pop("release", lambda name: None))
+    return BlockRunner(model, structure, weights, batch_size=2, **{"dtype": torch.float32, **settings})
 
 
 def ids(sequences: int = 5, tokens: int = 6) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_run_block_by_block_is_refused(habit, message):
 
 def test_hidden_states_spill_to_a_file_above_the_limit(tmp_path):
     model = Toy()
-    plain, spilled = runner_of(model), runner_of(model, work_folder=tmp_path, spill_bytes=100)
+    plain, spilled = runner_of(model), runner_of(model, spill=Spill(tmp_path, 100))
     kept, mapped = plain.start(ids()), spilled.start(ids())
     assert mapped.spilled and not kept.spilled
     for index, layer in enumerate(model.layers):
@@ -167,7 +167,7 @@ def test_a_run_collects_statistics_on_the_way():
     hidden = runner.start(ids())
     expected = hidden.values.reshape(-1, 4).double()
     group = InputGroup("layers.0.linear", (LinearSite("layers.0.linear", "w", None, 4, 4, 0),))
-    collector = Collector(model.layers[0], [group], {"sum_x"}, sequence_length=6)
+    collector = Collector(model.layers[0], [group], {"sum_x"}, Sequences(6))
     runner.run(model.layers[0], 0, hidden, collector)
     stats = collector.finish()["layers.0.linear"]
     assert stats.tokens == 30 and torch.allclose(stats.sum_x, expected.sum(0), atol=1e-5)  # a sum may be near 0
@@ -176,7 +176,7 @@ def test_a_run_collects_statistics_on_the_way():
 def test_a_collector_without_a_run_has_no_statistics():
     group = InputGroup("layers.0.linear", (LinearSite("layers.0.linear", "w", None, 4, 4, 0),))
     with pytest.raises(StatsError, match="saw no tokens"):
-        Collector(Toy().layers[0], [group], {"sum_x"}, sequence_length=6).finish()
+        Collector(Toy().layers[0], [group], {"sum_x"}, Sequences(6)).finish()
 
 
 def test_gradients_flow_through_a_recorded_call():

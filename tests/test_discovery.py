@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from outlierq.calibrate.folds import apply_fold, check_fold, producer_scale, prove_folds
 from outlierq.calibrate.groups import NOT_CALLED, find_groups
-from outlierq.calibrate.runner import BlockRunner
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.core.model import Block, Fold, InputGroup, LinearSite, Structure
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -246,8 +246,7 @@ def build(config_name: str, arguments: dict, expected: list, *, batch_size: int 
     runner = BlockRunner(
         model,
         structure,
-        materialise=lambda name: None,
-        release=lambda name: None,
+        PartWeights(lambda name: None, lambda name: None),
         dtype=torch.float32,
         batch_size=batch_size,
     )

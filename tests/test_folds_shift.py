@@ -10,7 +10,7 @@ import torch
 from fakes import FakeCheckpoint
 from test_discovery import ARCHITECTURES, LLAMA, Tiny, build, matches, relative
 
-from outlierq.calibrate.collect import ALL_FIELDS, Collector
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.folds import Trial, apply_fold
 from outlierq.core.errors import NumbersError
 from outlierq.core.model import Fold, InputGroup, TensorInfo
@@ -128,7 +128,7 @@ def moved(tiny: Tiny, methods: list[str]) -> tuple[dict[str, torch.Tensor], list
     changed, rows, after = {}, [], {}
     for index, block in enumerate(tiny.structure.blocks):
         groups = tiny.proved(index, hidden)
-        collector = Collector(tiny.block(index), groups, ALL_FIELDS - {"top_tokens"}, sequence_length=tiny.ids.shape[1])
+        collector = Collector(tiny.block(index), groups, ALL_FIELDS - {"top_tokens"}, Sequences(tiny.ids.shape[1]))
         tiny.runner.run(tiny.block(index), index, hidden, collector)
         stats, tensors = collector.finish(), {name: parameters[name].data for name in block.tensors}
         for group in groups:
@@ -184,7 +184,7 @@ def test_the_statistics_after_a_move_are_those_of_the_moved_model():
     put(tiny, changed)
     hidden = tiny.runner.start(tiny.ids)
     groups = tiny.proved(0, hidden)
-    collector = Collector(tiny.block(0), groups, {"hessian", "abs_max", "sum_x"}, sequence_length=tiny.ids.shape[1])
+    collector = Collector(tiny.block(0), groups, {"hessian", "abs_max", "sum_x"}, Sequences(tiny.ids.shape[1]))
     tiny.runner.run(tiny.block(0), 0, hidden, collector)
     for name, found in collector.finish().items():
         expected = predicted[name]

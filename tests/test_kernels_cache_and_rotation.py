@@ -35,7 +35,7 @@ def keys(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 def play_quant(x, bits, per, group, schedule=0, fault="none") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     parts = tuple(nothing(part.shape, part.dtype) for part in kv_quant(x, bits=bits, per=per, group_size=group))
-    launch = plan.plan_kv("kv_quant", x, *parts, bits=bits, per=per, group_size=group)
+    launch = plan.plan_kv("kv_quant", x, parts, bits=bits, per=per, group_size=group)
     shim.build("kv").run(launch, schedule, fault)
     assert all(shim.untouched(part) for part in parts)
     return parts
@@ -54,7 +54,7 @@ def test_the_cache_kernels_equal_their_twins_bit_for_bit(rows, width, per, group
         got = play_quant(x, bits, per, group, schedule)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         restored = nothing(x.shape, dtype)
-        launch = plan.plan_kv("kv_dequant", restored, *guarded, bits=bits, per=per, group_size=group)
+        launch = plan.plan_kv("kv_dequant", restored, guarded, bits=bits, per=per, group_size=group)
         shim.build("kv").run(launch, schedule)
         assert torch.equal(restored, back) and shim.untouched(restored)
 

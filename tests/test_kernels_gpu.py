@@ -19,7 +19,7 @@ from outlierq.kernels import launch, layout, plan
 from outlierq.ops.hadamard import hadamard_transform
 from outlierq.ops.twins.kv_quant import kv_dequant, kv_quant
 from outlierq.ops.twins.packed_matmul import dequantize
-from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.quant_rows import SplitOperands, outlier_matmul, quant_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,9 +99,10 @@ def test_int8_products_with_outliers_agree_with_float64(tokens, outputs, inputs,
     codes = torch.randint(-127, 128, (outputs, inputs), device="cuda", dtype=torch.int8)
     scale, kept = torch.rand(outputs, device="cuda") * 0.01 + 0.001, random(outputs, pitch, dtype=dtype)
     expected = (low.double() @ codes.double().T) * scale_x.double()[:, None] * scale.double()
-    without = launch.w8a8_outlier(low, scale_x, codes, scale, dtype=dtype)
-    assert torch.equal(without, outlier_matmul(low, scale_x, codes, scale, dtype=dtype)), "int32 sums are exact"
-    y = launch.w8a8_outlier(low, scale_x, codes, scale, outliers, kept, dtype=dtype)
+    plain = SplitOperands(low, scale_x, codes, scale)
+    without = launch.w8a8_outlier(plain, dtype=dtype)
+    assert torch.equal(without, outlier_matmul(plain, dtype=dtype)), "int32 sums are exact"
+    y = launch.w8a8_outlier(SplitOperands(low, scale_x, codes, scale, outliers, kept), dtype=dtype)
     assert error(y, expected + outliers.double() @ kept.double().T) < TOLERANCE[dtype]
 
 
@@ -137,7 +138,7 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_replayed_on_new_inputs(
         cached = launch.kv_quant(x)
         return (
             launch.w4a16_gemv(x[:4], weight), launch.w4a16_gemm(x, weight), launch.dequant(weight),
-            launch.w8a8_outlier(low, scale_x, codes, scale), launch.kv_dequant(*cached), launch.fwht(x),
+            launch.w8a8_outlier(SplitOperands(low, scale_x, codes, scale)), launch.kv_dequant(*cached), launch.fwht(x),
         )  # fmt: skip
 
     work()  # compiles

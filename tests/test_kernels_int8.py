@@ -9,7 +9,7 @@ import torch
 from outlierq.kernels import plan
 from outlierq.kernels.layout import KernelError
 from outlierq.ops.twins.int8_split import split_matmul
-from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.quant_rows import SplitOperands, outlier_matmul, quant_rows
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -139,7 +139,7 @@ def play_w8a8(operands: dict, dtype, parts=1, schedule=0, fault="none", line=0) 
     sums, counters = plan.w8a8_workspace(tokens, outputs, parts)
     partial = shim.guarded(torch.full((sums,), -1, dtype=torch.int32)) if sums else None
     finished = shim.guarded(torch.zeros(counters, dtype=torch.int32)) if counters else None
-    launch = plan.plan_w8a8(*operands.values(), y, partial, finished, parts)
+    launch = plan.plan_w8a8(SplitOperands(**operands), y, partial, finished, parts)
     shim.build("w8a8_outlier").run(launch, schedule, fault, line)
     assert shim.untouched(y)
     return y
@@ -175,7 +175,7 @@ def test_w8a8_agrees_with_float64_under_every_schedule(tokens, outputs, inputs, 
     results = [play_w8a8(operands, dtype, parts, schedule) for schedule in shim.SCHEDULES]
     assert error(results[0], exact_product(**operands)) < TOLERANCE[dtype]
     assert all(torch.equal(results[0], other) for other in results[1:])
-    assert error(outlier_matmul(**operands, dtype=dtype), exact_product(**operands)) < TOLERANCE[dtype]
+    assert error(outlier_matmul(SplitOperands(**operands), dtype=dtype), exact_product(**operands)) < TOLERANCE[dtype]
 
 
 @needs_compiler
@@ -200,7 +200,7 @@ def test_rows_and_product_together_are_the_static_split_of_llm_int8():
     scale, kept = torch.rand(24, generator=g) * 0.01, torch.randn(24, 5, generator=g).bfloat16()
     expected = split_matmul(x, codes, scale[:, None], columns.long(), kept)
     low, scale_x, outliers = quant_rows(x, columns, 16)
-    y = outlier_matmul(low, scale_x, codes, scale, outliers, torch.nn.functional.pad(kept, (0, 11)))
+    y = outlier_matmul(SplitOperands(low, scale_x, codes, scale, outliers, torch.nn.functional.pad(kept, (0, 11))))
     assert error(y, expected.double()) < 5e-3
 
 

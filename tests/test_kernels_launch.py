@@ -18,7 +18,7 @@ from outlierq.kernels.layout import KernelError
 from outlierq.ops import hadamard
 from outlierq.ops.twins.kv_quant import kv_dequant, kv_quant
 from outlierq.ops.twins.packed_matmul import packed_matmul
-from outlierq.ops.twins.quant_rows import outlier_matmul, quant_rows
+from outlierq.ops.twins.quant_rows import SplitOperands, outlier_matmul, quant_rows
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
 
@@ -48,8 +48,8 @@ def test_on_the_cpu_every_launcher_is_its_twin(weight, int8_operands):
     assert torch.equal(launch.w4a16_gemm(x, weight), packed_matmul(x, *parts))
     assert torch.allclose(launch.dequant(weight).float() @ x.T.float(), packed_matmul(x, *parts).T.float(), atol=2e-2)
     assert all(torch.equal(a, b) for a, b in zip(launch.quant_rows(x), quant_rows(x), strict=True))
-    expected = outlier_matmul(**int8_operands, dtype=torch.float16)
-    assert torch.equal(launch.w8a8_outlier(**int8_operands, dtype=torch.float16), expected)
+    expected = outlier_matmul(SplitOperands(**int8_operands), dtype=torch.float16)
+    assert torch.equal(launch.w8a8_outlier(SplitOperands(**int8_operands), dtype=torch.float16), expected)
     cached = launch.kv_quant(x, bits=8, per="token", group_size=32)
     assert all(torch.equal(a, b) for a, b in zip(cached, kv_quant(x, bits=8, group_size=32), strict=True))
     assert torch.equal(launch.kv_dequant(*cached, bits=8), kv_dequant(*cached, bits=8))
@@ -90,7 +90,7 @@ def test_wrong_memory_is_refused(weight):
 def test_wrong_int8_operands_are_refused(int8_operands):
     def refused(match: str, **changed):
         with pytest.raises(KernelError, match=match):
-            launch.w8a8_outlier(**{**int8_operands, **changed}, dtype=torch.float16)
+            launch.w8a8_outlier(SplitOperands(**{**int8_operands, **changed}), dtype=torch.float16)
 
     refused("must be int8", x=int8_operands["x"].float())
     refused("same inputs", x=int8_operands["x"][:, :32].contiguous())
@@ -118,7 +118,7 @@ def test_every_other_kernel_refuses_wrong_memory_too(how, int8_operands):
     rows = random(16, 64)
     calls = {
         "w8a8_outlier": lambda: launch.w8a8_outlier(
-            **{**int8_operands, "codes": spoil(int8_operands["codes"])}, dtype=torch.float16
+            SplitOperands(**{**int8_operands, "codes": spoil(int8_operands["codes"])}), dtype=torch.float16
         ),
         "kv_dequant": lambda: launch.kv_dequant(spoil(codes), scale, minimum),
     }

@@ -20,7 +20,7 @@ from conftest import write_llama
 from reference.statistics import correlated_inputs, random_weight, statistics_of
 from safetensors.torch import load_file
 
-from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.runner import BlockRunner, HiddenStates, Spill
 from outlierq.calibrate.stored.spilled import SpilledStats, each_changed
 from outlierq.core.errors import OutlierqError, OutputError
 from outlierq.core.model import InputGroup, LinearSite
@@ -255,7 +255,7 @@ def test_plan_says_what_a_ceiling_asks_for(tiny_llama, outlierq, small):
 
 def test_spilled_hidden_states_are_read_as_they_were_written_and_are_not_resident(tmp_path):
     size = (64, 128, 2048)  # 32 MiB in bfloat16
-    hidden = HiddenStates(size, torch.bfloat16, 4, folder=tmp_path, spill_bytes=0)
+    hidden = HiddenStates(size, torch.bfloat16, 4, spill=Spill(tmp_path, 0))
     values = torch.randn(size[1:]).bfloat16()
     for batch in range(len(hidden)):
         hidden.write(batch, values.expand(4, -1, -1) * batch)
@@ -282,7 +282,7 @@ def test_hidden_states_can_be_saved_and_taken_up_with_another_size_of_batches(tm
     hidden.values.copy_(torch.arange(30.0).view(5, 3, 2))
     hidden.save(tmp_path / "saved.safetensors", {"block": "1"})
     assert torch.equal(load_file(tmp_path / "saved.safetensors")["hidden"], hidden.values)
-    other = HiddenStates((5, 3, 2), torch.float32, 3, folder=tmp_path, spill_bytes=0)
+    other = HiddenStates((5, 3, 2), torch.float32, 3, spill=Spill(tmp_path, 0))
     other.load(tmp_path / "saved.safetensors")
     assert torch.equal(other.values, hidden.values)
 

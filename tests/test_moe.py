@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from outlierq.calibrate.experts import routing
 from outlierq.calibrate.folds import check_fold
 from outlierq.calibrate.groups import find_groups
-from outlierq.calibrate.runner import BlockRunner
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint
 from outlierq.pipeline.planning.decide import make_plan
@@ -149,7 +149,7 @@ class Studied:
         structure = find_structure(checkpoint, self.model)
         self.block = structure.blocks[-1]
         keep = lambda name: None  # noqa: E731
-        runner = BlockRunner(self.model, structure, materialise=keep, release=keep, dtype=torch.float32, batch_size=2)
+        runner = BlockRunner(self.model, structure, PartWeights(keep, keep), dtype=torch.float32, batch_size=2)
         hidden = runner.start(ids)
         self.module = self.model.get_submodule(self.block.name)
         self.run_once = runner.run_once(self.block.index, hidden)

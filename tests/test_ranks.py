@@ -27,7 +27,7 @@ from outlierq.pipeline.block import stats_run as calibration
 from outlierq.pipeline.block.data_free import output_beside
 from outlierq.pipeline.block.fold import waves
 from outlierq.pipeline.block.hidden_files import saved_hidden
-from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning import memory
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.work import Savings
@@ -372,7 +372,7 @@ def source_of(model: Path, work: Path, shards: int) -> StatsFromRun:
     checkpoint, settings = open_checkpoint(str(model)), load("gptq-w4", [*small, f"calibration.shards={shards}"])
     studied = study(checkpoint)
     tokens = token_set(studied, settings.calibration)
-    return StatsFromRun(studied, tokens, settings.calibration, work, fields=ALL_FIELDS | BLOCK_FIELDS)
+    return StatsFromRun(studied, tokens, settings.calibration, work, asked=Asked(ALL_FIELDS | BLOCK_FIELDS))
 
 
 def test_shards_have_the_statistics_of_the_whole_text(tiny_llama, tmp_path):

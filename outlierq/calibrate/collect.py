@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.experts import all_groups
@@ -63,15 +64,25 @@ def token_stride(sequence_length: int, least: int) -> int:
     return next(n for n in range(least, least + sequence_length + 1) if math.gcd(n, sequence_length) == 1)
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """How the tokens come. length: tokens per sequence, to find positions in inputs that come as [tokens, K].
+
+    skip_first: positions at the start of each sequence that are left out (they often are attention sinks);
+    first_abs_max is of position 0 all the same. ids: of the whole token set [sequences, tokens], to name tokens by.
+    """
+
+    length: int
+    skip_first: int = 0
+    ids: torch.Tensor | None = None
+
+
 class Collector:
     """Gathers the statistics of every input group while the module runs inside `with collector:`.
 
     module: the block (or model) that holds the sites. needs: `InputStats` fields, or "mean", "abs_mean", "abs_max".
-    sequence_length: tokens per sequence, to find positions in inputs that come as [tokens, K].
-    skip_first_tokens: positions at the start of each sequence that are left out (they often are attention sinks);
-    first_abs_max is of position 0 all the same. reservoir: rows to keep; each token has the same chance, and all
-    groups keep the same tokens. ids: of the whole token set [sequences, tokens], to name tokens by. notes: what could
-    not be done as asked.
+    reservoir: rows to keep; each token has the same chance, and all groups keep the same tokens. notes: what could not
+    be done as asked.
     """
 
     def __init__(
@@ -79,21 +90,17 @@ class Collector:
         module: torch.nn.Module,
         groups: Iterable[InputGroup],
         needs: Iterable[str],
+        tokens: Sequences,
         *,
-        sequence_length: int,
-        skip_first_tokens: int = 0,
         reservoir: int = 512,
         seed: int = 0,
-        ids: torch.Tensor | None = None,
     ):
-        if not 0 <= skip_first_tokens < sequence_length:
-            raise StatsError(f"skip_first_tokens={skip_first_tokens} must be below the {sequence_length} of a sequence")
+        if not 0 <= tokens.skip_first < tokens.length:
+            raise StatsError(f"skip_first_tokens={tokens.skip_first} must be below the {tokens.length} of a sequence")
         stored = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
-            group.name: _GroupSums(
-                group.name, stored, sequence_length, skip_first_tokens, reservoir, seed, ids, to_expert=group.routed
-            )
+            group.name: _GroupSums(group, stored, tokens, _Reservoir(reservoir, seed) if "rows" in stored else None)
             for group in all_groups(list(groups))
         }
         self._handles: list[Any] = []
@@ -128,26 +135,16 @@ class Collector:
 class _GroupSums:
     """Running sums of one input group."""
 
-    def __init__(
-        self,
-        name: str,
-        stored: frozenset[str],
-        sequence_length: int,
-        skip: int,
-        reservoir: int,
-        seed: int,
-        ids: torch.Tensor | None,
-        to_expert: bool = False,
-    ):
-        self.name, self.fields, self.to_expert = name, stored, to_expert
+    def __init__(self, group: InputGroup, stored: frozenset[str], tokens: Sequences, rows: _Reservoir | None):
+        self.name, self.fields, self.to_expert = group.name, stored, group.routed
         self.first: list[torch.Tensor] = []
-        self.sequence_length, self.skip, self.ids = sequence_length, skip, ids
-        self.stride = token_stride(sequence_length - skip, HISTOGRAM_STRIDE)
+        self.sequence_length, self.skip, self.ids = tokens.length, tokens.skip_first, tokens.ids
+        self.stride = token_stride(self.sequence_length - self.skip, HISTOGRAM_STRIDE)
         self.top: torch.Tensor | None = None
         self.tokens = self.sequences = 0
-        self.routed = to_expert
+        self.routed = self.to_expert
         self.values: dict[str, torch.Tensor] = {}
-        self.rows = _Reservoir(reservoir, seed) if "rows" in stored else None
+        self.rows = rows
 
     def hook(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the group's first site."""

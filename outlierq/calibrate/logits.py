@@ -24,18 +24,19 @@ def sample_logits(
     positions: int = POSITIONS,
     top: int = TOP_LOGITS,
     seed: int = 0,
-    first: int = 0,
-    sequences: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> LogitSample | None:
     """Run what follows the blocks on `hidden`, which holds the outputs of the last one, at some positions.
 
-    ids: [sequences, tokens] of the whole token set, or of a part of its `sequences` that begins with number `first`.
-    positions: how many in the whole (fewer if the text is shorter). top: tokens kept at each, at most the vocabulary.
-    None when no position is in the part. NumbersError when a logit is not finite.
+    ids: [sequences, tokens] of the whole token set, or of a part of it. part: number of its first sequence, and how
+    many sequences there are in the whole; None when it is all. positions: how many in the whole (fewer if the text is
+    shorter). top: tokens kept at each, at most the vocabulary. None when no position is in the part. NumbersError when
+    a logit is not finite.
     """
     import torch
 
-    places = sample_places((sequences or len(ids), ids.shape[1]), positions, seed) - torch.tensor([first, 0])
+    first, sequences = part or (0, len(ids))
+    places = sample_places((sequences, ids.shape[1]), positions, seed) - torch.tensor([first, 0])
     places = places[(places[:, 0] >= 0) & (places[:, 0] < len(ids))]
     rows = []
     with runner.tail(ids, hidden) as logits_at:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
@@ -80,10 +80,17 @@ class Call:
         return hidden_of(output, module)
 
 
+class Spill(NamedTuple):
+    """Where hidden states go that are larger than `above` bytes: a mapped file in the folder."""
+
+    folder: str | Path
+    above: int = SPILL_BYTES
+
+
 class HiddenStates:
     """Hidden states of all sequences between two blocks, [sequences, tokens, channels], read and replaced by batch.
 
-    They are in memory, or above `spill_bytes` in a mapped file in `folder`, of which only the batch in use is resident.
+    They are in memory, or in a mapped file of which only the batch in use is resident; see `Spill`.
     The file has no name any more once it is mapped, so nothing is left behind by a run that was killed.
     """
 
@@ -93,15 +100,14 @@ class HiddenStates:
         dtype: torch.dtype,
         batch_size: int,
         *,
-        folder: str | Path | None = None,
-        spill_bytes: int = SPILL_BYTES,
+        spill: Spill | None = None,
     ):
         import torch
 
         size = shape[0] * shape[1] * shape[2]
         self.batch_size = batch_size
-        self.spilled = folder is not None and size * dtype.itemsize > spill_bytes
-        self._map = _mapped(Path(folder), size * dtype.itemsize) if self.spilled else None
+        self.spilled = spill is not None and size * dtype.itemsize > spill.above
+        self._map = _mapped(Path(spill.folder), size * dtype.itemsize) if spill and self.spilled else None
         if self._map is None:
             self.values = torch.empty(shape, dtype=dtype)
         else:
@@ -195,33 +201,36 @@ class _Record:
         self.of_batch.append(len(self.calls) - 1)
 
 
+class PartWeights(NamedTuple):
+    """Gives the weights to the block of a name and takes them away; the empty name is what is outside of the blocks."""
+
+    materialise: Callable[[str], Any]
+    release: Callable[[str], Any]
+
+
 class BlockRunner:
     """Runs the blocks of a model one by one on the hidden states of a token set.
 
-    model: the skeleton. materialise, release: give the weights to the block of that name and take them away; the
-    empty name is everything outside of the blocks. dtype: in which blocks run (their weights, too, must have it).
-    work_folder: where hidden states above `spill_bytes` go; without it they stay in memory.
+    model: the skeleton. dtype: in which blocks run (their weights, too, must have it). spill: where large hidden states
+    go; without it they stay in memory.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         structure: Structure,
+        weights: PartWeights,
         *,
-        materialise: Callable[[str], Any],
-        release: Callable[[str], Any],
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         batch_size: int = 8,
-        work_folder: str | Path | None = None,
-        spill_bytes: int = SPILL_BYTES,
+        spill: Spill | None = None,
     ):
         import torch
 
-        self.model, self.structure = model, structure
-        self.materialise, self.release = materialise, release
+        self.model, self.structure, self.weights = model, structure, weights
         self.device, self.dtype, self.batch_size = torch.device(device), dtype or torch.bfloat16, batch_size
-        self.work_folder, self.spill_bytes = work_folder, spill_bytes
+        self.spill = spill
         self._records: list[_Record] = []
         self._known: dict[tuple, list[torch.Tensor]] = {}
         self._probe_tokens = PROBE_TOKENS
@@ -239,7 +248,7 @@ class BlockRunner:
         batches = ids.split(self.batch_size)
         hidden: HiddenStates | None = None
         self.model.eval()
-        self.materialise("")
+        self.weights.materialise("")
         try:
             # Not inference_mode: recorded arguments may later take part in a forward with gradients.
             with torch.no_grad(), self._stubs() as stubs:
@@ -253,7 +262,7 @@ class BlockRunner:
                     if progress:
                         progress((number + 1) / len(batches))
         finally:
-            self.release("")
+            self.weights.release("")
         return hidden
 
     def run(
@@ -332,7 +341,7 @@ class BlockRunner:
         import torch
 
         batches = ids.split(self.batch_size)
-        self.materialise("")
+        self.weights.materialise("")
         try:
             with self._stubs() as stubs:
                 stubs[-1].is_last = False
@@ -355,11 +364,11 @@ class BlockRunner:
 
                 yield logits_at
         finally:
-            self.release("")
+            self.weights.release("")
 
     def _hidden_states(self, shape: tuple[int, int, int]) -> HiddenStates:
         """Room for the hidden states of the whole token set."""
-        return HiddenStates(shape, self.dtype, self.batch_size, folder=self.work_folder, spill_bytes=self.spill_bytes)
+        return HiddenStates(shape, self.dtype, self.batch_size, spill=self.spill)
 
     @contextmanager
     def _stubs(self) -> Iterator[list[_Stub]]:
@@ -389,13 +398,13 @@ class BlockRunner:
         Also records the call of every block on this one short sequence.
         """
         name = self.structure.blocks[0].name
-        self.materialise(name)
+        self.weights.materialise(name)
         try:
             stubs[0].run_real = True
             self._forward_model(ids)
         finally:
             stubs[0].run_real = False
-            self.release(name)
+            self.weights.release(name)
         self._record(ids, stubs, stubs[0].wrap, probe=True)
         self._probe_tokens = ids.shape[1]
         return stubs[0].wrap

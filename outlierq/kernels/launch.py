@@ -9,7 +9,7 @@ call outside of it, which compiles).
     w4a16_gemm(x, weight, bias=None) -> y          5 to some 128 tokens
     dequant(weight) -> dense                       [out, in] in the dtype of the scales
     quant_rows(x, columns=None, pitch=None) -> (codes int8, scale float32 [tokens], outliers [tokens, pitch])
-    w8a8_outlier(x, scale_x, codes, scale, outliers=None, outlier_weight=None, bias=None, dtype=bfloat16) -> y
+    w8a8_outlier(SplitOperands, dtype=bfloat16) -> y
     kv_quant(x, bits=4, per="token", group_size=64) -> (codes uint8, scale, minimum)
     kv_dequant(codes, scale, minimum, bits=4, per="token") -> x
     fwht(x, transpose=False) -> y
@@ -31,7 +31,7 @@ from outlierq.kernels.plan import Launch
 from outlierq.ops import hadamard
 from outlierq.ops.twins import kv_quant as kv
 from outlierq.ops.twins import packed_matmul
-from outlierq.ops.twins.quant_rows import outlier_matmul
+from outlierq.ops.twins.quant_rows import SplitOperands, outlier_matmul
 from outlierq.ops.twins.quant_rows import quant_rows as reference_quant_rows
 
 OPTIONS = ("--std=c++17",)
@@ -81,18 +81,9 @@ def quant_rows(
     return (codes, scale, outliers) if launched else reference_quant_rows(x, columns, pitch)
 
 
-def w8a8_outlier(
-    x: torch.Tensor,
-    scale_x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    outliers: torch.Tensor | None = None,
-    outlier_weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """int8 product with 16-bit outlier columns, [tokens, out] in `dtype`: `ops.quant_rows.outlier_matmul`."""
+def w8a8_outlier(given: SplitOperands, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """int8 product with 16-bit outlier columns, [tokens, out] in `dtype`: `ops.twins.quant_rows.outlier_matmul`."""
+    x, codes = given.x, given.codes
     plan.check(x.ndim == codes.ndim == 2, "x and codes must be matrices", x=x, codes=codes)
     (tokens, inputs), outputs = x.shape, codes.shape[0]
     parts = plan.w8a8_parts(tokens, outputs, inputs, processors(x.device))
@@ -100,9 +91,8 @@ def w8a8_outlier(
     partial = x.new_empty(sums, dtype=torch.int32) if sums else None
     finished = x.new_zeros(counters, dtype=torch.int32) if counters else None
     y = x.new_empty(tokens, outputs, dtype=dtype)
-    tensors = (x, scale_x, codes, scale, outliers, outlier_weight, bias)
-    launched = start(plan.plan_w8a8(*tensors, y, partial, finished, parts))
-    return y if launched else outlier_matmul(*tensors, dtype=dtype)
+    launched = start(plan.plan_w8a8(given, y, partial, finished, parts))
+    return y if launched else outlier_matmul(given, dtype=dtype)
 
 
 def kv_quant(
@@ -115,7 +105,7 @@ def kv_quant(
     codes = x.new_empty(rows, width * bits // 8, dtype=torch.uint8)
     scale, minimum = x.new_empty(shape), x.new_empty(shape)
     how = {"bits": bits, "per": per, "group_size": group_size}
-    launched = start(plan.plan_kv("kv_quant", x, codes, scale, minimum, **how))
+    launched = start(plan.plan_kv("kv_quant", x, (codes, scale, minimum), **how))
     return (codes, scale, minimum) if launched else kv.kv_quant(x, **how)
 
 
@@ -128,7 +118,7 @@ def kv_dequant(
     x = scale.new_empty(codes.shape[0], codes.shape[1] * 8 // bits)
     whole, groups = (x.shape[1], scale.shape[1]) if per == "token" else (x.shape[0], scale.shape[0])
     group_size = whole // max(groups, 1)
-    launch = plan.plan_kv("kv_dequant", x, codes, scale, minimum, bits=bits, per=per, group_size=group_size)
+    launch = plan.plan_kv("kv_dequant", x, (codes, scale, minimum), bits=bits, per=per, group_size=group_size)
     return x if start(launch) else kv.kv_dequant(codes, scale, minimum, bits=bits, per=per)
 
 

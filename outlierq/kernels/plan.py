@@ -6,12 +6,16 @@ Every `plan_*` checks its tensors and gives a `Launch`; `launch.py` hands it to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from outlierq.kernels.layout import DTYPES, TILE_INPUTS, TILE_OUTPUTS, KernelError, PackedWeight
 from outlierq.ops.twins.kv_quant import GROUP_SIZES
+from outlierq.ops.twins.quant_rows import SplitOperands
+
+Cached: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scale, minimum
 
 NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 GEMV_ROWS = 8
@@ -235,8 +239,10 @@ def w8a8_workspace(tokens: int, outputs: int, parts: int) -> tuple[int, int]:
     return blocks * parts * w8a8_tokens(tokens) * W8A8_OUTPUTS, blocks
 
 
-def check_w8a8(x, scale_x, codes, scale, outliers, outlier_weight, bias, y) -> None:
-    """Shapes, dtypes and memory of an int8 product."""
+def check_w8a8(given: SplitOperands, y: torch.Tensor) -> None:
+    """Shapes, dtypes and memory of an int8 product; y: [tokens, out]."""
+    x, scale_x, codes, scale, bias = given.x, given.scale_x, given.codes, given.scale, given.bias
+    outliers, outlier_weight = given.outliers, given.outlier_weight
     both = {"x": x, "codes": codes}
     check(
         x.dtype == codes.dtype == torch.int8 and x.ndim == codes.ndim == 2, "x and codes must be int8 matrices", **both
@@ -261,13 +267,7 @@ def check_w8a8(x, scale_x, codes, scale, outliers, outlier_weight, bias, y) -> N
 
 
 def plan_w8a8(
-    x: torch.Tensor,
-    scale_x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    outliers: torch.Tensor | None,
-    outlier_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    given: SplitOperands,
     y: torch.Tensor,
     partial: torch.Tensor | None,
     finished: torch.Tensor | None,
@@ -275,10 +275,10 @@ def plan_w8a8(
 ) -> Launch:
     """`w8a8_outlier`. partial (int32), finished (zeros, int32): `w8a8_workspace`; parts: `w8a8_parts`.
 
-    x: int8 [tokens, in]. codes: int8 [out, in]. scale_x: float32 [tokens] or [1]; scale: float32 [out].
-    outliers: [tokens, 8 n], outlier_weight: [out, 8 n]. bias: [out]. y: [tokens, out].
+    Of outlier columns there are 8 n, those without use filled with zeros. y: [tokens, out].
     """
-    check_w8a8(x, scale_x, codes, scale, outliers, outlier_weight, bias, y)
+    check_w8a8(given, y)
+    x, scale_x, codes, outliers = given.x, given.scale_x, given.codes, given.outliers
     (tokens, inputs), outputs = x.shape, codes.shape[0]
     for space, count in zip((partial, finished), w8a8_workspace(tokens, outputs, parts), strict=True):
         check((0 if space is None else space.numel()) == count, f"a workspace of {count} is needed", space=space)
@@ -287,15 +287,17 @@ def plan_w8a8(
     warps, tiles = W8A8_TILES[block]
     outlier_bytes = 0 if outliers is None else 2 * outliers.shape[1]
     sizes = tuple(np.int32(v) for v in (tokens, outputs, inputs, outlier_bytes, int(scale_x.numel() > 1)))
-    tensors = (x, codes, scale_x, scale, outliers, outlier_weight, bias, y, partial, finished)
+    weights = (codes, scale_x, given.scale, outliers, given.outlier_weight, given.bias)
+    tensors = (x, *weights, y, partial, finished)
     grid = (-(-outputs // W8A8_OUTPUTS), -(-tokens // block), parts)
     shared = W8A8_STAGES * (block + W8A8_OUTPUTS) * W8A8_SLAB
     instance = f"w8a8_outlier<{NAMES[y.dtype]}, {warps}, {tiles}>"
     return Launch("w8a8_outlier", instance, grid, 128 * warps, (*tensors, *sizes), shared)
 
 
-def check_kv(x, codes, scale, minimum, bits: int, per: str, group_size: int) -> None:
+def check_kv(x: torch.Tensor, cached: Cached, bits: int, per: str, group_size: int) -> None:
     """A cache of [rows, width] with its codes, scales and minima."""
+    codes, scale, minimum = cached
     check(
         bits in (4, 8) and per in ("token", "channel"),
         f"a cache has 4 or 8 bits per token or channel: {bits} {per}",
@@ -315,12 +317,12 @@ def check_kv(x, codes, scale, minimum, bits: int, per: str, group_size: int) -> 
     check_memory(x=x, **parts)
 
 
-def plan_kv(kernel: str, x, codes, scale, minimum, *, bits: int, per: str, group_size: int) -> Launch:
-    """`kv_quant` (x to the others) or `kv_dequant` (the others to x)."""
-    check_kv(x, codes, scale, minimum, bits, per, group_size)
+def plan_kv(kernel: str, x: torch.Tensor, cached: Cached, *, bits: int, per: str, group_size: int) -> Launch:
+    """`kv_quant` (x [rows, width] to its codes, scales and minima) or `kv_dequant` (these to x)."""
+    check_kv(x, cached, bits, per, group_size)
     channel = per == "channel"
     each = 2 * group_size if channel and kernel == "kv_quant" else 8
-    tensors = (x, codes, scale, minimum) if kernel == "kv_quant" else (codes, scale, minimum, x)
+    tensors = (x, *cached) if kernel == "kv_quant" else (*cached, x)
     sizes = (np.int64(x.numel()), np.int32(x.shape[1]), np.int32(group_size))
     instance = f"{kernel}<{NAMES[x.dtype]}, {bits}, {int(channel)}>"
     return Launch("kv", instance, (-(-x.numel() // (each * 128)), 1, 1), 128, (*tensors, *sizes))

@@ -15,7 +15,7 @@ from outlierq.core.machine.heap import return_freed_memory, return_memory_at_onc
 from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged, differing, lasting_stamps, tokenizer_digest
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
-from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.events import Event, Listener, fetching
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
@@ -56,7 +56,7 @@ def calibrate(
     with locked(out) if ranks.lead else nullcontext():
         writer = _writer(out, identity, checkpoint) if ranks.lead else None
         done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
-        source = StatsFromRun(model, tokens, settings, out, resources, fields=fields, savings=savings)
+        source = StatsFromRun(model, tokens, settings, out, resources, savings, Asked(fields))
         _make_missing(done, writer, source, structure.blocks, listen)
         if ranks.lead:
             for path in saved_hidden(out):

@@ -82,12 +82,12 @@ def from_run(checkpoint: Checkpoint, settings: Calibration, work: Path, resource
     """Statistics of the model run now, block by block; none of them are kept. work: for large hidden states."""
     from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
     from outlierq.load import study
-    from outlierq.pipeline.block.stats_run import StatsFromRun, token_set
+    from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, token_set
 
     model = study(checkpoint)
     tokens = token_set(model, settings)
     unheard = replace(resources, listen=silent)
-    source = StatsFromRun(model, tokens, settings, work, unheard, fields=ALL_FIELDS | BLOCK_FIELDS)
+    source = StatsFromRun(model, tokens, settings, work, unheard, asked=Asked(ALL_FIELDS | BLOCK_FIELDS))
     structure = model.structure
     notes: list[str] = []
     description = f"a short calibration just now, not kept: {tokens.description}"

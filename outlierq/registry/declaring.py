@@ -8,10 +8,9 @@ recipe names quantizers under `quantize`, and all others under `transform`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import MethodError, nearest
@@ -26,7 +25,6 @@ OUTLIER_COLUMNS, LARGEST_SCALES = "outlier columns", "scales of the largest weig
 COPIES = 6
 
 ByOption = Mapping[str, Mapping[Any, tuple[str, ...]]]  # {option: {value: names}}
-NOTHING: ByOption = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -154,26 +152,26 @@ def _check_options(made: Method) -> None:
         )
 
 
-def quantizer(
-    name: str,
-    *,
-    needs: tuple[str, ...] = (),
-    needs_if: ByOption = NOTHING,
-    gives: tuple[str, ...] = (),
-    gives_if: ByOption = NOTHING,
-    copies: int = COPIES,
-    factors: bool = False,
-    paper: str,
-    at_once: Callable[..., Any] | None = None,
-) -> Callable[[F], F]:
+class Declared(TypedDict, total=False):
+    """What the decorator of a quantizer may say beside its name, statistics and source; see `Method`."""
+
+    needs_if: ByOption
+    gives: Collection[str]
+    gives_if: ByOption
+    copies: int
+    factors: bool
+    at_once: Callable[..., Any]
+
+
+def quantizer(name: str, *, needs: tuple[str, ...] = (), paper: str, **declared: Unpack[Declared]) -> Callable[[F], F]:
     """Register `function(w, stats, scheme, *, options) -> QuantTensor` as `quantize.method: name`; see `Method`.
 
     at_once: `function(w, scheme, *, options)` for rows in their stored dtype, without statistics: the same
     `QuantTensor`, the sum of the squares of the weights and that of their errors; or None where it cannot.
     MethodError when the name is taken, or a statistic is unknown; that holds for all of these decorators.
     """
-    declared = {"needs_if": needs_if, "gives": frozenset(gives), "gives_if": gives_if}
-    return _register("quantize", name, needs, paper, **declared, copies=copies, factors=factors, at_once=at_once)
+    gives = frozenset(declared.pop("gives", ()))
+    return _register("quantize", name, needs, paper, gives=gives, **declared)
 
 
 def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:

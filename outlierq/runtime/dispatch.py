@@ -16,6 +16,7 @@ import torch
 
 from outlierq.kernels import launch
 from outlierq.kernels.layout import DTYPES, KernelError, PackedWeight
+from outlierq.ops.twins.quant_rows import SplitOperands
 from outlierq.runtime import cpu
 
 _library = torch.library.Library("outlierq", "DEF")
@@ -80,17 +81,18 @@ def _int8_on_cuda(x, codes, scale, input_scale, columns, outlier_weight, bias, p
     else:
         low, step = cpu.quantize_input(flat, input_scale, per_token)
         outliers = None
-    y = launch.w8a8_outlier(low, step.view(-1), codes, scale, outliers, outlier_weight, bias, dtype=x.dtype)
+    given = SplitOperands(low, step.view(-1), codes, scale, outliers, outlier_weight, bias)
+    y = launch.w8a8_outlier(given, dtype=x.dtype)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
 @torch.library.register_fake("outlierq::packed_linear")
-def _packed_shape(x, words, scale, zero_point, bias, bits, group_size, out_features):
-    return x.new_empty(*x.shape[:-1], out_features)
+def _packed_shape(x, *weight):
+    return x.new_empty(*x.shape[:-1], weight[-1])  # out_features
 
 
 @torch.library.register_fake("outlierq::int8_linear")
-def _int8_shape(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token):
+def _int8_shape(x, codes, scale, *_):
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.calibrate.folds import apply_fold, prove_folds
 from outlierq.calibrate.groups import find_groups
-from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner
+from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, PartWeights
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, InputGroup, LinearSite, StudiedModel
 from outlierq.load import load_tensors_into, release, study
@@ -75,7 +75,7 @@ def proved_groups(model: StudiedModel) -> list[InputGroup]:
     def forget(name: str) -> None:
         release(skeleton.get_submodule(name) if name else skeleton)
 
-    runner = BlockRunner(skeleton, structure, materialise=materialise, release=forget, dtype=torch.float32)
+    runner = BlockRunner(skeleton, structure, PartWeights(materialise, forget), dtype=torch.float32)
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     hidden = runner.start(ids)

@@ -7,6 +7,8 @@ Vector-wise quantization of LLM.int8() (arXiv:2208.07339, section 2.1) with a fi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from outlierq.ops.activations import SMALLEST
@@ -36,24 +38,30 @@ def quant_rows(
     return codes, scale, outliers
 
 
-def outlier_matmul(
-    x: torch.Tensor,
-    scale_x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    outliers: torch.Tensor | None = None,
-    outlier_weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """The second half (Eq. 8): int8 product, scaled, plus the 16-bit product of the outlier columns; [tokens, out].
+@dataclass(frozen=True)
+class SplitOperands:
+    """What an int8 product with outlier columns apart is made of.
 
     x: int8 [tokens, in] and scale_x: float32 [tokens] or [1]. codes: int8 [out, in] and scale: float32 [out].
-    outliers: [tokens, k], outlier_weight: [out, k], bias: [out]. Sums are exact in int32, then float32; one rounding.
+    outliers: [tokens, k] and outlier_weight: [out, k], both or none; bias: [out] or None; these in 16 bits.
     """
-    y = int8_product(x, codes).float() * (scale_x.view(-1, 1) * scale.view(1, -1))
-    if outliers is not None:
-        assert outlier_weight is not None, "outlier columns without their weight"
-        y += outliers.float() @ outlier_weight.float().T
-    return (y if bias is None else y + bias.float()).to(dtype)
+
+    x: torch.Tensor
+    scale_x: torch.Tensor
+    codes: torch.Tensor
+    scale: torch.Tensor
+    outliers: torch.Tensor | None = None
+    outlier_weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def outlier_matmul(given: SplitOperands, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The second half (Eq. 8): int8 product, scaled, plus the 16-bit product of the outlier columns; [tokens, out].
+
+    Sums are exact in int32, then float32; one rounding.
+    """
+    y = int8_product(given.x, given.codes).float() * (given.scale_x.view(-1, 1) * given.scale.view(1, -1))
+    if given.outliers is not None:
+        assert given.outlier_weight is not None, "outlier columns without their weight"
+        y += given.outliers.float() @ given.outlier_weight.float().T
+    return (y if given.bias is None else y + given.bias.float()).to(dtype)

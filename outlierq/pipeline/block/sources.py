@@ -8,7 +8,7 @@ from pathlib import Path
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import InputGroup
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
-from outlierq.pipeline.block.stats_run import StatsFromRun, in_shards, token_set
+from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import Ranks
@@ -63,16 +63,8 @@ def stats_source(
 
     tokens = ranks.first(lambda: token_set(plan.model, recipe.calibration))
     settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
-    source = StatsFromRun(
-        plan.model,
-        tokens,
-        settings,
-        work,
-        resources,
-        fields=stored_fields(needs),
-        owners=owners_for(plan),
-        savings=savings,
-        folds=bool(recipe.group_transforms or recipe.permutations),
-    )
+    folds = bool(recipe.group_transforms or recipe.permutations)
+    asked = Asked(stored_fields(needs), folds, owners_for(plan))
+    source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)
     source.remark = remark
     return source

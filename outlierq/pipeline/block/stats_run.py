@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector
+from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, Sequences
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
-from outlierq.calibrate.runner import BlockRunner, HiddenStates
+from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
 from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
 from outlierq.core.block_stats import BlockStats
@@ -67,14 +67,28 @@ class Shard:
     at: int = 0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a run over the model is asked for. fields: what to keep, see InputStats and BlockStats.
+
+    folds: whether anybody asks which folds a group has. owners: which rank gets the statistics of each group; the
+    others know of it only how many tokens there were.
+    """
+
+    fields: frozenset[str] = ALL_FIELDS
+    folds: bool = True
+    owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead
+
+
+EVERYTHING = Asked()
+
+
 class StatsFromRun:
     """Statistics of the model run block by block.
 
     static: hidden states come from the original blocks; sequential: from the blocks as they were written.
-    fields: what to keep (see InputStats and BlockStats). work: folder for spilled and saved hidden states. shards: how
-    many parts the text is cut into, which decides the order of all sums. owners: which rank of `resources.ranks` gets
-    the statistics of each group; the others know of it only how many tokens there were. savings: what is done to need
-    less memory. folds: whether anybody asks which folds a group has.
+    work: folder for spilled and saved hidden states. shards: how many parts the text is cut into, which decides the
+    order of all sums. savings: what is done to need less memory.
     """
 
     def __init__(
@@ -84,18 +98,15 @@ class StatsFromRun:
         settings: Calibration,
         work: Path,
         resources: Resources = USUAL,
-        *,
-        fields: frozenset[str] = ALL_FIELDS,
-        owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead,
         savings: Savings = NO_SAVINGS,
-        folds: bool = True,
+        asked: Asked = EVERYTHING,
     ):
         self.model, self.checkpoint = model.skeleton, model.checkpoint
         self.structure, self.names = model.structure, model.names
-        self.tokens, self.settings, self.fields = tokens, settings, fields
+        self.tokens, self.settings, self.fields = tokens, settings, asked.fields
         self.work, self.device, self.listen = work, resources.device, resources.listen
-        self.ranks, self._owners, self._count = resources.ranks, owners, settings.shards or 1
-        self._savings, self._folds = savings, folds
+        self.ranks, self._owners, self._count = resources.ranks, asked.owners, settings.shards or 1
+        self._savings, self._folds = savings, asked.folds
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
         several = {"shards": self._count} if self._count > 1 else {}
@@ -116,13 +127,11 @@ class StatsFromRun:
         return BlockRunner(
             self.model,
             self.structure,
-            materialise=self._materialise,
-            release=self._release,
+            PartWeights(self._materialise, self._release),
             device=self.device,
             dtype=self._dtype,
             batch_size=self._savings.batch_size or self.settings.batch_size,
-            work_folder=self._scratch,
-            spill_bytes=self._savings.spill_bytes,
+            spill=Spill(self._scratch, self._savings.spill_bytes),
         )
 
     def _materialise(self, name: str) -> None:
@@ -183,7 +192,7 @@ class StatsFromRun:
         seed, total = self.settings.seed or 0, len(self.tokens.ids)
         try:
             mine = [
-                sample_logits(s.runner, s.text.ids, s.hidden, seed=seed, first=s.text.first, sequences=total)
+                sample_logits(s.runner, s.text.ids, s.hidden, seed=seed, part=(s.text.first, total))
                 for s in self.shards
             ]
         except NumbersError as error:
@@ -247,11 +256,9 @@ class StatsFromRun:
             module,
             [g for g in groups if g.sites and self.fields & ALL_FIELDS],
             self.fields,
-            sequence_length=self.settings.sequence_length,
-            skip_first_tokens=self.settings.skip_first_tokens,
+            Sequences(self.settings.sequence_length, self.settings.skip_first_tokens, shard.text.ids),
             reservoir=max(1, (number + 1) * ROWS // self._count - number * ROWS // self._count),
             seed=(self.settings.seed or 0) + number,
-            ids=shard.text.ids,
         )
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:

@@ -20,7 +20,7 @@ import torch
 from outlierq.calibrate.experts import routing
 from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
-from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates
+from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates, PartWeights
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource
@@ -91,8 +91,7 @@ class Bench:
         self.runner = BlockRunner(
             self.model,
             self.structure,
-            materialise=self.fill,
-            release=lambda name: release(self.model.get_submodule(name) if name else self.model),
+            PartWeights(self.fill, lambda name: release(self.model.get_submodule(name) if name else self.model)),
             dtype=torch.float32,
             batch_size=len(self.ids),
         )
