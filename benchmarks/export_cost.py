@@ -67,14 +67,13 @@ class Case:
     """One format: its plan, the quantized values of every linear, and all other tensors, in memory."""
 
     def __init__(self, name: str, source: Path):
-        from outlierq.export import exporter
         from outlierq.load import open_checkpoint
         from outlierq.pipeline.planning.decide import make_plan
         from outlierq.recipe import load
 
         recipe, settings = CASES[name]
         self.plan = make_plan(open_checkpoint(str(source)), load(recipe, [*settings, f"export.max_shard_size={SHARD}"]))
-        self.form = exporter(self.plan.recipe.export.format, self.plan.checkpoint.config)
+        self.format = self.plan.format
         self.values = quantized_values(self.plan.schemes)
         packed = {site.weight for site in self.values}
         self.pieces = {site: list(self.pieces_of(site)) for site in self.values}  # a run gets them from its quantizer
@@ -87,7 +86,7 @@ class Case:
         folder.mkdir()
         writer = ShardWriter(folder, self.plan.layout)
         for name, tensor in self.others.items():
-            writer.write(*(self.form.plain(name, tensor) if hasattr(self.form, "plain") else (name, tensor)))
+            writer.write(*self.format.plain(name, tensor))
 
         def one(block: list[LinearSite]) -> None:
             for site in block:
@@ -108,7 +107,7 @@ class Case:
         """Its pieces, packed and written."""
         next_row: Counter[str] = Counter()
         for value in self.pieces[site]:
-            for name, tensor in self.form.encode(site, value).items():
+            for name, tensor in self.format.encode(site, value).items():
                 whole = tuple(tensor.shape) == self.plan.layout.places[name].tensor.shape
                 if not whole or name not in next_row:
                     writer.write(name, tensor, None if whole else next_row[name])
@@ -117,7 +116,7 @@ class Case:
     def pieces_of(self, site: LinearSite) -> Iterator[object]:
         """The parts in which a run writes a linear: small ones where the format allows it."""
         value, step = self.values[site], site.out_features
-        if hasattr(self.form, "by_rows") and self.form.by_rows(site, value.scheme):
+        if self.format.by_rows(site, value.scheme):
             step = rows_of_a_piece(site.in_features, value.scheme)
         for row in range(0, site.out_features, step):
             yield value.rows(row, min(row + step, site.out_features))
@@ -130,20 +129,20 @@ class Case:
 
         writer = ShardWriter(folder, self.plan.layout)
         for name, tensor in self.others.items():
-            writer.confirm(*(self.form.plain(name, tensor) if hasattr(self.form, "plain") else (name, tensor)))
+            writer.confirm(*self.format.plain(name, tensor))
         for site, value in self.values.items():
-            parts = self.form.encode(site, value)
+            parts = self.format.encode(site, value)
             for name, tensor in parts.items():
                 writer.confirm(name, tensor)
             stored = {name.rpartition(".")[2]: tensor for name, tensor in parts.items()}
             if "weight" in stored:
                 stored["weight"] = as_matrix(site, stored["weight"])
-            stored |= self.form.row_order(site) if hasattr(self.form, "row_order") else {}
-            shape, form = (site.out_features, site.in_features), self.plan.recipe.export.format
+            stored |= self.format.row_order(site)
+            shape = (site.out_features, site.in_features)
             step = 256
             for start in range(0, site.out_features, step):
                 stop = min(start + step, site.out_features)
-                found = decode_rows(stored, value.scheme, shape, start, stop, format=form)
+                found = decode_rows(self.format.name, stored, value.scheme, shape, start, stop)
                 compare(site.module, found, value.rows(start, stop))
         writer.close()
 

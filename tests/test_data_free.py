@@ -159,14 +159,14 @@ def test_a_byte_that_the_disk_changed_is_found(part, tiny_llama, tmp_path, monke
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_are_decoded_to_the_codes_that_were_meant(bits, symmetric):
     """What the exporter packs, the independent decoder gives back, from any row that begins a word."""
-    from outlierq.export import compressed_tensors
+    from outlierq.export import format_type
 
     scheme = QuantScheme(bits, 8, symmetric)
     meant = method("quantize", "rtn").function(torch.randn(70, 24), None, scheme)
-    stored = compressed_tensors.encode(site_of(70, 24), meant)
+    stored = format_type("compressed-tensors")({}).encode(site_of(70, 24), meant)
     stored = {name.rpartition(".")[2]: value for name, value in stored.items()}
     for start, stop in [(0, 70), (32, 64), (64, 70)]:
-        found, rows = decode_rows(stored, scheme, (70, 24), start, stop), meant.rows(start, stop)
+        found, rows = decode_rows("compressed-tensors", stored, scheme, (70, 24), start, stop), meant.rows(start, stop)
         writer.compare("m.linear", found, rows)
         assert torch.equal(found.dequantize(), rows.dequantize())
 

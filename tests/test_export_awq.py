@@ -13,13 +13,14 @@ from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.export import awq
+from outlierq.export import format_type
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
 from outlierq.load.packed.awq import awq_rows
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 
+AWQ = format_type("awq")({})
 SETTINGS = ("export.format=awq", "quantize.symmetric=false", "quantize.group_size=32")
 
 
@@ -57,9 +58,9 @@ def bit_by_bit(stored: dict[str, torch.Tensor], rows: int, columns: int, group: 
 def test_what_is_written_means_what_was_meant_bit_by_bit(rows, columns, size, symmetric):
     scheme = QuantScheme(4, size, symmetric, "float16")
     meant = random_weight(rows, columns, scheme, seed=rows)
-    stored = awq.encode(site(rows, columns), meant)
+    stored = AWQ.encode(site(rows, columns), meant)
     assert np.array_equal(bit_by_bit(stored, rows, columns, size or columns), meant.dequantize().numpy())
-    specs = {name: (dtype, shape) for name, dtype, shape in awq.tensor_specs(site(rows, columns), scheme)}
+    specs = {name: (dtype, shape) for name, dtype, shape in AWQ.tensor_specs(site(rows, columns), scheme)}
     kinds = {torch.int32: "I32", torch.float16: "F16"}
     assert {name: (kinds[t.dtype], tuple(t.shape)) for name, t in stored.items()} == specs
 
@@ -76,9 +77,9 @@ def test_decoding_what_was_encoded_gives_every_part_back(size, symmetric, fill):
         meant.scale.fill_(6e-8 if fill == "lowest" else 65504)
         if meant.zero_point is not None:
             meant.zero_point.fill_(15 if fill == "lowest" else 0)
-    stored = {name.rpartition(".")[2]: t for name, t in awq.encode(site(104, 64), meant).items()}
+    stored = {name.rpartition(".")[2]: t for name, t in AWQ.encode(site(104, 64), meant).items()}
     for start, stop in ((0, 104), (32, 104), (0, 32)):
-        found, wanted = decode_rows(stored, scheme, (104, 64), start, stop), meant.rows(start, stop)
+        found, wanted = decode_rows("awq", stored, scheme, (104, 64), start, stop), meant.rows(start, stop)
         assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scale, wanted.scale)
         assert found.scheme == scheme and (found.zero_point is None) == symmetric
         assert symmetric or torch.equal(found.zero_point, wanted.zero_point)
@@ -88,7 +89,7 @@ def test_decoding_what_was_encoded_gives_every_part_back(size, symmetric, fill):
 def test_the_decoder_refuses_tensors_of_another_group_size_and_odd_zero_points():
     scheme = QuantScheme(4, 32, False, "float16")
     meant = random_weight(16, 64, scheme)
-    stored = {name.rpartition(".")[2]: t for name, t in awq.encode(site(16, 64), meant).items()}
+    stored = {name.rpartition(".")[2]: t for name, t in AWQ.encode(site(16, 64), meant).items()}
     with pytest.raises(SourceError, match="qzeros is"):
         awq_rows(stored, QuantScheme(4, 16, False, "float16"), (16, 64), 0, 16)
     with pytest.raises(SourceError, match="zero points other than 8"):
@@ -97,12 +98,12 @@ def test_the_decoder_refuses_tensors_of_another_group_size_and_odd_zero_points()
 
 def test_what_the_format_cannot_hold_is_said():
     good = site(16, 64)
-    assert awq.obstacle(good, QuantScheme(4, 32, False, "float16")) is None
-    assert "not int8" in awq.obstacle(good, QuantScheme(8, 32, False))
-    assert "16-bit inputs" in awq.obstacle(good, QuantScheme(4, 32, True, activations=ActivationScheme()))
-    assert "no multiple" in awq.obstacle(site(12, 64), QuantScheme(4, 32))
+    assert AWQ.obstacle(good, QuantScheme(4, 32, False, "float16")) is None
+    assert "not int8" in AWQ.obstacle(good, QuantScheme(8, 32, False))
+    assert "16-bit inputs" in AWQ.obstacle(good, QuantScheme(4, 32, True, activations=ActivationScheme()))
+    assert "no multiple" in AWQ.obstacle(site(12, 64), QuantScheme(4, 32))
     head = LinearSite("lm_head", "lm_head.weight", None, 16, 64, None)
-    assert "outside" in awq.obstacle(head, QuantScheme(4, 32))
+    assert "outside" in AWQ.obstacle(head, QuantScheme(4, 32))
 
 
 @pytest.fixture(scope="module")

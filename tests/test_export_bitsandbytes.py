@@ -14,7 +14,7 @@ import torch
 from outlierq.core.errors import OutputError, RecipeError, SourceError
 from outlierq.core.model import LinearSite
 from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.export.bitsandbytes import obstacle, row_maxima
+from outlierq.export.bitsandbytes import BitsandbytesFormat, row_maxima
 from outlierq.export.layout import OutputTensor, make_layout
 from outlierq.load import load_model, open_checkpoint, unpacked
 from outlierq.load.packed.bitsandbytes import decode_int8
@@ -122,12 +122,12 @@ def test_a_scale_that_no_row_maximum_gives_is_an_error_and_not_a_change():
 
 
 def test_other_schemes_are_kept_in_16_bits_with_a_reason():
-    assert obstacle(SITE, QuantScheme(8, None)) is None
-    assert obstacle(SITE, QuantScheme(8, None, activations=ActivationScheme())) is None
+    assert BitsandbytesFormat({}).obstacle(SITE, QuantScheme(8, None)) is None
+    assert BitsandbytesFormat({}).obstacle(SITE, QuantScheme(8, None, activations=ActivationScheme())) is None
     static = ActivationScheme(dynamic=False, per="tensor")
     for scheme in (QuantScheme(4, None), QuantScheme(8, 64), QuantScheme(8, None, False)):
-        assert "int8 symmetric per channel" in obstacle(SITE, scheme)
-    assert "inputs per token" in obstacle(SITE, QuantScheme(8, None, activations=static))
+        assert "int8 symmetric per channel" in BitsandbytesFormat({}).obstacle(SITE, scheme)
+    assert "inputs per token" in BitsandbytesFormat({}).obstacle(SITE, QuantScheme(8, None, activations=static))
 
 
 def test_a_recipe_with_nothing_to_store_is_refused_by_the_plan(tiny_llama):

@@ -88,14 +88,14 @@ def test_gguf_reads_from_our_blocks_what_was_meant(scheme):
 def test_decoding_gives_every_part_back_also_where_rows_are_in_rotary_order(scheme, heads):
     config = {"model_type": "llama" if heads else "qwen2", "num_attention_heads": heads or 4}
     width = 512 if scheme == Q4_K else 192
-    linear, form = site(96, width, "model.layers.11.self_attn.q_proj"), GgufFormat(config)
+    linear, format = site(96, width, "model.layers.11.self_attn.q_proj"), GgufFormat(config)
     meant = random_weight(96, width, scheme, seed=1)
-    (name, stored), *others = form.encode(linear, meant).items()
+    (name, stored), *others = format.encode(linear, meant).items()
     assert name == "blk.11.attn_q.weight" and not others
-    assert [(name, "U8", tuple(stored.shape))] == form.tensor_specs(linear, scheme)
-    parts = {"weight": stored, **form.row_order(linear)}
+    assert [(name, "U8", tuple(stored.shape))] == format.tensor_specs(linear, scheme)
+    parts = {"weight": stored, **format.row_order(linear)}
     for start, stop in ((0, 96), (32, 96), (64, 72)):
-        found = decode_rows(parts, scheme, (96, width), start, stop)
+        found = decode_rows("gguf", parts, scheme, (96, width), start, stop)
         compare(name, found, meant.rows(start, stop))  # raises where any part differs
 
 
@@ -121,20 +121,20 @@ def test_blocks_of_another_scheme_are_refused():
     meant = random_weight(8, 64, QuantScheme(4, 32, True, "float16"))
     parts = {"weight": encode_blocks(site(8, 64), meant), "heads": torch.tensor(0)}
     with pytest.raises(SourceError, match="are not int8"):
-        decode_rows(parts, QuantScheme(8, 32, True, "float16"), (8, 64), 0, 8)
+        decode_rows("gguf", parts, QuantScheme(8, 32, True, "float16"), (8, 64), 0, 8)
     with pytest.raises(SourceError, match="several scales"):
-        decode_rows(parts, QuantScheme(4, 64, True, "float16"), (8, 64), 0, 8)
+        decode_rows("gguf", parts, QuantScheme(4, 64, True, "float16"), (8, 64), 0, 8)
 
 
 def test_what_the_format_cannot_hold_is_said():
-    form, linear = GgufFormat({}), site(64, 64)
-    assert form.obstacle(linear, QuantScheme(8, None, True)) is None
-    assert form.approximation(QuantScheme(4, 32, False)) and not form.approximation(QuantScheme(4, 32))
+    format, linear = GgufFormat({}), site(64, 64)
+    assert format.obstacle(linear, QuantScheme(8, None, True)) is None
+    assert format.approximation(QuantScheme(4, 32, False)) and not format.approximation(QuantScheme(4, 32))
     inputs = ActivationScheme()
     for scheme in (QuantScheme(3, 32), QuantScheme(8, 32, False), QuantScheme(4, 16), QuantScheme(8, None, True)):
         scheme = QuantScheme(8, None, activations=inputs) if scheme == QuantScheme(8, None, True) else scheme
-        assert "gguf stores" in form.obstacle(linear, scheme)
-    assert "multiple" in form.obstacle(site(64, 48), QuantScheme(8, None))
+        assert "gguf stores" in format.obstacle(linear, scheme)
+    assert "multiple" in format.obstacle(site(64, 48), QuantScheme(8, None))
     with pytest.raises(RecipeError, match="has no name"):
         gguf_name("model.layers.0.strange.weight")
 

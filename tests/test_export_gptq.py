@@ -13,7 +13,7 @@ from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.export import exporter, gptq
+from outlierq.export import format_type
 from outlierq.load import decode_rows, load_model, open_checkpoint, unpacked
 from outlierq.load.packed.gptq import fields, gptq_rows
 from outlierq.pipeline.planning.decide import make_plan
@@ -21,6 +21,7 @@ from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 
 WIDTHS = (2, 3, 4, 8)
+GPTQ = format_type("gptq")({})
 
 
 def site(rows: int, columns: int) -> LinearSite:
@@ -64,34 +65,34 @@ def bit_by_bit(stored: dict[str, torch.Tensor], shape: tuple[int, int], bits: in
     return dense
 
 
-@pytest.mark.parametrize("form", ["gptq", "gptq-v2"])
+@pytest.mark.parametrize("format", ["gptq", "gptq-v2"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_what_is_written_means_what_was_meant_bit_by_bit(bits, symmetric, form):
+def test_what_is_written_means_what_was_meant_bit_by_bit(bits, symmetric, format):
     for rows, columns, size in ((32, 64, 32), (64, 32, None)):
         scheme = QuantScheme(bits, size, symmetric, "float16")
         meant = random_weight(rows, columns, scheme, seed=bits)
-        stored = exporter(form).encode(site(rows, columns), meant)
-        specs = {name: (dtype, shape) for name, dtype, shape in gptq.tensor_specs(site(rows, columns), scheme)}
+        stored = format_type(format)({}).encode(site(rows, columns), meant)
+        specs = {name: (dtype, shape) for name, dtype, shape in GPTQ.tensor_specs(site(rows, columns), scheme)}
         kinds = {torch.int32: "I32", torch.float16: "F16"}
         assert {name: (kinds[t.dtype], tuple(t.shape)) for name, t in stored.items()} == specs
-        version = 2 if form == "gptq-v2" else 1
+        version = 2 if format == "gptq-v2" else 1
         found = bit_by_bit(by_role(stored), (rows, columns), bits, version)
         assert np.array_equal(found, meant.dequantize().numpy())
 
 
-@pytest.mark.parametrize("form", ["gptq", "gptq-v2"])
+@pytest.mark.parametrize("format", ["gptq", "gptq-v2"])
 @pytest.mark.parametrize("zeros", ["random", "none", "largest"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_decoding_what_was_encoded_gives_every_part_back(bits, symmetric, zeros, form):
+def test_decoding_what_was_encoded_gives_every_part_back(bits, symmetric, zeros, format):
     scheme = QuantScheme(bits, 32, symmetric, "float16")
     meant = random_weight(96, 64, scheme, seed=bits)
     if zeros != "random" and not symmetric:
         meant.zero_point.fill_(0 if zeros == "none" else int(scheme.code_max))
-    stored = by_role(exporter(form).encode(site(96, 64), meant))
+    stored = by_role(format_type(format)({}).encode(site(96, 64), meant))
     for start, stop in ((0, 96), (32, 96), (0, 32)):
-        found = decode_rows(stored, scheme, (96, 64), start, stop, format=form)
+        found = decode_rows(format, stored, scheme, (96, 64), start, stop)
         wanted = meant.rows(start, stop)
         assert found.scheme == scheme
         assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scale, wanted.scale)
@@ -101,7 +102,7 @@ def test_decoding_what_was_encoded_gives_every_part_back(bits, symmetric, zeros,
 
 def test_symmetric_zero_points_are_the_constants_that_readers_expect():
     meant = random_weight(32, 32, QuantScheme(4, 32, True, "float16"))
-    words = {form: by_role(exporter(form).encode(site(32, 32), meant))["qzeros"] for form in ("gptq", "gptq-v2")}
+    words = {name: by_role(format_type(name)({}).encode(site(32, 32), meant))["qzeros"] for name in FORMATS}
     assert set(words["gptq"].flatten().tolist()) == {0x77777777}
     assert set(words["gptq-v2"].flatten().tolist()) == {0x88888888 - (1 << 32)}
 
@@ -110,7 +111,7 @@ def test_a_zero_point_of_0_survives_the_addition_of_whole_words_that_gptqmodel_m
     scheme = QuantScheme(4, 32, False, "float16")
     meant = random_weight(32, 32, scheme)
     meant.zero_point.copy_(torch.arange(32)[:, None] % 3)
-    stored = by_role(gptq.encode(site(32, 32), meant))["qzeros"]
+    stored = by_role(GPTQ.encode(site(32, 32), meant))["qzeros"]
     as_version_2 = (stored.long() + 0x11111111) & 0xFFFFFFFF
     nibbles = [(int(word) >> (4 * k)) & 15 for word in as_version_2[0] for k in range(8)]
     assert nibbles == (torch.arange(32) % 3).tolist()
@@ -119,7 +120,7 @@ def test_a_zero_point_of_0_survives_the_addition_of_whole_words_that_gptqmodel_m
 def test_columns_in_activation_order_are_read_by_their_group():
     scheme = QuantScheme(4, 16, False, "float16")
     meant = random_weight(32, 64, scheme)
-    stored = by_role(gptq.encode(site(32, 64), meant))
+    stored = by_role(GPTQ.encode(site(32, 64), meant))
     stored["g_idx"] = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(1)).int()
     from outlierq.load.packed.gptq import gptq_dense
 
@@ -130,7 +131,7 @@ def test_columns_in_activation_order_are_read_by_their_group():
 
 def test_words_that_do_not_fit_are_refused():
     scheme = QuantScheme(4, 32, False, "float16")
-    stored = by_role(gptq.encode(site(32, 64), random_weight(32, 64, scheme)))
+    stored = by_role(GPTQ.encode(site(32, 64), random_weight(32, 64, scheme)))
     with pytest.raises(SourceError, match="qweight is"):
         gptq_rows(stored, scheme, (32, 128), 0, 32, version=1)
     with pytest.raises(SourceError, match="qzeros is"):
@@ -140,12 +141,12 @@ def test_words_that_do_not_fit_are_refused():
 
 
 def test_what_the_format_cannot_hold_is_said():
-    assert gptq.obstacle(site(32, 64), QuantScheme(3, 32)) is None
-    assert "not int5" in gptq.obstacle(site(32, 64), QuantScheme(5, 32))
-    assert "do not fill" in gptq.obstacle(site(12, 64), QuantScheme(4, 32))
-    assert "bits" in gptq.conflict([QuantScheme(4, 32), QuantScheme(8, 32)])
-    assert "symmetric" in gptq.conflict([QuantScheme(4, 32), QuantScheme(4, 32, False)])
-    assert gptq.conflict([QuantScheme(4, 32)]) is None
+    assert GPTQ.obstacle(site(32, 64), QuantScheme(3, 32)) is None
+    assert "not int5" in GPTQ.obstacle(site(32, 64), QuantScheme(5, 32))
+    assert "do not fill" in GPTQ.obstacle(site(12, 64), QuantScheme(4, 32))
+    assert "bits" in GPTQ.conflict([QuantScheme(4, 32), QuantScheme(8, 32)])
+    assert "symmetric" in GPTQ.conflict([QuantScheme(4, 32), QuantScheme(4, 32, False)])
+    assert GPTQ.conflict([QuantScheme(4, 32)]) is None
 
 
 def compressed(source: Path, out: Path, *settings: str) -> Path:
@@ -158,7 +159,7 @@ def compressed(source: Path, out: Path, *settings: str) -> Path:
 
 
 def test_both_versions_are_imported_as_the_same_model(tiny_llama, tmp_path):
-    folders = [compressed(tiny_llama, tmp_path / f, f"export.format={f}", "quantize.symmetric=false") for f in FORMS]
+    folders = [compressed(tiny_llama, tmp_path / f, f"export.format={f}", "quantize.symmetric=false") for f in FORMATS]
     first, second = (unpacked(open_checkpoint(str(folder))) for folder in folders)
     assert len(first.linears) == 14
     for name in first.tensors:
@@ -168,7 +169,7 @@ def test_both_versions_are_imported_as_the_same_model(tiny_llama, tmp_path):
     assert torch.isfinite(logits).all()
 
 
-FORMS = ("gptq", "gptq-v2")
+FORMATS = ("gptq", "gptq-v2")
 
 
 def test_a_run_writes_the_config_that_clients_read(tiny_llama, tmp_path):
@@ -203,14 +204,11 @@ def test_layouts_that_are_not_known_are_refused_by_name(tiny_llama, tmp_path):
 
 
 def test_the_table_of_clients_names_known_formats_and_says_what_was_not_tried():
-    from typing import get_args
-
     from outlierq.export.clients import client_facts, table
-    from outlierq.recipe import Export
+    from outlierq.registry import formats
 
-    known = get_args(Export.model_fields["format"].annotation)
     written_alike = {"gptq-v2"}  # the facts of gptq
-    assert table()["formats"].keys() == set(known) - written_alike
+    assert table()["formats"].keys() == formats().keys() - written_alike
     assert table()["checked"].startswith("20")
     said = client_facts("gptq", [QuantScheme(3, 32), QuantScheme(4, 32)])
     assert "vLLM 0.32: int3 symmetric g32: not tried" in said

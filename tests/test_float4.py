@@ -18,7 +18,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.export import compressed_tensors
+from outlierq.export import format_type
 from outlierq.export.writer import compare
 from outlierq.load import decode_rows, open_checkpoint, unpacked
 from outlierq.load.packed.e2m1 import decode_e2m1
@@ -33,6 +33,7 @@ from outlierq.registry import method
 
 NVFP4 = QuantScheme(4, 16, kind="float", scales="two-level")
 MXFP4 = QuantScheme(4, 32, kind="float", scales="power-of-two")
+FORMAT = format_type("compressed-tensors")({})
 BOTH = pytest.mark.parametrize("scheme", [NVFP4, MXFP4], ids=str)
 RECIPES = pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
 SITE = "model.layers.1.mlp.up_proj"
@@ -65,7 +66,7 @@ def package_decodes(tensors: dict[str, torch.Tensor], scheme: QuantScheme) -> to
     from compressed_tensors.compressors import MXFP4PackedCompressor, NVFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    config = compressed_tensors.quantization_config([(site(48, 96), scheme)])
+    config = FORMAT.quantization_config([(site(48, 96), scheme)])
     group = QuantizationScheme(**config["config_groups"]["group_0"])
     compressor = NVFP4PackedCompressor if scheme == NVFP4 else MXFP4PackedCompressor
     return compressor.decompress({name.rpartition(".")[2]: value for name, value in tensors.items()}, group)["weight"]
@@ -107,7 +108,7 @@ def test_nvfp4_scales_are_those_of_the_package():
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     w = weights()[4:]
-    config = compressed_tensors.quantization_config([(site(48, 96), NVFP4)])["config_groups"]["group_0"]
+    config = FORMAT.quantization_config([(site(48, 96), NVFP4)])["config_groups"]["group_0"]
     grouped = w.view(len(w), -1, 16)
     divisor = generate_gparam(w.amin(), w.amax())
     args = QuantizationScheme(**config).weights
@@ -121,9 +122,9 @@ def test_nvfp4_scales_are_those_of_the_package():
 def test_the_package_decodes_what_we_write(scheme):
     w = weights()
     found = rounded(w, scheme)
-    tensors = compressed_tensors.encode(site(48, 96), found)
+    tensors = FORMAT.encode(site(48, 96), found)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    assert shapes == {name: shape for name, _, shape in compressed_tensors.tensor_specs(site(48, 96), scheme)}
+    assert shapes == {name: shape for name, _, shape in FORMAT.tensor_specs(site(48, 96), scheme)}
     assert torch.equal(package_decodes(tensors, scheme).float(), found.dequantize())
     assert torch.equal(found.dequantize().bfloat16().float(), found.dequantize())  # exact in 16 bits
 
@@ -140,18 +141,18 @@ def test_our_decoder_agrees_with_the_package_on_any_bytes(scheme):
         parts["weight_scale"] = torch.randint(100, 140, (48, groups), generator=make, dtype=torch.uint8)
     expected = package_decodes(parts, scheme).float().numpy()
     np.testing.assert_array_equal(decode_e2m1(*parts.values()), expected)
-    rows = decode_rows(parts, scheme, (48, 96), 16, 48)
+    rows = decode_rows("compressed-tensors", parts, scheme, (48, 96), 16, 48)
     np.testing.assert_array_equal(rows.dequantize().numpy(), expected[16:])
 
 
 @BOTH
 def test_decoding_gives_back_what_was_meant_bit_for_bit(scheme):
     found = rounded(weights(), scheme)
-    parts = {name.rpartition(".")[2]: v for name, v in compressed_tensors.encode(site(48, 96), found).items()}
+    parts = {name.rpartition(".")[2]: v for name, v in FORMAT.encode(site(48, 96), found).items()}
     for start, stop in ((0, 48), (32, 48)):
-        compare(SITE, decode_rows(parts, scheme, (48, 96), start, stop), found.rows(start, stop))
+        compare(SITE, decode_rows("compressed-tensors", parts, scheme, (48, 96), start, stop), found.rows(start, stop))
     with pytest.raises(SourceError, match="found"):
-        decode_rows(parts, scheme, (48, 128), 0, 48)
+        decode_rows("compressed-tensors", parts, scheme, (48, 128), 0, 48)
 
 
 @pytest.mark.parametrize("largest", [1e-6, 0.001, 0.3, 2.6, 40.0, 3e4])

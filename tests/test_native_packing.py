@@ -11,7 +11,7 @@ import torch
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import FP4_MAX, QuantScheme
-from outlierq.export import awq, compressed_tensors, dense, gptq, gptq_v2
+from outlierq.export import awq, format_type, gptq
 from outlierq.export.gguf.format import encode_blocks
 from outlierq.export.writer import all_finite, as_bytes
 from outlierq.ops.compiled import packing as native_packing
@@ -19,6 +19,7 @@ from outlierq.ops.compiled import rounding as native
 from outlierq.ops.packing import e2m1_codes, pack, pack_bytes, pack_down, pack_e2m1
 from outlierq.quantize.rtn import rtn
 
+DENSE = format_type("dense")({})
 pytestmark = pytest.mark.skipif(native.library() is None and not shutil.which("gcc"), reason="no compiler for C")
 BITS = range(2, 9)
 SCALE_DTYPES = ["bfloat16", "float16", "float32"]
@@ -108,14 +109,15 @@ def test_words_down_the_columns_are_those_of_rows_transposed(bits, signed, monke
         assert same(words, without(monkeypatch, lambda c=codes: pack_down(c, bits))), (rows, columns)
 
 
-@pytest.mark.parametrize("form", [gptq, gptq_v2])
+@pytest.mark.parametrize("format", ["gptq", "gptq-v2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", gptq.WIDTHS)
-def test_gptq_is_encoded_to_the_same_bytes(bits, symmetric, form, monkeypatch):
+def test_gptq_is_encoded_to_the_same_bytes(bits, symmetric, format, monkeypatch):
     site = site_of(64, 320)
     weight = torch.randn(64, 320, generator=torch.Generator().manual_seed(bits))
     quantized = rtn(weight, None, QuantScheme(bits, 64, symmetric, "float16"))
-    found, expected = form.encode(site, quantized), without(monkeypatch, lambda: form.encode(site, quantized))
+    encode = format_type(format)({}).encode
+    found, expected = encode(site, quantized), without(monkeypatch, lambda: encode(site, quantized))
     assert found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in found)
 
 
@@ -189,8 +191,8 @@ def test_dense_weights_are_those_of_torch(symmetric, scale_dtype, monkeypatch):
             weight = torch.randn(9, 192, generator=torch.Generator().manual_seed(bits))
             quantized = rtn(weight, None, QuantScheme(bits, group_size, symmetric, scale_dtype))
             assert native_packing.dequantize(quantized) is not None
-            found = dense.encode(site_of(9, 192), quantized)
-            expected = without(monkeypatch, lambda q=quantized: dense.encode(site_of(9, 192), q))
+            found = DENSE.encode(site_of(9, 192), quantized)
+            expected = without(monkeypatch, lambda q=quantized: DENSE.encode(site_of(9, 192), q))
             assert same(found["layer.linear.weight"], expected["layer.linear.weight"]), (bits, group_size)
 
 
@@ -236,8 +238,8 @@ def test_numbers_that_are_not_finite_are_found_among_all_others(dtype, monkeypat
 def test_compressed_tensors_are_encoded_to_the_same_bytes(scheme, monkeypatch):
     site, weight = site_of(64, 192), torch.randn(64, 192, generator=torch.Generator().manual_seed(1)) * FP4_MAX
     quantized = rtn(weight, None, scheme)
-    found = compressed_tensors.encode(site, quantized)
-    expected = without(monkeypatch, lambda: compressed_tensors.encode(site, quantized))
+    found = format_type("compressed-tensors")({}).encode(site, quantized)
+    expected = without(monkeypatch, lambda: format_type("compressed-tensors")({}).encode(site, quantized))
     assert found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in found)
 
 
@@ -249,7 +251,7 @@ def test_what_is_not_in_bytes_or_not_contiguous_is_left_to_numpy_and_torch():
     for other in (turned, wide):
         assert native_packing.gguf_blocks("Q4_0", other, None) is None and native_packing.dequantize(other) is None
         assert same(encode_blocks(site_of(64, 64), other), encode_blocks(site_of(64, 64), quantized))
-        found, expected = (dense.encode(site_of(64, 64), q)["layer.linear.weight"] for q in (other, quantized))
+        found, expected = (DENSE.encode(site_of(64, 64), q)["layer.linear.weight"] for q in (other, quantized))
         assert same(found, expected)
 
 

@@ -234,7 +234,7 @@ def test_packed_bytes_are_those_of_the_compressed_tensors_package(bits, symmetri
     from outlierq.core.model import LinearSite
     from outlierq.core.quant_tensor import QuantTensor
     from outlierq.core.scheme import QuantScheme
-    from outlierq.export import exporter
+    from outlierq.export import format_type
 
     scheme = QuantScheme(bits, 32, symmetric)
     rng = torch.Generator().manual_seed(bits)
@@ -242,7 +242,7 @@ def test_packed_bytes_are_those_of_the_compressed_tensors_package(bits, symmetri
     zero = None if symmetric else torch.randint(0, scheme.code_max + 1, (37, 3), generator=rng).to(torch.uint8)
     quantized = QuantTensor(codes, torch.rand(37, 3, generator=rng).bfloat16(), zero, scheme)
     site = LinearSite("layer", "layer.weight", None, 37, 96, 0)
-    found = exporter("compressed-tensors").encode(site, quantized)
+    found = format_type("compressed-tensors")({}).encode(site, quantized)
     offset = 0 if symmetric else 1 << (bits - 1)  # the package holds asymmetric codes shifted to signed ones
     signed = (codes - offset).to(torch.int8)
     assert torch.equal(found["layer.weight_packed"], pack_to_int32(signed, bits))

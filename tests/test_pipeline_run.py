@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from outlierq.calibrate.runner import BlockRunner
 from outlierq.core.errors import NumbersError, OutputError, RecipeError, StatsError
-from outlierq.export import compressed_tensors
+from outlierq.export import format_type
 from outlierq.load import load_model, open_checkpoint
 from outlierq.pipeline.block import fold as folding
 from outlierq.pipeline.block import stats_run as calibration
@@ -226,13 +226,14 @@ def test_a_float16_model_is_calibrated(tools, tmp_path):
 
 def test_an_encoder_that_writes_something_else_is_caught(tiny_llama, tmp_path, monkeypatch):
     """The decoder shares no code with the packer: one wrong bit in what is written stops the run."""
-    encode = compressed_tensors.encode
+    writer = format_type("compressed-tensors")
+    encode = writer.encode
 
-    def flipped(site, quantized):
-        parts = encode(site, quantized)
+    def flipped(self, site, quantized):
+        parts = encode(self, site, quantized)
         return {name: part ^ 1 if name.endswith("o_proj.weight_packed") else part for name, part in parts.items()}
 
-    monkeypatch.setattr(compressed_tensors, "encode", flipped)
+    monkeypatch.setattr(writer, "encode", flipped)
     with pytest.raises(OutputError, match=r"o_proj: what is on disk decodes to something else .*in its codes"):
         compress(tiny_llama, tmp_path / "out", "rtn-w4")
     assert not (tmp_path / "out").exists()

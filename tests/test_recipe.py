@@ -226,7 +226,10 @@ def test_an_option_of_another_method_is_unknown():
         (RTN + "calibration: {text: [{path: a, dataset: b}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{}]}\n", "text.0: give either `path` or `dataset`"),
         (RTN + "calibration: {text: [{path: a, weight: 0}]}\n", "text.0.weight: Input should be greater than 0"),
-        (RTN + "export: {format: onnx}\n", "export.format: Input should be 'compressed-tensors', "),
+        (
+            RTN + "export: {format: onnx}\n",
+            "line 3, export.format: there is no format 'onnx'; known: awq, ",
+        ),
         (RTN + "export: {max_shard_size: 5XB}\n", "'5XB' is not a size; write for example 5GB or 512MiB"),
     ],
 )

@@ -163,26 +163,26 @@ def load_recipe(reference: str, settings: list[str] | None, trust_methods: bool 
     return recipe.load(reference, settings, trust_methods=trust_methods)
 
 
-def conversion_wanted(checkpoint: Checkpoint, form: str | None, recipe: str | None, settings: list[str] | None) -> bool:
+def conversion_wanted(
+    checkpoint: Checkpoint, format: str | None, recipe: str | None, settings: list[str] | None
+) -> bool:
     """Whether a compressed checkpoint is to be converted: `--format` is all that was said."""
-    return bool(form and checkpoint.config.get("quantization_config")) and recipe is None and not settings
+    return bool(format and checkpoint.config.get("quantization_config")) and recipe is None and not settings
 
 
-def with_format(settings: list[str] | None, form: str | None) -> list[str]:
+def with_format(settings: list[str] | None, format: str | None) -> list[str]:
     """The settings, with `--format` among them."""
-    return [*(settings or []), *([f"export.format={form}"] if form else [])]
+    return [*(settings or []), *([f"export.format={format}"] if format else [])]
 
 
-def known_format(form: str) -> str:
+def known_format(format: str) -> str:
     """The name of a format; a usage error with the known names otherwise."""
-    from typing import get_args
+    from outlierq.registry import formats
 
-    from outlierq.recipe import Export
-
-    names = get_args(Export.model_fields["format"].annotation)
-    if form not in names:
-        raise typer.BadParameter(f"{form!r} is not a format; choose one of {', '.join(names)}", param_hint="--format")
-    return form
+    if format not in formats():
+        names = ", ".join(formats())
+        raise typer.BadParameter(f"{format!r} is not a format; choose one of {names}", param_hint="--format")
+    return format
 
 
 def choose_device(wanted: str) -> str:
@@ -261,10 +261,8 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def plan_rows(plan: Plan) -> list[Any]:
     """Tensors that are treated alike, as rows: linears by kind, everything else together."""
-    from outlierq.export import exporter
     from outlierq.report.terminal import PlanRow
 
-    form = exporter(plan.recipe.export.format)
     tensors = plan.checkpoint.tensors
     rows: dict[tuple[str, str], list[int]] = {}
     left = dict(tensors)
@@ -279,7 +277,7 @@ def plan_rows(plan: Plan) -> list[Any]:
         before = left.pop(site.weight).nbytes
         after = before
         if scheme is not None:
-            names = [name for name, _, _ in form.tensor_specs(site, scheme)]
+            names = [name for name, _, _ in plan.format.tensor_specs(site, scheme)]
             after = sum(plan.layout.places[name].tensor.nbytes for name in names)
         row = rows.setdefault((short, treatment), [0, 0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + before, row[2] + after

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
-from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
+from outlierq.core.scheme import CacheScheme, QuantScheme
+from outlierq.export.clients import byte_codes, one_scheme, unsigned_zero_points
+from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.compiled import packing as native_packing
 
 if TYPE_CHECKING:
     import torch
 
-SCALE_DTYPE = "float16"  # what its readers expect, whatever the model's dtype
 BITS = 4
 PER_WORD = 8
 # Nibble k of a word is output row 8 * c + ORDER[k] (AutoAWQ, awq/utils/packing_utils.py).
@@ -27,51 +27,64 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 WORD_ROWS = 64  # rows of words that are transposed together
 
 
-def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
-    """Why this format cannot hold the site, or None when it can."""
-    if site.kind != "Linear":
-        return f"awq has no {site.kind} layer"
-    if (scheme.kind, scheme.bits, scheme.scales) != ("int", BITS, "plain") or scheme.activations is not None:
-        return f"awq stores int4 weights with 16-bit inputs, not {scheme}"
-    if site.block is None:
-        return "the readers of awq expect linears outside of the blocks in 16 bits"
-    if site.out_features % PER_WORD:
-        return f"awq packs {PER_WORD} output rows into a word, and {site.out_features} is no multiple of it"
-    return None
+class AwqFormat(Format, name="awq"):
+    """The GEMM layout of AutoAWQ."""
 
+    scale_dtype = "float16"  # what its readers expect, whatever the model's dtype
 
-def conflict(schemes: Collection[QuantScheme]) -> str | None:
-    """Why these schemes cannot stand in one checkpoint; symmetric and asymmetric ones can."""
-    return one_scheme("awq", {scheme.group_size for scheme in schemes}, "group_size")
+    def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
+        """Why this format cannot hold the site, or None when it can."""
+        if site.kind != "Linear":
+            return f"awq has no {site.kind} layer"
+        if (scheme.kind, scheme.bits, scheme.scales) != ("int", BITS, "plain") or scheme.activations is not None:
+            return f"awq stores int4 weights with 16-bit inputs, not {scheme}"
+        if site.block is None:
+            return "the readers of awq expect linears outside of the blocks in 16 bits"
+        if site.out_features % PER_WORD:
+            return f"awq packs {PER_WORD} output rows into a word, and {site.out_features} is no multiple of it"
+        return None
 
+    @classmethod
+    def conflict(cls, schemes: Collection[QuantScheme]) -> str | None:
+        """Why these schemes cannot stand in one checkpoint; symmetric and asymmetric ones can."""
+        return one_scheme("awq", {scheme.group_size for scheme in schemes}, "group_size")
 
-def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Which programs load it, one line each."""
-    return client_facts("awq", schemes)
+    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
+        """(name, dtype, shape) of every tensor that replaces the site's weight."""
+        stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
+        groups = scheme.groups(columns)
+        return [
+            (f"{stem}.qweight", "I32", (columns, rows // PER_WORD)),
+            (f"{stem}.qzeros", "I32", (groups, rows // PER_WORD)),
+            (f"{stem}.scales", "F16", (groups, rows)),
+        ]
 
+    def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere.
 
-def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor that replaces the site's weight."""
-    stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
-    groups = scheme.groups(columns)
-    return [
-        (f"{stem}.qweight", "I32", (columns, rows // PER_WORD)),
-        (f"{stem}.qzeros", "I32", (groups, rows // PER_WORD)),
-        (f"{stem}.scales", "F16", (groups, rows)),
-    ]
+        qweight: int32 [in, out / 8]. qzeros: int32 [groups, out / 8]. scales: [groups, out].
+        """
+        stem = site.weight.removesuffix(".weight")
+        return {
+            f"{stem}.qweight": _words(byte_codes(site, quantized)),
+            f"{stem}.qzeros": _words(unsigned_zero_points(quantized)),
+            f"{stem}.scales": quantized.scale.T.contiguous(),
+        }
 
-
-def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 8 everywhere.
-
-    qweight: int32 [in, out / 8]. qzeros: int32 [groups, out / 8]. scales: [groups, out].
-    """
-    stem = site.weight.removesuffix(".weight")
-    return {
-        f"{stem}.qweight": _words(byte_codes(site, quantized)),
-        f"{stem}.qzeros": _words(unsigned_zero_points(quantized)),
-        f"{stem}.scales": quantized.scale.T.contiguous(),
-    }
+    def quantization_config(
+        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+    ) -> dict[str, Any]:
+        """What its readers look for in config.json."""
+        unquantized = [site.module for site, scheme in sites if scheme is None]
+        sizes = {scheme.group_size for _, scheme in sites if scheme is not None}
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": BITS,
+            "group_size": next(iter(sizes)) or -1,
+            "zero_point": True,
+            "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
+        }
 
 
 def _words(values: torch.Tensor) -> torch.Tensor:
@@ -96,19 +109,3 @@ def _words(values: torch.Tensor) -> torch.Tensor:
         pairs = [low[k].astype(np.uint16) | low[k + 1].astype(np.uint16) << np.uint16(8) for k in (0, 2)]
         words[:, start : start + WORD_ROWS] = (pairs[0] | pairs[1].astype(np.uint32) << np.uint32(16)).T
     return torch.from_numpy(words.view(np.int32))
-
-
-def quantization_config(
-    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
-    unquantized = [site.module for site, scheme in sites if scheme is None]
-    sizes = {scheme.group_size for _, scheme in sites if scheme is not None}
-    return {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": BITS,
-        "group_size": next(iter(sizes)) or -1,
-        "zero_point": True,
-        "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
-    }

@@ -7,29 +7,79 @@ stored: the client finds them in every batch, and multiplies them with the weigh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.export.clients import client_facts
+from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
+from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.twins.int8_split import THRESHOLD
+from outlierq.registry import LARGEST_SCALES, Asked, ways_to
 
 if TYPE_CHECKING:
     import torch
 
-# bitsandbytes keeps the row maxima in float32, so scales are not rounded to the model's 16 bits.
-SCALE_DTYPE = "float32"
 ROW_MAJOR = 0
 
 
-def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
-    """Why this format cannot hold the site, or None when it can."""
-    if site.kind != "Linear":
-        return f"LLM.int8() is written for Linear layers only, this is a {site.kind}"
-    return int8_obstacle("bitsandbytes", scheme)
+class BitsandbytesFormat(Format, name="bitsandbytes"):
+    """LLM.int8() as transformers saves it."""
+
+    scale_dtype = "float32"  # that of the row maxima, so scales are not rounded to the model's 16 bits
+
+    def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
+        """Why this format cannot hold the site, or None when it can."""
+        if site.kind != "Linear":
+            return f"LLM.int8() is written for Linear layers only, this is a {site.kind}"
+        return int8_obstacle("bitsandbytes", scheme)
+
+    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
+        """(name, dtype, shape) of every tensor that replaces the site's weight."""
+        stem = site.weight.removesuffix(".weight")
+        return [
+            (site.weight, "I8", (site.out_features, site.in_features)),
+            (f"{stem}.SCB", "F32", (site.out_features,)),
+            (f"{stem}.weight_format", "U8", ()),
+        ]
+
+    def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `tensor_specs`: int8 codes [out, in], SCB float32 [out], weight_format uint8 []."""
+        import torch
+
+        if quantized.outlier_columns is not None:
+            raise OutputError(f"{site.module}: this format has no place for outlier columns; use method rtn")
+        stem = site.weight.removesuffix(".weight")
+        return {
+            site.weight: quantized.codes.to(torch.int8),
+            f"{stem}.SCB": row_maxima(quantized.scale.float().flatten(), site.module),
+            f"{stem}.weight_format": torch.tensor(ROW_MAJOR, dtype=torch.uint8),
+        }
+
+    def quantization_config(
+        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+    ) -> dict[str, Any]:
+        """What its readers look for in config.json."""
+        unquantized = [site.module for site, scheme in sites if scheme is None]
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": THRESHOLD,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_skip_modules": list(dict.fromkeys([*unquantized, *also_kept])),
+        }
+
+    @classmethod
+    def recipe_faults(cls, asked: Asked) -> list[str]:
+        """A row's scale is its largest weight, which not every method chooses."""
+        faults = super().recipe_faults(asked)
+        if asked.method is not None and LARGEST_SCALES not in asked.gives:
+            makers = " or ".join(ways_to(LARGEST_SCALES))
+            faults.append(f"quantize.method: bitsandbytes scales a row by its largest weight: {makers}")
+        return faults
 
 
 def int8_obstacle(name: str, scheme: QuantScheme) -> str | None:
@@ -38,35 +88,6 @@ def int8_obstacle(name: str, scheme: QuantScheme) -> str | None:
     if stored != ("int", 8, True, None, None, "plain") or scheme.activations not in (None, ActivationScheme()):
         return f"{name} stores int8 symmetric per channel with int8 inputs per token, not {scheme}"
     return None
-
-
-def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Which programs load it, one line each."""
-    return client_facts("bitsandbytes", schemes)
-
-
-def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor that replaces the site's weight."""
-    stem = site.weight.removesuffix(".weight")
-    return [
-        (site.weight, "I8", (site.out_features, site.in_features)),
-        (f"{stem}.SCB", "F32", (site.out_features,)),
-        (f"{stem}.weight_format", "U8", ()),
-    ]
-
-
-def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`: int8 codes [out, in], SCB float32 [out], weight_format uint8 []."""
-    import torch
-
-    if quantized.outlier_columns is not None:
-        raise OutputError(f"{site.module}: this format has no place for outlier columns; use method rtn")
-    stem = site.weight.removesuffix(".weight")
-    return {
-        site.weight: quantized.codes.to(torch.int8),
-        f"{stem}.SCB": row_maxima(quantized.scale.float().flatten(), site.module),
-        f"{stem}.weight_format": torch.tensor(ROW_MAJOR, dtype=torch.uint8),
-    }
 
 
 def row_maxima(scale: torch.Tensor, module: str) -> torch.Tensor:
@@ -88,19 +109,3 @@ def row_maxima(scale: torch.Tensor, module: str) -> torch.Tensor:
             hint="use quantize.method: rtn with scale_search: minmax, as recipe llm-int8 does",
         )
     return nearest
-
-
-def quantization_config(
-    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept."""
-    unquantized = [site.module for site, scheme in sites if scheme is None]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": True,
-        "load_in_4bit": False,
-        "llm_int8_threshold": THRESHOLD,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_skip_modules": list(dict.fromkeys([*unquantized, *also_kept])),
-    }

@@ -28,13 +28,14 @@ def table() -> dict[str, Any]:
     A fact says `what` the client does `when` the named properties of a scheme (`_properties`, and those of all schemes
     together in `_lines`) have one of the listed values.
     """
-    facts: dict[str, Any] = json.loads((resources.files("outlierq") / "data" / "clients.json").read_text("utf-8"))
-    return facts
+    known: dict[str, Any] = json.loads((resources.files("outlierq") / "data" / "clients.json").read_text("utf-8"))
+    return known
 
 
-def client_facts(form: str, schemes: Collection[QuantScheme]) -> list[str]:
+def client_facts(format: str, schemes: Collection[QuantScheme]) -> list[str]:
     """One line per client: what it does with these schemes in the format, "not tried" where the table says nothing."""
-    return _lines(table()["formats"][form], schemes)
+    facts = table()["formats"].get(format)
+    return [f"no client was tried with {format}"] if facts is None else _lines(facts, schemes)
 
 
 def expert_facts(schemes: Collection[QuantScheme | None]) -> list[str]:
@@ -73,8 +74,7 @@ def _first(facts: Sequence[Fact], known: Mapping[str, Any]) -> str | None:
     for fact in facts:
         conditions = fact.get("when", {}).items()
         if all(known.get(key) in (value if isinstance(value, list) else [value]) for key, value in conditions):
-            what: str = fact["what"]
-            return what.format_map(known)
+            return str(fact["what"]).format_map(known)
     return None
 
 
@@ -96,12 +96,12 @@ def _properties(scheme: QuantScheme) -> dict[str, Any]:
     }
 
 
-def one_scheme(form: str, values: Collection[object], key: str) -> str | None:
+def one_scheme(format: str, values: Collection[object], key: str) -> str | None:
     """Why a format whose config says `key` once for the whole model cannot hold these `values` of it, or None."""
     if len(values) < 2:
         return None
     shown = ", ".join(sorted("channel" if value is None else str(value) for value in values))
-    return f"{form} has one {key} for the whole model, and this plan has {shown}"
+    return f"{format} has one {key} for the whole model, and this plan has {shown}"
 
 
 def byte_codes(site: LinearSite, quantized: QuantTensor) -> torch.Tensor:

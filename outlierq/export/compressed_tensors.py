@@ -6,90 +6,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import STORED_AS
 from outlierq.core.errors import OutputError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
-from outlierq.export.clients import byte_codes, cache_facts, client_facts, expert_facts
-from outlierq.export.ct_config import format_of, quantization_config
+from outlierq.export import ct_config
+from outlierq.export.clients import byte_codes, cache_facts, expert_facts
+from outlierq.export.ct_config import format_of
+from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import pack, pack_down, pack_e2m1, words_for
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["clients", "encode", "obstacle", "quantization_config", "tensor_specs"]
 
+class CompressedTensorsFormat(Format, name="compressed-tensors"):
+    """What vLLM and transformers load without a plug-in."""
 
-def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
-    """Why this format cannot hold the site, or None when it can."""
-    if site.kind != "Linear":
-        return f"compressed-tensors has no {site.kind} layer"
-    if scheme.kind == "int" and scheme.scales != "plain":
-        return f"compressed-tensors has no {scheme.scales} scales for integers; gguf has two-level ones"
-    if scheme.scales != "plain" and site.in_features % scheme.group_size:
-        return f"{scheme} needs columns in groups of {scheme.group_size}, and {site.in_features} are no multiple of it"
-    return None
+    holds_cache_scales = True
 
+    def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
+        """Why this format cannot hold the site, or None when it can."""
+        if site.kind != "Linear":
+            return f"compressed-tensors has no {site.kind} layer"
+        if scheme.kind == "int" and scheme.scales != "plain":
+            return f"compressed-tensors has no {scheme.scales} scales for integers; gguf has two-level ones"
+        if scheme.scales != "plain" and site.in_features % scheme.columns_per_group(site.in_features):
+            return (
+                f"{scheme} needs columns in groups of {scheme.group_size}, and {site.in_features} are no multiple of it"
+            )
+        return None
 
-def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Which programs load it, one line each."""
-    return client_facts("compressed-tensors", schemes)
+    @classmethod
+    def expert_clients(cls, schemes: Collection[QuantScheme | None]) -> list[str]:
+        """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
+        return expert_facts(schemes)
 
+    @classmethod
+    def cache_clients(cls, cache: CacheScheme) -> list[str]:
+        """What clients do with the scales of the KV cache."""
+        return cache_facts(cache)
 
-def expert_clients(schemes: Collection[QuantScheme | None]) -> list[str]:
-    """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
-    return expert_facts(schemes)
-
-
-def cache_clients(cache: CacheScheme) -> list[str]:
-    """What clients do with the scales of the KV cache."""
-    return cache_facts(cache)
-
-
-def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor that replaces the site's weight."""
-    rows, columns = site.out_features, site.in_features
-    if scheme.scales != "plain":
-        return _float4_specs(site, scheme)
-    scale_dtype, scales = STORED_AS[scheme.scale_dtype], scheme.scale_shape(rows, columns)
-    if format_of(scheme) != "pack-quantized":
+    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
+        """(name, dtype, shape) of every tensor that replaces the site's weight."""
+        rows, columns = site.out_features, site.in_features
+        if scheme.scales != "plain":
+            return _float4_specs(site, scheme)
+        scale_dtype, scales = STORED_AS[scheme.scale_dtype], scheme.scale_shape(rows, columns)
+        if format_of(scheme) != "pack-quantized":
+            specs: list[TensorSpec] = [
+                (site.weight, "F8_E4M3" if scheme.kind == "float" else "I8", (rows, columns)),
+                (f"{stem(site)}.weight_scale", scale_dtype, scales),
+            ]
+            static = scheme.activations is not None and not scheme.activations.dynamic
+            return [*specs, (f"{stem(site)}.input_scale", scale_dtype, (1,))] if static else specs
         specs = [
-            (site.weight, "F8_E4M3" if scheme.kind == "float" else "I8", (rows, columns)),
+            (f"{stem(site)}.weight_packed", "I32", (rows, words_for(columns, scheme.bits))),
             (f"{stem(site)}.weight_scale", scale_dtype, scales),
+            (f"{stem(site)}.weight_shape", "I64", (2,)),
         ]
-        static = scheme.activations is not None and not scheme.activations.dynamic
-        return [*specs, (f"{stem(site)}.input_scale", scale_dtype, (1,))] if static else specs
-    specs = [
-        (f"{stem(site)}.weight_packed", "I32", (rows, words_for(columns, scheme.bits))),
-        (f"{stem(site)}.weight_scale", scale_dtype, scales),
-        (f"{stem(site)}.weight_shape", "I64", (2,)),
-    ]
-    if not scheme.symmetric:
-        specs.append((f"{stem(site)}.weight_zero_point", "I32", (words_for(rows, scheme.bits), scales[1])))
-    return specs
+        if not scheme.symmetric:
+            specs.append((f"{stem(site)}.weight_zero_point", "I32", (words_for(rows, scheme.bits), scales[1])))
+        return specs
 
+    def by_rows(self, site: LinearSite, scheme: QuantScheme) -> bool:
+        """Whether some rows of a linear can be encoded without the others."""
+        return not site.transposed and scheme.scales == "plain"
 
-def by_rows(site: LinearSite, scheme: QuantScheme) -> bool:
-    """Whether some rows of a linear can be encoded without the others."""
-    return not site.transposed and scheme.scales == "plain"
+    def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `tensor_specs` for a weight [out, in], or the same rows where `by_rows` allows it."""
+        if quantized.outlier_columns is not None:
+            raise OutputError(f"{site.module}: compressed-tensors has no place for outlier columns")
+        if quantized.scheme.scales != "plain":
+            return _float4(site, quantized)
+        if format_of(quantized.scheme) == "pack-quantized":
+            return _packed(site, quantized)
+        tensors = {site.weight: quantized.codes, f"{stem(site)}.weight_scale": quantized.scale}
+        if quantized.input_scale is not None:
+            tensors[f"{stem(site)}.input_scale"] = quantized.input_scale
+        return tensors
 
-
-def encode(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs` for a weight [out, in], or the same rows of them where `by_rows` allows it."""
-    if quantized.outlier_columns is not None:
-        raise OutputError(f"{site.module}: compressed-tensors has no place for outlier columns")
-    if quantized.scheme.scales != "plain":
-        return _float4(site, quantized)
-    if format_of(quantized.scheme) == "pack-quantized":
-        return _packed(site, quantized)
-    tensors = {site.weight: quantized.codes, f"{stem(site)}.weight_scale": quantized.scale}
-    if quantized.input_scale is not None:
-        tensors[f"{stem(site)}.input_scale"] = quantized.input_scale
-    return tensors
+    def quantization_config(
+        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+    ) -> dict[str, Any]:
+        """As the compressed-tensors package builds it."""
+        return ct_config.quantization_config(sites, also_kept=also_kept, cache=cache)
 
 
 def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
@@ -109,11 +114,11 @@ def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]
     return tensors
 
 
-def _float4_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+def _float4_specs(site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
     """`tensor_specs` of NVFP4 and MXFP4."""
     rows, columns = site.out_features, site.in_features
     small = "F8_E4M3" if scheme.scales == "two-level" else "U8"
-    specs = [
+    specs: list[TensorSpec] = [
         (f"{stem(site)}.weight_packed", "U8", (rows, columns // 2)),
         (f"{stem(site)}.weight_scale", small, scheme.scale_shape(rows, columns)),
     ]

@@ -11,104 +11,108 @@ in a single addition, so a zero point of 0 borrows from its neighbour, and is wr
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
+from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import WORD, pack, pack_down
 
 if TYPE_CHECKING:
     import torch
 
-SCALE_DTYPE = "float16"  # what its readers expect, whatever the model's dtype
 WIDTHS = (2, 3, 4, 8)
 VERSION_NAMES = {1: "gptq", 2: "gptq_v2"}
 
 
-def obstacle(site: LinearSite, scheme: QuantScheme) -> str | None:
-    """Why this format cannot hold the site, or None when it can."""
-    if site.kind != "Linear":
-        return f"gptq is written for Linear layers only, this is a {site.kind}"
-    if (scheme.kind, scheme.scales) != ("int", "plain") or scheme.bits not in WIDTHS or scheme.activations is not None:
-        return f"gptq stores int weights of 2, 3, 4 or 8 bits with 16-bit inputs, not {scheme}"
-    for name, count in (("columns", site.in_features), ("output rows", site.out_features)):
-        if count * scheme.bits % WORD:
-            return f"gptq packs {name} into whole words, and {count} of {scheme.bits} bits do not fill them"
-    return None
+class GptqFormat(Format, name="gptq"):
+    """Version 1; `gptq_v2.py` derives the other. version: of how zero points are stored."""
 
+    version: ClassVar[int] = 1
+    scale_dtype = "float16"  # what its readers expect, whatever the model's dtype
 
-def conflict(schemes: Collection[QuantScheme]) -> str | None:
-    """Why these schemes cannot stand in one checkpoint."""
-    for key in ("bits", "symmetric", "group_size"):
-        fault = one_scheme("gptq", {getattr(scheme, key) for scheme in schemes}, key)
-        if fault:
-            return fault
-    return None
+    def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
+        """Why this format cannot hold the site, or None when it can."""
+        if site.kind != "Linear":
+            return f"gptq is written for Linear layers only, this is a {site.kind}"
+        plain = (scheme.kind, scheme.scales, scheme.activations) == ("int", "plain", None)
+        if not plain or scheme.bits not in WIDTHS:
+            return f"gptq stores int weights of 2, 3, 4 or 8 bits with 16-bit inputs, not {scheme}"
+        for name, count in (("columns", site.in_features), ("output rows", site.out_features)):
+            if count * scheme.bits % WORD:
+                return f"gptq packs {name} into whole words, and {count} of {scheme.bits} bits do not fill them"
+        return None
 
+    @classmethod
+    def conflict(cls, schemes: Collection[QuantScheme]) -> str | None:
+        """Why these schemes cannot stand in one checkpoint."""
+        for key in ("bits", "symmetric", "group_size"):
+            fault = one_scheme("gptq", {getattr(scheme, key) for scheme in schemes}, key)
+            if fault:
+                return fault
+        return None
 
-def clients(schemes: Collection[QuantScheme]) -> list[str]:
-    """Which programs load it, one line each."""
-    return client_facts("gptq", schemes)
+    @classmethod
+    def clients(cls, schemes: Collection[QuantScheme]) -> list[str]:
+        """Which programs load it, one line each: they load both versions alike."""
+        return client_facts("gptq", schemes)
 
+    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
+        """(name, dtype, shape) of every tensor that replaces the site's weight."""
+        stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
+        groups = scheme.groups(columns)
+        return [
+            (f"{stem}.qweight", "I32", (columns * scheme.bits // WORD, rows)),
+            (f"{stem}.qzeros", "I32", (groups, rows * scheme.bits // WORD)),
+            (f"{stem}.scales", "F16", (groups, rows)),
+            (f"{stem}.g_idx", "I32", (columns,)),
+        ]
 
-def tensor_specs(site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor that replaces the site's weight."""
-    stem, rows, columns = site.weight.removesuffix(".weight"), site.out_features, site.in_features
-    groups = scheme.groups(columns)
-    return [
-        (f"{stem}.qweight", "I32", (columns * scheme.bits // WORD, rows)),
-        (f"{stem}.qzeros", "I32", (groups, rows * scheme.bits // WORD)),
-        (f"{stem}.scales", "F16", (groups, rows)),
-        (f"{stem}.g_idx", "I32", (columns,)),
-    ]
+    def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `tensor_specs`. A symmetric weight gets the zero point 2^(bits - 1) everywhere.
 
+        qweight: int32 [in * bits / 32, out]. qzeros: int32 [groups, out * bits / 32]. scales: [groups, out].
+        g_idx: int32 [in].
+        """
+        import torch
 
-def encode(site: LinearSite, quantized: QuantTensor, *, version: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs`. A symmetric weight gets the zero point 2^(bits - 1) everywhere.
+        stem, bits = site.weight.removesuffix(".weight"), quantized.scheme.bits
+        codes = byte_codes(site, quantized)
+        zeros = pack(unsigned_zero_points(quantized).T, bits)
+        if self.version == 1:
+            ones = torch.ones(1, site.out_features, dtype=torch.uint8)
+            zeros = zeros - pack(ones, bits)  # int32 wraps, as the readers' addition does
+        width = quantized.scheme.columns_per_group(site.in_features)
+        return {
+            f"{stem}.qweight": pack_down(codes, bits),
+            f"{stem}.qzeros": zeros,
+            f"{stem}.scales": quantized.scale.T.contiguous(),
+            f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32) // width,
+        }
 
-    qweight: int32 [in * bits / 32, out]. qzeros: int32 [groups, out * bits / 32]. scales: [groups, out].
-    g_idx: int32 [in].
-    """
-    import torch
+    def quantization_config(
+        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+    ) -> dict[str, Any]:
+        """What its readers look for in config.json.
 
-    stem, bits = site.weight.removesuffix(".weight"), quantized.scheme.bits
-    codes = byte_codes(site, quantized)
-    zeros = pack(unsigned_zero_points(quantized).T, bits)
-    if version == 1:
-        ones = torch.ones(1, site.out_features, dtype=torch.uint8)
-        zeros = zeros - pack(ones, bits)  # int32 wraps, as the readers' addition does
-    width = quantized.scheme.columns_per_group(site.in_features)
-    return {
-        f"{stem}.qweight": pack_down(codes, bits),
-        f"{stem}.qzeros": zeros,
-        f"{stem}.scales": quantized.scale.T.contiguous(),
-        f"{stem}.g_idx": torch.arange(site.in_features, dtype=torch.int32) // width,
-    }
-
-
-def quantization_config(
-    sites: Sequence[tuple[LinearSite, QuantScheme | None]], *, also_kept: Sequence[str] = (), version: int = 1
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json. sites: every linear with its scheme, None when kept.
-
-    Linears of blocks that are kept are named in `dynamic`, the only place that vLLM and GPTQModel both read. Without
-    it both take every linear in a block for a quantized one.
-    """
-    scheme = next(scheme for _, scheme in sites if scheme is not None)
-    head = [site for site, own in sites if site.block is None and own is not None]
-    unquantized = [site.module for site, own in sites if own is None and site.block is not None]
-    config = {
-        "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size or -1,
-        "sym": scheme.symmetric,
-        "desc_act": False,
-        "lm_head": bool(head),
-        "pack_dtype": "int32",
-        "checkpoint_format": VERSION_NAMES[version],
-    }
-    if unquantized:
-        config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in unquantized}
-    return config
+        Linears of blocks that are kept are named in `dynamic`, the only place that vLLM and GPTQModel both read.
+        Without it both take every linear in a block for a quantized one.
+        """
+        scheme = next(scheme for _, scheme in sites if scheme is not None)
+        head = [site for site, own in sites if site.block is None and own is not None]
+        unquantized = [site.module for site, own in sites if own is None and site.block is not None]
+        config = {
+            "quant_method": "gptq",
+            "bits": scheme.bits,
+            "group_size": scheme.group_size or -1,
+            "sym": scheme.symmetric,
+            "desc_act": False,
+            "lm_head": bool(head),
+            "pack_dtype": "int32",
+            "checkpoint_format": VERSION_NAMES[self.version],
+        }
+        if unquantized:
+            config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in unquantized}
+        return config

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from outlierq.export.gptq import GptqFormat
 
-from outlierq.export import gptq
-from outlierq.export.gptq import SCALE_DTYPE, clients, conflict, obstacle, tensor_specs
 
-__all__ = ["SCALE_DTYPE", "clients", "conflict", "encode", "obstacle", "quantization_config", "tensor_specs"]
+class GptqV2Format(GptqFormat, name="gptq-v2"):
+    """Version 2."""
 
-encode = partial(gptq.encode, version=2)
-quantization_config = partial(gptq.quantization_config, version=2)
+    version = 2

@@ -32,6 +32,7 @@ _HOMES = {
     "decode_int_quantized": "packed.byte_codes",
     "decode_pack_quantized": "packed.bits",
     "decode_rows": "decode",
+    "read_headers": "decode",
     "load_model": "whole",
     "load_tokenizer": "whole",
     "unpacked": "decode",

@@ -20,7 +20,7 @@ from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, Line
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.export import exporter
+from outlierq.export import format_type
 from outlierq.export.writer import write_small
 from outlierq.pipeline.events import Event, Listener, silent
 from outlierq.pipeline.ledger.folder import finish, working
@@ -45,11 +45,11 @@ class PackedSource(DerivedCheckpoint):
     without zero points stay so; when one of the checkpoint has some, all are written with them.
     """
 
-    def __init__(self, stored: Checkpoint, form: str):
+    def __init__(self, stored: Checkpoint, format: str):
         from outlierq.load import unpacked
 
         super().__init__(stored)
-        self._plain, self._form = unpacked(stored), form
+        self._plain, self._format = unpacked(stored), format_type(format)
         if self._plain is stored:
             raise SourceError(f"{stored.source} is not compressed", hint="compress it with a recipe")
         if (stored.config.get("quantization_config") or {}).get("kv_cache_scheme"):
@@ -78,8 +78,7 @@ class PackedSource(DerivedCheckpoint):
         """A packed weight as the format wants it. SourceError when that would change a number."""
         found = self._plain.quantized(name)
         found = found if self.symmetric else as_asymmetric(found)
-        dtype = getattr(exporter(self._form), "SCALE_DTYPE", found.scheme.scale_dtype)
-        return with_scale_dtype(found, dtype, name)
+        return with_scale_dtype(found, self._format.scale_dtype or found.scheme.scale_dtype, name)
 
 
 def as_asymmetric(found: QuantTensor) -> QuantTensor:
@@ -112,7 +111,7 @@ def with_scale_dtype(found: QuantTensor, dtype: str, name: str) -> QuantTensor:
 
 def make_conversion(
     checkpoint: Checkpoint,
-    form: str,
+    format: str,
     *,
     max_shard_size: str = "5GB",
     listen: Listener = silent,
@@ -120,25 +119,26 @@ def make_conversion(
     """Read and check every weight, and plan the conversion. RecipeError or SourceError when it cannot be exact."""
     from outlierq.load import study
 
-    if form == "dense":
-        raise RecipeError("dense weights hold no codes; a conversion to them is not without loss")
-    source = PackedSource(checkpoint, form)
+    if not format_type(format).holds_codes:
+        raise RecipeError(f"{format} weights hold no codes; a conversion to them is not without loss")
+    source = PackedSource(checkpoint, format)
     model = study(source)
     structure = model.structure
     packed = [site for site in structure.sites if site.weight in source.linears]
     schemes = _schemes(source, packed, listen)
     sites = tuple(SitePlan(site, schemes.get(site), "" if site in schemes else "kept") for site in structure.sites)
-    faults = {site: exporter(form).obstacle(site, scheme) for site, scheme in schemes.items()}
+    target = format_type(format)(source.config)
+    faults = {site: target.obstacle(site, scheme) for site, scheme in schemes.items()}
     wrong = [(site, fault) for site, fault in faults.items() if fault]
     if wrong:
         raise RecipeError(
-            f"{form} cannot hold {len(wrong)} of {len(schemes)} quantized weights, first {wrong[0][0].module}: "
+            f"{format} cannot hold {len(wrong)} of {len(schemes)} quantized weights, first {wrong[0][0].module}: "
             f"{wrong[0][1]}"
         )
     recipe = Recipe(
-        name=f"conversion to {form}",
+        name=f"conversion to {format}",
         quantize=Quantize(method=NO_METHOD, ignore=()),
-        export=Export(format=form, max_shard_size=max_shard_size),
+        export=Export(format=format, max_shard_size=max_shard_size),
     )
     plan = assembled(model, sites, recipe, {})
     if plan.approximations:

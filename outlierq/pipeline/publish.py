@@ -188,13 +188,13 @@ def _gate(folder: Path, report: Report, limits: Limits, trust_remote_code: bool)
 
 def _clients(report: Report) -> list[str]:
     """What is known to load the format with these schemes."""
-    from outlierq.export import exporter
+    from outlierq.export import format_type
     from outlierq.recipe import Recipe
 
     recipe = Recipe.model_validate(report.settings)
     asked = ((row, recipe.scheme_for(row.site, "bfloat16")) for row in report.rows)
     schemes = {replace(scheme, group_size=row.group_size) for row, scheme in asked if scheme is not None}
-    return exporter(recipe.export.format).clients(schemes)
+    return format_type(recipe.export.format).clients(schemes)
 
 
 def _is_published(path: Path) -> bool:

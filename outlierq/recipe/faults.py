@@ -6,7 +6,7 @@ from typing import Any
 
 from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.machine.untrusted import brief
-from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden
+from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden, scheme_of
 from outlierq.recipe.sections import (
     SCHEME_KEYS,
     Activations,
@@ -21,7 +21,7 @@ from outlierq.recipe.sections import (
     Transform,
 )
 from outlierq.recipe.yaml_lines import KeyPath, Lines, at
-from outlierq.registry import LARGEST_SCALES, OUTLIER_COLUMNS, method, transform_method, ways_to
+from outlierq.registry import Asked, FormatLimits, format_limits, method, transform_method
 
 
 def failure(name: str, faults: list[str]) -> RecipeError:
@@ -78,15 +78,10 @@ def impossible(recipe: Recipe) -> list[str]:
             f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
             "add a `calibration` section (`calibration: {}` takes the defaults)"
         )
-    if recipe.quantize is None and recipe.kv_cache is None and recipe.export.format != "dense":
-        faults.append("export.format: without a `quantize` section only `dense` can be written")
-    if recipe.export.format == "gguf" and recipe.calibration and recipe.calibration.mode == "sequential":
-        faults.append("calibration.mode: sequential reads back what was written, which gguf does not offer; use static")
-    if recipe.kv_cache is not None and recipe.export.format != "compressed-tensors":
-        faults.append(f"export.format: {recipe.export.format} holds no scales of a KV cache; compressed-tensors does")
+    format = format_limits(recipe.export.format)
+    faults += format.recipe_faults(_asked(recipe))
     if recipe.quantize is not None:
-        faults += _unstorable_sections(recipe.quantize, recipe.export.format)
-        faults += _wrong_method_for(recipe.quantize, recipe.export.format)
+        faults += _unstorable_sections(recipe.quantize, format)
     if recipe.calibration and recipe.calibration.skip_first_tokens >= recipe.calibration.sequence_length:
         faults.append(
             f"calibration.skip_first_tokens: {recipe.calibration.skip_first_tokens} leaves nothing of a "
@@ -95,36 +90,34 @@ def impossible(recipe: Recipe) -> list[str]:
     return faults
 
 
-def _unstorable_sections(quantize: Quantize, form: str) -> list[str]:
+def _asked(recipe: Recipe) -> Asked:
+    """What the recipe asks of its format, beside schemes."""
+    rounding, calibration = recipe.quantize, recipe.calibration
+    return Asked(
+        method=None if rounding is None else rounding.method,
+        gives=frozenset() if rounding is None else method("quantize", rounding.method).gives_with(rounding.options),
+        cache=recipe.kv_cache is not None,
+        sequential=calibration is not None and calibration.mode == "sequential",
+    )
+
+
+def _unstorable_sections(quantize: Quantize, format: type[FormatLimits]) -> list[str]:
     """The faults of the scheme, and those that an override adds to it."""
     wanted = {name: getattr(quantize, name) for name in SCHEME_KEYS}
-    common = _unstorable(wanted, form)
+    common = _unstorable(wanted) + format.scheme_faults(scheme_of(wanted))
     if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
         common.append("group_size: leave it out where `block` is given")
     faults = [f"quantize.{fault}" for fault in common]
     for number, override in enumerate(quantize.overrides):
         if not override.keep:
-            found = _unstorable(overridden(wanted, override), form)
+            own = overridden(wanted, override)
+            found = _unstorable(own) + format.scheme_faults(scheme_of(own))
             faults += [f"quantize.overrides.{number}.{fault}" for fault in found if fault not in common]
     return faults
 
 
-def _wrong_method_for(quantize: Quantize, form: str) -> list[str]:
-    """A method whose result the format cannot hold."""
-    gives = method("quantize", quantize.method).gives_with(quantize.options)
-    if OUTLIER_COLUMNS in gives and form not in ("outlierq-split", "dense"):
-        return [f"export.format: {form} cannot keep outlier columns in 16 bits; outlierq-split can"]
-    if form == "outlierq-split" and OUTLIER_COLUMNS not in gives:
-        makers = " or ".join(ways_to(OUTLIER_COLUMNS))
-        return [f"quantize.method: outlierq-split is the format of {makers} (this is {quantize.method})"]
-    if form == "bitsandbytes" and LARGEST_SCALES not in gives:
-        makers = " or ".join(ways_to(LARGEST_SCALES))
-        return [f"quantize.method: bitsandbytes scales a row by its largest weight: {makers}"]
-    return []
-
-
-def _unstorable(wanted: dict[str, Any], form: str) -> list[str]:
-    """What no format or client can hold, as "key: reason"."""
+def _unstorable(wanted: dict[str, Any]) -> list[str]:
+    """What no format or client can hold, as "key: reason"; what this one cannot, it says itself."""
     faults = []
     if wanted["kind"] == "float":
         if wanted["bits"] not in (4, 8):
@@ -140,11 +133,9 @@ def _unstorable(wanted: dict[str, Any], form: str) -> list[str]:
     if wanted["scales"] != "plain" and wanted["bits"] != 4:
         faults.append(f"scales: `{wanted['scales']}` ones are for weights of 4 bits (this is {wanted['bits']})")
     elif wanted["scales"] != "plain" and wanted["kind"] == "int":
-        faults += _unstorable_levels(wanted, form)
+        faults += _unstorable_levels(wanted)
     if isinstance(wanted["activations"], Activations):
         faults += [f"activations.{fault}" for fault in _unstorable_inputs(wanted, wanted["activations"])]
-        if form == "dense":
-            faults.append("activations: `export.format: dense` cannot say that inputs are quantized")
     return faults
 
 
@@ -162,13 +153,11 @@ def _unstorable_float4(wanted: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _unstorable_levels(wanted: dict[str, Any], form: str) -> list[str]:
+def _unstorable_levels(wanted: dict[str, Any]) -> list[str]:
     """What Q4_K is not."""
     shape = (wanted["scales"], wanted["symmetric"], wanted["group_size"])
     if shape != ("two-level", False, 32):
         return ["scales: integers have `two-level` scales in `symmetric: false` groups of 32 (Q4_K), or `plain` ones"]
-    if form not in ("gguf", "dense"):
-        return [f"scales: {form} has no two-level scales of integers; `export.format: gguf` has"]
     return []
 
 

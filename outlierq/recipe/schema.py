@@ -22,7 +22,7 @@ from outlierq.recipe.sections import (
     Section,
     Transform,
 )
-from outlierq.registry import code_of, method, transform_method
+from outlierq.registry import code_of, code_of_format, method, transform_method
 
 WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
 
@@ -79,10 +79,15 @@ class Recipe(Section):
 
     @property
     def outside_code(self) -> dict[str, str]:
-        """What code the methods are that do not come with outlierq, by "method NAME"; ours is known by our version."""
+        """What code the methods and the format are that do not come with outlierq, by "method NAME" or "format NAME".
+
+        Ours is known by our version.
+        """
         steps = [("transform", step.method) for step in self.transform]
         steps += [("quantize", self.quantize.method)] if self.quantize else []
-        return {f"method {name}": code for section, name in steps if (code := code_of(section, name))}
+        outside = {f"method {name}": code for section, name in steps if (code := code_of(section, name))}
+        code = code_of_format(self.export.format)
+        return outside | ({f"format {self.export.format}": code} if code else {})
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +109,7 @@ class Recipe(Section):
                 if override.keep:
                     return None
                 wanted = overridden(wanted, override)
-        return _scheme(wanted, scale_dtype)
+        return scheme_of(wanted, scale_dtype)
 
 
 def _needs_of_inputs(quantize: Quantize, beside: frozenset[str]) -> frozenset[str]:
@@ -132,7 +137,7 @@ def overridden(wanted: dict[str, Any], override: Override) -> dict[str, Any]:
     return wanted | ({"block": None} if "group_size" in given else {}) | given
 
 
-def _scheme(wanted: dict[str, Any], scale_dtype: str) -> QuantScheme:
+def scheme_of(wanted: dict[str, Any], scale_dtype: str = "bfloat16") -> QuantScheme:
     """The scheme of the keys `SCHEME_KEYS`."""
     activations = wanted["activations"]
     return QuantScheme(

@@ -6,9 +6,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from outlierq.core.errors import RecipeError
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
 from outlierq.recipe.patterns import HEAD, matches, sound
+from outlierq.registry import format_limits
 
 T = TypeVar("T")
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
@@ -187,10 +189,17 @@ class Transform(Section):
 class Export(Section):
     """How the result is written."""
 
-    format: Literal[
-        "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense", "bitsandbytes", "outlierq-split"
-    ] = "compressed-tensors"
+    format: str = "compressed-tensors"
     max_shard_size: str = "5GB"
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        """The name of a registered format."""
+        try:
+            return format_limits(value).name
+        except RecipeError as error:
+            raise ValueError(f"{error.what}; {error.hint}" if error.hint else error.what) from None
 
     @field_validator("max_shard_size", mode="before")
     @classmethod

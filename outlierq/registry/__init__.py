@@ -1,4 +1,4 @@
-"""Name -> method. A method's keyword-only arguments are its recipe schema; adding one touches no file but its own."""
+"""Name -> method, name -> format: each says of itself what a recipe must know, and adding one touches no list."""
 
 from outlierq.registry.declaring import (
     COPIES,
@@ -12,17 +12,32 @@ from outlierq.registry.declaring import (
     rewriter,
     transform,
 )
-from outlierq.registry.finding import method, methods, transform_method, ways_to
+from outlierq.registry.finding import import_folder, method, methods, transform_method, ways_to
 from outlierq.registry.outside import code_of, follow, is_reference
+from outlierq.registry.storing import (
+    Asked,
+    FormatLimits,
+    code_of_format,
+    format_limits,
+    formats,
+    import_installed_formats,
+)
 
 __all__ = [
     "COPIES",
     "LARGEST_SCALES",
     "OUTLIER_COLUMNS",
     "STAGES",
+    "Asked",
+    "FormatLimits",
     "Method",
     "code_of",
+    "code_of_format",
     "follow",
+    "format_limits",
+    "formats",
+    "import_folder",
+    "import_installed_formats",
     "is_reference",
     "method",
     "methods",

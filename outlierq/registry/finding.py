@@ -18,8 +18,15 @@ FOLDERS = ("outlierq.quantize", "outlierq.transform")
 def _import_own() -> None:
     """Import every module of the stage folders, whose decorators register their methods."""
     for folder in FOLDERS:
-        for module in iter_modules(import_module(folder).__path__, f"{folder}."):
-            import_module(module.name)
+        import_folder(folder)
+
+
+def import_folder(folder: str) -> None:
+    """Import every module of a folder and of the folders in it; one that cannot be imported raises what it raises."""
+    for module in iter_modules(import_module(folder).__path__, f"{folder}."):
+        import_module(module.name)
+        if module.ispkg:
+            import_folder(module.name)
 
 
 def _of_section(section: str) -> dict[str, Method]:
@@ -50,12 +57,16 @@ def _pick(section: str, name: str, known: dict[str, Method]) -> Method:
     if (section, name) in REFERENCES:
         return REFERENCES[section, name]
     if name not in known:
-        close = nearest(name, list(known))
-        raise RecipeError(
-            f"there is no {section} method {name!r}; known: {', '.join(known)}",
-            hint=f"did you mean {close!r}?" if close else None,
-        )
+        raise unknown(f"{section} method", name, list(known))
     return known[name]
+
+
+def unknown(what: str, name: str, known: list[str]) -> RecipeError:
+    """There is no method or format of that name: what there is, and the nearest of it."""
+    close = nearest(name, known)
+    return RecipeError(
+        f"there is no {what} {name!r}; known: {', '.join(known)}", hint=f"did you mean {close!r}?" if close else None
+    )
 
 
 def ways_to(give: str) -> list[str]:

@@ -22,15 +22,18 @@ REFERENCES: dict[tuple[str, str], Method] = {}  # (section of a recipe, referenc
 
 
 @cache
-def import_installed() -> None:
-    """Import the modules that installed packages name; MethodError for one that cannot be, with its package."""
-    named = [(entry.dist, entry.module) for entry in metadata.entry_points(group=GROUP) if entry.dist is not None]
+def import_installed(group: str = GROUP) -> None:
+    """Import the modules that installed packages name; MethodError for one that cannot be, with its package.
+
+    group: the entry points that name them, of methods or of formats.
+    """
+    named = [(entry.dist, entry.module) for entry in metadata.entry_points(group=group) if entry.dist is not None]
     for package, module in sorted(named, key=lambda each: (each[0].name, each[1])):
-        _import_from(package, module)
+        _import_from(package, module, group.rpartition(".")[2])
 
 
-def _import_from(package: metadata.Distribution, module: str) -> None:
-    """Import a module of a package; MethodError."""
+def _import_from(package: metadata.Distribution, module: str, what: str) -> None:
+    """Import a module of a package. what: methods or formats, for the message. MethodError."""
     TOLD[module.partition(".")[0]] = f"{package.name} {package.version}"
     with _all_or_nothing():
         try:
@@ -39,7 +42,7 @@ def _import_from(package: metadata.Distribution, module: str) -> None:
             raise  # of a decorator, which names the package
         except (Exception, SystemExit) as error:
             raise MethodError(
-                f"the methods of the package {package.name} {package.version} cannot be imported "
+                f"the {what} of the package {package.name} {package.version} cannot be imported "
                 f"({module}: {type(error).__name__}: {error})",
                 hint=f"repair that package, or uninstall it: pip uninstall {package.name}",
             ) from error

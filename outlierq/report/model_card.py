@@ -16,6 +16,7 @@ import yaml
 from outlierq.core.errors import PublishError
 from outlierq.core.machine.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.core.report import Report
+from outlierq.export import Format, format_type
 from outlierq.report.terminal import human_bytes
 
 T = TypeVar("T")
@@ -72,15 +73,15 @@ def metadata(
                 hint="say which it is: --license apache-2.0",
             )
         carried |= {"license": "other", "license_name": "as-the-original", "license_link": name}
-    form = report.settings.get("export", {}).get("format", "")
+    format = report.settings.get("export", {}).get("format", "")
     values: dict[str, Any] = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     return {
         **values,
         "quantized_by": repository.partition("/")[0],
-        "library_name": "transformers" if form != "outlierq-split" else "outlierq",
+        "library_name": format_type(format).library if format else Format.library,
         "pipeline_tag": "text-generation",
         **carried,
-        "tags": ["outlierq", *([form] if form else []), *sorted({f"{row.bits}-bit" for row in report.rows})],
+        "tags": ["outlierq", *([format] if format else []), *sorted({f"{row.bits}-bit" for row in report.rows})],
     }
 
 

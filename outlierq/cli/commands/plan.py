@@ -23,7 +23,7 @@ def command(
     model: shared.Model,
     recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
-    form: shared.Format = None,
+    format: shared.Format = None,
     max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -39,9 +39,9 @@ def command(
     from outlierq.pipeline.planning.estimate import estimate
     from outlierq.report.terminal import human_bytes, human_seconds
 
-    plan = conversion(model, form, recipe, settings, revision, trust_remote_code)
+    plan = conversion(model, format, recipe, settings, revision, trust_remote_code)
     if plan is None:
-        settings = shared.with_format(settings, form)
+        settings = shared.with_format(settings, format)
         chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, settings, trust_methods)
         checkpoint = shared.open_headers(model, revision, trust_remote_code)
         plan = make_plan(checkpoint, chosen)
@@ -70,21 +70,21 @@ def command(
 
 def conversion(
     model: str,
-    form: str | None,
+    format: str | None,
     recipe: str | None,
     settings: list[str] | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> Plan | None:
     """The plan of a conversion, None when none is asked for."""
-    if form is None:
+    if format is None:
         return None
     checkpoint = shared.open_model(model, revision, trust_remote_code)
-    if not shared.conversion_wanted(checkpoint, shared.known_format(form), recipe, settings):
+    if not shared.conversion_wanted(checkpoint, shared.known_format(format), recipe, settings):
         return None
     from outlierq.pipeline.convert import make_conversion
 
-    return make_conversion(checkpoint, form)
+    return make_conversion(checkpoint, format)
 
 
 def describe(plan: Plan, expected: Estimate) -> dict:

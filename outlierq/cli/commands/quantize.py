@@ -27,7 +27,7 @@ def command(
     out: Annotated[str, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
-    form: shared.Format = None,
+    format: shared.Format = None,
     stats: Annotated[
         Path | None, typer.Option(help="Reuse the statistics that `outlierq calibrate` wrote; no forward pass runs.")
     ] = None,
@@ -70,16 +70,16 @@ def command(
             return shared.open_streamed(context, model, shared.out_path(out), revision, trust_remote_code, restart)
         return shared.open_model(model, revision, trust_remote_code)
 
-    if form is not None:
+    if format is not None:
         checkpoint = opened()
-        if shared.conversion_wanted(checkpoint, shared.known_format(form), recipe, [*(settings or []), *asked]):
+        if shared.conversion_wanted(checkpoint, shared.known_format(format), recipe, [*(settings or []), *asked]):
             shared.refuse_several(ranks, "converting without loss")
             if ceiling is not None:
                 raise typer.BadParameter("a conversion has no ceiling", param_hint="--max-memory")
-            convert(checkpoint, form, out, restart, as_json, quiet)
+            convert(checkpoint, format, out, restart, as_json, quiet)
             checkpoint.drop_shards()
             return
-    settings = shared.with_format(settings, form)
+    settings = shared.with_format(settings, format)
     chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked], trust_methods)
     if junit is not None and chosen.gate is None:
         raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
@@ -137,13 +137,13 @@ def command(
         shared.finish_gate(results, junit)
 
 
-def convert(checkpoint: object, form: str, out: str, restart: bool, as_json: bool, quiet: bool) -> None:
+def convert(checkpoint: object, format: str, out: str, restart: bool, as_json: bool, quiet: bool) -> None:
     """Write the codes and scales of a compressed checkpoint in another format."""
     from outlierq.pipeline.convert import convert, make_conversion
     from outlierq.report import terminal
 
     with shared.progress(quiet) as listen:
-        plan = make_conversion(checkpoint, form, listen=listen)
+        plan = make_conversion(checkpoint, format, listen=listen)
     if not quiet:
         shared.show(shared.plan_view(plan), stderr=True)
     with shared.progress(quiet) as listen:

@@ -17,17 +17,19 @@ transformers, so the rows of its queries and keys are in another order.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outlierq.core.errors import RecipeError
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
-from outlierq.export.clients import byte_codes, client_facts
+from outlierq.core.scheme import CacheScheme, QuantScheme
+from outlierq.export.clients import byte_codes
+from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.export.gguf.header import ARCHITECTURES, gguf_header, rope_factors
 from outlierq.export.layout import Layout, OutputTensor, Place
 from outlierq.ops.compiled import packing as native_packing
@@ -36,6 +38,7 @@ from outlierq.ops.packing import e2m1_codes, interleave, pack_halves
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from gguf import TensorNameMap
 
 BLOCK = 32
 SUPERBLOCK = 256
@@ -64,16 +67,29 @@ def ggml_type(scheme: QuantScheme) -> str | None:
     return TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
 
 
-@dataclass(frozen=True)
-class GgufFormat:
-    """The exporter for one model. config: the content of its config.json."""
+def _held_as(scheme: QuantScheme) -> str:
+    """The type of a scheme to which `obstacle` has no objection."""
+    kind = ggml_type(scheme)
+    assert kind is not None, f"gguf does not hold {scheme}"
+    return kind
 
-    config: Mapping[str, Any] = field(default_factory=dict)
 
-    SCALE_DTYPE = "float16"
-    NO_NEW_BIASES = "llama.cpp reads of most architectures only the biases that their models usually have"
+class GgufFormat(Format, name="gguf"):
+    """One file. Names and the order of some rows depend on the architecture that the config names."""
+
+    scale_dtype = "float16"
+    reads_back = False  # tensors have other names and orders there
+    container = "gguf"
+    copies_rows = False
+    no_new_biases = "llama.cpp reads of most architectures only the biases that their models usually have"
+
+    @classmethod
+    def scheme_faults(cls, scheme: QuantScheme) -> list[str]:
+        """It has two-level scales of integers; what a width cannot have is said of each linear."""
+        return []
 
     def __post_init__(self) -> None:
+        """OutlierqError where gguf is not installed."""
         needs_extra("gguf")
 
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
@@ -101,18 +117,14 @@ class GgufFormat:
             return None
         return "Q4_1 stores zero point x scale as float16: each group is moved by up to 1 / 2048 of that product"
 
-    def clients(self, schemes: Collection[QuantScheme]) -> list[str]:
-        """Which programs load it, one line each."""
-        return client_facts("gguf", schemes)
-
-    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[tuple[str, str, tuple[int, ...]]]:
+    def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
         """One tensor of bytes: [out, bytes of a row]."""
-        columns, nbytes = BLOCKS[ggml_type(scheme)]
+        columns, nbytes = BLOCKS[_held_as(scheme)]
         row = site.in_features // columns * nbytes
         return [(gguf_name(site.weight), "U8", (site.out_features, row))]
 
-    def plain_spec(self, info: TensorInfo) -> tuple[str, str, tuple[int, ...]]:
-        """(name, dtype, shape) of a tensor that is not quantized: vectors are float32 in every GGUF file."""
+    def plain_spec(self, info: TensorInfo) -> TensorSpec:
+        """What becomes of a tensor that is not quantized: vectors are float32 in every GGUF file."""
         return gguf_name(info.name), "F32" if len(info.shape) == 1 else info.dtype, info.shape
 
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -126,9 +138,11 @@ class GgufFormat:
         """The tensor of `tensor_specs`: blocks, uint8 [out, bytes of a row]."""
         name = gguf_name(site.weight)
         heads = self._heads(name)
-        return {name: encode_blocks(site, quantized, heads and _rotated_rows(site.out_features, heads))}
+        return {
+            name: encode_blocks(site, quantized, None if heads is None else _rotated_rows(site.out_features, heads))
+        }
 
-    def row_order(self, site: LinearSite) -> dict[str, Any]:
+    def row_order(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """What a decoder must know beside the bytes: the heads over which rows are reordered, 0 when they are not."""
         import torch
 
@@ -137,21 +151,21 @@ class GgufFormat:
     def _heads(self, name: str) -> int | None:
         """Number of heads whose rows the file has in rotary order, None where rows are in the model's order."""
         part = name.split(".")[-2]
-        if part not in ROTATED or ARCHITECTURES.get(self.config.get("model_type")) != "llama":
+        if part not in ROTATED or ARCHITECTURES.get(str(self.config.get("model_type"))) != "llama":
             return None
         return int(self.config.get(ROTATED[part]) or self.config["num_attention_heads"])
 
     def make_layout(
-        self, tensors: Sequence[OutputTensor], sites: Sequence[tuple[LinearSite, QuantScheme]], checkpoint: Checkpoint
+        self, tensors: Sequence[OutputTensor], schemes: Mapping[LinearSite, QuantScheme], source: Checkpoint, shard: int
     ) -> Layout:
         """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes."""
         import numpy as np
 
-        types = {gguf_name(site.weight): ggml_type(scheme) for site, scheme in sites}
-        factors = np.array(rope_factors(checkpoint.config), "<f4")
+        types = {gguf_name(site.weight): _held_as(scheme) for site, scheme in schemes.items()}
+        factors = np.array(rope_factors(source.config), "<f4")
         own = [OutputTensor(ROPE_FACTORS, "F32", factors.shape, HEADER)] if factors.size else []
         entries = [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in (*own, *tensors)]
-        header, differences = gguf_header(checkpoint, entries)
+        header, differences = gguf_header(source, entries)
         # It depends on the config alone, so it is written with the header and belongs to no unit of work.
         places = {tensor.name: Place(tensor, FILE_NAME, len(header)) for tensor in own}
         header += factors.tobytes() + b"\0" * (-factors.nbytes % ALIGNMENT)
@@ -165,16 +179,20 @@ class GgufFormat:
         """Whether a file beside the weights is carried over; config and tokenizer are inside the GGUF file."""
         return name.upper().startswith(KEPT_FILES)
 
-    def quantization_config(self, sites: object, *, also_kept: object = ()) -> None:
+    def check_complete(self, folder: Path, layout: Layout) -> None:
+        """Its header was compared with the layout; there is no library to ask that reads a file by its header alone."""
+
+    def quantization_config(
+        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+    ) -> None:
         """GGUF files have no config.json."""
-        return
 
 
 def encode_blocks(site: LinearSite, quantized: QuantTensor, order: torch.Tensor | None = None) -> torch.Tensor:
     """Uint8 [out, bytes of a row]. order: int64, the model's row at each place; None: as they are."""
     import torch
 
-    codes, kind = byte_codes(site, quantized), ggml_type(quantized.scheme)
+    codes, kind = byte_codes(site, quantized), _held_as(quantized.scheme)
     blocks = native_packing.gguf_blocks(kind, quantized, order)
     if blocks is not None:
         return blocks
@@ -188,12 +206,12 @@ def _block(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
     import torch
 
     rows, columns = quantized.shape
-    kind, repeat = ggml_type(quantized.scheme), quantized.scheme.columns_per_group(columns) // BLOCK
+    kind, repeat = _held_as(quantized.scheme), quantized.scheme.columns_per_group(columns) // BLOCK
     scale = quantized.scale.cpu().repeat_interleave(repeat, 1)[..., None]
     if kind == "Q8_0":
         return [scale.numpy(), codes.reshape(rows, -1, BLOCK)]
     parts = [scale.numpy()]
-    if kind == "Q4_1":
+    if quantized.zero_point is not None:  # Q4_1
         zero_point = quantized.zero_point.cpu().repeat_interleave(repeat, 1)[..., None]
         parts.append((-zero_point.float() * scale.float()).to(torch.float16).numpy())
     codes = e2m1_codes(codes) if kind == "MXFP4" else codes
@@ -212,6 +230,7 @@ def _superblock(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
 
     rows, columns = quantized.shape
     shape = (rows, columns // SUPERBLOCK)
+    assert quantized.zero_point is not None and quantized.super_scale is not None, "Q4_K has scales of two levels"
     scale, minimum = (part.cpu().numpy().reshape(*shape, 2, 4) for part in (quantized.scale, quantized.zero_point))
     small = [
         scale[:, :, 0] | scale[:, :, 1] >> 4 << 6,
@@ -234,7 +253,7 @@ def gguf_name(name: str) -> str:
     number = re.search(r"\.(\d+)\.", name)
     # Asked for block 0, since the table lists every block apart.
     asked = name if number is None else f"{name[: number.start()]}.0.{name[number.end() :]}"
-    translated = _names().get_name(asked, try_suffixes=(".weight", ".bias"))
+    translated: str | None = _names().get_name(asked, try_suffixes=(".weight", ".bias"))
     if translated is None:
         raise RecipeError(
             f"{name} has no name in a GGUF file of this architecture", hint="use another export.format for this model"
@@ -243,7 +262,7 @@ def gguf_name(name: str) -> str:
 
 
 @cache
-def _names() -> Any:
+def _names() -> TensorNameMap:
     """gguf's own table of names; that of Llama holds those of Mistral and Qwen 2, too."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 

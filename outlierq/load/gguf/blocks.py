@@ -16,6 +16,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
 from outlierq.load.packed.numbers import Parts, as_array, e4m3_of_e2m1
+from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ WIDTHS = {
 PLAIN = ("F32", "F16", "BF16")
 
 
+@reads_headers("gguf")
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the file as the bytes that lie there: packed ones as U8 [rows, bytes of a row]."""
     tensors = {}
@@ -43,6 +45,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+@reads_rows("gguf", "weight", "heads")
 def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Rows [start, stop) of the model. stored: "weight", bytes [out, bytes of a row], and "heads", the number of heads
     over which the file has the rows in ggml's rotary order, 0 for none. SourceError when bytes and scheme disagree.

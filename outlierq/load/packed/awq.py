@@ -13,6 +13,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Numbers, Parts, as_array
+from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 ROLES = ("qweight", "qzeros", "scales")
 
 
+@reads_rows("awq", *ROLES)
 def awq_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Output rows [start, stop). start: a multiple of 8. SourceError when the tensors do not fit the scheme.
 
@@ -54,6 +56,7 @@ def read_words(words: Numbers) -> np.ndarray:
     return values
 
 
+@presents("awq")
 def awq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedCheckpoint:
     """An AutoAWQ folder presented as a plain one. config: its quantization_config. SourceError for other versions."""
     version = str(config.get("version", "gemm")).lower()

@@ -16,6 +16,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_floats
+from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 VALUES_PER_RUN = 1 << 18
 
 
+@reads_rows("compressed-tensors", "weight_packed", "weight_scale", "weight_shape")
 def pack_quantized_rows(
     stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
 ) -> QuantTensor:

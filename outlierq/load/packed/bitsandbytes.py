@@ -13,6 +13,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Numbers, Parts
 from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, linears_of
+from outlierq.load.packed.reading import presents, reads_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,7 @@ def decode_int8(weight: Numbers, maxima: Numbers) -> np.ndarray:
     return codes.astype(np.float32) * (np.asarray(maxima, np.float32) / np.float32(127)).reshape(-1, 1)
 
 
+@reads_rows("bitsandbytes", "weight", "SCB")
 def int8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Output rows [start, stop), float32 [stop - start, in]. SourceError when the tensors do not fit."""
     return torch.from_numpy(decode_int8(stored["weight"][start:stop], stored["SCB"][start:stop]))
@@ -62,6 +64,7 @@ class Int8Checkpoint(SplitCheckpoint):
         return DynamicSplitLinear(parts["weight"], parts["SCB"][:, None] / 127, bias, self.threshold)
 
 
+@presents("bitsandbytes")
 def int8_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> Int8Checkpoint:
     """The presentation of a bitsandbytes folder. config: its quantization_config. SourceError when it is not 8-bit."""
     if not config.get("load_in_8bit"):

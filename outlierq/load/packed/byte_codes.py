@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
+from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 
+@reads_rows("compressed-tensors", "weight", "weight_scale")
 def byte_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Output rows [start, stop), float32 [stop - start, in]. start: a multiple of a block's height.
 

@@ -17,6 +17,7 @@ from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_q
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member, fits
 from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_rows
+from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,7 @@ class PackedWeight(StoredLinear):
     inputs: ActivationScheme | None = None
 
 
+@presents("compressed-tensors")
 def compressed_tensors_checkpoint(checkpoint: Checkpoint, config: dict[str, Any]) -> UnpackedCheckpoint:
     """A compressed-tensors folder presented as a plain one. config: its quantization_config.
 

@@ -13,11 +13,13 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.numbers import Numbers, Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
+from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+@reads_rows("compressed-tensors", "weight_packed", "weight_scale")
 def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit.
 

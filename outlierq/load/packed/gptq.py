@@ -16,6 +16,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.bits import unpack
 from outlierq.load.packed.described import fits
 from outlierq.load.packed.numbers import Parts, as_array
+from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 WIDTHS = (2, 3, 4, 8)
 
 
+@reads_rows("gptq", *ROLES)
 def gptq_rows(
     stored: Parts,
     scheme: QuantScheme,
@@ -51,6 +53,14 @@ def gptq_rows(
     if not np.array_equal(as_array(stored["g_idx"]), np.arange(columns) // width):
         raise SourceError(f"g_idx does not say that {width} neighbouring columns form a group (activation order)")
     return _rows(stored, scheme, shape, start, stop, version)
+
+
+@reads_rows("gptq-v2", *ROLES)
+def _rows_of_version_2(
+    stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
+) -> QuantTensor:
+    """The same where zero points are stored as they are."""
+    return gptq_rows(stored, scheme, shape, start, stop, version=2)
 
 
 def gptq_dense(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], version: int) -> np.ndarray:
@@ -118,6 +128,7 @@ def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return unpack(words, bits, count)
 
 
+@presents("gptq")
 def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedCheckpoint:
     """A GPTQ folder presented as a plain one. config: its quantization_config. SourceError for another layout."""
     name = config.get("checkpoint_format") or config.get("format") or "gptq"

@@ -17,6 +17,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.described import check_member
 from outlierq.load.packed.numbers import Numbers, Parts, as_floats
+from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def decode_split(
     return dense
 
 
+@reads_rows("outlierq-split", "weight", "weight_scale", "outlier_columns", "outlier_weight")
 def split_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Output rows [start, stop), float32 [stop - start, in]. SourceError when the tensors do not fit."""
     by_row = {name: stored[name][start:stop] for name in ("weight", "weight_scale", "outlier_weight")}
@@ -142,6 +144,7 @@ class DynamicSplitLinear(SplitLinear):
         return dynamic_split_matmul(x, self.weight, self.scale, threshold=self.threshold)
 
 
+@presents("outlierq")
 def split_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> SplitCheckpoint:
     """The presentation of an `outlierq-split` folder. config: its quantization_config."""
     if config.get("format") != "outlierq-split":

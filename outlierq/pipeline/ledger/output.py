@@ -16,8 +16,7 @@ from outlierq.core.errors import OutputError
 from outlierq.core.model import Block, LinearSite, as_matrix, from_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
-from outlierq.export import exporter
-from outlierq.export.writer import PIECE_BYTES, ShardWriter, check_complete, compare
+from outlierq.export.writer import PIECE_BYTES, ShardWriter, compare
 from outlierq.load import check_unchanged
 from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.pipeline.ledger.journal import Journal
@@ -47,7 +46,7 @@ class Output:
     def __init__(self, plan: Plan, work: Path, journal: Journal | None):
         self.plan, self.work, self.journal = plan, work, journal
         self.schemes = plan.schemes
-        self.form = exporter(plan.recipe.export.format, plan.checkpoint.config)
+        self.format = plan.format
         self.writer = ShardWriter(work, plan.layout)
         self.committed: set[str] = set()
         self._told: set[str] = set(journal.read) if journal else set()
@@ -89,7 +88,7 @@ class Output:
         digests: dict[str, Any] = {}
         next_row: Counter[str] = Counter()
         for piece in pieces:
-            parts = self.form.encode(site, piece)
+            parts = self.format.encode(site, piece)
             for name, value in parts.items():
                 row = self._row_of(name, value, next_row[name])
                 if row is None and name in digests:
@@ -103,7 +102,7 @@ class Output:
 
     def _by_rows(self, site: LinearSite) -> bool:
         """Whether some rows of a linear can be encoded without the others."""
-        return hasattr(self.form, "by_rows") and self.form.by_rows(site, self.schemes[site])
+        return self.format.by_rows(site, self.schemes[site])
 
     def _row_of(self, name: str, value: torch.Tensor, row: int) -> int | None:
         """Where a part begins in its planned tensor; None when it is all of it."""
@@ -119,15 +118,14 @@ class Output:
 
     def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
         """Write a tensor as it is, under the name and in the order of the format, and read it back."""
-        if hasattr(self.form, "plain"):
-            name, tensor = self.form.plain(name, tensor)
+        name, tensor = self.format.plain(name, tensor)
         self.writer.write(name, tensor)
         return {name: self.writer.confirm(name, tensor).digest()}
 
     def copy(self, name: str) -> Digests:
         """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
         info = self.plan.checkpoint.tensors[name]
-        if hasattr(self.form, "plain") or info.nbytes <= PIECE_BYTES or not info.shape[0]:
+        if not self.format.copies_rows or info.nbytes <= PIECE_BYTES or not info.shape[0]:
             return self.put_tensor(name, self.plan.checkpoint.read(name))
         row, digest = 0, None
         for piece in self.plan.checkpoint.read_rows(name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
@@ -183,7 +181,7 @@ class Output:
 
     def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """The tensors of a quantized linear as they lie on disk, by the last part of their names; weights [out, in]."""
-        specs = self.form.tensor_specs(site, self.schemes[site])
+        specs = self.format.tensor_specs(site, self.schemes[site])
         return self._in_rows(site, self._from_disk([name for name, _, _ in specs]))
 
     def _in_rows(self, site: LinearSite, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -191,7 +189,7 @@ class Output:
         stored = {name.rpartition(".")[2]: value for name, value in parts.items()}
         if "weight" in stored:
             stored["weight"] = as_matrix(site, stored["weight"])
-        return stored | (self.form.row_order(site) if hasattr(self.form, "row_order") else {})
+        return stored | self.format.row_order(site)
 
     def _decode(
         self, site: LinearSite, stored: dict[str, torch.Tensor], start: int, stop: int
@@ -199,8 +197,8 @@ class Output:
         """Rows [start, stop), by a decoder that shares no code with the writer."""
         from outlierq.load import decode_rows
 
-        form, shape = self.plan.recipe.export.format, (site.out_features, site.in_features)
-        return decode_rows(stored, self.schemes[site], shape, start, stop, format=form)
+        shape = (site.out_features, site.in_features)
+        return decode_rows(self.format.name, stored, self.schemes[site], shape, start, stop)
 
     def written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block that is already on disk, under their source names."""
@@ -219,8 +217,7 @@ class Output:
         What this process wrote, it has read back already; units of an earlier one are read again.
         """
         self._check_headers()
-        if not hasattr(self.form, "make_layout"):
-            check_complete(self.work, self.plan.layout)
+        self.format.check_complete(self.work, self.plan.layout)
         for unit, entry in self.journal.entries.items():
             if unit in self.committed:
                 continue
@@ -258,11 +255,9 @@ class Output:
     @cached_property
     def _headers(self) -> dict[str, StoredTensor]:
         """Every tensor of the unfinished shards, by the headers as they lie on disk (they are written first)."""
-        from outlierq.load.gguf.blocks import stored_tensors
-        from outlierq.load.source.shards import read_header
+        from outlierq.load import read_headers
 
-        read = {True: stored_tensors, False: read_header}
-        shards = (read[name.endswith(".gguf")](self.work / name) for name in self.plan.layout.sizes)
+        shards = (read_headers(self.format.container, self.work / name) for name in self.plan.layout.sizes)
         return {name: stored for shard in shards for name, stored in shard.items()}
 
     def _from_disk(self, names: list[str]) -> dict[str, torch.Tensor]:

@@ -15,14 +15,17 @@ from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import Checkpoint, LinearSite, StudiedModel
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
-from outlierq.export import exporter
-from outlierq.export.layout import INDEX_NAME, OutputTensor, make_layout
+from outlierq.export import Format, format_type
+from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Recipe, parse_size
 
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
 SMALLER_GROUPS = (128, 64, 32)
+
+
+CONFIG_NAME = "config.json"
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Plan:
@@ -41,7 +44,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model = study(checkpoint)
-    sites = tuple(plan_site(site, recipe, checkpoint.dtype) for site in model.structure.sites)
+    format = format_type(recipe.export.format)(checkpoint.config)
+    sites = tuple(plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
     return assembled(model, sites, recipe, _caches(model, recipe))
@@ -51,36 +55,34 @@ def assembled(
     model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, caches: Mapping[int, CachePlan]
 ) -> Plan:
     """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
-    _check_together(sites, recipe)
     checkpoint = model.checkpoint
-    tensors = _output_tensors(model, sites, recipe, caches)
-    form = exporter(recipe.export.format, checkpoint.config)
-    small = {file.name: file.read() for file in checkpoint.files if file.name != REPORT_NAME}
-    if hasattr(form, "make_layout"):
-        layout = form.make_layout(tensors, [(p.site, p.scheme) for p in sites if p.scheme is not None], checkpoint)
-        small = {name: content for name, content in small.items() if form.keeps_file(name)}
-        return Plan(model, recipe, sites, layout, small, caches)
-    layout = make_layout(tensors, parse_size(recipe.export.max_shard_size))
-    small["config.json"] = config_json(model, sites, recipe)
+    format = format_type(recipe.export.format)(checkpoint.config)
+    _check_together(sites, format)
+    tensors = _output_tensors(model, sites, format, caches)
+    schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
+    layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
+    carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
+    small = {file.name: file.read() for file in carried}
+    if format.keeps_file(CONFIG_NAME):
+        small[CONFIG_NAME] = config_json(model, sites, recipe, format)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
     return Plan(model, recipe, sites, layout, small, caches)
 
 
-def plan_site(site: LinearSite, recipe: Recipe, dtype: str) -> SitePlan:
+def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> SitePlan:
     """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
-    wanted = recipe.scheme_for(site.module, getattr(exporter(recipe.export.format), "SCALE_DTYPE", dtype))
+    wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype)
     if wanted is None and recipe.quantize is not None and recipe.quantize.protects(site.module):
         return SitePlan(site, None, HEAD_KEPT)
     if wanted is None:
         return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
-    form = exporter(recipe.export.format)
-    other = form.instead(site, wanted) if hasattr(form, "instead") else None
-    if other is not None and not form.obstacle(site, other[0]):
+    other = format.instead(site, wanted)
+    if other is not None and not format.obstacle(site, other[0]):
         return _by_policy(site, wanted, *other, recipe.quantize.when_indivisible)
-    obstacle = form.obstacle(site, wanted)
+    obstacle = format.obstacle(site, wanted)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
     if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
@@ -175,10 +177,9 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
         )
 
 
-def _check_together(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
+def _check_together(sites: tuple[SitePlan, ...], format: Format) -> None:
     """Refuse schemes that the format can hold one by one, but not in one checkpoint."""
-    conflict = getattr(exporter(recipe.export.format), "conflict", None)
-    fault = conflict({p.scheme for p in sites if p.scheme is not None}) if conflict else None
+    fault = format.conflict({p.scheme for p in sites if p.scheme is not None})
     if fault:
         widths = gcd(*(p.site.in_features for p in sites if p.scheme is not None))
         common = [size for size in SMALLER_GROUPS if widths % size == 0]
@@ -198,10 +199,9 @@ def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
 
 
 def _output_tensors(
-    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, caches: Mapping[int, CachePlan]
+    model: StudiedModel, sites: tuple[SitePlan, ...], format: Format, caches: Mapping[int, CachePlan]
 ) -> list[OutputTensor]:
     """Every tensor to be written, in file order: what is outside of the blocks first, then block by block."""
-    form = exporter(recipe.export.format)
     checkpoint, structure = model.checkpoint, model.structure
     replaced = {p.site.weight: p for p in sites if p.scheme is not None}
 
@@ -210,12 +210,10 @@ def _output_tensors(
         for name in names:
             if name in replaced:
                 planned = replaced[name]
-                specs = form.tensor_specs(planned.site, planned.scheme)
+                specs = format.tensor_specs(planned.site, planned.scheme)
                 tensors += [OutputTensor(n, dtype, shape, unit) for n, dtype, shape in specs]
             else:
-                info = checkpoint.tensors[name]
-                spec = form.plain_spec(info) if hasattr(form, "plain_spec") else (name, info.dtype, info.shape)
-                tensors.append(OutputTensor(*spec, unit))
+                tensors.append(OutputTensor(*format.plain_spec(checkpoint.tensors[name]), unit))
         return tensors
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
@@ -230,14 +228,13 @@ def _output_tensors(
     return tensors
 
 
-def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe) -> bytes:
+def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, format: Format) -> bytes:
     """The source's config with the quantization config added."""
     config: dict[str, Any] = {k: v for k, v in model.checkpoint.config.items() if k != "quantization_config"}
     if recipe.quantize is not None or recipe.kv_cache is not None:
         shared = [slot.removesuffix(".weight") for slot, _ in model.structure.tied]
-        form = exporter(recipe.export.format)
-        cache = {"cache": recipe.kv_cache.scheme} if recipe.kv_cache else {}  # not every format has one
-        added = form.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, **cache)
+        cache = recipe.kv_cache.scheme if recipe.kv_cache else None
+        added = format.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, cache=cache)
         if added is not None:
             config["quantization_config"] = added
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

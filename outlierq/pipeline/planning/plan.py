@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
 from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
-from outlierq.export import exporter
+from outlierq.export import Format, format_type
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
 from outlierq.recipe import Recipe
@@ -58,6 +59,11 @@ class Plan:
     layout: Layout
     small_files: Mapping[str, bytes]
     caches: Mapping[int, CachePlan] = field(default_factory=dict)
+
+    @cached_property
+    def format(self) -> Format:
+        """The format of the output, made for this model."""
+        return format_type(self.recipe.export.format)(self.checkpoint.config)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -119,10 +125,9 @@ class Plan:
     @property
     def approximations(self) -> list[str]:
         """What the format rounds beyond what the method decided, by scheme; empty when it holds all codes exactly."""
-        form = self.recipe.export.format
-        rounds = getattr(exporter(form), "approximation", lambda scheme: None)
-        said = {str(scheme): rounds(scheme) for scheme in sorted(set(self.schemes.values()), key=str)}
-        return [f"{scheme} is held approximately by {form}: {how}" for scheme, how in said.items() if how]
+        schemes = sorted(set(self.schemes.values()), key=str)
+        said = {str(scheme): self.format.approximation(scheme) for scheme in schemes}
+        return [f"{scheme} is held approximately by {self.format.name}: {how}" for scheme, how in said.items() if how]
 
     @property
     def _limits(self) -> list[str]:
@@ -171,20 +176,17 @@ class Plan:
         weights = sum(s.out_features * s.in_features for s in self.schemes)
         if not weights:
             return None
-        form = exporter(self.recipe.export.format)
-        names = {n for s, scheme in self.schemes.items() for n, _, _ in form.tensor_specs(s, scheme)}
+        names = {n for s, scheme in self.schemes.items() for n, _, _ in self.format.tensor_specs(s, scheme)}
         return 8 * sum(self.layout.places[n].tensor.nbytes for n in names) / weights
 
     @property
     def clients(self) -> list[str]:
         """Which programs load the result, one line each."""
-        form, cache = exporter(self.recipe.export.format), self.recipe.kv_cache
-        said = form.clients(set(self.schemes.values())) + (form.cache_clients(cache.scheme) if cache else [])
+        cache = self.recipe.kv_cache
+        said = self.format.clients(set(self.schemes.values()))
+        said += self.format.cache_clients(cache.scheme) if cache else []
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
-        if any(experts):
-            unknown = [f"experts: no client was tried with {self.recipe.export.format}; compressed-tensors loads"]
-            said += form.expert_clients(set(experts)) if hasattr(form, "expert_clients") else unknown
-        return said
+        return said + (self.format.expert_clients(set(experts)) if any(experts) else [])
 
 
 def unit_name(block: int) -> str:

@@ -12,7 +12,6 @@ from outlierq.calibrate.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.model import LinearSite, Structure, StudiedModel
-from outlierq.export import exporter
 from outlierq.load.model.lookup import tables
 from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.registry import COPIES, method
@@ -120,7 +119,6 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
     needs = recipe.needs if recipe.calibration is not None else frozenset()  # a conversion has no method to ask
     running = bool(needs) and not stats
     known = _known(plan.model, recipe.calibration, resources.device)
-    form = exporter(recipe.export.format, plan.checkpoint.config)
     quantizer = method("quantize", recipe.quantize.method) if needs and recipe.quantize else None
     return Work(
         **known,
@@ -134,7 +132,7 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
         permutes=bool(recipe.permutations),
         activations=any(scheme.activations for scheme in plan.schemes.values()),
         statistics=bool(needs),
-        by_rows=plan.checkpoint.reads_rows and not hasattr(form, "plain"),
+        by_rows=plan.checkpoint.reads_rows and plan.format.copies_rows,
         making={name: size for name, size in making.items() if size},
         proves=len(recipe.rewrites) > len(recipe.pruning),
         shards=_shards(recipe.calibration, resources.ranks.size, shards),

@@ -13,7 +13,7 @@ from outlierq.core.errors import NumbersError
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
-from outlierq.export import exporter
+from outlierq.export import format_type
 from outlierq.pipeline.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
@@ -48,7 +48,7 @@ def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Any:
         return find_anatomy(checkpoint)
     from outlierq.pipeline.remodel.openings import find_openings
 
-    refusal = getattr(exporter(recipe.export.format), "NO_NEW_BIASES", "")
+    refusal = format_type(recipe.export.format).no_new_biases
     return find_openings(checkpoint, refusal=refusal)
 
 
