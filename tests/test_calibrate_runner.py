@@ -50,6 +50,8 @@ class Toy(torch.nn.Module):
                 hidden = layer(mask=mask.clone(), hidden_states=hidden, extra=extra, flags=flags)[0]
             if self.habit == "scales between":
                 hidden = hidden * 2
+        if self.habit == "loops":
+            hidden = self.layers[0](mask=mask, hidden_states=hidden)[0]
         return hidden
 
 
@@ -115,6 +117,7 @@ def test_the_model_is_whole_again_after_a_failure():
     [
         ("scales between", "changes the hidden states between its blocks, before layers.1"),
         ("stops early", "does not call its block layers.1"),
+        ("loops", r"runs its block layers.0 more than once \(2 times\)"),
     ],
 )
 def test_a_model_that_cannot_run_block_by_block_is_refused(habit, message):

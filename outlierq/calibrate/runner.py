@@ -406,8 +406,30 @@ class BlockRunner:
             stubs[0].run_real = False
             self.weights.release(name)
         self._record(ids, stubs, stubs[0].wrap, probe=True)
+        self._check_called_once(ids, stubs)
         self._probe_tokens = ids.shape[1]
         return stubs[0].wrap
+
+    def _check_called_once(self, ids: torch.Tensor, stubs: list[_Stub]) -> None:
+        """SourceError when a block runs more than once in a forward: statistics would be of its first round only."""
+        import torch
+
+        for stub in stubs:
+            stub.calls = 0
+        stubs[-1].is_last = False
+        place = torch.zeros(1, dtype=torch.long, device=self.device)
+        try:
+            with _heads_input_at(self.model, place, place):
+                self._forward_model(ids)
+        finally:
+            stubs[-1].is_last = True
+        for block, stub in zip(self.structure.blocks, stubs, strict=True):
+            if stub.calls > 1:
+                raise SourceError(
+                    f"{type(self.model).__name__} runs its block {block.name} more than once ({stub.calls} times) for "
+                    "each token; calibration would see the first round only",
+                    hint="use a recipe that needs no calibration, such as rtn-w4 or rtn-w8",
+                )
 
     def _record(self, ids: torch.Tensor, stubs: list[_Stub], wrap: Wrap, *, probe: bool = False) -> torch.Tensor:
         """One forward of the model with stubs; notes every block's call and returns the first hidden states."""
@@ -475,6 +497,7 @@ class _Stub:
     def __init__(self, module: torch.nn.Module):
         self.forward = module.forward
         self.is_last = self.run_real = False
+        self.calls = 0
         self.wrap = Wrap()
         self.received: torch.Tensor | None = None
         self.given: torch.Tensor | None = None
@@ -482,11 +505,12 @@ class _Stub:
 
     def reset(self, wrap: Wrap) -> None:
         """Forget what was noted."""
-        self.wrap, self.received, self.call = wrap, None, None
+        self.wrap, self.received, self.call, self.calls = wrap, None, None, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Returned:
         """What the model's code calls instead of the block."""
         self.received, self.call = _split(args, kwargs)
+        self.calls += 1
         if self.run_real:
             self.wrap = Wrap.of(self.forward(*args, **kwargs))
             raise StopForward
