@@ -249,3 +249,33 @@ class TestVllm:
         assert faked.loaded == [str(tiny_llama)], "for the text, not for the tasks"
         measure(opened(tiny_llama), None, Measurement(tasks=("mmlu",), data_dir=data))
         assert len(faked.tasks) == 2, "another backend is another question"
+
+
+class TestKeptResults:
+    """The cache of results costs nobody a measurement, and is believed only as it was written."""
+
+    @pytest.mark.parametrize(
+        "entry", [b"5", b'"x"', b"{}", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"measured": {"perplexity": 1.0}}', b""]
+    )
+    def test_an_entry_that_is_no_measurement_is_measured_again(self, entry, faked, llama_copy, cache):
+        first = measure(opened(llama_copy), None, Measurement())
+        for place in (cache / "results").iterdir():
+            place.write_bytes(entry)
+        again = measure(opened(llama_copy), None, Measurement())
+        assert again == first and faked.text == 2
+
+    def test_a_figure_that_was_changed_is_not_believed(self, faked, llama_copy, cache):
+        measure(opened(llama_copy), None, Measurement())
+        (place,) = (cache / "results").iterdir()
+        place.write_text(place.read_text().replace("10.0", "1.0"))
+        again = measure(opened(llama_copy), None, Measurement())
+        assert again["divergence"]["perplexity"] == 10.0 and again["from_cache"] == []
+
+    @pytest.mark.parametrize("kind", ["a file", "below a file", "a link to nowhere"])
+    def test_a_cache_that_cannot_be_written_costs_a_note(self, kind, faked, llama_copy, tmp_path, monkeypatch):
+        blocked = tmp_path / "blocked"
+        blocked.symlink_to(tmp_path / "no" / "where") if kind == "a link to nowhere" else blocked.write_text("")
+        monkeypatch.setenv("OUTLIERQ_CACHE", str(blocked / "below" if kind == "below a file" else blocked))
+        found = measure(opened(llama_copy), None, Measurement())
+        assert found["divergence"]["perplexity"] == 10.0
+        assert len(found["notes"]) == 1 and "was not kept for the next time" in found["notes"][0]

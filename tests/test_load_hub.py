@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -127,4 +128,32 @@ def test_code_is_fetched_only_when_it_is_trusted(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(k) or f"/cache/{COMMIT}")
     assert hub.snapshot("acme/tiny", None) == (Path("/cache") / COMMIT, COMMIT)
     hub.snapshot("acme/tiny", None, trust_remote_code=True)
-    assert ["*.py" in call["allow_patterns"] for call in asked] == [False, True]
+    assert ["*.py" in call["allow_patterns"] for call in asked[::2]] == [False, True]
+    assert all(call["allow_patterns"] == ["additional_chat_templates/*.jinja"] for call in asked[1::2])
+
+
+def test_a_page_instead_of_the_hub_is_said(monkeypatch):
+    """A network that one has to log in to answers every request with a page."""
+    with (
+        pytest.raises(SourceError, match="what answered for acme/tiny is not the Hub") as caught,
+        hub.asking("acme/tiny"),
+    ):
+        json.loads("<html>Welcome to our hotel</html>")
+    assert "log in to this network" in caught.value.hint
+
+
+@pytest.mark.parametrize("headers", [{"retry-after": "86400"}, {"ratelimit": '"api";r=0;t=86400'}])
+def test_a_hub_that_asks_to_wait_for_a_day_is_not_waited_for(headers):
+    with hub.asking("acme/tiny"):
+        hooks = huggingface_hub.get_session().event_hooks["response"]
+    answer = SimpleNamespace(status_code=429, headers=headers)
+    with pytest.raises(SourceError, match="takes no more requests from here for 86,400 seconds"):
+        for hook in hooks:
+            hook(answer)
+
+
+@pytest.mark.parametrize(
+    ("code", "headers"), [(429, {"retry-after": "60"}), (429, {}), (200, {"ratelimit": "t=86400"})]
+)
+def test_a_short_wait_is_waited_for(code, headers):
+    hub._refuse_long_wait(SimpleNamespace(status_code=code, headers=headers))

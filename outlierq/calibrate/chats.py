@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 from outlierq.core.errors import StatsError
+from outlierq.core.machine.threads import check_room
 from outlierq.core.machine.untrusted import brief, json_value
 
 SECONDS_PER_CHAT = 3.0
@@ -112,6 +113,7 @@ def within(seconds: float, call: Callable[[], str]) -> str:
         except Exception as error:  # raised again below, in the thread that asked
             faults.append(error)
 
+    check_room(1)
     thread = Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)

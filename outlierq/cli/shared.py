@@ -325,6 +325,8 @@ def show_results(results: dict[str, Any], quiet: bool = False) -> None:
         show(terminal.tasks(results["tasks"], results.get("reference_tasks")))
     if results["gate"]:
         show(terminal.gate(gate_rows(results)))
+    for note in results.get("notes", ()):
+        say(f"note: {note}", quiet=False)
     if results["from_cache"]:
         names = ", ".join(results["from_cache"])
         say(f"measured before and taken from the cache: {names} (--no-cache measures again)", quiet)

@@ -102,6 +102,7 @@ def measure(
     if reference is not None:
         original = _Side(reference, replace(wanted, runtime="dense"))
     reused: list[str] = []
+    not_kept: list[str | None] = []
 
     def ask(name: str, settings: Mapping[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         key = key_of({"question": name.removeprefix("reference_"), **settings, "versions": _versions()})
@@ -112,7 +113,7 @@ def measure(
         for side in (checkpoint, reference):
             if side is not None:
                 check_unchanged(side)
-        keep(key, measured)
+        not_kept.append(keep(key, measured))
         return measured
 
     data = "hub" if wanted.data_dir is None or not wanted.tasks else data_hash(wanted.data_dir)
@@ -141,7 +142,8 @@ def measure(
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
                 result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted, listen))
-    return result | {"from_cache": reused}
+    notes = list(dict.fromkeys(filter(None, not_kept)))
+    return result | {"from_cache": reused} | ({"notes": notes} if notes else {})
 
 
 def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:

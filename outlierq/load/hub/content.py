@@ -10,7 +10,7 @@ from pathlib import Path
 
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.cache_folder import cache_folder
-from outlierq.load.hub.threads import pool
+from outlierq.core.machine.threads import pool
 
 SHA256_DIGITS, SHA1_DIGITS = 64, 40
 MOST_THREADS = 8

@@ -18,12 +18,12 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from outlierq.core.errors import SourceError
-from outlierq.core.machine.own_files import LOCK, PART, foreign, remove_files, write_atomically
+from outlierq.core.machine.own_files import LOCK, PART, foreign, is_name_below, remove_files, write_atomically
+from outlierq.core.machine.threads import pool
 from outlierq.core.model import Structure
 from outlierq.load.hub.content import check_cached
 from outlierq.load.hub.remote import PIECE_BYTES, RemoteFile
 from outlierq.load.hub.snapshot import Listing, listing, snapshot
-from outlierq.load.hub.threads import pool
 from outlierq.load.source.folder import FolderCheckpoint
 from outlierq.load.source.shards import StoredTensor, lookup, open_plain
 
@@ -262,8 +262,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _shards_of(pin: Mapping[str, Any]) -> list[str]:
     """The shards that a pin lists."""
     names = pin.get("shards")
-    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
-    return names if plain else []
+    return names if isinstance(names, list) and all(map(is_name_below, names)) else []
 
 
 def _pinned(folder: Path, repository: str, revision: str | None) -> str | None:

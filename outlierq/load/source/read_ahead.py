@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from outlierq.core.machine.threads import check_room
+
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
@@ -20,7 +22,7 @@ def reading_ahead(checkpoint: Checkpoint) -> Iterator[None]:
 
     `posix_fadvise(WILLNEED)` would be shorter, but Linux takes it for the first megabytes of a file only.
     """
-    if not checkpoint.weight_files:
+    if not checkpoint.weight_files or not _has_room():
         yield
         return
     stop = threading.Event()
@@ -31,6 +33,15 @@ def reading_ahead(checkpoint: Checkpoint) -> Iterator[None]:
     finally:
         stop.set()
         reader.join()
+
+
+def _has_room() -> bool:
+    """Whether a thread can start; reading ahead is worth no failure."""
+    try:
+        check_room(1, PIECE)
+    except MemoryError:
+        return False
+    return True
 
 
 def _read(paths: Iterable[Path], stop: threading.Event) -> None:

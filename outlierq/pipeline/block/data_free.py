@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import keep_freed_memory
+from outlierq.core.machine.threads import pool
 from outlierq.core.model import Checkpoint, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
@@ -103,12 +104,12 @@ def done_in_order(units: list[Unit], output: Output, device: str) -> Generator[D
         # A GPU has work for one thread only.
         most = output.plan.checkpoint.most_threads or MOST_THREADS
         workers = min(count, most, MOST_THREADS) if device == "cpu" else 1
-        pool = ThreadPoolExecutor(workers, "block", initializer=_single_threaded)
+        threads = pool(workers, "block", _single_threaded)
         try:
-            waiting = [pool.submit(_write, unit, output) for unit in units]
+            waiting = [threads.submit(_write, unit, output) for unit in units]
             yield from _results(waiting)
         finally:
-            pool.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
 
 
 def _results(waiting: list[Future[Done]]) -> Iterator[Done]:

@@ -17,9 +17,11 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.cache_folder import cache_folder
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import REPORT_NAME
+from outlierq.load.source.carried import carried_names
 
 # What decides how a checkpoint answers: weights, config, tokenizer, templates, code. Cards and licences do not.
 DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".gguf")
+WEIGHTS = (".safetensors", ".gguf")
 # Reports beside the weights, which may be added later.
 REPORTS = (REPORT_NAME, "outliers.json")
 DATA = (".jsonl", ".json", ".parquet", ".csv")
@@ -31,8 +33,9 @@ def content_hash(checkpoint: Checkpoint) -> str:
     path = checkpoint.path
     if path.is_file():
         return _digest([(path.name, path)])
-    files = (f for f in path.iterdir() if f.suffix in DECIDING and f.name not in REPORTS and f.is_file())
-    here = _digest((file.name, file) for file in sorted(files))
+    weights = [f.name for f in path.iterdir() if f.suffix in WEIGHTS or f.name.endswith(".index.json")]
+    names = sorted({*carried_names(path), *weights, "config.json"} - {*REPORTS})
+    here = _digest((name, path / name) for name in names if name.endswith(DECIDING) and (path / name).is_file())
     # Weights that come from the Hub when they are read are known by the Hub's digests.
     return key_of({"here": here, "remote": checkpoint.digests}) if checkpoint.digests else here
 
@@ -51,20 +54,31 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 
 def recall(key: str) -> dict[str, Any] | None:
-    """What was kept under `key`; None when there is nothing that can be read."""
+    """What was kept under `key`; None when there is nothing, or not what was written: then it is measured again."""
     try:
-        return json.loads(_place(key).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        entry = json.loads(_place(key).read_bytes())
+        measured = entry["measured"]
+        return measured if entry["digest"] == _entry_digest(key, measured) else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
 
-def keep(key: str, measured: Mapping[str, Any]) -> None:
-    """Keep a measurement: whole or not at all."""
+def keep(key: str, measured: Mapping[str, Any]) -> str | None:
+    """Keep a measurement: whole or not at all. Why it could not be kept, as a sentence; None when it was."""
     place = _place(key)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(measured), encoding="utf-8")
-    part.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"digest": _entry_digest(key, measured), "measured": measured}), encoding="utf-8")
+        part.replace(place)
+    except OSError as error:
+        return f"the result was not kept for the next time: {place.parent}: {error.strerror or error}"
+    return None
+
+
+def _entry_digest(key: str, measured: Any) -> str:
+    """Sha256 hex of a key and what was kept under it."""
+    return hashlib.sha256(f"{key} {json.dumps(measured, sort_keys=True)}".encode()).hexdigest()
 
 
 def _place(key: str) -> Path:
