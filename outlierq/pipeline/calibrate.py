@@ -54,7 +54,7 @@ def calibrate(
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
     with locked(out) if ranks.lead else nullcontext():
-        writer = _writer(out, identity, checkpoint) if ranks.lead else None
+        writer = _writer(out, identity, checkpoint, settings) if ranks.lead else None
         done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
         source = StatsFromRun(model, tokens, settings, out, resources, savings, Asked(fields))
         _make_missing(done, writer, source, structure.blocks, listen)
@@ -87,9 +87,9 @@ def _identity(
     )
 
 
-def _writer(out: Path, identity: StatsIdentity, checkpoint: Checkpoint) -> StatsWriter:
+def _writer(out: Path, identity: StatsIdentity, checkpoint: Checkpoint, settings: Calibration) -> StatsWriter:
     """Writes statistics, or goes on with them. OutputError when the blocks that there are were made of other bytes."""
-    writer = StatsWriter(out, identity, lasting_stamps(checkpoint))
+    writer = StatsWriter(out, identity, lasting_stamps(checkpoint), settings.model_dump(mode="json"))
     changed = differing(checkpoint, writer.read) if writer.former_stamps not in (None, writer.stamps) else []
     if changed:
         raise OutputError(

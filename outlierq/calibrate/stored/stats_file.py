@@ -61,13 +61,18 @@ class StatsWriter:
     Tensors have the shapes of `InputStats`, `BlockStats` and `LogitSample`. OutputError when the folder holds something
     else, or the statistics of another model, text or setting. read: digests of the weights that the written blocks were
     made of, as `Checkpoint.bytes_read`. stamps: of the model's files now; former_stamps: as they were when the list was
-    written last, None for new statistics.
+    written last, None for new statistics. calibration: the settings, for the reports of runs that use them.
     """
 
     def __init__(
-        self, folder: str | Path, identity: StatsIdentity, stamps: Mapping[str, list[int]] = MappingProxyType({})
+        self,
+        folder: str | Path,
+        identity: StatsIdentity,
+        stamps: Mapping[str, list[int]] = MappingProxyType({}),
+        calibration: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.folder, self.identity, self.stamps = Path(folder), identity, dict(stamps)
+        self.calibration = dict(calibration)
         self.read: dict[str, str] = {}
         self.former_stamps: dict[str, list[int]] | None = None
         self.blocks: dict[int, dict[str, Any]] = {}
@@ -150,6 +155,7 @@ class StatsWriter:
             "outlierq": __version__,
             **self.identity.to_json(),
             "stamps": self.stamps,
+            "calibration": self.calibration,
             "logits": self.logits,
             "blocks": [self.blocks[index] for index in sorted(self.blocks)],
         }
@@ -211,6 +217,7 @@ class StatsReader:
             raise StatsError(f"{self.folder / FINISHED} lacks {', '.join(absent)}", hint="calibrate again")
         check_list(values, str(self.folder / FINISHED), StatsError)
         self.identity = StatsIdentity(**{name: values[name] for name in names})
+        self.calibration: dict[str, Any] = values["calibration"]
         self._blocks = {block["index"]: block for block in values["blocks"]}
         self._logits = values["logits"]
         self._verified: set[str] = set()

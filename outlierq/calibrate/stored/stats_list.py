@@ -70,6 +70,7 @@ class _List(_Part):
     mode: str
     tokenizer: str
     stamps: dict[str, list[int]]
+    calibration: dict[str, Any]
     logits: _Made | None
     blocks: list[_Block]
 

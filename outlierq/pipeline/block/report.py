@@ -37,6 +37,7 @@ def make_report(
     """
     rows = journal.rows
     transforms = tuple(row for entry in journal.entries.values() for row in entry["transforms"])
+    calibration = None if source.calibration is None else dict(source.calibration)
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
     # What is said of a starved expert's linears is said once for the block, too.
     noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith(STARVED)]
@@ -45,7 +46,7 @@ def make_report(
     return Report(
         model=plan.checkpoint.source,
         recipe=plan.recipe.name,
-        settings=plan.recipe.model_dump(mode="json"),
+        settings=plan.recipe.model_dump(mode="json") | ({"calibration": calibration} if calibration else {}),
         out=str(out),
         fingerprint=original_of(plan.checkpoint).fingerprint,
         versions={"outlierq": __version__, "python": platform.python_version()}

@@ -25,6 +25,7 @@ class StatsSource(Protocol):
     Tensors of a block are given by name, in the shape of their headers; statistics have the shapes of `InputStats` and
     `BlockStats`.
     identity: what the statistics belong to, as plain values; a run continues only with the same. seed: of their text.
+    calibration: settings that were used instead of the recipe's, None where the recipe's were.
     made_of: digests of the source's tensors that finished statistics were made of, as `Checkpoint.bytes_read`.
     remark: a sentence for the report, or empty. notes: what was unusual in the block that was given last.
     """
@@ -32,6 +33,7 @@ class StatsSource(Protocol):
     identity: dict[str, Any]
     seed: int | None
     made_of: Mapping[str, str]
+    calibration: Mapping[str, Any] | None
     remark: str
     notes: list[str]
 
@@ -66,6 +68,7 @@ class NoStats:
         self.identity: dict[str, Any] = {}
         self.seed: int | None = None
         self.made_of: Mapping[str, str] = {}
+        self.calibration: Mapping[str, Any] | None = None
         self.notes: list[str] = []
 
     def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
@@ -109,7 +112,7 @@ class StatsFromFile(NoStats):
         self.shifts = shifts or {}
         self.reader = StatsReader(folder)
         self.reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
-        self.made_of = self.reader.made_of
+        self.made_of, self.calibration = self.reader.made_of, self.reader.calibration
         found = self.reader.identity
         self.identity = {"statistics": found.to_json()}
         self.seed = found.settings["seed"]

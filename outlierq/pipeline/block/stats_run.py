@@ -113,6 +113,7 @@ class StatsFromRun:
         self.identity: dict[str, Any] = {"text": tokens.fingerprint, **several}
         self.seed, self.remark = settings.seed, ""
         self.made_of: Mapping[str, str] = {}
+        self.calibration: Mapping[str, Any] | None = None
         self._dtype = _torch_dtype(self.checkpoint.dtype)
         self.shards = [Shard(text, self._runner()) for text in shards_of(tokens.ids, self._count, self.ranks)]
         self._started = False
