@@ -426,3 +426,18 @@ class TestOptions:
 
     def test_a_revision_of_a_local_folder_is_refused(self, refused, tiny_llama):
         assert "makes sense for a Hub id only" in refused.quantize(tiny_llama, "-r", "rtn-w4", "--revision", "main")
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "verify", "eval"])
+def test_a_quantization_config_that_is_a_text_is_refused_in_words(command, llama_copy, outlierq, tmp_path):
+    config = json.loads((llama_copy / "config.json").read_text())
+    (llama_copy / "config.json").write_text(json.dumps(config | {"quantization_config": "gptq"}))
+    words = (
+        ("-r", "rtn-w4", "-o", tmp_path / "out")
+        if command == "quantize"
+        else ("-r", "rtn-w4")
+        if command == "plan"
+        else ()
+    )
+    answer = outlierq(command, llama_copy, *words)
+    assert answer.code == 1 and "quantization_config in config.json is" in answer.out + answer.err

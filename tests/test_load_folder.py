@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import LARGE_FILE
+from outlierq.export.writer import write_small
 from outlierq.load import open_checkpoint
+from outlierq.load.source.folder import FolderCheckpoint
+from outlierq.pipeline.planning.plan import left_behind_notes
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
@@ -106,15 +110,64 @@ def test_an_unknown_tensor_gets_the_nearest_name(tmp_path):
 def test_small_files_of_the_top_level_are_carried_and_nothing_else(sharded):
     for name in ("tokenizer.json", "LICENSE", "chat_template.jinja", "generation_config.json", "modeling_x.py"):
         (sharded / name).write_text(name)
+    (sharded / "processor_config.json").write_text('{"auto_map": {"AutoProcessor": "modeling_x.Processor"}}')
     for name in ("pytorch_model.bin", "model.onnx", ".gitattributes", "extra.safetensors", "x.bin.index.json"):
         (sharded / name).write_text(name)
     (sharded / "original").mkdir()
     (sharded / "original" / "params.json").write_text("{}")
-    files = open_checkpoint(str(sharded)).files
-    assert [file.name for file in files] == sorted(
-        ["LICENSE", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json"]
-    )
-    assert all(file.read() == file.name.encode() for file in files)
+    (sharded / "additional_chat_templates").mkdir()
+    (sharded / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    files = {file.name: file.read().decode() for file in open_checkpoint(str(sharded)).files}
+    assert files.pop("additional_chat_templates/tool_use.jinja") == "tools" and files.pop("processor_config.json")
+    plain = ["LICENSE", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json"]
+    assert list(files) == plain
+    assert all(content == name for name, content in files.items())
+
+
+RUBBISH = (
+    "id_rsa", "credentials.json", "hf_token.txt", "wandb.key", "core.123", "nohup.out", "run.py", "big.tar.gz",
+    "trainer_state.json", "adapter_model.safetensors", "adapter_config.json", "x.part", "deploy.py", "my_notes.log",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUBBISH)
+def test_what_is_no_part_of_a_model_stays_and_is_named(name, sharded):
+    (sharded / name).write_text("{}")
+    (sharded / "checkpoint-500").mkdir()
+    checkpoint = open_checkpoint(str(sharded))
+    assert name not in [file.name for file in checkpoint.files]
+    assert checkpoint.left_behind == tuple(sorted([name, "checkpoint-500/"]))
+    notes = left_behind_notes(checkpoint.left_behind)
+    assert len([note for note in notes if name in note]) == 1
+
+
+@pytest.mark.parametrize(
+    "secret", ["hf_" + "aB3" * 12, "-----BEGIN OPENSSH PRIVATE KEY-----", "AKIA" + "Z7" * 8, "ghp_" + "x1Y" * 12]
+)
+def test_a_file_that_holds_a_secret_stays_whatever_it_is_called(secret, sharded):
+    for name in ("README.md", "chat_template.jinja"):
+        (sharded / name).write_text(f"My token is {secret}.")
+    checkpoint = open_checkpoint(str(sharded))
+    assert checkpoint.files == ()
+    assert [name.split(" (")[0] for name in checkpoint.left_behind] == ["README.md", "chat_template.jinja"]
+
+
+def test_code_that_the_models_own_code_imports_travels_with_it(sharded):
+    config = json.loads((sharded / "config.json").read_text())
+    said = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "owner/other--modeling_y.Y"}
+    (sharded / "config.json").write_text(json.dumps(config | {"auto_map": said}))
+    (sharded / "configuration_x.py").write_text("from .helpers_x import thing\nfrom . import more_x\nimport os\n")
+    for name in ("helpers_x", "more_x", "modeling_y", "train"):
+        (sharded / f"{name}.py").write_text("")
+    files = FolderCheckpoint(sharded).files
+    assert [file.name for file in files] == ["configuration_x.py", "helpers_x.py", "more_x.py"]
+
+
+def test_paths_of_the_machine_are_taken_out_of_settings(sharded):
+    said = {"name_or_path": "/home/alice/secret-client", "tokenizer_file": "/tmp/x", "add_bos_token": True}
+    (sharded / "tokenizer_config.json").write_text(json.dumps(said))
+    (file,) = open_checkpoint(str(sharded)).files
+    assert json.loads(file.read()) == {"add_bos_token": True}
 
 
 @pytest.mark.parametrize(
@@ -361,3 +414,13 @@ def test_a_model_that_transformers_implements_needs_no_remote_code(tmp_path):
 
 def test_a_revision_of_a_local_folder_is_refused(sharded):
     assert "revision main makes sense for a Hub id only" in refusal(sharded, revision="main")
+
+
+def test_a_large_file_is_copied_and_not_read_whole(sharded, tmp_path):
+    with open(sharded / "tokenizer.json", "wb") as file:
+        file.truncate(LARGE_FILE + 5)
+    (file,) = open_checkpoint(str(sharded)).files
+    assert file.held() == sharded / "tokenizer.json"
+    write_small(tmp_path, {"tokenizer.json": file.held(), "additional_chat_templates/x.jinja": b"x"})
+    assert (tmp_path / "tokenizer.json").stat().st_size == LARGE_FILE + 5
+    assert (tmp_path / "additional_chat_templates" / "x.jinja").read_bytes() == b"x"

@@ -99,6 +99,31 @@ class TestUpload:
         values = json.loads(outlierq("publish", compressed, REPO, *BASE, "--dry-run", "--json").out)
         assert {file["name"] for file in values["files"]} == {path.name for path in compressed.iterdir()}
 
+    def test_what_is_no_part_of_the_model_stays_behind(self, outlierq, hub, folder):
+        rubbish = ("adapter.bin", "deploy.py", "hf_token.txt", "id_rsa", "my_notes.log", "weights.bak", "x.part")
+        for name in rubbish:
+            (folder / name).write_text("x")
+        (folder.parent / "hostname").write_text("private")
+        (folder / "leak.txt").symlink_to(folder.parent / "hostname")
+        values = json.loads(outlierq("publish", folder, REPO, *BASE, "--dry-run", "--json", "-q").out)
+        assert values["left_out"] == sorted([*rubbish, "leak.txt"])
+        assert outlierq("publish", folder, REPO, *BASE, "-q").code == 0
+        assert not {*rubbish, "leak.txt"} & hub.content(REPO).keys()
+
+    def test_all_chat_templates_arrive(self, outlierq, hub, tools, tmp_path):
+        templates = tools.write_llama(tmp_path / "source") / "additional_chat_templates"
+        templates.mkdir()
+        (templates / "tool_use.jinja").write_text("tools")
+        assert outlierq("quantize", tmp_path / "source", "-r", "rtn-w4", "-o", tmp_path / "out", "-q").code == 0
+        assert outlierq("publish", tmp_path / "out", REPO, *BASE, "-q").code == 0
+        assert hub.content(REPO)["additional_chat_templates/tool_use.jinja"] == b"tools"
+
+    def test_a_link_out_of_the_folder_is_not_followed(self, outlierq, hub, folder):
+        (folder.parent / "hostname").write_text("private")
+        (folder / "NOTICE").symlink_to(folder.parent / "hostname")
+        answer = outlierq("publish", folder, REPO, *BASE, "-q")
+        assert answer.code == 1 and "NOTICE lies outside" in answer.err and REPO not in hub.repositories
+
     def test_hidden_files_and_folders_stay_behind(self, outlierq, hub, folder):
         (folder / ".secret").write_text("x")
         (folder / "logs").mkdir()
@@ -153,6 +178,17 @@ class TestCard:
             ("tokens of /home/me/chats.jsonl, 4", "tokens of chats.jsonl, 4"),
             ("--text ~/notes/a.txt", "--text a.txt"),
             (r"C:\Users\me\model", "model"),
+            (r"\\server\share\x", "x"),
+            ("/srv/acme secret/chats.txt: 6 x 32", "chats.txt: 6 x 32"),
+            ("of /data/secret folder/stats, 3 blocks", "of stats, 3 blocks"),
+            ("file:///home/alice/x.txt", "x.txt"),
+            ("text:/home/alice/m/x", "text:x"),
+            ("alice@host:/home/alice/x", "x"),
+            ("../../acme-secret/x", "x"),
+            ("./run/secret/x", "x"),
+            ("~alice/x", "x"),
+            ("see /srv/x/y.txt is / was", "see y.txt is / was"),
+            (r"re:.*\.mlp\.gate", r"re:.*\.mlp\.gate"),
             ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
             ("maker/model", "maker/model"),
             ("3 MB/s and/or x", "3 MB/s and/or x"),

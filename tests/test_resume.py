@@ -506,3 +506,11 @@ def test_statistics_of_another_tokenizer_are_refused(llama_copy, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(StatsError, match="statistics of another tokenizer"):
         compress(llama_copy, tmp_path / "other", "gptq-w4", SMALL, stats=tmp_path / "stats")
+
+
+def test_the_report_states_the_calibration_that_the_statistics_were_made_with(tiny_llama, tmp_path):
+    collect(tiny_llama, tmp_path / "stats")
+    settings = ["calibration.samples=99", "calibration.sequence_length=512"]
+    report = compress(tiny_llama, tmp_path / "out", "gptq-w4", settings, stats=tmp_path / "stats")
+    stated = report.settings["calibration"]
+    assert (stated["samples"], stated["sequence_length"]) == (6, 32)

@@ -284,3 +284,37 @@ def test_checkpoints_of_other_programs_are_sound():
     for folder in folders:
         found = verify(folder, PEERS_SOURCE or None)
         assert found.sound, said(found)
+
+
+def edited(folder: Path, **settings) -> Path:
+    """The folder, with other settings in its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+class TestAskedFirst:
+    """What `verify` would say of a result, `quantize` says of the source before any work."""
+
+    def test_a_head_of_its_own_that_the_config_calls_shared_is_refused(self, tools, outlierq, tmp_path):
+        source = edited(tools.write_llama(tmp_path / "m", tie_word_embeddings=False), tie_word_embeddings=True)
+        answer = outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out")
+        assert answer.code == 1 and "config.json says that it shares" in answer.err and "lm_head.weight" in answer.err
+        assert not list(tmp_path.glob("out*"))
+        assert (
+            outlierq("quantize", edited(source, tie_word_embeddings=False), "-r", "rtn-w4", "-o", tmp_path / "out").code
+            == 0
+        )
+        assert outlierq("verify", tmp_path / "out").code == 0
+
+    def test_more_blocks_than_the_config_says_are_refused(self, tools, outlierq, tmp_path):
+        source = edited(tools.write_llama(tmp_path / "m", num_hidden_layers=3), num_hidden_layers=2)
+        answer = outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out")
+        assert answer.code == 1 and "model.layers.2." in answer.err and "number of layers" in answer.err
+        assert not list(tmp_path.glob("out*"))
+
+    def test_blocks_that_the_config_announces_behind_the_last_are_let_through(self, tools, outlierq, tmp_path):
+        source = edited(
+            tools.write_llama(tmp_path / "m", num_hidden_layers=3), num_hidden_layers=2, num_nextn_predict_layers=1
+        )
+        assert outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out").code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ class TensorInfo:
     nbytes: int
 
 
+# Bytes; a vocabulary has some 30 MB.
+LARGE_FILE = 1 << 24
+
+
 @dataclass(frozen=True)
 class CarriedFile:
     """A file that goes unchanged from the source to the output (tokenizer, chat template, licence, ...)."""
@@ -38,6 +43,10 @@ class CarriedFile:
     name: str
     content: bytes | None = None
     path: str | None = None
+
+    def held(self) -> bytes | Path:
+        """The bytes of the file, or of a large one its path: it is copied piece by piece."""
+        return Path(self.path) if self.path and os.path.getsize(self.path) > LARGE_FILE else self.read()
 
     def read(self) -> bytes:
         """The bytes of the file."""
@@ -110,6 +119,11 @@ class Checkpoint(TensorSource):
     @abstractmethod
     def files(self) -> tuple[CarriedFile, ...]:
         """Everything else that belongs to the checkpoint."""
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """Names of what lies beside the weights and does not travel with them."""
+        return ()
 
     @property
     @abstractmethod
@@ -187,6 +201,11 @@ class DerivedCheckpoint(Checkpoint):
     def files(self) -> tuple[CarriedFile, ...]:
         """The files of the original."""
         return self.original.files
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What the original leaves behind."""
+        return self.original.left_behind
 
     @property
     def fingerprint(self) -> str:

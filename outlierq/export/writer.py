@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -149,17 +150,22 @@ def _bytes_before(tensor: torch.Tensor, row: int | None) -> int:
     return row * tensor[:1].nbytes if row else 0
 
 
-def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write small files and force them onto the disk."""
+def write_small(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write small files and force them onto the disk. A name may lie in a folder; a path is copied piece by piece."""
     for name, content in files.items():
         path = folder / name
         try:
+            path.parent.mkdir(exist_ok=True)
             with open(path, "wb") as file:
-                file.write(content)
+                if isinstance(content, Path):
+                    with open(content, "rb") as source:
+                        shutil.copyfileobj(source, file, PIECE_BYTES)
+                else:
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise disk_error(error, path, len(content)) from error
+            raise disk_error(error, path, 0 if isinstance(content, Path) else len(content)) from error
 
 
 def check_complete(folder: Path, layout: Layout) -> None:

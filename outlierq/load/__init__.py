@@ -19,6 +19,8 @@ _HOMES = {
     "check_unchanged": "source.unchanged",
     "differing": "source.unchanged",
     "lasting_stamps": "source.unchanged",
+    "misplaced": "model.places",
+    "refuse_other_model": "model.places",
     "tokenizer_digest": "source.tokenizer_files",
     "checkpoint_names": "model.names",
     "find_structure": "model.skeleton",

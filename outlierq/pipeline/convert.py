@@ -22,6 +22,7 @@ from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import format_type
 from outlierq.export.writer import write_small
+from outlierq.load import lasting_stamps
 from outlierq.pipeline.events import Event, Listener, silent
 from outlierq.pipeline.ledger.folder import finish, working
 from outlierq.pipeline.ledger.journal import Journal
@@ -117,12 +118,13 @@ def make_conversion(
     listen: Listener = silent,
 ) -> Plan:
     """Read and check every weight, and plan the conversion. RecipeError or SourceError when it cannot be exact."""
-    from outlierq.load import study
+    from outlierq.load import refuse_other_model, study
 
     if not format_type(format).holds_codes:
         raise RecipeError(f"{format} weights hold no codes; a conversion to them is not without loss")
     source = PackedSource(checkpoint, format)
     model = study(source)
+    refuse_other_model(model)
     structure = model.structure
     packed = [site for site in structure.sites if site.weight in source.linears]
     schemes = _schemes(source, packed, listen)
@@ -167,7 +169,7 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
     with working(out, restart=restart) as work:
         clock = Clock()
         identity = {"outlierq": __version__, "source": plan.checkpoint.fingerprint, "recipe": plan.recipe.fingerprint}
-        journal = Journal(work, identity, clock.spent, files=plan.files)
+        journal = Journal(work, identity, clock.spent, files=plan.files, stamps=lasting_stamps(plan.checkpoint))
         journal.check_source(plan.checkpoint)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             with clock("export"):

@@ -24,6 +24,8 @@ from outlierq.core.errors import OutlierqError, PublishError
 from outlierq.core.limits import Limits
 from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load import open_checkpoint
+from outlierq.load.source.carried import carried_names
+from outlierq.load.source.folder import INDEX, inside
 from outlierq.pipeline.measure import judge, read_report
 from outlierq.pipeline.measuring.cache import content_hash
 
@@ -33,8 +35,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CARD = "README.md"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# A path of this machine, at the start of a word: two parts or more, so that "and/or" and "3 MB/s" are none.
-LOCAL_PATH = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\,;:'\"]+){2,}")
+# A path of this machine: from a root, of two parts or more, so that "and/or" and "3 MB/s" are none; or from a home, a
+# drive, a folder above, another machine. Parts but the last may hold spaces. A web address is none.
+PARTS = r"(?:[^/\\\n,;:'\"]+[/\\]+)"
+LAST_PART = r"[^\s/\\,;:'\"]+"
+LOCAL_PATH = re.compile(
+    rf"(?:file://|\b[\w.+-]+@[\w.-]+:(?=[/~]))[/\\~]*{PARTS}*{LAST_PART}"
+    rf"|(?<![\w./\\~-])(?:~(?:[A-Za-z_][\w.-]*)?|[A-Za-z]:|\.{{1,2}})[/\\]+{PARTS}*{LAST_PART}"
+    rf"|(?<![\w./\\~-])(?:/(?!/)|\\\\){PARTS}+{LAST_PART}"
+)
 # Left from an earlier state of the repository, these would be loaded together with the new ones.
 STALE = ("*.safetensors", "*.safetensors.index.json")
 RESUME_HINT = "run the same command again: what has arrived is not sent a second time"
@@ -79,8 +88,9 @@ def check(folder: Path, limits: Limits, *, trust_remote_code: bool = False) -> C
             f"{folder} is damaged, {len(faults)} fault(s):\n{listed}", hint="write it again with `outlierq quantize`"
         )
     rows = _gate(folder, report, limits, trust_remote_code)
-    files = {path.name: path for path in sorted(folder.iterdir()) if _is_published(path)}
-    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in files))
+    files = {name: inside(folder, name) for name in published_names(folder, trust_remote_code)}
+    tops = {name.partition("/")[0] for name in files}
+    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in tops))
     return Candidate(folder, report, files, left_out, tuple(rows), tuple(_clients(report)))
 
 
@@ -106,7 +116,8 @@ def staged(candidate: Candidate, written: Mapping[str, bytes]) -> Iterator[Path]
         staging = Path(name)
         for file, path in candidate.files.items():
             if file not in written:
-                (staging / file).symlink_to(path.resolve())
+                (staging / file).parent.mkdir(exist_ok=True)
+                (staging / file).symlink_to(path)
         for file, content in written.items():
             (staging / file).write_bytes(content)
         yield staging
@@ -124,7 +135,7 @@ def upload(
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="outlierq", library_version=__version__)
-    files = {path.name: path for path in sorted(staging.iterdir())}
+    files = {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
     with _told(repository):
         api.whoami()
         held = _held(api, repository)
@@ -197,9 +208,11 @@ def _clients(report: Report) -> list[str]:
     return format_type(recipe.export.format).clients(schemes)
 
 
-def _is_published(path: Path) -> bool:
-    """Plain files at the top of the folder; hidden ones are nobody's business."""
-    return path.is_file() and not path.name.startswith(".")
+def published_names(folder: Path, trust_remote_code: bool = False) -> list[str]:
+    """Names below the folder of config.json, the weights, and what travels with them; nothing else leaves the house."""
+    weights = {path.name for path in open_checkpoint(str(folder), trust_remote_code=trust_remote_code).weight_files}
+    lists = {name for name in ("config.json", INDEX) if (folder / name).is_file()}
+    return sorted({*carried_names(folder), *weights, *lists})
 
 
 def _held(api: HfApi, repository: str) -> dict[str, tuple[int, str]] | None:

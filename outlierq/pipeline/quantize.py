@@ -20,6 +20,7 @@ from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
+from outlierq.load import lasting_stamps
 from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, hidden_names
 from outlierq.pipeline.block.report import make_report
@@ -85,7 +86,7 @@ def quantize(
             return None
         identity = _identity(plan, source, savings)
         files = plan.files | hidden_names(identity.get("shards", 1))
-        journal = Journal(work, identity, clock.spent, _about(plan), files)
+        journal = Journal(work, identity, clock.spent, _about(plan), files, lasting_stamps(plan.checkpoint))
         journal.check_source(plan.checkpoint)
         with journal.told_of_stops(), closing(Output(plan, work, journal)) as output:
             output.made_of |= source.made_of

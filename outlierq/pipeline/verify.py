@@ -6,7 +6,6 @@ share no code with our exporters, so the check is the same for a checkpoint of o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -121,7 +120,7 @@ def _decoded(checkpoint: Checkpoint, found: Verification) -> Checkpoint | None:
 
 def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verification) -> None:
     """Every parameter of the model has its tensor, every tensor its place, and config.json tells them right."""
-    from outlierq.load import build_skeleton, checkpoint_names
+    from outlierq.load import build_skeleton, checkpoint_names, misplaced
 
     try:
         skeleton = build_skeleton(plain)
@@ -129,17 +128,8 @@ def _check_places(plain: Checkpoint, config: Mapping[str, Any], found: Verificat
     except SourceError as error:
         found.fault("tensors", "", error.what)
         return
-    shared = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
-    ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or []
-    known = set(names.values())
-    for name in plain.tensors:
-        if name in shared and names.get(name, name) != name:
-            found.fault("tied weights", name, f"is stored, though config.json says that it shares {names[name]}")
-        elif name not in known and not any(re.search(pattern, name) for pattern in ignored):
-            found.fault("tensors", name, "belongs to no parameter of the model and to no quantized weight")
-    for target, owner in shared.items():
-        if names.get(target) == target and names.get(owner) == owner:
-            found.fault("tied weights", target, f"config.json says that it shares {owner}, but it holds other values")
+    for each in misplaced(plain, skeleton, names):
+        found.fault(each.check, each.tensor, each.what)
     if config:
         _check_config(plain, skeleton, config, names, found)
 

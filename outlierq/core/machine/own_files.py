@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # No program but this one gives files these names.
 LOCK = ".outlierq-lock"
@@ -19,22 +20,39 @@ PART = ".outlierq-part"
 def foreign(folder: Path, ours: Collection[str]) -> list[str]:
     """Names of what lies in the folder and is not ours: no plain file, or one that `ours` does not name.
 
-    A lock, and what was left half written of a file in `ours`, are ours.
+    A lock, and what was left half written of a file in `ours`, are ours; so is a folder that holds nothing else, when a
+    name of `ours` leads into it.
     """
     if not folder.is_dir():
         return []
     known = {LOCK, *ours, *(f"{name}{PART}" for name in ours)}
-    return sorted(
-        path.name for path in folder.iterdir() if path.name not in known or path.is_symlink() or not path.is_file()
-    )
+    folders = {name.partition("/")[0] for name in ours if "/" in name}
+    others = []
+    for path in folder.iterdir():
+        if path.name in folders and path.is_dir() and not path.is_symlink():
+            below = [name.partition("/")[2] for name in ours if name.startswith(f"{path.name}/")]
+            others += [f"{path.name}/{name}" for name in foreign(path, below)]
+        elif path.name not in known or path.is_symlink() or not path.is_file():
+            others.append(path.name)
+    return sorted(others)
+
+
+def is_name_below(name: Any) -> bool:
+    """Whether this is the name of a file in a folder, or in a folder of that, which leads nowhere else."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") for part in parts)
 
 
 def remove_files(folder: Path, ours: Iterable[str]) -> None:
-    """Remove the plain files with these names, whole or half written, in the given order."""
-    for name in (name for name in ours if Path(name).name == name):  # none that leads out of the folder
+    """Remove the plain files with these names, whole or half written, in the given order, and folders left empty."""
+    for name in filter(is_name_below, ours):
         for path in (folder / f"{name}{PART}", folder / name):
-            if path.is_file() and not path.is_symlink():
+            if path.is_file() and not path.is_symlink() and not path.parent.is_symlink():
                 path.unlink()
+        if "/" in name and (folder / name).parent.is_dir() and not any((folder / name).parent.iterdir()):
+            (folder / name).parent.rmdir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -148,6 +148,12 @@ def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structu
     return Structure(blocks, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
 
 
+def block_list_name(skeleton: torch.nn.Module) -> tuple[str, int]:
+    """Name of the module list that holds the blocks, and how many there are."""
+    name, blocks = _block_list(skeleton)
+    return name, len(blocks)
+
+
 def _block_list(skeleton: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Name and members of the module list that holds most parameters."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
-from outlierq.core.machine.untrusted import LARGEST_JSON, json_object
+from outlierq.core.machine.untrusted import LARGEST_JSON, brief, json_object
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
+from outlierq.load.source.carried import PLACES, carried_names, left_behind, without_places
 from outlierq.load.source.fingerprint import fingerprint
 from outlierq.load.source.shards import (
     AGAIN,
@@ -36,21 +38,6 @@ INDEX = "model.safetensors.index.json"
 # Pickle runs code when it is opened, so these are never read.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Weights in whatever form; they are not "small files" to carry to the output.
-WEIGHTS = (
-    *PICKLES,
-    ".safetensors",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-    ".npz",
-    ".ot",
-)
-
 LARGEST_CONFIG = 10_000_000  # bytes; real ones have a few thousand
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -73,6 +60,7 @@ class FolderCheckpoint(Checkpoint):
         self.source = source or str(path)
         self._config_bytes = _config_bytes(path)
         self.config: dict[str, Any] = json_object(self._config_bytes, "config.json", SourceError, hint=AGAIN)
+        _check_quantization(self.config)
         self._stored = _stored_tensors(path, self._names(), self._header)
         self.stamps = stamps_of(self.weight_files)
         self.bytes_read: dict[str, str] = {}
@@ -81,9 +69,14 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def files(self) -> tuple[CarriedFile, ...]:
-        """Every top-level file but config.json, weights and indexes; subfolders and hidden files stay behind."""
-        names = sorted(entry.name for entry in self.path.iterdir() if entry.is_file() and _carried(entry.name))
-        return tuple(CarriedFile(name, path=str(inside(self.path, name))) for name in names)
+        """What belongs to the model beside its weights and config.json: see `outlierq.load.source.carried`."""
+        return tuple(_carried_file(self.path, name) for name in carried_names(self.path))
+
+    @cached_property
+    def left_behind(self) -> tuple[str, ...]:
+        """What else lies in the folder, hidden files left out; folders with a slash."""
+        ours = {path.name for path in self.weight_files} | {SINGLE, INDEX, "config.json"}
+        return left_behind(self.path, ours)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,6 +153,16 @@ def inside(folder: Path, name: str) -> Path:
     return real
 
 
+def _check_quantization(config: dict[str, Any]) -> None:
+    """SourceError when what the config says of a compression is no set of settings."""
+    said = config.get("quantization_config")
+    if said is not None and not isinstance(said, dict):
+        raise SourceError(
+            f"quantization_config in config.json is {brief(said)}, not an object with settings",
+            hint="remove it when the weights are plain, or get the checkpoint's own config.json",
+        )
+
+
 def _config_bytes(folder: Path) -> bytes:
     """The bytes of config.json; SourceError when there is none."""
     if not (folder / "config.json").is_file():
@@ -194,12 +197,15 @@ def _folder_hint(folder: Path) -> str:
     return "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id owner/name"
 
 
-def _carried(name: str) -> bool:
-    """Whether a file goes unchanged into the output."""
-    lower = name.lower()
-    return not (
-        name == "config.json" or lower.startswith(".") or lower.endswith(WEIGHTS) or lower.endswith(".index.json")
-    )
+def _carried_file(folder: Path, name: str) -> CarriedFile:
+    """A file of the folder; one with settings without the paths of the machine that wrote it."""
+    path = inside(folder, name)
+    if name.endswith("config.json"):
+        content = small_bytes(folder, name, LARGEST_CONFIG)
+        if any(place.encode() in content for place in PLACES):
+            values = without_places(json_object(content, name, SourceError, hint=AGAIN))
+            return CarriedFile(name, content=(json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    return CarriedFile(name, path=str(path))
 
 
 def _stored_tensors(folder: Path, names: Collection[str], header: HeaderReader) -> dict[str, StoredTensor]:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
-from outlierq.core.machine.own_files import remove_files
+from outlierq.core.machine.own_files import is_name_below, remove_files
 from outlierq.core.machine.untrusted import brief, checked, json_object
 from outlierq.core.report import SiteRow
 from outlierq.export.writer import disk_error
@@ -52,13 +52,14 @@ class Journal:
         spent: Callable[[], Mapping[str, float]] = dict,
         about: Mapping[str, Any] = MappingProxyType({}),
         files: Collection[str] = (),
+        stamps: Mapping[str, list[int]] = MappingProxyType({}),
     ):
         self.folder, self._spent = folder, spent
-        self._first_line = {"identity": identity, "about": dict(about), "files": sorted(files)}
+        self._first_line = {"identity": identity, "about": dict(about), "files": sorted(files), "stamps": dict(stamps)}
         self.path = folder / JOURNAL
         self.entries: dict[str, dict[str, Any]] = {}
         self.read: dict[str, str] = {}
-        self.stamps: dict[str, list[int]] = {}
+        self.stamps = dict(stamps)
         self.seconds: Counter[str] = Counter()
         if self.path.exists():
             self._resume(identity)
@@ -134,7 +135,7 @@ class Journal:
         try:
             former = lines[0]["identity"] if lines else {}
             self.seconds = seconds_of(lines)
-            for line in lines[1:]:
+            for line in lines:
                 self.stamps = line.get("stamps", self.stamps)
                 self.read |= line.get("read", {})
             units = [line for line in lines[1:] if line.keys() - {"seconds", "stamps"}]
@@ -153,7 +154,7 @@ class Journal:
             # Nothing was done yet, so nothing is lost by starting over.
             self.seconds.clear()
             self.read.clear()
-            self.stamps.clear()
+            self.stamps = self._first_line["stamps"]
             remove_files(self.folder, sorted(listed_files(self.folder)))
             _cut(self.path, 0)
             self._append(self._first_line)
@@ -168,8 +169,7 @@ def listed_files(folder: Path) -> frozenset[str]:
         names = first["files"] if isinstance(first["identity"], dict) else ()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
-    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
-    return frozenset(names) if plain else frozenset()
+    return frozenset(names) if isinstance(names, list) and all(map(is_name_below, names)) else frozenset()
 
 
 def former_shards(folder: Path) -> int | None:

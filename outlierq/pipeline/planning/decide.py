@@ -17,6 +17,7 @@ from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.layout import INDEX_NAME, OutputTensor
+from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Recipe, parse_size
@@ -33,7 +34,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import study
+    from outlierq.load import refuse_other_model, study
 
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "something")
@@ -44,6 +45,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model = study(checkpoint)
+    refuse_other_model(model)
     format = format_type(recipe.export.format)(checkpoint.config)
     sites = tuple(plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites)
     _check(sites, recipe)
@@ -62,7 +64,7 @@ def assembled(
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
     layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
-    small = {file.name: file.read() for file in carried}
+    small = {file.name: file.held() for file in carried}
     if format.keeps_file(CONFIG_NAME):
         small[CONFIG_NAME] = config_json(model, sites, recipe, format)
     if layout.index is not None:
@@ -230,7 +232,8 @@ def _output_tensors(
 
 def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, format: Format) -> bytes:
     """The source's config with the quantization config added."""
-    config: dict[str, Any] = {k: v for k, v in model.checkpoint.config.items() if k != "quantization_config"}
+    plain = without_places(model.checkpoint.config)
+    config: dict[str, Any] = {k: v for k, v in plain.items() if k != "quantization_config"}
     if recipe.quantize is not None or recipe.kv_cache is not None:
         shared = [slot.removesuffix(".weight") for slot, _ in model.structure.tied]
         cache = recipe.kv_cache.scheme if recipe.kv_cache else None

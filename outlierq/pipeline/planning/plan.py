@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     pass
 
 OUTSIDE = "outside"
+# Names of files that a note lists.
+SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Plan:
     recipe: Recipe
     sites: tuple[SitePlan, ...]
     layout: Layout
-    small_files: Mapping[str, bytes]
+    small_files: Mapping[str, bytes | Path]
     caches: Mapping[int, CachePlan] = field(default_factory=dict)
 
     @cached_property
@@ -100,7 +103,7 @@ class Plan:
             for reason, modules in reasons.items()
         ]
         noted = rewrite_notes(self.checkpoint) + noted + self.approximations + [*self.layout.notes] + self._limits
-        return noted + self._unused_patterns
+        return noted + self._unused_patterns + left_behind_notes(self.checkpoint.left_behind)
 
     @property
     def _unused_patterns(self) -> list[str]:
@@ -158,7 +161,8 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the output folder without the report: weights, index, config, tokenizer and other files."""
-        return self.layout.total_bytes + sum(len(c) for name, c in self.small_files.items() if name != INDEX_NAME)
+        files = (content for name, content in self.small_files.items() if name != INDEX_NAME)
+        return self.layout.total_bytes + sum(c.stat().st_size if isinstance(c, Path) else len(c) for c in files)
 
     @property
     def parameters(self) -> int:
@@ -187,6 +191,19 @@ class Plan:
         said += self.format.cache_clients(cache.scheme) if cache else []
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
         return said + (self.format.expert_clients(set(experts)) if any(experts) else [])
+
+
+def left_behind_notes(names: Sequence[str]) -> list[str]:
+    """What lies beside the weights and is not carried into the result, as sentences."""
+    adapters = [name for name in names if name.startswith("adapter")]
+    others = [name for name in names if name not in adapters]
+    said = []
+    if adapters:
+        said.append(f"an adapter beside the weights is left out ({', '.join(adapters)}); merge it first to keep it")
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        said.append(f"left behind, as no part of a model: {', '.join(others[:SHOWN])}{more}")
+    return said
 
 
 def unit_name(block: int) -> str:
