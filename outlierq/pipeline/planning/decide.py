@@ -74,26 +74,27 @@ def assembled(
 
 def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> SitePlan:
     """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
+    quantize = recipe.quantize
+    if quantize is None:
+        return SitePlan(site, None)
     wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype)
-    if wanted is None and recipe.quantize is not None and recipe.quantize.protects(site.module):
-        return SitePlan(site, None, HEAD_KEPT)
     if wanted is None:
-        return SitePlan(site, None, "ignored by the recipe" if recipe.quantize else "")
+        return SitePlan(site, None, HEAD_KEPT if quantize.protects(site.module) else "ignored by the recipe")
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
     other = format.instead(site, wanted)
     if other is not None and not format.obstacle(site, other[0]):
-        return _by_policy(site, wanted, *other, recipe.quantize.when_indivisible)
+        return _by_policy(site, wanted, *other, quantize.when_indivisible)
     obstacle = format.obstacle(site, wanted)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
     if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
         return SitePlan(site, None, "kept in 16 bits: outside of the blocks nothing is known of its inputs")
     if wanted.block is not None:
-        return _in_blocks(site, wanted, recipe.quantize.when_indivisible)
+        return _in_blocks(site, wanted, wanted.block, quantize.when_indivisible)
     if wanted.group_size is None or site.in_features % wanted.group_size == 0:
         return SitePlan(site, wanted)
-    return _indivisible(site, wanted, recipe.quantize.when_indivisible)
+    return _indivisible(site, wanted, wanted.group_size, quantize.when_indivisible)
 
 
 def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
@@ -104,25 +105,25 @@ def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason
     return SitePlan(site, wanted, f"error: {fault}") if policy == "error" else SitePlan(site, other, reason)
 
 
-def _indivisible(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
+def _indivisible(site: LinearSite, wanted: QuantScheme, size: int, policy: GroupPolicy) -> SitePlan:
     """What the recipe's policy makes of a width that the group size does not divide."""
-    fault = f"{site.in_features} columns are not a multiple of group_size {wanted.group_size}"
+    fault = f"{site.in_features} columns are not a multiple of group_size {size}"
     if policy == "keep":
         return SitePlan(site, None, f"kept in 16 bits: {fault}")
     if policy == "error":
         return SitePlan(site, wanted, f"error: {fault}")
-    smaller = [g for g in SMALLER_GROUPS if g < wanted.group_size and site.in_features % g == 0]
+    smaller = [g for g in SMALLER_GROUPS if g < size and site.in_features % g == 0]
     group_size = smaller[0] if smaller and policy == "smaller-group" else None
     scheme = replace(wanted, group_size=group_size)
     return SitePlan(site, scheme, f"{'per channel' if group_size is None else f'group {group_size}'}: {fault}")
 
 
-def _in_blocks(site: LinearSite, wanted: QuantScheme, policy: str) -> SitePlan:
+def _in_blocks(site: LinearSite, wanted: QuantScheme, block: tuple[int, int], policy: GroupPolicy) -> SitePlan:
     """What the policy makes of a shape that the blocks do not divide; clients run no ragged blocks.
 
     There are no kernels for other blocks either, so "smaller-group" means one scale per channel, too.
     """
-    height, width = wanted.block
+    height, width = block
     if site.out_features % height == 0 and site.in_features % width == 0:
         return SitePlan(site, wanted)
     fault = f"{site.out_features} x {site.in_features} weights are not a multiple of blocks {height} x {width}"
@@ -205,14 +206,13 @@ def _output_tensors(
 ) -> list[OutputTensor]:
     """Every tensor to be written, in file order: what is outside of the blocks first, then block by block."""
     checkpoint, structure = model.checkpoint, model.structure
-    replaced = {p.site.weight: p for p in sites if p.scheme is not None}
+    replaced = {p.site.weight: (p.site, p.scheme) for p in sites if p.scheme is not None}
 
     def of(names: tuple[str, ...], unit: str) -> list[OutputTensor]:
         tensors = []
         for name in names:
             if name in replaced:
-                planned = replaced[name]
-                specs = format.tensor_specs(planned.site, planned.scheme)
+                specs = format.tensor_specs(*replaced[name])
                 tensors += [OutputTensor(n, dtype, shape, unit) for n, dtype, shape in specs]
             else:
                 tensors.append(OutputTensor(*format.plain_spec(checkpoint.tensors[name]), unit))

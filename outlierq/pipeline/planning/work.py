@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +120,12 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
     running = bool(needs) and not stats
     known = _known(plan.model, recipe.calibration, resources.device)
     quantizer = method("quantize", recipe.quantize.method) if needs and recipe.quantize else None
-    return Work(
+    work = Work(
         **known,
         calibration=recipe.calibration if running else None,
         fields=ALL_FIELDS if stats and needs else stored_fields(needs) if needs else frozenset(),
         from_file=stats and bool(needs),
         quantized=frozenset(plan.schemes),
-        **({"copies": quantizer.copies, "factors": quantizer.factors} if quantizer else {}),
         group=min((s.group_size for s in plan.schemes.values() if s.group_size), default=None),
         transforms=bool(recipe.group_transforms or recipe.permutations),
         permutes=bool(recipe.permutations),
@@ -138,6 +137,7 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
         shards=_shards(recipe.calibration, resources.ranks.size, shards),
         ranks=resources.ranks.size,
     )
+    return work if quantizer is None else replace(work, copies=quantizer.copies, factors=quantizer.factors)
 
 
 def _shards(calibration: Calibration | None, ranks: int, former: int | None) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.recipe import Recipe
+    from outlierq.transform.add_biases import Openings
+    from outlierq.transform.rotate import Anatomy
 
 
 def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Checkpoint:
@@ -40,7 +42,7 @@ def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     return checkpoint
 
 
-def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Any:
+def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatomy | Openings:
     """What the rewrite wants to know of the model."""
     if method.reads == "anatomy":
         from outlierq.pipeline.remodel.anatomy import find_anatomy
