@@ -11,8 +11,9 @@ import re
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 # Where transformers keeps the chat templates of a tokenizer that has several.
 TEMPLATES = "additional_chat_templates"
 TEMPLATE_FILES = f"{TEMPLATES}/*.jinja"
@@ -125,7 +126,7 @@ def secret_in(path: Path) -> bool:
         return bool(SECRETS.search(file.read(SEARCHED_BYTES)))
 
 
-def without_places(values: Any) -> Any:
+def without_places(values: T) -> T:
     """The values of a JSON file, without where it lay on the machine that wrote it, at any depth."""
     if isinstance(values, dict):
         return {key: without_places(value) for key, value in values.items() if key not in PLACES}
