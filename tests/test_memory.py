@@ -260,7 +260,7 @@ def test_spilled_hidden_states_are_read_as_they_were_written_and_are_not_residen
     for batch in range(len(hidden)):
         hidden.write(batch, values.expand(4, -1, -1) * batch)
         hidden.done_with(batch)
-    file = f"{tmp_path.name}/hidden-states-"  # others may still be mapped, of tests before
+    file = f"{tmp_path.name}/"  # others may still be mapped, of tests before
     assert mapped(file, "Size") == hidden.values.nbytes
     assert mapped(file, "Rss") < hidden.values.nbytes // 4
     assert all(torch.equal(hidden[batch][0], values * batch) for batch in range(len(hidden)))
