@@ -424,3 +424,10 @@ def test_a_large_file_is_copied_and_not_read_whole(sharded, tmp_path):
     write_small(tmp_path, {"tokenizer.json": file.held(), "additional_chat_templates/x.jinja": b"x"})
     assert (tmp_path / "tokenizer.json").stat().st_size == LARGE_FILE + 5
     assert (tmp_path / "additional_chat_templates" / "x.jinja").read_bytes() == b"x"
+
+
+def test_a_header_that_is_longer_than_its_tensors_is_refused_at_once(sharded):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"model.layers.{number}.weight": entry for number in range(80_000)}).encode()
+    (sharded / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"a header of {len(header):,} bytes for 0 bytes of tensors" in refusal(sharded)

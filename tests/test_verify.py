@@ -318,3 +318,11 @@ class TestAskedFirst:
             tools.write_llama(tmp_path / "m", num_hidden_layers=3), num_hidden_layers=2, num_nextn_predict_layers=1
         )
         assert outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out").code == 0
+
+    def test_a_shared_head_that_is_stored_a_second_time_is_no_fault(self, tools, outlierq, tmp_path):
+        source = tools.write_llama(tmp_path / "m")
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        assert outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out").code == 0
+        assert outlierq("verify", tmp_path / "out").code == 0

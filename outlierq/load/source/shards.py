@@ -28,6 +28,9 @@ Entry = TypeVar("Entry")
 # The limit of the safetensors library itself; a larger number is a damaged or hostile file, not a header.
 LARGEST_HEADER = 100_000_000
 
+# Bytes; a longer header belongs to a file of gigabytes. One of 300,000 empty tensors would keep every check busy.
+USUAL_HEADER = 4_000_000
+
 # torch's limits on a tensor: its dimensions, and the bits of its size in bytes.
 MOST_DIMENSIONS, LARGEST_SIZE = 64, 1 << 63
 
@@ -83,6 +86,11 @@ def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         )
     if 8 + length > size:
         raise SourceError(f"{path.name} is cut off: header of {length} bytes, file of {size} bytes", hint=AGAIN)
+    if length > max(USUAL_HEADER, size - 8 - length):
+        raise SourceError(
+            f"{path.name} has a header of {length:,} bytes for {size - 8 - length:,} bytes of tensors; it is no model",
+            hint=AGAIN,
+        )
     text = file.read(length)
     name = f"the header of {path.name}"
     return json_object(text, name, SourceError, hint=AGAIN, pairs=lambda pairs: _no_repeats(path, pairs)), 8 + length
