@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +205,28 @@ def test_bytes_are_compared_to_the_last(size):
         changed = bytearray(content)
         changed[place] ^= 128
         assert not writer.same_bytes(content, changed)
+
+
+def test_threads_start_only_where_there_is_room_for_them(untied_llama, tmp_path, monkeypatch):
+    """Python waits for ever for a thread that finds no memory while it starts."""
+    from outlierq.core.machine import threads
+
+    started = []
+    monkeypatch.setattr(threads, "THREAD_BYTES", 1 << 60)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(self.name))
+    with reading_ahead(open_checkpoint(str(untied_llama))):
+        assert started == []
+    with pytest.raises(MemoryError):
+        compress(untied_llama, tmp_path / "out")
+    assert started == []
+
+
+def test_every_thread_of_ours_asks_for_room_first():
+    package = Path(stage.__file__).parents[1]
+    sources = {path.name: path.read_text() for path in package.rglob("*.py")}
+    starting = {name for name, text in sources.items() if re.search(r"\bThread\(|ThreadPoolExecutor\(", text)}
+    assert starting == {"threads.py", "read_ahead.py", "chats.py"}
+    assert all("check_room(" in sources[name] for name in starting)
 
 
 def test_reading_ahead_reads_every_byte_and_ends_with_the_block(untied_llama, monkeypatch):

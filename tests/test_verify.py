@@ -319,7 +319,7 @@ class TestAskedFirst:
         )
         assert outlierq("quantize", source, "-r", "rtn-w4", "-o", tmp_path / "out").code == 0
 
-    def test_a_shared_head_that_is_stored_a_second_time_is_no_fault(self, tools, outlierq, tmp_path):
+    def test_a_shared_head_that_is_stored_a_second_time_is_written_once(self, tools, outlierq, tmp_path):
         source = tools.write_llama(tmp_path / "m")
         tensors = load_file(source / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

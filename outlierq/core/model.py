@@ -275,6 +275,12 @@ class Structure:
     tied: tuple[tuple[str, str], ...] = ()
 
     @property
+    def outside_once(self) -> tuple[str, ...]:
+        """The other tensors, without those that are stored a second time with the values that they share."""
+        twice = {slot for slot, _ in self.tied}
+        return tuple(name for name in self.outside_tensors if name not in twice)
+
+    @property
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear site, blocks first."""
         return tuple(s for b in self.blocks for s in b.sites) + self.outside_sites

@@ -187,7 +187,7 @@ def _units(plan: Plan, output: Output, listen: Listener) -> None:
     """Write what is outside of the blocks, then block by block; units that an earlier run finished stay."""
     structure = plan.structure
     outside = tuple(name for site in structure.outside_sites for name in (site.weight, site.bias) if name)
-    units = [(OUTSIDE, structure.outside_tensors + outside, structure.outside_sites)]
+    units = [(OUTSIDE, structure.outside_once + outside, structure.outside_sites)]
     units += [(unit_name(block.index), block.tensors, block.sites) for block in structure.blocks]
     for number, (unit, names, sites) in enumerate(units):
         listen(Event("convert", number, len(units), unit))

@@ -198,7 +198,7 @@ class _Run:
         """Every tensor outside of the blocks."""
         structure = self.plan.structure
         of_sites = (name for site in structure.outside_sites for name in (site.weight, site.bias))
-        return structure.outside_tensors + tuple(name for name in of_sites if name is not None)
+        return structure.outside_once + tuple(name for name in of_sites if name is not None)
 
     def outside(self) -> None:
         """Write what lies outside of the blocks; linears there are rounded without statistics when they are asked."""

@@ -38,8 +38,9 @@ def misplaced(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[
     found = []
     for name in checkpoint.tensors:
         if name in shared and names.get(name, name) != name:
-            continue  # stored a second time, with the same values
-        if name not in known and not any(re.search(pattern, name) for pattern in ignored):
+            said = f"is stored, though config.json says that it shares {names[name]}"
+            found.append(Misplaced("tied weights", name, said))
+        elif name not in known and not any(re.search(pattern, name) for pattern in ignored):
             said = "belongs to no parameter of the model and to no quantized weight"
             found.append(Misplaced("tensors", name, said, bool(beyond.match(name))))
     for target, owner in shared.items():

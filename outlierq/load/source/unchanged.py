@@ -11,6 +11,7 @@ from outlierq.core.errors import SourceError
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
+DIGITS = 15  # of a digest, 60 bits: as many as a number in JSON may have anywhere
 Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanoseconds
 
 
@@ -36,10 +37,12 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
 def lasting_stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """The same by file name, for a run that goes on later; with the time of the last change of any kind in it.
 
-    That one cannot be set back, as the other can by whoever copies a file. Empty for a source whose files come and go.
+    That one cannot be set back, as the other can by whoever copies a file. Of files that do not lie here it is their
+    digest, as a number.
     """
     found = {path: path.stat() for path in checkpoint.stamps}
-    return {p.name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in found.items()}
+    here = {p.name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in found.items()}
+    return here | {name: [int(digest[:DIGITS], 16)] for name, digest in checkpoint.digests.items()}
 
 
 def differing(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[str]:

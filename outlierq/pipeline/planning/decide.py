@@ -219,7 +219,7 @@ def _output_tensors(
         return tensors
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
-    tensors = of(structure.outside_tensors + outside_sites, OUTSIDE)
+    tensors = of(structure.outside_once + outside_sites, OUTSIDE)
     scale_dtype = STORED_AS[checkpoint.dtype] if caches else ""
     for block in structure.blocks:
         unit = unit_name(block.index)

@@ -141,6 +141,9 @@ class Plan:
         fused = fused_experts(self.model.skeleton, self.model.names) if self.recipe.quantize else []
         if fused:
             said.append(f"{fused[0]} and {len(fused) - 1} more hold all experts at once: kept in 16 bits")
+        twice = [slot for slot, _ in self.structure.tied if slot in self.checkpoint.tensors]
+        if twice:
+            said.append(f"{', '.join(twice)}: stored twice with the same values, which are written once")
         without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
         if without:
             said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
