@@ -126,6 +126,8 @@ def test_expressions_as_llm_compressor_writes_them_work(tiny_llama):
     schemes = {p.site.module: p.scheme for p in plan.sites}
     assert schemes["model.layers.0.mlp.down_proj"] is None and schemes["model.layers.0.self_attn.k_proj"].bits == 8
     assert schemes["model.layers.1.self_attn.k_proj"].bits == 4 and patterns_noted(plan) == []
+    read = [note for note in plan.notes if "as a glob it matches nothing" in note]
+    assert len(read) == 2 and "'re:.*down_proj$' is a regular expression for 2 linears" in read[0]
 
 
 def test_an_override_of_what_is_ignored_is_said(untied_llama):

@@ -16,7 +16,7 @@ from outlierq.export import Format, format_type
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
 from outlierq.recipe import Recipe
-from outlierq.recipe.patterns import HEAD, matches
+from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
 
 if TYPE_CHECKING:
     pass
@@ -103,12 +103,12 @@ class Plan:
             for reason, modules in reasons.items()
         ]
         noted = rewrite_notes(self.checkpoint) + noted + self.approximations + [*self.layout.notes] + self._limits
-        return noted + self._unused_patterns + left_behind_notes(self.checkpoint.left_behind)
+        return noted + self._patterns_noted + left_behind_notes(self.checkpoint.left_behind)
 
     @property
-    def _unused_patterns(self) -> list[str]:
-        """Patterns of the recipe that change nothing; one for the output head may, since many models share its matrix
-        with the embeddings."""
+    def _patterns_noted(self) -> list[str]:
+        """Patterns of the recipe that change nothing, or are not globs; one for the output head may change nothing,
+        since many models share its matrix with the embeddings."""
         chosen = self.recipe.quantize
         if chosen is None:
             return []
@@ -119,6 +119,9 @@ class Plan:
             *(("override", o.match) for o in chosen.overrides),
         ]:
             fitting = [module for module in modules if matches(module, pattern)]
+            if fitting and pattern.startswith(EXPRESSION):
+                count = "1 linear" if len(fitting) == 1 else f"{len(fitting)} linears"
+                said.append(f"the {kind} {pattern!r} is a regular expression for {count}; as a glob it matches nothing")
             if not fitting and not (kind == "ignore" and matches(HEAD, pattern)):
                 said.append(f"the {kind} {pattern!r} matches no linear")
             elif fitting and kind == "override" and all(map(chosen.ignores, fitting)):
