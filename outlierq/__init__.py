@@ -1,3 +1,79 @@
-"""outlierq compresses LLM checkpoints: one command, a smaller checkpoint that serving stacks load, loss measured."""
+"""outlierq compresses LLM checkpoints: one command, a smaller checkpoint that serving stacks load, loss measured.
+
+    import outlierq
+
+    report = outlierq.quantize("./Llama-3.1-8B", "gptq-w4", out="./out")
+    print(report.size.ratio, outlierq.evaluate("./out", reference="./Llama-3.1-8B").kl)
+
+Names are imported when they are first asked for, so that importing outlierq costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from outlierq.api import convert, evaluate, plan, quantize
+    from outlierq.core.errors import GateError, OutlierqError
+    from outlierq.core.limits import Limits
+    from outlierq.core.report import Evaluation, Report
+    from outlierq.pipeline.planning.plan import Plan
+    from outlierq.recipe import Recipe
+
+__all__ = [
+    "Evaluation",
+    "GateError",
+    "Limits",
+    "OutlierqError",
+    "Plan",
+    "Recipe",
+    "Report",
+    "convert",
+    "evaluate",
+    "plan",
+    "quantize",
+]
+
+# What is not in `outlierq.api`.
+_HOMES = {
+    "Evaluation": "core.report",
+    "GateError": "core.errors",
+    "Limits": "core.limits",
+    "OutlierqError": "core.errors",
+    "Plan": "pipeline.planning.plan",
+    "Recipe": "recipe",
+    "Report": "core.report",
+}
+
+
+class _Package(ModuleType):
+    """This package. Four functions have the name of a stage, as `quantize`: the attribute is always the function.
+
+    Importing `outlierq.quantize.gptq` would put the stage in its place. It can be imported as ever
+    (`from outlierq.quantize import gptq`), but not spelled `outlierq.quantize.gptq` afterwards.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Callable[..., Any] | type:
+    """Import the module that defines a public name when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return [*__all__, "__version__"]

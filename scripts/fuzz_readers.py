@@ -438,7 +438,7 @@ def read_report(folder: Folder) -> None:
     """The report beside a checkpoint, as `eval`, `publish` and `inspect` read it."""
     from outlierq.core.machine.untrusted import json_value
     from outlierq.core.outliers import OutlierReport
-    from outlierq.pipeline.measure import read_report
+    from outlierq.pipeline.measuring.measure import read_report
     from outlierq.pipeline.publish import without_paths
 
     raw = (folder / "outlierq.json").read_bytes()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference.statistics import tables_of
 
+from outlierq.calibrate import collect as stage
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences, stored_fields, token_stride
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.model import InputGroup, LinearSite
@@ -106,7 +107,7 @@ def test_the_tables_count_exactly_and_tokens_are_named():
 
 
 def test_values_beyond_the_histogram_go_into_its_outer_bins(monkeypatch):
-    monkeypatch.setattr("outlierq.calibrate.collect.HISTOGRAM_STRIDE", 1)
+    monkeypatch.setattr(stage, "HISTOGRAM_STRIDE", 1)
     x = torch.zeros(1, LENGTH, CHANNELS)
     x[0, :5, 0] = torch.tensor([2.0**-24, 2.0**-25, -(2.0**-23), 2.0**23, -(2.0**40)])
     found = collect([x])["b.0.wide"]
@@ -125,7 +126,7 @@ def test_a_sample_of_tokens_visits_every_position(length):
 def test_long_sequences_are_summed_in_pieces(monkeypatch):
     x = inputs(3)
     whole = collect([x])["b.0.wide"]
-    monkeypatch.setattr("outlierq.calibrate.collect.CHUNK_ELEMENTS", 4 * CHANNELS)
+    monkeypatch.setattr(stage, "CHUNK_ELEMENTS", 4 * CHANNELS)
     pieces = collect([x])["b.0.wide"]
     assert all(relative(pieces.need(field), whole.need(field)) < 1e-6 for field in ALL_FIELDS)
 

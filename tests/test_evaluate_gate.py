@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 import pytest
 
 from outlierq.core.errors import EXIT_GATE, GateError, OutlierqError
-from outlierq.core.limits import Limits, TaskLimit, share
+from outlierq.core.limits import GateRow, Limits, TaskLimit, raise_if_failed, share
 from outlierq.evaluate.divergence import Divergence
-from outlierq.evaluate.gate import GateRow, check_gate, raise_if_failed
+from outlierq.evaluate.gate import check_gate
 from outlierq.report.junit import junit_xml
 
 MEASURED = Divergence(

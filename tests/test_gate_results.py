@@ -13,10 +13,10 @@ import torch
 from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Report
 from outlierq.load import open_checkpoint
-from outlierq.pipeline import measure as results
-from outlierq.pipeline.measure import Measurement, measure
 from outlierq.pipeline.measuring import cache as result_cache
+from outlierq.pipeline.measuring import measure as results
 from outlierq.pipeline.measuring import models as evaluation
+from outlierq.pipeline.measuring.measure import Measurement, measure
 
 SMALL = ("-s", "gate.windows=2", "-s", "gate.window_length=32")
 WINDOWS = ("--windows", 2, "--window-length", 32)

@@ -30,7 +30,7 @@ tags: [not-carried]
 def compressed(tmp_path_factory, tools) -> Path:
     """A tiny model at 4 bits in several shards, measured by a gate that it passed. Read-only."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.measure import Measurement, judge, measure, record
+    from outlierq.pipeline.measuring.measure import Measurement, judge, measure, record, with_command
     from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load
@@ -42,9 +42,9 @@ def compressed(tmp_path_factory, tools) -> Path:
     recipe = load("rtn-w4", settings)
     original = open_checkpoint(str(source))
     quantize(make_plan(original, recipe), work / "w4")
-    wanted = Measurement.of_gate(recipe.gate, device="cpu", data_dir=None)
+    wanted = Measurement.of_gate(recipe.gate, data_dir=None)
     found = measure(open_checkpoint(str(work / "w4")), original, wanted)
-    record(work / "w4", judge(found, recipe.gate.limits) | {"command": f"outlierq quantize {source}"})
+    record(work / "w4", with_command(judge(found, recipe.gate.limits), f"outlierq quantize {source}"))
     return work / "w4"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 from typing import Literal, get_args
 
 import pytest
 
-import outlierq.quantize
 from outlierq import registry
 from outlierq.core.errors import MethodError, RecipeError
 from outlierq.registry import finding
@@ -151,7 +151,8 @@ def added_modules(own_methods, monkeypatch, tmp_path):
         (tmp_path / f"{name}.py").write_text(code)
         finding._import_own.cache_clear()
 
-    monkeypatch.setattr(outlierq.quantize, "__path__", [*outlierq.quantize.__path__, str(tmp_path)])
+    stage = import_module("outlierq.quantize")
+    monkeypatch.setattr(stage, "__path__", [*stage.__path__, str(tmp_path)])
     yield add
     for name in sys.modules.keys() - before:
         del sys.modules[name]

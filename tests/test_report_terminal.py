@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from outlierq.core.limits import GateRow
 from outlierq.core.report import Report, SiteRow
 from outlierq.evaluate.comparison import CheckpointSize, Comparison
 from outlierq.evaluate.divergence import Divergence
-from outlierq.evaluate.gate import GateRow
+from outlierq.pipeline.planning.plan import PlanRow
 from outlierq.report import terminal
 
 DIVERGENCE = Divergence(12282, 6, 2048, 19.834, 42.1, 18.912, 0.0413, 0.0021, 0.8912, 812, 301)
@@ -108,8 +109,8 @@ def test_unknown_figures_leave_no_trace_of_none():
 
 def test_a_plan_adds_up():
     rows = [
-        terminal.PlanRow("model.layers.*.mlp.*", 90, "gptq int4 g64", 160_000_000, 40_000_000),
-        terminal.PlanRow("embed_tokens", 1, "copied", 40_000_000, 40_000_000),
+        PlanRow("model.layers.*.mlp.*", 90, "gptq int4 g64", 160_000_000, 40_000_000),
+        PlanRow("embed_tokens", 1, "copied", 40_000_000, 40_000_000),
     ]
     text = shown(terminal.plan(rows, ["group 128 does not divide 576"]))
     for figure in ("160 MB", "4.00×", "1.00×", "200 MB", "80.0 MB", "2.50×", "does not divide 576"):

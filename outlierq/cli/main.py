@@ -27,6 +27,7 @@ from outlierq.cli.commands import (
     recipes,
     verify,
 )
+from outlierq.cli.shared import translated
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -42,19 +43,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize", epilog=quantize.EXAMPLES)(quantize.command)
-app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.command)
-app.command("plan", epilog=plan.EXAMPLES)(plan.command)
-app.command("detect", epilog=detect.EXAMPLES)(detect.command)
-app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
-app.command("publish", epilog=publish.EXAMPLES)(publish.command)
-app.command("compare", epilog=compare.EXAMPLES)(compare.command)
-app.command("diff", epilog=diff.EXAMPLES)(diff.command)
-app.command("verify", epilog=verify.EXAMPLES)(verify.command)
-app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
+app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
+app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
+app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
+app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))
+app.command("publish", epilog=publish.EXAMPLES)(translated(publish.command))
+app.command("compare", epilog=compare.EXAMPLES)(translated(compare.command))
+app.command("diff", epilog=diff.EXAMPLES)(translated(diff.command))
+app.command("verify", epilog=verify.EXAMPLES)(translated(verify.command))
+app.command("inspect", epilog=inspect.EXAMPLES)(translated(inspect.command))
 app.add_typer(recipes.app, name="recipes")
-app.command("bench", epilog=bench.EXAMPLES)(bench.command)
-app.command("demo", epilog=demo.EXAMPLES)(demo.command)
+app.command("bench", epilog=bench.EXAMPLES)(translated(bench.command))
+app.command("demo", epilog=demo.EXAMPLES)(translated(demo.command))
 
 
 def _version(wanted: bool) -> None:

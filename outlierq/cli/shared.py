@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -12,15 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from outlierq.core.errors import OutlierqError
+from outlierq.core.errors import ArgumentError, OutlierqError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from outlierq.core.limits import Limits
     from outlierq.core.model import Checkpoint
-    from outlierq.evaluate.gate import GateRow
-    from outlierq.pipeline.events import Event, Listener
+    from outlierq.pipeline.events import Listener
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.processes.ranks import Ranks
     from outlierq.recipe import Recipe
@@ -45,14 +43,13 @@ RecipeName = Annotated[
         autocompletion=recipe_names,
     ),
 ]
-DEFAULT_RECIPE = "gptq-w4"
 OptionalRecipe = Annotated[
     str | None,
     typer.Option(
         "--recipe",
         "-r",
         help="A YAML file, or the name of a shipped recipe (`outlierq recipes list`).",
-        show_default=DEFAULT_RECIPE,
+        show_default="gptq-w4",
         autocompletion=recipe_names,
     ),
 ]
@@ -163,28 +160,6 @@ def load_recipe(reference: str, settings: list[str] | None, trust_methods: bool 
     return recipe.load(reference, settings, trust_methods=trust_methods)
 
 
-def conversion_wanted(
-    checkpoint: Checkpoint, format: str | None, recipe: str | None, settings: list[str] | None
-) -> bool:
-    """Whether a compressed checkpoint is to be converted: `--format` is all that was said."""
-    return bool(format and checkpoint.config.get("quantization_config")) and recipe is None and not settings
-
-
-def with_format(settings: list[str] | None, format: str | None) -> list[str]:
-    """The settings, with `--format` among them."""
-    return [*(settings or []), *([f"export.format={format}"] if format else [])]
-
-
-def known_format(format: str) -> str:
-    """The name of a format; a usage error with the known names otherwise."""
-    from outlierq.registry import formats
-
-    if format not in formats():
-        names = ", ".join(formats())
-        raise typer.BadParameter(f"{format!r} is not a format; choose one of {names}", param_hint="--format")
-    return format
-
-
 def choose_device(wanted: str) -> str:
     """ "cpu" or "cuda"; an error when cuda is asked for and there is none."""
     if wanted not in ("auto", "cpu", "cuda"):
@@ -252,38 +227,16 @@ def say(text: str, quiet: bool = False) -> None:
         typer.echo(text, err=True)
 
 
-def plan_view(plan: Plan) -> RenderableType:
-    """The plan as a table."""
-    from outlierq.report import terminal
+def plan_shower(quiet: bool) -> Callable[[Plan], None]:
+    """What shows a plan on stderr, unless nothing is to be said."""
 
-    return terminal.plan(plan_rows(plan), [*plan.notes, *plan.clients])
+    def shown(plan: Plan) -> None:
+        from outlierq.report import terminal
 
+        if not quiet:
+            show(terminal.plan_of(plan), stderr=True)
 
-def plan_rows(plan: Plan) -> list[Any]:
-    """Tensors that are treated alike, as rows: linears by kind, everything else together."""
-    from outlierq.report.terminal import PlanRow
-
-    tensors = plan.checkpoint.tensors
-    rows: dict[tuple[str, str], list[int]] = {}
-    left = dict(tensors)
-    for planned in plan.sites:
-        site, scheme = planned.site, planned.scheme
-        inside = "" if site.block is None else f"{plan.structure.blocks[site.block].name}."
-        short = site.module.removeprefix(inside)
-        if site.expert is not None:  # one row for all experts
-            experts, _, number = site.expert.removeprefix(inside).rpartition(".")
-            short = short.replace(f"{experts}.{number}.", f"{experts}.*.")
-        treatment = planned.reason or "kept" if scheme is None else str(scheme)
-        before = left.pop(site.weight).nbytes
-        after = before
-        if scheme is not None:
-            names = [name for name, _, _ in plan.format.tensor_specs(site, scheme)]
-            after = sum(plan.layout.places[name].tensor.nbytes for name in names)
-        row = rows.setdefault((short, treatment), [0, 0, 0])
-        row[0], row[1], row[2] = row[0] + 1, row[1] + before, row[2] + after
-    others = sum(info.nbytes for info in left.values())
-    listed = [PlanRow(sites, count, how, before, after) for (sites, how), (count, before, after) in rows.items()]
-    return [*listed, PlanRow("embeddings, norms, biases", len(left), "as stored", others, others)]
+    return shown
 
 
 def gate_limits(
@@ -306,60 +259,6 @@ def gate_limits(
     )
 
 
-def gate_settings(
-    max_kl: float | None, max_perplexity_increase: str | None, min_top1: str | None, min_task: list[str] | None
-) -> list[str]:
-    """The same as settings of a recipe: a limit given here replaces the recipe's own."""
-    limits = gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
-    values = {name: getattr(limits, name) for name in ("max_kl", "max_perplexity_increase", "min_top1")}
-    values["min_task"] = [str(limit) for limit in limits.min_task] or None
-    return [f"gate.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
-
-
-def show_results(results: dict[str, Any], quiet: bool = False) -> None:
-    """What was measured, and the gate when there is one."""
-    from outlierq.report import terminal
-
-    show(terminal.divergence(results["divergence"]))
-    if "tasks" in results:
-        show(terminal.tasks(results["tasks"], results.get("reference_tasks")))
-    if results["gate"]:
-        show(terminal.gate(gate_rows(results)))
-    for note in results.get("notes", ()):
-        say(f"note: {note}", quiet=False)
-    if results["from_cache"]:
-        names = ", ".join(results["from_cache"])
-        say(f"measured before and taken from the cache: {names} (--no-cache measures again)", quiet)
-
-
-def gate_rows(results: dict[str, Any]) -> list[GateRow]:
-    """The rows of a gate as they were judged."""
-    from outlierq.evaluate.gate import GateRow
-
-    return [GateRow(row["name"], row["value"], row["relation"], row["limit"]) for row in results["gate"]]
-
-
-def finish_gate(results: dict[str, Any], junit: Path | None) -> None:
-    """Write the JUnit file that was asked for; GateError when a limit was passed."""
-    from outlierq.evaluate.gate import raise_if_failed
-
-    rows = gate_rows(results)
-    if junit is not None:
-        from outlierq.report.junit import junit_xml
-
-        write_file(junit, junit_xml(rows, results["model"], results["divergence"]["seconds"]))
-    raise_if_failed(rows)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A file the user asked for, whole; OutlierqError when it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutlierqError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def refuse_unwritable(*paths: Path | None) -> None:
     """OutlierqError before any work when a file that is written after it cannot be; folders are made when needed."""
     for path in filter(None, paths):
@@ -375,61 +274,28 @@ def refuse_unwritable(*paths: Path | None) -> None:
 @contextmanager
 def progress(quiet: bool) -> Iterator[Listener]:
     """A listener that draws a progress bar on a terminal, and prints a line now and then elsewhere."""
+    from outlierq.report.progress import bar, lines
+
     if quiet:
         yield lambda event: None
     elif sys.stderr.isatty():
-        with _bar() as listen:
+        with bar() as listen:
             yield listen
     else:
-        yield _lines()
+        yield lines(say)
 
 
-@contextmanager
-def _bar() -> Iterator[Listener]:
-    """Blocks done, time left, current error, peak memory."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def translated(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which says of a value that makes no sense to which option it was given."""
 
-    from outlierq.core.machine.heap import peak_bytes
-    from outlierq.report.terminal import human_bytes, make_console
+    @functools.wraps(command)
+    def call(*words: Any, **options: Any) -> None:
+        try:
+            command(*words, **options)
+        except ArgumentError as error:
+            raise typer.BadParameter(error.what, param_hint=f"--{error.argument.replace('_', '-')}") from None
 
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=make_console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def listen(event: Event) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
-            error = f"error {event.error:.2%}  " if event.error is not None else ""
-            figures = f"{error}peak {human_bytes(peak_bytes())}"
-            bar.update(tasks[event.stage], completed=event.done, total=event.total, figures=figures)
-
-        yield listen
-
-
-def _lines() -> Listener:
-    """At most one line every ten seconds and one at each stage, for logs."""
-    import time
-
-    from outlierq.core.machine.heap import peak_bytes
-    from outlierq.report.terminal import human_bytes
-
-    last = {"stage": "", "at": 0.0}
-
-    def listen(event: Event) -> None:
-        now = time.monotonic()
-        if event.stage == last["stage"] and now - last["at"] < 10:
-            return
-        last["stage"], last["at"] = event.stage, now
-        error = f", error {event.error:.2%}" if event.error is not None else ""
-        typer.echo(f"{event.stage} {event.done}/{event.total}{error}, peak {human_bytes(peak_bytes())}", err=True)
-
-    return listen
+    return call
 
 
 def command_line() -> str:

@@ -41,6 +41,16 @@ class OutlierqError(Exception):
         return "\n".join(lines)
 
 
+class ArgumentError(OutlierqError):
+    """A value that makes no sense for an argument. argument: its name in Python; the option is spelled with dashes."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, what: str, *, argument: str, hint: str | None = None):
+        super().__init__(what, hint=hint)
+        self.argument = argument
+
+
 class SourceError(OutlierqError):
     """The checkpoint cannot be read as it is."""
 

@@ -1,11 +1,16 @@
-"""`Limits`: what a quality gate allows, and how its words are read ("3%", "mmlu:-1.0")."""
+"""`Limits`: what a quality gate allows, how its words are read ("3%", "mmlu:-1.0"), and what it says of values."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from outlierq.core.errors import ArgumentError, GateError
+
+Read = TypeVar("Read")
 
 TASK_LIMIT = re.compile(r"(?P<task>[^\s:/]+)(?:/(?P<metric>[^\s:]+))?:(?P<sign>[+-]?)(?P<points>\d+(?:\.\d*)?|\.\d+)")
 
@@ -58,6 +63,22 @@ class Limits:
     def __bool__(self) -> bool:
         return self != Limits()
 
+    @classmethod
+    def of(
+        cls,
+        max_kl: float | None = None,
+        max_perplexity_increase: str | float | None = None,
+        min_top1: str | float | None = None,
+        min_task: Sequence[str] | None = None,
+    ) -> Limits:
+        """The limits in words: shares as `3%` or 0.03, tasks as `mmlu:-1.0`. ArgumentError names what is none."""
+        return cls(
+            max_kl,
+            _read("max_perplexity_increase", share, max_perplexity_increase),
+            _read("min_top1", share, min_top1),
+            tuple(filter(None, (_read("min_task", TaskLimit.parse, text) for text in min_task or ()))),
+        )
+
     @property
     def on_text(self) -> bool:
         """Whether a text has to be measured beside the original."""
@@ -72,6 +93,48 @@ class Limits:
     def tasks(self) -> tuple[str, ...]:
         """The tasks that are limited, each once."""
         return tuple(dict.fromkeys(limit.task for limit in self.min_task))
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One limit. name: measure with its unit. relation: "<=" or ">=", as in `value relation limit`."""
+
+    name: str
+    value: float
+    relation: str
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps the limit; a value equal to the limit does."""
+        return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{verdict}  {self.name:<34} {self.value:>10.5g} {self.relation} {self.limit:<10.5g}".rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report, with the verdict."""
+        return vars(self) | {"passed": self.passed}
+
+
+def raise_if_failed(rows: Sequence[GateRow]) -> None:
+    """GateError with the table of all rows when one of them failed."""
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        table = "\n".join(f"  {row}" for row in rows)
+        raise GateError(
+            f"{len(failed)} of {len(rows)} quality limits failed\n{table}",
+            hint="use more bits, smaller groups or a stronger method, or widen the limit",
+        )
+
+
+def _read(name: str, parse: Callable[[Any], Read], value: Any) -> Read | None:
+    """One limit, None when it is not asked for."""
+    try:
+        return None if value is None else parse(value)
+    except ValueError as error:
+        raise ArgumentError(str(error), argument=name) from None
 
 
 def share(value: Any) -> float:

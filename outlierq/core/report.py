@@ -1,16 +1,32 @@
-"""`Report`: what a run did and what it cost, one row per site. Units are in the names; JSON round trip."""
+"""`Report`: what a run did and what it cost, one row per site, and `Evaluation`: what was measured. JSON round trip."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.limits import GateRow, raise_if_failed
 from outlierq.core.machine.untrusted import checked
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
 
 REPORT_NAME = "outlierq.json"
 REPORT_VERSION = 1
+STORED = "stored"  # the method of a weight whose codes were taken over as they were
+# By the name of a value's class: what makes HTML of it. Empty until `outlierq.report.notebook` is imported.
+DRAWN: dict[str, Callable[[Any], str]] = {}
+
+
+class Shown:
+    """A value that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str | None:
+        """HTML for a notebook; None, which lets it fall back on `repr`, where nobody draws this kind of value."""
+        draw = DRAWN.get(type(self).__name__)
+        return None if draw is None else draw(self)
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,88 @@ class SiteRow:
     numbers: str = ""
 
 
+class Evaluation(dict[str, Any], Shown):
+    """One measurement: the values that `outlierq.json` holds under "evaluation", and what they say as attributes.
+
+    A figure is None where it was not measured (KL and top-1 need a reference). The keys: "divergence" holds
+    `Divergence.to_dict()`, "tasks" and "reference_tasks" the results of `run_tasks`, "conditions" and "versions" what
+    it depends on, "gate" the limits as rows, "passed" the verdict.
+    """
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the model on the text."""
+        return self._figure("perplexity")
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        """Of the original on the same windows."""
+        return self._figure("reference_perplexity")
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence per token from the original, in nats."""
+        return self._figure("kl_per_token")
+
+    @property
+    def kl_standard_error(self) -> float | None:
+        """Of `kl`, over windows."""
+        return self._figure("kl_standard_error")
+
+    @property
+    def top1(self) -> float | None:
+        """Share of positions with the original's most likely token, 0..1."""
+        return self._figure("top1_agreement")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """ "task/metric" -> value, of every named task and its parts."""
+        rows = self.get("tasks", {}).get("rows", ())
+        return {f"{row['task']}/{row['metric']}": row["value"] for row in rows}
+
+    @property
+    def gate_rows(self) -> tuple[GateRow, ...]:
+        """The limits as they were judged; empty without limits."""
+        return tuple(GateRow(r["name"], r["value"], r["relation"], r["limit"]) for r in self.get("gate", ()))
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every limit was kept; None without limits."""
+        verdict: bool | None = self.get("passed")
+        return verdict
+
+    def raise_if_failed(self) -> None:
+        """GateError with the table of all limits when one of them was passed."""
+        raise_if_failed(self.gate_rows)
+
+    def _figure(self, name: str) -> float | None:
+        """A figure of the text, None when it was not measured."""
+        value: float | None = self.get("divergence", {}).get(name)
+        return value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        """Plain values are read as a dict and become one of these."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(cls, handler(dict[str, Any]))
+
+
 @dataclass(frozen=True)
-class Report:
+class Sizes:
+    """Bytes of a checkpoint before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Before over after: 4.0 is a quarter of the size."""
+        return self.before / self.after
+
+
+@dataclass(frozen=True)
+class Report(Shown):
     """One compression run.
 
     model, recipe: as the user wrote them; out: its absolute path. settings: every key of the recipe as it was followed.
@@ -47,8 +143,7 @@ class Report:
     bits_per_weight: of the whole output; quantized_bits_per_weight: of the quantized weights, None when there is none;
     source_bits_per_weight: of the whole source, None when it was not counted.
     seconds: stage -> wall time. peak_bytes: largest resident memory, None where the system does not tell.
-    evaluation: what was measured on the output, None when nothing was; "divergence" holds `Divergence.to_dict()` and
-    "tasks" the result of `run_tasks`.
+    evaluation: what was measured on the output, None when nothing was.
     """
 
     model: str
@@ -69,7 +164,17 @@ class Report:
     source_bits_per_weight: float | None
     seconds: dict[str, float]
     peak_bytes: int | None = None
-    evaluation: dict[str, Any] | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def size(self) -> Sizes:
+        """Bytes of the source and of the output."""
+        return Sizes(self.source_bytes, self.output_bytes)
+
+    @property
+    def is_conversion(self) -> bool:
+        """Whether codes and scales were taken over as they were stored."""
+        return {row.method for row in self.rows} == {STORED}
 
     @property
     def size_ratio(self) -> float:

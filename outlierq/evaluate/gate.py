@@ -1,39 +1,15 @@
-"""The quality gate: limits on what was measured, and exit code 3 when one is passed."""
+"""The quality gate: what was measured, held against limits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from outlierq.core.errors import GateError, OutlierqError
-from outlierq.core.limits import Limits, TaskLimit
+from outlierq.core.errors import OutlierqError
+from outlierq.core.limits import GateRow, Limits, TaskLimit
 
 # What a task is judged by when the limit names no metric: the first of these that it has.
 USUAL_METRICS = ("acc_norm", "acc", "exact_match (strict-match)", "exact_match")
-
-
-@dataclass(frozen=True)
-class GateRow:
-    """One limit. name: measure with its unit. relation: "<=" or ">=", as in `value relation limit`."""
-
-    name: str
-    value: float
-    relation: str
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value keeps the limit; a value equal to the limit does."""
-        return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
-
-    def __str__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED"
-        return f"{verdict}  {self.name:<34} {self.value:>10.5g} {self.relation} {self.limit:<10.5g}".rstrip()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a report, with the verdict."""
-        return vars(self) | {"passed": self.passed}
 
 
 def check_gate(results: Mapping[str, Any], limits: Limits) -> list[GateRow]:
@@ -54,17 +30,6 @@ def check_gate(results: Mapping[str, Any], limits: Limits) -> list[GateRow]:
         if limit is not None
     ]
     return rows + [_task_row(limit, results) for limit in limits.min_task]
-
-
-def raise_if_failed(rows: Sequence[GateRow]) -> None:
-    """GateError with the table of all rows when one of them failed."""
-    failed = [row for row in rows if not row.passed]
-    if failed:
-        table = "\n".join(f"  {row}" for row in rows)
-        raise GateError(
-            f"{len(failed)} of {len(rows)} quality limits failed\n{table}",
-            hint="use more bits, smaller groups or a stronger method, or widen the limit",
-        )
 
 
 def _task_row(limit: TaskLimit, results: Mapping[str, Any]) -> GateRow:

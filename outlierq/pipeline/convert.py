@@ -18,7 +18,7 @@ from outlierq import __version__
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.report import REPORT_NAME, Report, SiteRow
+from outlierq.core.report import REPORT_NAME, STORED, Report, SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import format_type
 from outlierq.export.writer import write_small
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # What other programs say about the stored format in files of their own; it would contradict the new config.json.
 STALE = ("quantize_config.json", "quant_config.json")
-NO_METHOD = "stored"
 
 
 class PackedSource(DerivedCheckpoint):
@@ -139,7 +138,7 @@ def make_conversion(
         )
     recipe = Recipe(
         name=f"conversion to {format}",
-        quantize=Quantize(method=NO_METHOD, ignore=()),
+        quantize=Quantize(method=STORED, ignore=()),
         export=Export(format=format, max_shard_size=max_shard_size),
     )
     plan = assembled(model, sites, recipe, {})
@@ -202,7 +201,7 @@ def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
     scheme, seconds = found.scheme, time.perf_counter() - started
     row = SiteRow(
         site.module,
-        NO_METHOD,
+        STORED,
         scheme.bits,
         scheme.group_size,
         scheme.symmetric,

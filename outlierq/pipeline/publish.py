@@ -26,8 +26,8 @@ from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load import open_checkpoint
 from outlierq.load.source.carried import carried_names
 from outlierq.load.source.folder import INDEX, inside
-from outlierq.pipeline.measure import judge, read_report
 from outlierq.pipeline.measuring.cache import content_hash
+from outlierq.pipeline.measuring.measure import judge, read_report
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -172,7 +172,7 @@ def _faults(folder: Path, trust_remote_code: bool) -> list[str]:
 
 def _gate(folder: Path, report: Report, limits: Limits, trust_remote_code: bool) -> list[dict[str, Any]]:
     """Rows of every limit: those that were judged, the recipe's, and further ones. GateError when one was passed."""
-    from outlierq.evaluate.gate import GateRow, raise_if_failed
+    from outlierq.core.limits import GateRow, raise_if_failed
     from outlierq.recipe import Gate
 
     asked = report.settings.get("gate")

@@ -64,11 +64,11 @@ def quantize(
     stats: Path | None = None,
     restart: bool = False,
     resources: Resources = USUAL,
-) -> Report | None:
+) -> Report:
     """Carry out a plan and put the result at `out`; the report is also written there as outlierq.json.
 
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
-    Of several processes that share the work only the lead gets a report.
+    All processes that share the work get the lead's report.
     """
     ranks, listen = resources.ranks, resources.listen
     former = ranks.first(lambda: None if restart else former_shards(work_folder(out)))
@@ -83,7 +83,7 @@ def quantize(
             rewrite_error = ranks.first(lambda: prove_rewrite(plan.model, listen))
         if not ranks.lead:
             _Run(plan, source, work, None, clock, resources, savings).all()
-            return None
+            return ranks.first(_of_the_lead)
         identity = _identity(plan, source, savings)
         files = plan.files | hidden_names(identity.get("shards", 1))
         journal = Journal(work, identity, clock.spent, _about(plan), files, lasting_stamps(plan.checkpoint))
@@ -102,7 +102,12 @@ def quantize(
     if resources.max_memory is None:
         return_memory_at_once(LARGE)  # this process may go on, with a gate for example
     return_freed_memory()
-    return report
+    return ranks.first(lambda: report)
+
+
+def _of_the_lead() -> Report:
+    """Stands for the report that the lead makes; the other ranks only say that they wait for it."""
+    raise AssertionError("only the lead is asked")
 
 
 @contextmanager

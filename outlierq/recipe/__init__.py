@@ -1,6 +1,6 @@
 """YAML -> checked, frozen `Recipe`; `loading` has the order in which that happens."""
 
-from outlierq.recipe.loading import load, parse
+from outlierq.recipe.loading import USUAL_RECIPE, RecipeLike, Settings, as_texts, given, load, parse
 from outlierq.recipe.schema import Recipe
 from outlierq.recipe.sections import (
     Activations,
@@ -18,6 +18,7 @@ from outlierq.recipe.sections import (
 from outlierq.recipe.shipped import description, find, read, shipped
 
 __all__ = [
+    "USUAL_RECIPE",
     "Activations",
     "Calibration",
     "Export",
@@ -27,10 +28,14 @@ __all__ = [
     "Override",
     "Quantize",
     "Recipe",
+    "RecipeLike",
+    "Settings",
     "TextSource",
     "Transform",
+    "as_texts",
     "description",
     "find",
+    "given",
     "load",
     "parse",
     "parse_size",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from outlierq.core.errors import RecipeError
@@ -15,6 +20,10 @@ from outlierq.recipe.shipped import find, read
 from outlierq.recipe.yaml_lines import FROM_SETTING, KeyPath, Lines, apply, at, lines_of
 from outlierq.registry import Method, follow, is_reference, method, transform_method
 
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+Settings = Mapping[str, Any] | Sequence[str] | None
+USUAL_RECIPE = "gptq-w4"
+
 
 def load(reference: str, settings: list[str] | None = None, *, trust_methods: bool = False) -> Recipe:
     """Read a recipe, apply `key=value` settings, and check it; RecipeError lists every fault at once.
@@ -23,6 +32,38 @@ def load(reference: str, settings: list[str] | None = None, *, trust_methods: bo
     """
     path = find(reference)
     return parse(read(path), name=path.stem, settings=settings, trust_methods=trust_methods)
+
+
+def given(recipe: RecipeLike, settings: Settings = None, *, trust_methods: bool = False) -> Recipe:
+    """The checked recipe of a name, a path, a mapping of its keys, or one that is checked already.
+
+    settings: `{"quantize.group_size": 64}`, or as given to `--set`. RecipeError lists every fault at once.
+    """
+    texts = as_texts(settings)
+    if isinstance(recipe, Mapping):
+        return parse(_yaml(recipe), settings=texts, trust_methods=trust_methods)
+    if not isinstance(recipe, Recipe):
+        return load(os.fspath(recipe), texts, trust_methods=trust_methods)
+    if texts:
+        raise RecipeError(
+            f"{', '.join(texts)}: settings change the text of a recipe, and {recipe.name} was read already",
+            hint="give the recipe's name, its path or its keys, or read it with these settings",
+        )
+    return recipe
+
+
+def as_texts(settings: Settings) -> list[str]:
+    """Settings as given to `--set`."""
+    if isinstance(settings, Mapping):
+        return [f"{key}={_yaml(value)}" for key, value in settings.items()]
+    return list(settings or ())
+
+
+def _yaml(value: Any) -> str:
+    """A plain value in one line of YAML, which is read back as the same value."""
+    plain = json.loads(json.dumps(value, default=str))  # tuples and paths are none
+    text: str = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip().removesuffix("...").strip()
 
 
 def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None, trust_methods: bool = False) -> Recipe:

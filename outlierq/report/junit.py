@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
-    from outlierq.evaluate.gate import GateRow
+    from outlierq.core.limits import GateRow
 
 
 def junit_xml(rows: Sequence[GateRow], model: str, seconds: float) -> bytes:

@@ -10,7 +10,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
@@ -19,25 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from outlierq.core.report import Report, SiteRow
+    from outlierq.core.limits import GateRow
+    from outlierq.core.report import Evaluation, Report, SiteRow
     from outlierq.evaluate.comparison import Comparison
     from outlierq.evaluate.divergence import Divergence
-    from outlierq.evaluate.gate import GateRow
+    from outlierq.pipeline.planning.plan import Plan, PlanRow
 
 UNKNOWN = "–"
 FEW_PARTS = 8  # a group with more members shows only itself
 PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One line of a plan: sites that are treated alike. bytes: of their weights, as stored before and after."""
-
-    sites: str
-    count: int
-    treatment: str
-    source_bytes: int
-    output_bytes: int
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
@@ -61,15 +50,37 @@ def plan(rows: Sequence[PlanRow], notes: Iterable[str] = ()) -> RenderableType:
     return Group(table, *_notes(notes))
 
 
+def plan_of(planned: Plan) -> RenderableType:
+    """A plan with everything that is said of it."""
+    return plan(planned.rows, [*planned.notes, *planned.clients])
+
+
+def expectations(planned: Plan, ceiling: str | int | None = None) -> list[str]:
+    """The exact size of a planned output; memory and time, where they were asked for; what is done for a ceiling."""
+    said = [
+        f"output: {human_bytes(planned.output_bytes)} ({planned.output_bytes:,} bytes, exact) in "
+        f"{len(planned.layout.sizes)} weight file(s), {planned.bits_per_weight:.2f} bits per weight"
+    ]
+    if planned.expected is not None:
+        said.append(
+            f"estimated, within a factor of two: {human_seconds(planned.expected.seconds)}; "
+            f"peak memory at most {human_bytes(planned.expected.peak_bytes)}"
+        )
+    if planned.savings is not None:
+        said.append(f"with --max-memory {ceiling}, memory stays below that:")
+        said += [f"  {sentence}" for sentence in planned.savings] or ["  nothing has to be done for that"]
+    return said
+
+
 def summary(report: Report) -> RenderableType:
     """A whole run: what went in, before and after, the sites, where the time went, and what did not go as asked."""
-    evaluation = report.evaluation or {}
+    measured: Mapping[str, Any] = report.evaluation or {}
     head = Text.assemble((report.model, "bold"), " → ", (report.out, "bold"), (f"   {report.recipe}", "dim"))
-    parts: list[RenderableType] = [head, before_after(report, evaluation.get("divergence"))]
+    parts: list[RenderableType] = [head, before_after(report, measured.get("divergence"))]
     if report.rows:
         parts.append(sites(report.rows))
-    if evaluation.get("tasks"):
-        parts.append(tasks(evaluation["tasks"]))
+    if measured.get("tasks"):
+        parts.append(tasks(measured["tasks"]))
     return Group(*_spaced(parts), *_notes(report.notes))
 
 
@@ -97,6 +108,16 @@ def divergence(measured: Divergence | Mapping[str, Any]) -> RenderableType:
     _add_divergence(table, values)
     size = f"{values['tokens']:,} tokens in {values['windows']} windows of {values['window_length']}"
     return Group(table, Text(f"{size}, {human_seconds(values['seconds'])}", style="dim"))
+
+
+def evaluation(measured: Evaluation) -> list[RenderableType]:
+    """What was measured, on a text and in tasks, and the limits that were set."""
+    shown: list[RenderableType] = [divergence(measured["divergence"])]
+    if "tasks" in measured:
+        shown.append(tasks(measured["tasks"], measured.get("reference_tasks")))
+    if measured.gate_rows:
+        shown.append(gate(measured.gate_rows))
+    return shown
 
 
 def sites(rows: Sequence[SiteRow], worst: int = 5) -> RenderableType:

@@ -44,7 +44,7 @@ def command(
     source = shared.open_model(default_model())
     chosen = shared.load_recipe(recipe, [f"calibration.samples={SAMPLES}", *(settings or [])], trust_methods)
     plan = make_plan(source, chosen)
-    shared.show(shared.plan_view(plan))
+    shared.show(terminal.plan_of(plan))
     if remove_former(folder):
         shared.say(f"replacing the result of an earlier demo in {out}", quiet)
     where = shared.choose_device(device)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlierq.cli import shared
 
-BACKENDS = ("transformers", "vllm")
-RUNTIMES = ("dense", "packed")
+if TYPE_CHECKING:
+    from outlierq import Evaluation
+
 EXAMPLES = (
     "Examples:\n\n"
     "  outlierq eval ./SmolLM2-135M-W4 --reference ./SmolLM2-135M\n\n"
@@ -65,71 +65,52 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Perplexity of MODEL; with --reference also KL divergence per token, top-1 agreement and flips."""
-    from outlierq.pipeline import measure as measuring
+    import outlierq
 
-    limits = shared.gate_limits(max_kl, max_perplexity_increase, min_top1, min_task)
-    if limits.needs_reference and reference is None:
-        raise typer.BadParameter("quality gates compare with an original; give --reference", param_hint="--reference")
-    if runtime not in RUNTIMES:
-        raise typer.BadParameter(f"{runtime!r}; choose {' or '.join(RUNTIMES)}", param_hint="--runtime")
-    if runtime == "packed" and backend == "vllm":
-        raise typer.BadParameter("vLLM has its own kernels; leave one of the two out", param_hint="--runtime")
-    dtype = dtype or ("bfloat16" if runtime == "packed" else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r}; choose float32, bfloat16 or float16", param_hint="--dtype")
-    if backend not in BACKENDS:
-        raise typer.BadParameter(f"{backend!r}; choose {' or '.join(BACKENDS)}", param_hint="--backend")
-    if backend == "vllm":
-        from outlierq.evaluate.tasks import need_vllm
-
-        need_vllm()
-    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    wanted = measuring.Measurement(
-        text=text,
-        windows=windows or None,
-        window_length=window_length,
-        tasks=tuple(dict.fromkeys([*named, *limits.tasks])),
-        data_dir=data_dir,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=shared.choose_device(device),
-        backend=backend,
-        runtime=runtime,
-    )
-    shared.refuse_unwritable(out, junit)
-    checkpoint = shared.open_model(model, revision, trust_remote_code)
-    original = shared.open_model(reference, None, trust_remote_code) if reference else None
-    if max_memory is not None:
-        check_memory(checkpoint, original, wanted, max_memory)
-    if record:
-        measuring.read_report(checkpoint.path)  # before hours of work, not after
     with shared.progress(quiet) as listen:
-        found = measuring.measure(checkpoint, original, wanted, cached=not no_cache, listen=listen)
-    found = measuring.judge(found, limits) | {"command": shared.command_line()}
-    if record:
-        measuring.record(checkpoint.path, found)
-    if out is not None:
-        shared.write_file(out, (json.dumps(found, indent=1) + "\n").encode())
+        found = outlierq.evaluate(
+            model,
+            reference,
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            data_dir=data_dir,
+            text=text,
+            windows=windows or None,
+            window_length=window_length,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            backend=backend,
+            runtime=runtime,
+            dtype=dtype,
+            limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
+            out=out,
+            junit=junit,
+            record=record,
+            cached=not no_cache,
+            device=device,
+            max_memory=max_memory,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+            command=shared.command_line(),
+        )
     for line in found["divergence"].get("linears", ()):
         shared.say(line, quiet)
     if as_json:
         shared.print_json(found)
     else:
         typer.echo(f"{model} on {found['text']}")
-        shared.show_results(found, quiet)
-    shared.finish_gate(found, junit)
+        show_results(found, quiet)
+    found.raise_if_failed()
 
 
-def check_memory(checkpoint: object, original: object | None, wanted: object, max_memory: str) -> None:
-    """Refuse before work what would need more than --max-memory."""
-    from outlierq.load import build_skeleton
-    from outlierq.pipeline.planning.memory import check_evaluation
+def show_results(found: Evaluation, quiet: bool) -> None:
+    """What was measured, and the gate when there is one."""
+    from outlierq.report import terminal
 
-    if wanted.tasks:
-        raise typer.BadParameter(
-            "what tasks need is not known beforehand; leave --tasks out", param_hint="--max-memory"
-        )
-    models = [build_skeleton(each) for each in (checkpoint, original) if each]
-    check_evaluation(models, wanted.dtype, wanted.window_length, shared.ceiling(max_memory))
+    shared.show(*terminal.evaluation(found))
+    for note in found.get("notes", ()):
+        shared.say(f"note: {note}")
+    if found["from_cache"]:
+        names = ", ".join(found["from_cache"])
+        shared.say(f"measured before and taken from the cache: {names} (--no-cache measures again)", quiet)

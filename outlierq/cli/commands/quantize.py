@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from outlierq.cli import shared
-
-if TYPE_CHECKING:
-    from outlierq.core.model import Checkpoint
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -22,7 +19,6 @@ EXAMPLES = (
 
 
 def command(
-    context: typer.Context,
     model: shared.Model,
     out: Annotated[str, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     recipe: shared.OptionalRecipe = None,
@@ -52,104 +48,38 @@ def command(
     The plan is printed first. An interrupted run continues where it stopped when the same command is given again.
     With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit is passed.
     """
-    from outlierq.load import reading_ahead
-    from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
-    from outlierq.pipeline.measure import Measurement, check_measurement, judge, measure, record, unmeasured
-    from outlierq.pipeline.planning.decide import make_plan
-    from outlierq.pipeline.quantize import quantize
-    from outlierq.pipeline.resources import Resources
-    from outlierq.report import terminal
+    import outlierq
 
-    asked = shared.gate_settings(max_kl, max_perplexity_increase, min_top1, min_task)
-    checkpoint = None
-    ranks = shared.ranks_of(context, stream_from_hub)
-    ceiling = shared.ceiling(max_memory)
-
-    def opened() -> Checkpoint:
-        if stream_from_hub:
-            return shared.open_streamed(context, model, shared.out_path(out), revision, trust_remote_code, restart)
-        return shared.open_model(model, revision, trust_remote_code)
-
-    if format is not None:
-        checkpoint = opened()
-        if shared.conversion_wanted(checkpoint, shared.known_format(format), recipe, [*(settings or []), *asked]):
-            shared.refuse_several(ranks, "converting without loss")
-            if ceiling is not None:
-                raise typer.BadParameter("a conversion has no ceiling", param_hint="--max-memory")
-            convert(checkpoint, format, out, restart, as_json, quiet)
-            checkpoint.drop_shards()
-            return
-    settings = shared.with_format(settings, format)
-    chosen = shared.load_recipe(recipe or shared.DEFAULT_RECIPE, [*settings, *asked], trust_methods)
-    if junit is not None and chosen.gate is None:
-        raise typer.BadParameter("there is no gate; give a limit such as --max-kl", param_hint="--junit")
-    shared.refuse_unwritable(junit)
-    checkpoint = checkpoint or opened()
-    where = shared.choose_device(device)
-    measurement = None
-    if chosen.gate is not None:
-        measurement = Measurement.of_gate(chosen.gate, device=where, data_dir=data_dir)
-        ranks.first(lambda: check_measurement(checkpoint, measurement))
     with shared.progress(quiet) as listen:
-        resources = Resources(where, listen, ranks, ceiling)
-        chosen_by = expert_stats(
-            checkpoint, chosen, shared.out_path(out), given=stats, restart=restart, resources=resources
-        )
-    with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = make_plan(checkpoint, chosen, expert_stats=chosen_by)
-    if ceiling is not None and chosen.gate is not None:
-        from outlierq.pipeline.planning.memory import check_evaluation
-
-        check_evaluation([plan.model.skeleton] * 2, chosen.gate.dtype, chosen.gate.window_length, ceiling)
-    if not quiet:
-        shared.show(shared.plan_view(plan), stderr=True)
-    with shared.progress(quiet) as listen:
-        # A run that was stopped while its gate was measured goes on there.
-        report = None
-        if chosen.gate is not None and not restart:
-            report = ranks.first(lambda: unmeasured(shared.out_path(out), plan))
-        report = report or quantize(
-            plan,
-            shared.out_path(out),
-            stats=None if chosen_by else stats,  # of the whole model, which is not the one that is quantized
+        report = outlierq.quantize(
+            model,
+            recipe,
+            out=out,
+            settings=settings,
+            format=format,
+            stats=stats,
+            limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
+            data_dir=data_dir,
+            junit=junit,
+            device=device,
+            max_memory=max_memory,
+            revision=revision,
+            stream_from_hub=stream_from_hub,
+            trust_remote_code=trust_remote_code,
+            trust_methods=trust_methods,
             restart=restart,
-            resources=Resources(where, listen, ranks, ceiling),
+            progress=listen,
+            planned=shared.plan_shower(quiet),
+            command=shared.command_line(),
         )
-        if not ranks.lead:
-            return
-        results = None
-        if measurement is not None:
-            results = judge(
-                measure(shared.open_model(out, None, trust_remote_code), checkpoint, measurement, listen=listen),
-                chosen.gate.limits,
-            )
-            report = record(shared.out_path(out), results | {"command": shared.command_line()})
-    remove_expert_stats(shared.out_path(out))
-    checkpoint.drop_shards()
-    if as_json:
-        shared.print_json(report.to_dict())
-    else:
-        shared.show(terminal.summary(report))
-        typer.echo(f"written and verified: {out}")
-        if results and results["gate"]:
-            shared.show(terminal.gate(shared.gate_rows(results)))
-    if results:
-        shared.finish_gate(results, junit)
-
-
-def convert(checkpoint: object, format: str, out: str, restart: bool, as_json: bool, quiet: bool) -> None:
-    """Write the codes and scales of a compressed checkpoint in another format."""
-    from outlierq.pipeline.convert import convert, make_conversion
     from outlierq.report import terminal
 
-    with shared.progress(quiet) as listen:
-        plan = make_conversion(checkpoint, format, listen=listen)
-    if not quiet:
-        shared.show(shared.plan_view(plan), stderr=True)
-    with shared.progress(quiet) as listen:
-        report = convert(plan, shared.out_path(out), restart=restart, listen=listen)
     if as_json:
         shared.print_json(report.to_dict())
     else:
         shared.show(terminal.summary(report))
-        typer.echo(f"converted without loss and verified: {out}")
+        typer.echo(f"{'converted without loss' if report.is_conversion else 'written'} and verified: {out}")
+        if report.evaluation and report.evaluation.gate_rows:
+            shared.show(terminal.gate(report.evaluation.gate_rows))
+    if report.evaluation:
+        report.evaluation.raise_if_failed()

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.planning.plan import Estimate, Plan
 
 # Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4 on 2 CPU cores.
 OVERHEAD = 2.5
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two where it was measured."""
-
-    peak_bytes: int
-    seconds: float
 
 
 def estimate(plan: Plan) -> Estimate:

@@ -7,19 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
-from outlierq.core.report import REPORT_NAME
+from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
 from outlierq.recipe import Recipe
 from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
-
-if TYPE_CHECKING:
-    pass
 
 OUTSIDE = "outside"
 # Names of files that a note lists.
@@ -49,11 +46,31 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanRow:
+    """One line of a plan: sites that are treated alike. bytes: of their weights, as stored before and after."""
+
+    sites: str
+    count: int
+    treatment: str
+    source_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two where it was measured."""
+
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan(Shown):
     """Everything that is decided before work starts.
 
     model: what is compressed, as the recipe's rewrites leave it. small_files: everything but weights, by name, without
-    the report. caches: by block index, for blocks whose KV cache gets scales.
+    the report. caches: by block index, for blocks whose KV cache gets scales. expected: what the run will cost, and
+    savings: what is done to stay below a ceiling of memory, both None where nobody asked.
     """
 
     model: StudiedModel
@@ -62,6 +79,8 @@ class Plan:
     layout: Layout
     small_files: Mapping[str, bytes | Path]
     caches: Mapping[int, CachePlan] = field(default_factory=dict)
+    expected: Estimate | None = None
+    savings: tuple[str, ...] | None = None
 
     @cached_property
     def format(self) -> Format:
@@ -197,6 +216,60 @@ class Plan:
         said += self.format.cache_clients(cache.scheme) if cache else []
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
         return said + (self.format.expert_clients(set(experts)) if any(experts) else [])
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """Tensors that are treated alike: linears by kind, all experts of a block together, and everything else."""
+        rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        left = dict(self.checkpoint.tensors)
+        for planned in self.sites:
+            before = left.pop(planned.site.weight).nbytes
+            treatment = planned.reason or "kept" if planned.scheme is None else str(planned.scheme)
+            sizes = before, before if planned.scheme is None else self._written_bytes(planned.site, planned.scheme)
+            rows.setdefault((self._short_name(planned.site), treatment), []).append(sizes)
+        others = sum(info.nbytes for info in left.values())
+        listed = [
+            PlanRow(sites, len(sizes), treatment, sum(before for before, _ in sizes), sum(after for _, after in sizes))
+            for (sites, treatment), sizes in rows.items()
+        ]
+        return [*listed, PlanRow("embeddings, norms, biases", len(left), "as stored", others, others)]
+
+    def _written_bytes(self, site: LinearSite, scheme: QuantScheme) -> int:
+        """Bytes of a quantized linear with its scales and zero points."""
+        specs = self.format.tensor_specs(site, scheme)
+        return sum(self.layout.places[name].tensor.nbytes for name, _, _ in specs)
+
+    def _short_name(self, site: LinearSite) -> str:
+        """The module inside its block; one name for the same linear of all experts."""
+        inside = "" if site.block is None else f"{self.structure.blocks[site.block].name}."
+        short = site.module.removeprefix(inside)
+        if site.expert is None:
+            return short
+        experts, _, number = site.expert.removeprefix(inside).rpartition(".")
+        return short.replace(f"{experts}.{number}.", f"{experts}.*.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        expected = self.expected
+        values = {
+            "model": self.checkpoint.source,
+            "recipe": self.recipe.name,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "weight_files": self.layout.sizes,
+            "bits_per_weight": self.bits_per_weight,
+            "quantized_bits_per_weight": self.quantized_bits_per_weight,
+            "estimated_peak_bytes": expected and expected.peak_bytes,
+            "estimated_seconds": expected and expected.seconds,
+            "sites": [
+                {"module": p.site.module, "scheme": str(p.scheme) if p.scheme else None, "reason": p.reason}
+                for p in self.sites
+            ],
+            "exact": not self.approximations,
+            "notes": self.notes,
+            "clients": self.clients,
+        }
+        return values if self.savings is None else values | {"max_memory": list(self.savings)}
 
 
 def left_behind_notes(names: Sequence[str]) -> list[str]:

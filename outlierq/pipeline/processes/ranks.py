@@ -74,6 +74,21 @@ class Ranks:
 
 
 ALONE = Ranks()
+_present: Ranks = ALONE
+
+
+def present() -> Ranks:
+    """The processes that work together now: those of `joined`, or this one alone."""
+    return _present
+
+
+def refuse_several(what: str) -> None:
+    """OutlierqError when several processes were started for something that one must do."""
+    if _present.size > 1:
+        raise OutlierqError(
+            f"{what} needs one process, and {_present.size} were started",
+            hint="start the same command without torchrun",
+        )
 
 
 class SeveralRanks(Ranks):
@@ -343,11 +358,12 @@ def joined() -> Iterator[Ranks]:
 
     Inside, ranks other than the lead are silent; an error that ends the work is said by one rank only.
     """
+    global _present
     size = ranks_wanted()
     if size == 1:
         yield ALONE
         return
-    ranks = _join(size)
+    _present = ranks = _join(size)
     try:
         with _silence(ranks.lead):
             yield ranks
@@ -358,6 +374,8 @@ def joined() -> Iterator[Ranks]:
         raise ending from None
     else:
         ranks.verdict(SystemExit(0))
+    finally:
+        _present = ALONE
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
-from outlierq.core.errors import OutlierqError
+from outlierq.core.errors import ArgumentError, OutlierqError
 from outlierq.core.limits import Limits
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.notes import collecting
-from outlierq.core.report import REPORT_NAME, Report
+from outlierq.core.report import REPORT_NAME, Evaluation, Report
 from outlierq.export.writer import disk_error
 from outlierq.load import check_unchanged
-from outlierq.pipeline.events import Listener, silent
+from outlierq.pipeline.events import Listener
 from outlierq.pipeline.measuring import models as evaluation
 from outlierq.pipeline.measuring.cache import content_hash, data_hash, keep, key_of, recall
 from outlierq.pipeline.measuring.packed_model import runtime_summary
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.remodel.rewrite import original_of
+from outlierq.pipeline.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 RESULTS_VERSION = 1
 PACKAGES = ("torch", "transformers")
 EMBEDDED = "embedded"
+BACKENDS = ("transformers", "vllm")
+RUNTIMES = ("dense", "packed")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,20 @@ class Measurement:
     num_fewshot: int | None = None
     batch_size: int = 1
     dtype: str = "float32"
-    device: str = "cpu"
     backend: str = "transformers"
     runtime: str = "dense"
 
     def __post_init__(self) -> None:
+        _one_of("runtime", self.runtime, RUNTIMES)
+        if self.runtime == "packed" and self.backend == "vllm":
+            raise ArgumentError("vLLM has its own kernels; leave one of the two out", argument="runtime")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("backend", self.backend, BACKENDS)
         if self.tasks:
             needs_extra("lm_eval")
 
     @classmethod
-    def of_gate(cls, gate: Gate, *, device: str, data_dir: Path | None) -> Measurement:
+    def of_gate(cls, gate: Gate, *, data_dir: Path | None) -> Measurement:
         """What a gate needs to know."""
         return cls(
             text=None if gate.text == EMBEDDED else gate.text,
@@ -81,8 +89,14 @@ class Measurement:
             num_fewshot=gate.num_fewshot,
             batch_size=gate.batch_size,
             dtype=gate.dtype,
-            device=device,
         )
+
+
+def _one_of(argument: str, value: str, known: Sequence[str]) -> None:
+    """ArgumentError for a word that is not known."""
+    if value not in known:
+        words = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ArgumentError(f"{value!r}; choose {words}", argument=argument)
 
 
 def measure(
@@ -91,16 +105,16 @@ def measure(
     wanted: Measurement,
     *,
     cached: bool = True,
-    listen: Listener = silent,
-) -> dict[str, Any]:
+    resources: Resources = USUAL,
+) -> Evaluation:
     """Perplexity, divergence from the reference and tasks, with everything that is needed to repeat them.
 
     cached: an earlier answer to the same question is taken; "from_cache" names what was not measured now.
     """
     content, text_name = evaluation.evaluation_text(wanted.text)
-    model, original = _Side(checkpoint, wanted), None
+    model, original = _Side(checkpoint, wanted, resources.device), None
     if reference is not None:
-        original = _Side(reference, replace(wanted, runtime="dense"))
+        original = _Side(reference, replace(wanted, runtime="dense"), resources.device)
     reused: list[str] = []
     not_kept: list[str | None] = []
 
@@ -119,7 +133,7 @@ def measure(
     data = "hub" if wanted.data_dir is None or not wanted.tasks else data_hash(wanted.data_dir)
     text_hash = hashlib.sha256(content.encode()).hexdigest()
     windows = {"windows": wanted.windows, "window_length": wanted.window_length}
-    how = {"dtype": wanted.dtype, "device": _device_name(wanted.device), "runtime": wanted.runtime}
+    how = {"dtype": wanted.dtype, "device": _device_name(resources.device), "runtime": wanted.runtime}
     hashes = {"model": model.hash, "reference": original and original.hash}
     result = {
         "results_version": RESULTS_VERSION,
@@ -129,21 +143,21 @@ def measure(
         "text": text_name,
         "text_sha256": text_hash,
         **how,
-        "conditions": _conditions(wanted),
+        "conditions": _conditions(wanted, resources.device),
         "versions": _versions(),
         "divergence": ask(
             "divergence",
             {**hashes, **windows, **how, "text": text_hash},
-            lambda: _divergence(model, original, content, wanted, listen),
+            lambda: _divergence(model, original, content, wanted, resources.listen),
         ),
     }
     if wanted.tasks:
         shared = {**how, **_task_options(wanted), "tasks": wanted.tasks, "data": data, "backend": wanted.backend}
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
-                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted, listen))
+                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted))
     notes = list(dict.fromkeys(filter(None, not_kept)))
-    return result | {"from_cache": reused} | ({"notes": notes} if notes else {})
+    return Evaluation(result | {"from_cache": reused} | ({"notes": notes} if notes else {}))
 
 
 def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:
@@ -155,18 +169,23 @@ def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:
     _windows(_Side(checkpoint, wanted), content)
 
 
-def judge(results: dict[str, Any], limits: Limits) -> dict[str, Any]:
+def judge(results: Mapping[str, Any], limits: Limits) -> Evaluation:
     """The results with what the gate says: "gate" holds the rows, "passed" the verdict (None without limits)."""
     from outlierq.evaluate.gate import check_gate
 
     rows = check_gate(results, limits)
     verdict = all(row.passed for row in rows) if rows else None
-    return results | {"gate": [row.to_dict() for row in rows], "passed": verdict}
+    return Evaluation({**results, "gate": [row.to_dict() for row in rows], "passed": verdict})
 
 
-def record(folder: Path, results: Mapping[str, Any]) -> Report:
+def with_command(results: Evaluation, command: str | None) -> Evaluation:
+    """The results with the line that repeats them, where there is one."""
+    return results if command is None else Evaluation({**results, "command": command})
+
+
+def record(folder: Path, results: Evaluation) -> Report:
     """Put the results into the report of a checkpoint that outlierq wrote, where `publish` finds them."""
-    report = replace(read_report(folder), evaluation=dict(results))
+    report = replace(read_report(folder), evaluation=results)
     try:
         write_atomically(folder / REPORT_NAME, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     except OSError as error:
@@ -202,8 +221,8 @@ def read_report(folder: Path) -> Report:
 class _Side:
     """A checkpoint that is hashed and loaded when it is needed, once."""
 
-    def __init__(self, checkpoint: Checkpoint, wanted: Measurement):
-        self.checkpoint, self.wanted = checkpoint, wanted
+    def __init__(self, checkpoint: Checkpoint, wanted: Measurement, device: str = "cpu"):
+        self.checkpoint, self.wanted, self.device = checkpoint, wanted, device
 
     @cached_property
     def hash(self) -> str:
@@ -215,7 +234,7 @@ class _Side:
         return evaluation.load_for_evaluation(
             self.checkpoint,
             dtype=wanted.dtype,
-            device=wanted.device,
+            device=self.device,
             runtime=wanted.runtime,
         )
 
@@ -254,7 +273,7 @@ def _divergence(
     return measured
 
 
-def _tasks(side: _Side, wanted: Measurement, listen: Listener) -> dict[str, Any]:
+def _tasks(side: _Side, wanted: Measurement) -> dict[str, Any]:
     """The tasks of one side, asked in process or through vLLM."""
     if wanted.backend == "vllm":
         from outlierq.evaluate.tasks import Served
@@ -273,10 +292,12 @@ def _task_options(wanted: Measurement) -> dict[str, Any]:
     return {name: getattr(wanted, name) for name in ("limit", "num_fewshot", "batch_size")}
 
 
-def _conditions(wanted: Measurement) -> dict[str, Any]:
-    """Every setting, as plain values."""
+def _conditions(wanted: Measurement, device: str) -> dict[str, Any]:
+    """Every setting, as plain values, in the order that reports have."""
     values = asdict(wanted)
-    return values | {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(wanted.tasks)}
+    values |= {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(wanted.tasks)}
+    last = {"device": device, "backend": values.pop("backend"), "runtime": values.pop("runtime")}
+    return values | last
 
 
 def _versions() -> dict[str, str]:

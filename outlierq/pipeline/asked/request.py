@@ -1,0 +1,156 @@
+"""What a user asks for, before anything is read: a checkpoint, a recipe or only a format, a place for the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlierq.core.errors import ArgumentError, OutlierqError
+from outlierq.core.limits import Limits
+from outlierq.core.model import Checkpoint
+from outlierq.pipeline.processes.ranks import refuse_several
+from outlierq.recipe import USUAL_RECIPE, Recipe, RecipeLike, Settings, as_texts, given
+from outlierq.registry import formats
+
+SourceLike = str | os.PathLike[str] | Checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as a user names it: a folder, a Hub id, a GGUF file, or one that is open already.
+
+    stream_from_hub: the weight files of a Hub id come when they are needed and go again.
+    """
+
+    place: SourceLike
+    revision: str | None = None
+    trust_remote_code: bool = False
+    stream_from_hub: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return self.place.source if isinstance(self.place, Checkpoint) else os.fspath(self.place)
+
+    def open(self) -> Checkpoint:
+        """Headers are read and checked, weights are not. SourceError says why a source cannot be read."""
+        from outlierq.load import open_checkpoint
+
+        if isinstance(self.place, Checkpoint):
+            return self.place
+        return open_checkpoint(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def headers(self) -> Checkpoint:
+        """The same, of a Hub id without its weights."""
+        from outlierq.load import is_hub_id, stream_checkpoint
+
+        if not isinstance(self.place, Checkpoint) and is_hub_id(self.name):
+            from huggingface_hub import is_offline_mode
+
+            if not is_offline_mode():
+                return stream_checkpoint(
+                    self.name, None, revision=self.revision, trust_remote_code=self.trust_remote_code
+                )
+        return self.open()
+
+    @contextmanager
+    def opened_for(self, out: Path, *, restart: bool = False) -> Iterator[Checkpoint]:
+        """The checkpoint for work whose result goes to `out`; what is streamed lies beside it, and stays for a run that
+        goes on."""
+        if not self.stream_from_hub:
+            yield self.open()
+            return
+        from outlierq.load import stream_checkpoint
+
+        refuse_several("--stream-from-hub")
+        shards = out.with_name(f"{out.name}.shards")
+        checkpoint = stream_checkpoint(
+            self.name, shards, revision=self.revision, trust_remote_code=self.trust_remote_code, restart=restart
+        )
+        try:
+            yield checkpoint
+        finally:
+            checkpoint.store.close()
+
+
+@dataclass(frozen=True)
+class FormatAlone:
+    """A format and no recipe: a compressed checkpoint is converted to it, any other one compressed in the usual way."""
+
+    format: str
+
+    def converts(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is compressed already."""
+        return bool(checkpoint.config.get("quantization_config"))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The usual recipe, written in this format."""
+        return given(USUAL_RECIPE, [f"export.format={self.format}"])
+
+
+Request = Recipe | FormatAlone
+
+
+def request(
+    recipe: RecipeLike | None = None,
+    settings: Settings = None,
+    *,
+    format: str | None = None,
+    limits: Limits | None = None,
+    trust_methods: bool = False,
+) -> Request:
+    """The checked recipe with what is asked for beside it, or the format when it is all that is asked for.
+
+    recipe: None is the usual one. limits: replace those of the recipe. RecipeError lists every fault.
+    """
+    texts = [*as_texts(settings), *as_texts(gate_settings(limits or Limits()))]
+    if format is not None:
+        known_format(format)
+        if recipe is None and not texts:
+            return FormatAlone(format)
+        texts.append(f"export.format={format}")
+    return given(USUAL_RECIPE if recipe is None else recipe, texts, trust_methods=trust_methods)
+
+
+def gate_settings(limits: Limits) -> dict[str, object]:
+    """Limits as settings of a recipe."""
+    values = {name: getattr(limits, name) for name in ("max_kl", "max_perplexity_increase", "min_top1")}
+    values["min_task"] = [str(limit) for limit in limits.min_task] or None
+    return {f"gate.{name}": value for name, value in values.items() if value is not None}
+
+
+def known_format(format: str) -> str:
+    """The name of a format; ArgumentError with the known names otherwise."""
+    if format not in formats():
+        raise ArgumentError(f"{format!r} is not a format; choose one of {', '.join(formats())}", argument="format")
+    return format
+
+
+def folder_of(place: str | os.PathLike[str]) -> Path:
+    """The folder of a result, absolute, so that its parent is known."""
+    return Path(place).expanduser().absolute()
+
+
+def refuse_unwritable(*paths: Path | None) -> None:
+    """OutlierqError before any work when a file that is written after it cannot be; folders are made when needed."""
+    for path in filter(None, paths):
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if path.is_dir() or not (nearest == path or nearest.is_dir()) or not os.access(nearest, os.W_OK):
+            raise OutlierqError(
+                f"{path} cannot be written: "
+                + ("it is a folder" if path.is_dir() else f"{nearest} is no folder that can be written to"),
+                hint="nothing was done; name another place",
+            )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A file the user asked for, whole; OutlierqError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutlierqError(f"{path} cannot be written: {error.strerror or error}") from error

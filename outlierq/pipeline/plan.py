@@ -1,0 +1,41 @@
+"""`outlierq plan`: what a recipe would do to a checkpoint and what that would cost, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from outlierq.pipeline.asked.request import FormatAlone, Request, Source
+from outlierq.pipeline.convert import make_conversion
+from outlierq.pipeline.events import Listener, silent
+from outlierq.pipeline.expert_stats import works_of
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.estimate import estimate
+from outlierq.pipeline.planning.memory import check_together, choose
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.pipeline.resources import ceiling
+
+
+def plan(source: Source, request: Request, *, max_memory: str | int | None = None, listen: Listener = silent) -> Plan:
+    """The plan, with what it will cost; with `max_memory` also what is done to stay below it.
+
+    A compressed checkpoint and a format alone: the plan of the conversion, for which every weight is read.
+    OutlierqError when the memory is too little.
+    """
+    decided = _decided(source, request, listen)
+    decided = replace(decided, expected=estimate(decided))
+    if max_memory is None:
+        return decided
+    works, most = works_of(decided), ceiling(max_memory)
+    check_together(works, most)
+    said = [sentence for work in works for sentence in choose(work, most).sentences]
+    return replace(decided, savings=tuple(dict.fromkeys(said)))
+
+
+def _decided(source: Source, request: Request, listen: Listener) -> Plan:
+    """What a run would do."""
+    if not isinstance(request, FormatAlone):
+        return make_plan(source.headers(), request)
+    checkpoint = source.open()
+    if request.converts(checkpoint):
+        return make_conversion(checkpoint, request.format, listen=listen)
+    return make_plan(checkpoint, request.recipe)
