@@ -170,8 +170,9 @@ class Target:
         return f"{(peak - before) >> 20} MiB for {size} bytes" if peak - before > 2 * size + MEMORY else None
 
 
-# What a seed asks for that is refused on purpose (a config that brings code), or needs an option that tests lack.
-REFUSED_SEEDS = ("config", "skeleton", "text", "index", "setting", "gguf")
+# What a seed asks for that is refused on purpose (a config that brings code), needs an option that tests lack, or is
+# true in one folder only (the note of a check).
+REFUSED_SEEDS = ("config", "skeleton", "text", "index", "setting", "gguf", "checked-note")
 
 
 def peak_bytes() -> int:

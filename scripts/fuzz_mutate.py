@@ -233,6 +233,44 @@ def yaml_file(seed: bytes, rng: Random) -> bytes:
     return "\n".join(lines).encode("utf-8", "surrogatepass")[:LARGEST_INPUT]
 
 
+# Nothing that only takes time or memory: a template is a program, and its sandbox knows neither.
+TEMPLATE_WORDS = (
+    "messages", "messages[0]", "message", "message.content", "message['role']", "loop.index", "loop.last", "bos_token",
+    "none", "true", "0", "-1", "3", "'x'", "''", "[]", "{}", "[1, 'a']", "{'a': 1}", "range(4)", "range(10 ** 9)",
+    "namespace(a=1)", "cycler('a', 'b')", "joiner()", "dict(a=1)", "self", "caller()", "varargs", "tools", "é漢",
+    "raise_exception('no')", "strftime_now('%d')", "''.__class__.__mro__", "cycler.__init__.__globals__.os.system('x')",
+    "messages.append(1)", "messages.pop()", "f(1)", "x | tojson", "m | length", "m | list", "m | join", "x | int",
+    "x | attr('y')", "m | map(attribute='x')", "m | selectattr('role')", "x | items", "x is string", "x is mapping",
+    "in", "not", "and", "if", "(", ")", "loop", "loop(messages)", "1 / 0", "'%d' % messages", "'a' ~ messages",
+)  # fmt: skip
+TEMPLATE_TAGS = (
+    "{% endfor %}", "{% endif %}", "{% else %}", "{% if x %}", "{% for x in messages recursive %}", "{% break %}",
+    "{% continue %}", "{% generation %}", "{% endgeneration %}", "{% raw %}", "{% set x = messages %}", "{{ x }}", "{{",
+    "{% set x.y = 1 %}", "{% include 'x' %}", "{% import 'os' as os %}", "{% extends messages %}", "%}", "{#",
+    "{% block a %}x{% endblock %}", "{% call f() %}{% endcall %}", "{% filter upper %}x{% endfilter %}", "{% do 1 %}",
+)  # fmt: skip
+TEMPLATE_TAG, TEMPLATE_WORD = re.compile(r"({[%{].*?[%}]})", re.DOTALL), re.compile(r"'[^']*'|\w+(\[.*?\])?")
+
+
+def template_file(seed: bytes, rng: Random) -> bytes:
+    """A template: words in its tags replaced, tags removed, doubled or put in, or now and then its bytes changed."""
+    if rng.random() < 0.1:
+        return bytes_of(seed, rng)
+    parts = TEMPLATE_TAG.split(seed.decode())
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        at = rng.randrange(len(parts))
+        words = list(TEMPLATE_WORD.finditer(parts[at]))
+        if words and rng.random() < 0.8:
+            word = rng.choice(words)
+            parts[at] = parts[at][: word.start()] + rng.choice(TEMPLATE_WORDS) + parts[at][word.end() :]
+        elif rng.random() < 0.2:
+            del parts[at]
+            parts = parts or [""]
+        else:
+            parts.insert(at, rng.choice((*TEMPLATE_TAGS, *parts)))
+    return "".join(parts).encode()
+
+
 # GGUF: a file is made from a description: {"version", "tensors": [[name, dims, type, offset]], "fields": [[key, type,
 # value]]}. Value types are those of the format, 8 is a string, 9 an array [item type, items].
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

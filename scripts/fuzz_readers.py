@@ -14,9 +14,11 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fuzz_mutate as mutate
 
@@ -518,10 +520,14 @@ def write_stats_tensors(folder: Folder, case: bytes) -> None:
 
 
 def journal_seeds() -> list[bytes]:
-    """A journal with two finished units."""
+    """A journal with two finished units, of which one has read a weight, and another of several shards."""
     entry = {"xxh3_128": "00" * 16, "rows": [asdict_row()], "transforms": [], "notes": ["a note"]}
-    lines = [{"identity": IDENTITY}, {"unit": "block 0", **entry}, {"unit": "outside", **entry}]
-    return [b"\n".join(dump(line) for line in lines) + b"\n"]
+    about = {"source": "tiny", "recipe": "awq-w4", "units": ["block 0", "outside"], "shards": 1}
+    first = {"identity": IDENTITY, "about": about, "files": ["model.safetensors", "config.json"], "stamps": {}}
+    units = [{"unit": "block 0", **entry, "read": {"model.norm.weight": "00" * 16}}, {"unit": "outside", **entry}]
+    lines = [first, *({**unit, "seconds": {"quantize": 1.5}} for unit in units), {"stamps": {"model": [1, 2]}}]
+    shards = [{"identity": {**IDENTITY, "shards": 2}}, {"unit": "block 0", **entry}]
+    return [b"\n".join(map(dump, each)) + b"\n" for each in (lines, shards)]
 
 
 IDENTITY = {"source": "ab", "recipe": "cd", "outlierq": "0.1"}
@@ -534,18 +540,251 @@ def asdict_row() -> dict[str, Any]:
     return asdict(SiteRow("m.up_proj", "gptq", 4, 128, True, 0.01, 0.09, 4.1, 1.5))
 
 
+def source_beside(folder: Folder) -> None:
+    """The checkpoint that a run in the folder compresses."""
+    source = folder.with_name(f"{folder.name}-source")
+    source.mkdir()
+    config_folder(source)
+    (source / "config.json").write_bytes(dump(CONFIG))
+
+
 def read_journal(folder: Folder) -> None:
     """A run goes on behind the journal, or looks at it; rows and notes become a report."""
+    from outlierq.core.errors import OutlierqError
+    from outlierq.load import open_checkpoint
     from outlierq.pipeline.inspect import describe_unfinished
-    from outlierq.pipeline.ledger.journal import Journal
+    from outlierq.pipeline.ledger.journal import JOURNAL, Journal, former_shards, listed_files
 
-    raw = (folder / ".journal.jsonl").read_bytes()
+    raw = (folder / JOURNAL).read_bytes()
+    listed_files(folder)
     describe_unfinished(folder)
-    (folder / ".journal.jsonl").write_bytes(raw)
-    journal = Journal(folder, IDENTITY)
+    former_shards(folder)
+    (folder / JOURNAL).write_bytes(raw)
+    journal = Journal(folder, {**IDENTITY, "shards": 2} if b'"shards":2' in raw else IDENTITY)
     _ = journal.rows
     for entry in journal.entries.values():
         _ = entry["xxh3_128"], list(entry["transforms"]), list(entry["notes"])
+    with suppress(OutlierqError):  # the digests of a seed are not those of the source
+        journal.check_source(open_checkpoint(str(folder.with_name(f"{folder.name}-source"))))
+
+
+def write_unfinished(folder: Folder) -> None:
+    """A statistics folder whose list is not final."""
+    from outlierq.calibrate.stored.stats_file import FINISHED, UNFINISHED
+
+    write_stats(folder)
+    (folder / FINISHED).rename(folder / UNFINISHED)
+
+
+def read_unfinished(folder: Folder) -> None:
+    """A calibration goes on behind the list, or looks at it."""
+    from outlierq.calibrate.stored.stats_file import UNFINISHED, StatsIdentity, StatsWriter
+    from outlierq.pipeline.inspect import describe_unfinished_stats
+
+    raw = (folder / UNFINISHED).read_bytes()
+    describe_unfinished_stats(folder)
+    writer = StatsWriter(folder, StatsIdentity("ab" * 32, "cd" * 32, "2 x 5 tokens", {"needs": ["hessian"]}))
+    _ = writer.done, writer.former_stamps, writer.read
+    writer.finish()
+    (folder / "stats.json").unlink()
+    (folder / UNFINISHED).write_bytes(raw)
+
+
+# ----------------------------------------------------------------------------------- marks in folders, what is kept
+
+
+def pin_seeds() -> list[bytes]:
+    """The pin of a stopped run that streams from the Hub."""
+    return [dump({"repository": "a/b", "revision": None, "commit": "ab" * 20, "shards": list(SHARDS)})]
+
+
+def read_pin(folder: Folder) -> None:
+    """Whether the folder of shards is ours, which commit it began with, and what of it makes room."""
+    from outlierq.core.errors import SourceError
+    from outlierq.core.machine.own_files import remove_files
+    from outlierq.load.hub.streamed import PIN, _pinned, _read_pin, _refuse_foreign, _shards_of
+
+    for name in (SHARDS[0], NOTES):
+        (folder / name).write_text(name)
+    listed = _shards_of(_read_pin(folder / PIN))
+    try:
+        _refuse_foreign(folder)
+        commit = _pinned(folder, "a/b", None)
+    except SourceError:
+        assert NOTES not in listed
+        (folder / NOTES).unlink()
+        _refuse_foreign(folder)
+        commit = _pinned(folder, "a/b", None)
+    assert commit is None or isinstance(commit, str), f"a commit of type {type(commit).__name__}"
+    remove_files(folder, [*listed, PIN])
+
+
+NOTES = "my-notes.txt"
+
+
+def sign_seeds() -> list[bytes]:
+    """What a demo says that it wrote."""
+    return [dump(["config.json", "model.safetensors"])]
+
+
+def write_signed(folder: Folder, case: bytes) -> None:
+    """The sign and the two files of a demo."""
+    from outlierq.cli.commands.demo import SIGN
+
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    (folder / SIGN).write_bytes(case)
+
+
+def read_sign(folder: Folder) -> None:
+    """Make room for a new demo where the folder is one of a former; what is in the way stays as it is."""
+    from outlierq.cli.commands.demo import remove_former
+    from outlierq.core.errors import OutputError
+
+    before = {path.name for path in folder.iterdir()}
+    if not remove_former(folder):
+        assert {path.name for path in folder.iterdir()} == before, "files of a folder in the way were removed"
+        raise OutputError(f"{folder} is in the way")
+
+
+def cache_in(folder: Folder) -> Any:
+    """The folder is the cache."""
+    return patch.dict(os.environ, {"OUTLIERQ_CACHE": str(folder)})
+
+
+KEY = "ab" * 32
+
+
+def kept_seeds() -> list[bytes]:
+    """A measurement in the cache of results."""
+    measured = {"divergence": {"kl_per_token": 0.01}, "tasks": [{"name": "mmlu", "value": 0.5}], "notes": ["a note"]}
+    digest = hashlib.sha256(f"{KEY} {json.dumps(measured, sort_keys=True)}".encode()).hexdigest()
+    return [dump({"digest": digest, "measured": measured})]
+
+
+def write_kept(folder: Folder, case: bytes) -> None:
+    """The entry, where it is looked for."""
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / f"{KEY}.json").write_bytes(case)
+
+
+def read_kept(folder: Folder) -> None:
+    """A measurement is believed as it was written, or made again."""
+    from outlierq.core.errors import SourceError
+    from outlierq.pipeline.measuring.cache import recall
+
+    with cache_in(folder):
+        measured = recall(KEY)
+    if measured is None:
+        raise SourceError("it is measured again")
+    assert measured == json.loads(kept_seeds()[0])["measured"], "another measurement than was written"
+
+
+BLOB = hashlib.sha256(b"weights").hexdigest()
+
+
+def blob_folder(folder: Folder) -> None:
+    """A file of a Hub cache that is not what its name says: only the note of a check lets it pass."""
+    (folder / BLOB).write_bytes(b"damaged")
+    (folder / "checked").mkdir()
+
+
+def blob_seeds() -> list[bytes]:
+    """The note of a check: a path, an inode, a size and a time; no two folders have the same."""
+    return [b"/home/alice/.cache/huggingface/hub/blobs/ab 1234 7 1700000000000000000"]
+
+
+def write_blob_note(folder: Folder, case: bytes) -> None:
+    """The note, where it is looked for."""
+    (folder / "checked" / BLOB).write_bytes(case)
+
+
+def read_blob_note(folder: Folder) -> None:
+    """A file of the cache that was checked before, or not."""
+    from outlierq.load.hub.content import check_cached
+
+    with cache_in(folder):
+        check_cached([folder / BLOB])
+
+
+# --------------------------------------------------------------------------------------- what travels with the weights
+
+
+def carried_seeds() -> list[bytes]:
+    """Settings of a tokenizer that brings code, and paths of the machine that wrote it."""
+    auto = {"AutoTokenizer": ["tokenization_mine.Mine", None], "AutoProcessor": "other/repo--processing.Mine"}
+    places = {"name_or_path": "/home/alice/model", "tokenizer_file": "/home/alice/tokenizer.json"}
+    nested = {"processor": {"_name_or_path": "/home/alice", "tokens": [{"content": "<s>", "special": True}]}}
+    return [dump({**SETTINGS, "auto_map": auto, **places, **nested})]
+
+
+def carried_folder(folder: Folder) -> None:
+    """A checkpoint with code, which brings its own, with two chat templates, and with files that stay behind."""
+    source_files = {
+        "config.json": dump(CONFIG), "model.safetensors": safetensors(plain_tensors()),
+        "tokenization_mine.py": b"from .helper import x\nfrom . import other\n", "helper.py": b"import os\n",
+        "chat_template.jinja": b"{{ messages }}", "additional_chat_templates/tools.jinja": b"{{ tools }}",
+        "tokenizer.json": byte_vocabulary_seeds()[0], "trainer_state.json": b"{}", "optimizer.pt": b"",
+    }  # fmt: skip
+    (folder / "additional_chat_templates").mkdir()
+    for name, content in source_files.items():
+        (folder / name).write_bytes(content)
+
+
+def change_carried(seed: bytes, rng: Any) -> bytes:
+    """Almost any JSON may travel: its bytes are changed more often than those of other files."""
+    return (mutate.bytes_of if rng.random() < 0.3 else mutate.json_file)(seed, rng)
+
+
+def read_carried(folder: Folder) -> None:
+    """Every file that a result takes over, what stays behind, and what the tokenizer is known by."""
+    from outlierq.load.source.carried import left_behind
+    from outlierq.load.source.tokenizer_files import tokenizer_digest
+
+    checkpoint = open_folder(folder)
+    for file in checkpoint.files:
+        content = file.read()
+        assert b"/home/alice" not in content or not file.name.endswith("config.json") or carries_place(content)
+    left_behind(folder, ["model.safetensors"])
+    tokenizer_digest(checkpoint)
+
+
+def carries_place(content: bytes) -> bool:
+    """Whether a path stands under a key that names no place: then it is part of the settings."""
+    from outlierq.load.source.carried import PLACES
+
+    return not any(f'"{place}":'.encode() in content for place in PLACES)
+
+
+def template_seeds() -> list[bytes]:
+    """A chat template with all that templates usually do."""
+    return [
+        b"{% if messages[0]['role'] == 'system' %}{% set m = messages[1:] %}{% else %}{% set m = messages %}{% endif %}"
+        b"{% for message in m %}{% if loop.first and not tools is defined %}{{ bos_token }}{% endif %}"
+        b"{{ '<|' + message['role'] + '|>' + message['content'] | trim + eos_token }}{% endfor %}"
+        b"{% macro f(x) %}{{ x | tojson }}{% endmacro %}{{ f(messages | length) }}"
+        b"{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        b"{% for a in range(3) %}{{ messages[0].content[a:] ~ strftime_now('%Y') }}{% endfor %}",
+    ]
+
+
+def read_template(folder: Folder) -> None:
+    """A chat in the template that a checkpoint carries."""
+    from outlierq.calibrate import chats
+
+    tokenizer = templated()
+    tokenizer.chat_template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
+    chats.rendered(tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "yes"}], "x")
+
+
+@lru_cache
+def templated() -> Any:
+    """A tokenizer of transformers, which renders templates as users have it done."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tokenizers.Tokenizer.from_str(tokenizer_seeds()[0].decode())
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
 
 
 # ------------------------------------------------------------------------------------------------- text and task data
@@ -839,7 +1078,16 @@ READERS: dict[str, Reader] = {
         "block-00000.safetensors", stats_tensor_seeds, mutate.safetensors_file, read_stats, write_stats,
         write_stats_tensors,
     ),
-    "journal": Reader(".journal.jsonl", journal_seeds, mutate.json_lines, read_journal),
+    "stats-unfinished": Reader(
+        "unfinished.json", stats_seeds, mutate.json_file, read_unfinished, write_unfinished
+    ),
+    "journal": Reader(".outlierq-journal.jsonl", journal_seeds, mutate.json_lines, read_journal, source_beside),
+    "pin": Reader(".outlierq-shards.json", pin_seeds, mutate.json_file, read_pin),
+    "sign": Reader(".outlierq-demo.json", sign_seeds, mutate.json_file, read_sign, written=write_signed),
+    "kept-result": Reader("entry.json", kept_seeds, mutate.json_file, read_kept, written=write_kept),
+    "checked-note": Reader("note", blob_seeds, mutate.bytes_of, read_blob_note, blob_folder, write_blob_note),
+    "carried": Reader("tokenizer_config.json", carried_seeds, change_carried, read_carried, carried_folder),
+    "template": Reader("chat_template.jinja", template_seeds, mutate.template_file, read_template),
     "text": Reader("text.txt", text_seeds, mutate.bytes_of, lambda folder: read_text(folder, "text.txt")),
     "text-jsonl": Reader("text.jsonl", jsonl_seeds, mutate.json_lines, read_jsonl),
     "text-json": Reader("text.json", json_rows_seeds, mutate.json_file, lambda f: read_text(f, "text.json")),

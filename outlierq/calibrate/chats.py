@@ -16,7 +16,17 @@ from outlierq.core.machine.threads import check_room
 from outlierq.core.machine.untrusted import brief, json_value
 
 SECONDS_PER_CHAT = 3.0
-TEMPLATE_FAULTS = (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
+# SyntaxError: of the Python that a template becomes, such as a `continue` outside of a loop.
+TEMPLATE_FAULTS = (
+    TypeError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    SyntaxError,
+)
 
 # Columns that hold a whole chat, and pairs of columns that are a question and its answer; the first that fits counts.
 CHATS = ("messages", "conversations", "conversation")

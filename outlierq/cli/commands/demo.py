@@ -90,7 +90,7 @@ def remove_former(folder: Path) -> bool:
 
     try:
         names = [str(name) for name in json.loads((folder / SIGN).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
     if foreign(folder, {*names, SIGN}):
         return False

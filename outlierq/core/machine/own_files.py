@@ -15,6 +15,7 @@ from typing import Any
 # No program but this one gives files these names.
 LOCK = ".outlierq-lock"
 PART = ".outlierq-part"
+LONGEST_NAME = 255  # bytes; a longer one cannot even be asked for
 
 
 def foreign(folder: Path, ours: Collection[str]) -> list[str]:
@@ -42,7 +43,8 @@ def is_name_below(name: Any) -> bool:
     if not isinstance(name, str) or "\0" in name:
         return False
     parts = name.split("/")
-    return len(parts) <= 2 and all(part not in ("", ".", "..") for part in parts)
+    is_short = all(len(f"{part}{PART}".encode("utf-8", "surrogatepass")) <= LONGEST_NAME for part in parts)
+    return len(parts) <= 2 and is_short and all(part not in ("", ".", "..") for part in parts)
 
 
 def remove_files(folder: Path, ours: Iterable[str]) -> None:

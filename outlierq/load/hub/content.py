@@ -75,7 +75,7 @@ def _known(blob: Path) -> bool:
     """Whether these bytes were checked before, and the file has not been touched since."""
     try:
         return _place(blob).read_text() == _stamp(blob)
-    except OSError:
+    except (OSError, ValueError):  # bytes that are no text are no note of ours
         return False
 
 

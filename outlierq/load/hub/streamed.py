@@ -272,8 +272,8 @@ def _pinned(folder: Path, repository: str, revision: str | None) -> str | None:
 
 
 def _read_pin(place: Path) -> dict[str, Any]:
-    """What the file holds; nothing when it is not there or was cut short."""
-    with suppress(OSError, ValueError):
-        pin = json.loads(place.read_text())
-        return pin if isinstance(pin, dict) else {}
+    """What the file holds; nothing when it is not there, was cut short or is not what we write."""
+    with suppress(OSError, ValueError, RecursionError):
+        pin = json.loads(place.read_text(encoding="utf-8"))
+        return pin if isinstance(pin, dict) and isinstance(pin.get("commit"), str | None) else {}
     return {}
