@@ -122,7 +122,7 @@ def test_the_model_is_whole_again_after_a_failure():
 )
 def test_a_model_that_cannot_run_block_by_block_is_refused(habit, message):
     with pytest.raises(SourceError, match=message):
-        runner_of(Toy(habit)).start(ids())
+        runner_of(Toy(habit)).start(ids(), whole=True)
 
 
 def test_hidden_states_spill_to_a_file_above_the_limit(tmp_path):

@@ -236,10 +236,11 @@ class BlockRunner:
         self._probe_tokens = PROBE_TOKENS
         self._wrap = Wrap()
 
-    def start(self, ids: torch.Tensor, *, progress: Progress | None = None) -> HiddenStates:
+    def start(self, ids: torch.Tensor, *, progress: Progress | None = None, whole: bool = False) -> HiddenStates:
         """Record what every block receives and return the hidden states that enter the first one.
 
-        ids: LongTensor [sequences, tokens]. SourceError when the model does not hand hidden states from block to block.
+        ids: LongTensor [sequences, tokens]. whole: run the model past its last block, too, to see whether it comes back
+        to the first. SourceError when the model does not hand hidden states from block to block, or does come back.
         """
         import torch
 
@@ -253,6 +254,8 @@ class BlockRunner:
             # Not inference_mode: recorded arguments may later take part in a forward with gradients.
             with torch.no_grad(), self._stubs() as stubs:
                 self._wrap = self._probe(ids[:1, :PROBE_TOKENS], stubs)
+                if whole:
+                    self._check_called_once(ids[:1, :PROBE_TOKENS], stubs)
                 for number, batch in enumerate(batches):
                     first = self._record(batch, stubs, self._wrap)
                     if hidden is None:
@@ -406,20 +409,16 @@ class BlockRunner:
             stubs[0].run_real = False
             self.weights.release(name)
         self._record(ids, stubs, stubs[0].wrap, probe=True)
-        self._check_called_once(ids, stubs)
         self._probe_tokens = ids.shape[1]
         return stubs[0].wrap
 
     def _check_called_once(self, ids: torch.Tensor, stubs: list[_Stub]) -> None:
         """SourceError when a block runs more than once in a forward: statistics would be of its first round only."""
-        import torch
-
         for stub in stubs:
             stub.calls = 0
         stubs[-1].is_last = False
-        place = torch.zeros(1, dtype=torch.long, device=self.device)
         try:
-            with _heads_input_at(self.model, place, place):
+            with _stopping_at_head(self.model):
                 self._forward_model(ids)
         finally:
             stubs[-1].is_last = True
@@ -528,6 +527,22 @@ def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.T
         return args[0][rows, columns][None], *args[1:]
 
     handle = None if head is None else head.register_forward_pre_hook(at_places)
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
+@contextmanager
+def _stopping_at_head(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a forward ends where the output head would begin; a model without one runs as it is."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+    def stop(*_: Any) -> None:
+        raise StopForward
+
+    handle = None if head is None else head.register_forward_pre_hook(stop)
     try:
         yield
     finally:

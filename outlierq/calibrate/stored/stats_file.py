@@ -61,7 +61,8 @@ class StatsWriter:
     Tensors have the shapes of `InputStats`, `BlockStats` and `LogitSample`. OutputError when the folder holds something
     else, or the statistics of another model, text or setting. read: digests of the weights that the written blocks were
     made of, as `Checkpoint.bytes_read`. stamps: of the model's files now; former_stamps: as they were when the list was
-    written last, None for new statistics. calibration: the settings, for the reports of runs that use them.
+    written last: None for new statistics, nothing for finished ones, which do not know the files. calibration: the
+    settings, for the reports of runs that use them.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class StatsWriter:
         for path in self.folder.glob(f"*{PART}"):  # of a run that was killed
             path.unlink()
         if (self.folder / UNFINISHED).exists() or not (self.folder / FINISHED).exists():
+            self.stamps = {}  # equal statistics are equal bytes, wherever the model lies
             self._write_list()
             os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
             sync_names(self.folder)

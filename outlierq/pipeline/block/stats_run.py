@@ -160,7 +160,7 @@ class StatsFromRun:
         self.listen(Event("calibrate", 0, len(self.structure.blocks), "reading the text through the embeddings"))
         for shard in self.shards:
             with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
-                shard.hidden = shard.runner.start(shard.text.ids)
+                shard.hidden = shard.runner.start(shard.text.ids, whole=True)
             self._unfilled = ()
             return_freed_memory()
             shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
