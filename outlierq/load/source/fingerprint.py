@@ -3,7 +3,8 @@
 It is the sha256 of (1) the bytes of config.json (GGUF: of everything before the tensor bytes), (2) the name, dtype,
 shape and size of every tensor, in the order of their names, and (3) the first 4 KiB of every tensor. Reading all bytes
 would take minutes for a large model; fine-tuning moves every tensor it trains, so a sample of each one notices it. An
-edit that leaves the first 4 KiB of every tensor alone is not noticed.
+edit that leaves the first 4 KiB of every tensor alone is not noticed here, but where all bytes are read:
+`Checkpoint.bytes_read`.
 """
 
 from __future__ import annotations
