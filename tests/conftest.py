@@ -157,6 +157,7 @@ class Answer:
 def outlierq(capsys, monkeypatch) -> Callable[..., Answer]:
     """The command line in this process: `outlierq("plan", folder)` gives an `Answer`."""
     from outlierq.cli.main import _run as run  # `run` leaves the process
+    from outlierq.cli.streams import Streams
 
     monkeypatch.delenv("OUTLIERQ_DEBUG", raising=False)
 
@@ -164,10 +165,13 @@ def outlierq(capsys, monkeypatch) -> Callable[..., Answer]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["outlierq", *map(str, words)])
         code = 0
+        streams = Streams()
         try:
             run()
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            streams.restore()
         said = capsys.readouterr()
         return Answer(code, said.out, said.err)
 

@@ -28,6 +28,7 @@ from outlierq.cli.commands import (
     verify,
 )
 from outlierq.cli.shared import translated
+from outlierq.cli.streams import Streams
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -83,19 +84,18 @@ def run() -> None:
     """Entry point: runs a command and leaves with its exit code, quickly."""
     # Importing torch and transformers makes a million objects that stay; to look for garbage among them takes 0.3 s.
     gc.set_threshold(50_000)
+    streams = Streams()
     try:
         _run()
         code = 0
     except SystemExit as stop:
-        code = stop.code
-    if "torch" not in sys.modules or not isinstance(code, int):
+        code = int(stop.code or 0)
+    code = streams.exit_code(code)
+    if "torch" not in sys.modules:
         sys.exit(code)
     # Taking torch and transformers apart would take the interpreter another second, with nothing left to do.
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-    except OSError:  # what was printed is lost, on a full disk for example
-        code = code or EXIT_ERROR
+    streams.flush()
     os._exit(code)
 
 
@@ -124,10 +124,6 @@ def _run() -> None:
         if code in (INTERRUPTED, TERMINATED):
             typer.echo("\nstopped; run the same command again to continue", err=True)
         sys.exit(EXIT_ERROR if code == TERMINATED else code)
-    except BrokenPipeError:
-        # The reader of our output went away; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_ERROR)
     except (OSError, MemoryError, RuntimeError) as error:
         said = _of_the_machine(error)
         if said is None or os.environ.get("OUTLIERQ_DEBUG"):

@@ -209,7 +209,10 @@ def refuse_several(ranks: Ranks, what: str) -> None:
 
 def print_json(values: Any) -> None:
     """Data for machines, on stdout."""
-    typer.echo(json.dumps(values, indent=2, default=str))
+    from outlierq.core.machine.printable import whole_characters
+
+    text = json.dumps(whole_characters(values), indent=2, default=str)
+    typer.echo(text.replace("\x7f", "\\u007f"))  # the one control character that json.dumps leaves as it is
 
 
 def show(*parts: Any, stderr: bool = False) -> None:

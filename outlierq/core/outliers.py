@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked
 
 OUTLIER_REPORT_VERSION = 1
@@ -111,7 +112,7 @@ class OutlierReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON can hold, with the version of this layout."""
-        return {"outlier_report_version": OUTLIER_REPORT_VERSION, **asdict(self)}
+        return whole_characters({"outlier_report_version": OUTLIER_REPORT_VERSION, **asdict(self)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OutlierReport:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
 from outlierq.core.limits import GateRow, raise_if_failed
+from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Report(Shown):
         """Values that JSON can hold, with the version of this layout."""
         values = asdict(self)
         lists = {name: list(values[name]) for name in ("rows", "transforms", "notes")}
-        return {"report_version": REPORT_VERSION, **values, **lists}
+        return whole_characters({"report_version": REPORT_VERSION, **values, **lists})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.load.decode import unpacked
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.foreign import tokenizer_faults
@@ -46,8 +47,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _need_reader_of_pieces(checkpoint)
-    with tokenizer_faults(checkpoint.source):
-        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
+    with tokenizer_faults(checkpoint.source), utf8_path(checkpoint.path) as path:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=checkpoint.trust_remote_code)
 
 
 def _need_reader_of_pieces(checkpoint: Checkpoint) -> None:

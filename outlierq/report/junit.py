@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from outlierq.core.machine.printable import printable
+
 if TYPE_CHECKING:
     from outlierq.core.limits import GateRow
 
@@ -17,13 +19,15 @@ def junit_xml(rows: Sequence[GateRow], model: str, seconds: float) -> bytes:
     root = ElementTree.Element("testsuites", attributes)
     suite = ElementTree.SubElement(root, "testsuite", attributes | {"errors": "0", "skipped": "0"})
     for row in rows:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": f"outlierq.{model}", "name": row.name})
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": f"outlierq.{printable(model)}", "name": printable(row.name)}
+        )
         measured = f"{row.value:.6g} {row.relation} {row.limit:g}"
         if row.passed:
             ElementTree.SubElement(case, "system-out").text = measured
         else:
             failure = {"type": "limit", "message": f"not kept: {measured}"}
-            ElementTree.SubElement(case, "failure", failure).text = str(row)
+            ElementTree.SubElement(case, "failure", failure).text = printable(str(row))
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return text + b"\n"

@@ -14,18 +14,20 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from outlierq import __version__
 from outlierq.core.errors import OutputError
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
+from outlierq.core.machine.printable import over_texts, printable
 from outlierq.core.outliers import GroupOutliers, OutlierReport
 from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+T = TypeVar("T")
 UNKNOWN = "–"
 CHANNELS_NAMED = 12  # channel numbers written out before "and n more"
 PNG_SCALE = 2
@@ -67,7 +69,9 @@ def page(report: OutlierReport) -> str:
 
     drawn = pictures(report)
     library, script = _library(), _part("js")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+    )
     environment.filters["breakable"] = _breakable
     # "<" inside JSON text can be written as an escape, so no value can end the script element it stands in.
     specifications = _json({picture.name: picture.spec for picture in drawn if picture.spec}).replace("<", "\\u003c")
@@ -225,7 +229,12 @@ def _breakable(name: str) -> Markup:
     """A dotted name that may be broken after a dot."""
     from markupsafe import Markup, escape
 
-    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
+    return Markup(".<wbr>").join(escape(printable(part)) for part in name.split("."))
+
+
+def _printable(value: T) -> T:
+    """What the template writes: our own markup as it is, any other text without characters that act."""
+    return cast("T", printable(str(value))) if type(value) is str else value
 
 
 def _finite(value: float | None) -> float:
@@ -249,7 +258,7 @@ def _library() -> str:
 
 
 def _json(values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(over_texts(values, printable), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _policy_hash(script: str) -> str:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from outlierq.core.machine.printable import printable
 
 if TYPE_CHECKING:
     from outlierq.core.limits import GateRow
@@ -31,7 +35,7 @@ PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
     """A console that is plain, and wide enough for whole rows, when it does not write to a terminal."""
-    console = Console(file=file, stderr=stderr, highlight=False)
+    console = _Harmless(file=file or (sys.stderr if stderr else sys.stdout), highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     return console
@@ -264,11 +268,20 @@ def _slowest(seconds: Mapping[str, float]) -> str:
     return f"{stage} {human_seconds(seconds[stage])}"
 
 
+class _Harmless(Console):
+    """A console that makes visible what a terminal would act on; only rich's own styles get through as such."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 class _Plain(Table):
     """A table that shows text as it is: square brackets in names and notes are not rich's markup."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        texts = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*texts, **options)
 
 
 def _before_after_table() -> Table:

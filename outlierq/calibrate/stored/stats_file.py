@@ -21,7 +21,9 @@ from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
 from outlierq.core.logits import LogitSample
 from outlierq.core.machine.own_files import PART, foreign, remove_files, sync_names, write_atomically
+from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked, json_value
+from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 
@@ -52,7 +54,7 @@ class StatsIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Values as they come back from JSON, so that identities can be compared."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(whole_characters(asdict(self))))
 
 
 class StatsWriter:
@@ -308,7 +310,7 @@ class StatsReader:
                 )
             self._verified.add(entry["file"])
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_path(path) as place, safe_open(place, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys() if asked(key)}  # noqa: SIM118, not a dict
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StatsError(f"{path} cannot be read: {error}", hint="calibrate again") from error

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.machine.printable import printable
 
 if TYPE_CHECKING:
     import yaml
@@ -90,8 +91,8 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 def brief(value: Any, length: int = 100) -> str:
-    """A value short enough for a message, whatever it is."""
-    text = str(value)
+    """A value short enough for a message, on one line and harmless, whatever it is."""
+    text = printable(str(value)[: length + 1], lines=False)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.printable import printable
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.model import Checkpoint
 from outlierq.export.gguf.piece_model import pieces_of_model
@@ -152,7 +153,7 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     head_dim = config.get("head_dim") or hidden // heads
     writer.add_type("model")
     # llama.cpp treats the special tokens of whatever is called Phi-3 as those of Phi-3.
-    writer.add_name(re.sub("phi-?3", "phi_3", Path(checkpoint.source).name, flags=re.IGNORECASE) or "model")
+    writer.add_name(re.sub("phi-?3", "phi_3", printable(Path(checkpoint.source).name), flags=re.IGNORECASE) or "model")
     writer.add_quantization_version(2)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config.get("max_position_embeddings", 2048))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.machine.installed import needs_version
+from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.load.gguf.file import read_gguf_header
 from outlierq.load.model.foreign import tokenizer_faults
 
@@ -28,8 +29,8 @@ def gguf_tokenizer(path: Path, source: str) -> PreTrainedTokenizerBase:
     fields = read_gguf_header(path).fields
     if fields.get("tokenizer.ggml.model") == "llama":
         needs_version("transformers", ">=5.18", "a tokenizer of SentencePiece pieces in a GGUF file")
-    with tokenizer_faults(source):
-        tokenizer = with_ends_of(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), fields)
+    with tokenizer_faults(source), utf8_path(path) as file:
+        tokenizer = with_ends_of(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), fields)
     return with_spaces_of(tokenizer, fields)
 
 

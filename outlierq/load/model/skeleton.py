@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
 from outlierq.core.machine.installed import check_versions
+from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure
 from outlierq.load.model.names import checkpoint_names
 
@@ -72,7 +73,8 @@ def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     _check_content(checkpoint, content)
     try:
         if own_code:
-            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+            with utf8_path(checkpoint.path) as path:
+                config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(content)
         parts = (config, config.get_text_config())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
 from outlierq.core.machine.own_files import is_name_below, remove_files
+from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import brief, checked, json_object
 from outlierq.core.report import SiteRow
 from outlierq.export.writer import disk_error
@@ -119,7 +120,7 @@ class Journal:
             with open(self.path, "ab") as file:
                 whole = os.fstat(file.fileno()).st_size
                 try:
-                    file.write((json.dumps(line) + "\n").encode())
+                    file.write((json.dumps(whole_characters(line)) + "\n").encode())
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
@@ -142,7 +143,7 @@ class Journal:
             entries = {line["unit"]: {key: value for key, value in line.items() if key != "unit"} for line in units}
         except (KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{self.path} is damaged: {error}", hint="run again with --restart") from error
-        wanted = json.loads(json.dumps(identity))
+        wanted = json.loads(json.dumps(whole_characters(identity)))
         differing = sorted(key for key in wanted.keys() | former.keys() if former.get(key) != wanted.get(key))
         if differing and entries:
             raise OutputError(
