@@ -19,36 +19,85 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from outlierq.api import convert, evaluate, plan, quantize
+    from outlierq.api import (
+        bench,
+        calibrate,
+        compare,
+        convert,
+        demo,
+        detect,
+        diff,
+        evaluate,
+        inspect,
+        open,
+        plan,
+        publish,
+        quantize,
+        read_recipe,
+        recipe_text,
+        recipes,
+        verify,
+    )
     from outlierq.core.errors import GateError, OutlierqError
     from outlierq.core.limits import Limits
+    from outlierq.core.model import Checkpoint
+    from outlierq.core.outliers import OutlierReport
     from outlierq.core.report import Evaluation, Report
+    from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.asked.events import Event
+    from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.planning.plan import Plan
+    from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe
 
 __all__ = [
+    "Checkpoint",
+    "Comparison",
+    "Difference",
     "Evaluation",
+    "Event",
     "GateError",
     "Limits",
+    "OutlierReport",
     "OutlierqError",
     "Plan",
     "Recipe",
     "Report",
+    "Verification",
+    "bench",
+    "calibrate",
+    "compare",
     "convert",
+    "demo",
+    "detect",
+    "diff",
     "evaluate",
+    "inspect",
+    "open",
     "plan",
+    "publish",
     "quantize",
+    "read_recipe",
+    "recipe_text",
+    "recipes",
+    "verify",
 ]
 
 # What is not in `outlierq.api`.
 _HOMES = {
+    "Checkpoint": "core.model",
+    "Comparison": "evaluate.comparison",
+    "Difference": "pipeline.diff",
     "Evaluation": "core.report",
+    "Event": "pipeline.asked.events",
     "GateError": "core.errors",
     "Limits": "core.limits",
+    "OutlierReport": "core.outliers",
     "OutlierqError": "core.errors",
     "Plan": "pipeline.planning.plan",
     "Recipe": "recipe",
     "Report": "core.report",
+    "Verification": "pipeline.verify",
 }
 
 

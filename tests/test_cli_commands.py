@@ -330,7 +330,7 @@ class TestOthers:
         assert "Traceback" not in done.stderr
 
     def test_the_demo_compresses_and_lets_both_models_speak(self, outlierq, tiny_llama, tmp_path, monkeypatch):
-        from outlierq.cli.commands import demo
+        from outlierq.pipeline import demo
 
         monkeypatch.setattr(demo, "default_model", lambda: str(tiny_llama))
         monkeypatch.setattr(demo, "SAMPLES", 6)
@@ -350,7 +350,7 @@ class TestOthers:
 
 
 def test_a_demo_replaces_nothing_but_the_result_of_a_demo(tmp_path):
-    from outlierq.cli.commands import demo
+    from outlierq.pipeline import demo
 
     (tmp_path / "outlierq.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("hours of work")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -109,3 +111,45 @@ def test_core_loads_no_heavy_library():
     names = sorted(path.stem for path in (ROOT / "outlierq" / "core").glob("*.py"))
     assert len(names) > 3
     assert heavy_after("\n".join(f"import outlierq.core.{name}" for name in names)) == []
+
+
+ALLOWED = ("outlierq", "outlierq.cli", "outlierq.core.errors", "outlierq.report")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """The modules of ours that a file imports, inside functions, too."""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name for name in names if name.partition(".")[0] == "outlierq"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "outlierq" / "cli" / "commands").glob("[a-z]*.py")), ids=lambda p: p.stem
+)
+def test_a_command_translates_its_options_into_one_call_of_a_public_function(path):
+    import outlierq
+
+    tree = ast.parse(path.read_text())
+    foreign = {name for name in imports_of(tree) if not any(name == a or name.startswith(f"{a}.") for a in ALLOWED[1:])}
+    assert foreign <= {"outlierq"}
+    commands = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    calls = [called for node in commands if (called := public_calls(node, outlierq))]
+    assert calls and all(len(called) == 1 for called in calls), calls
+
+
+def public_calls(function: ast.FunctionDef, outlierq) -> list[str]:
+    """The public functions that a function calls as `outlierq.name(...)`; values such as `outlierq.Limits` are none."""
+    called = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+    names = [name.removeprefix("outlierq.") for name in called if name.startswith("outlierq.")]
+    return [name for name in names if inspect.isfunction(getattr(outlierq, name.partition(".")[0]))]
+
+
+def test_what_commands_share_does_no_work():
+    tree = ast.parse((ROOT / "outlierq" / "cli" / "shared.py").read_text())
+    checked = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    found = set().union(*map(imports_of, checked))
+    assert found and all(
+        name.startswith(("outlierq.report", "outlierq.core", "outlierq.recipe.shipped")) for name in found
+    )

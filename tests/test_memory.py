@@ -34,6 +34,7 @@ from outlierq.ops.grid import in_groups
 from outlierq.ops.hadamard import Rotation
 from outlierq.ops.search import refine, scale_search
 from outlierq.pipeline import quantize as quantizing
+from outlierq.pipeline.asked.resources import Resources
 from outlierq.pipeline.block.sources import stats_source
 from outlierq.pipeline.planning import memory, phases
 from outlierq.pipeline.planning.decide import make_plan
@@ -42,7 +43,6 @@ from outlierq.pipeline.planning.phases import BASE_BYTES, method_bytes, peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.quantize import quantize
-from outlierq.pipeline.resources import Resources
 from outlierq.quantize import stage
 from outlierq.recipe import load
 from outlierq.registry import COPIES, methods

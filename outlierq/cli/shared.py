@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from outlierq.core.errors import ArgumentError, OutlierqError
+from outlierq.core.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from outlierq.core.limits import Limits
-    from outlierq.core.model import Checkpoint
-    from outlierq.pipeline.events import Listener
+    from outlierq.pipeline.asked.events import Listener
     from outlierq.pipeline.planning.plan import Plan
-    from outlierq.pipeline.processes.ranks import Ranks
-    from outlierq.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -115,98 +110,6 @@ TrustMethods = Annotated[
 ]
 
 
-def open_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint named on the command line."""
-    from outlierq.load import open_checkpoint
-
-    return open_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def open_streamed(
-    context: typer.Context,
-    source: str,
-    out: Path,
-    revision: str | None,
-    trust_remote_code: bool,
-    restart: bool = False,
-) -> Checkpoint:
-    """The Hub id named on the command line; its shards come and go beside `out`. They stay for a run that goes on."""
-    from outlierq.load import stream_checkpoint
-
-    shards = out.with_name(f"{out.name}.shards")
-    checkpoint = stream_checkpoint(
-        source, shards, revision=revision, trust_remote_code=trust_remote_code, restart=restart
-    )
-    context.call_on_close(checkpoint.store.close)
-    return checkpoint
-
-
-def open_headers(source: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    """The checkpoint, of a Hub id without its weights."""
-    from outlierq.load import is_hub_id, stream_checkpoint
-
-    if is_hub_id(source):
-        from huggingface_hub import is_offline_mode
-
-        if not is_offline_mode():
-            return stream_checkpoint(source, None, revision=revision, trust_remote_code=trust_remote_code)
-    return open_model(source, revision, trust_remote_code)
-
-
-def load_recipe(reference: str, settings: list[str] | None, trust_methods: bool = False) -> Recipe:
-    """The checked recipe."""
-    from outlierq import recipe
-
-    return recipe.load(reference, settings, trust_methods=trust_methods)
-
-
-def choose_device(wanted: str) -> str:
-    """ "cpu" or "cuda"; an error when cuda is asked for and there is none."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"{wanted!r} is not a device; choose auto, cpu or cuda", param_hint="--device")
-    if wanted == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if wanted == "cuda":
-        raise OutlierqError("--device cuda: torch finds no CUDA device", hint="use --device cpu")
-    return "cpu"
-
-
-def ranks_of(context: typer.Context, stream_from_hub: bool) -> Ranks:
-    """The processes that share this command's work."""
-    from outlierq.pipeline.processes.ranks import ALONE
-
-    ranks = context.obj or ALONE
-    if stream_from_hub:
-        refuse_several(ranks, "--stream-from-hub")
-    return ranks
-
-
-def ceiling(max_memory: str | None) -> int | None:
-    """The bytes of --max-memory, None without it."""
-    if max_memory is None:
-        return None
-    from outlierq.core.machine.heap import return_memory_at_once
-    from outlierq.recipe import parse_size
-
-    return_memory_at_once()  # before the model is built: its empty parts are allocated for a moment
-    try:
-        return parse_size(max_memory)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-memory") from None
-
-
-def refuse_several(ranks: Ranks, what: str) -> None:
-    """OutlierqError when several processes were started for something that one must do."""
-    if ranks.size > 1:
-        raise OutlierqError(
-            f"{what} needs one process, and {ranks.size} were started", hint="start the same command without torchrun"
-        )
-
-
 def print_json(values: Any) -> None:
     """Data for machines, on stdout."""
     from outlierq.core.machine.printable import whole_characters
@@ -230,48 +133,16 @@ def say(text: str, quiet: bool = False) -> None:
         typer.echo(text, err=True)
 
 
-def plan_shower(quiet: bool) -> Callable[[Plan], None]:
-    """What shows a plan on stderr, unless nothing is to be said."""
+def plan_shower(quiet: bool = False, stderr: bool = True) -> Callable[[Plan], None]:
+    """What shows a plan, unless nothing is to be said."""
 
     def shown(plan: Plan) -> None:
         from outlierq.report import terminal
 
         if not quiet:
-            show(terminal.plan_of(plan), stderr=True)
+            show(terminal.plan_of(plan), stderr=stderr)
 
     return shown
-
-
-def gate_limits(
-    max_kl: float | None, max_perplexity_increase: str | None, min_top1: str | None, min_task: list[str] | None
-) -> Limits:
-    """The limits given on the command line."""
-    from outlierq.core.limits import Limits, TaskLimit, share
-
-    def read(parse: Callable[[str], T], text: str | None, option: str) -> T | None:
-        try:
-            return None if text is None else parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=option) from None
-
-    return Limits(
-        max_kl,
-        read(share, max_perplexity_increase, "--max-perplexity-increase"),
-        read(share, min_top1, "--min-top1"),
-        tuple(read(TaskLimit.parse, text, "--min-task") for text in min_task or ()),
-    )
-
-
-def refuse_unwritable(*paths: Path | None) -> None:
-    """OutlierqError before any work when a file that is written after it cannot be; folders are made when needed."""
-    for path in filter(None, paths):
-        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-        if path.is_dir() or not (nearest == path or nearest.is_dir()) or not os.access(nearest, os.W_OK):
-            raise OutlierqError(
-                f"{path} cannot be written: "
-                + ("it is a folder" if path.is_dir() else f"{nearest} is no folder that can be written to"),
-                hint="nothing was done; name another place",
-            )
 
 
 @contextmanager
@@ -306,8 +177,3 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["outlierq", *sys.argv[1:]])
-
-
-def out_path(text: str) -> Path:
-    """The output folder, absolute, so that its parent is known."""
-    return Path(text).expanduser().absolute()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from outlierq.core.errors import OutlierqError
 from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked
+from outlierq.core.report import Shown
 
 OUTLIER_REPORT_VERSION = 1
 
@@ -92,7 +93,7 @@ class BlockOutliers:
 
 
 @dataclass(frozen=True)
-class OutlierReport:
+class OutlierReport(Shown):
     """A whole model. outlier_features: LLM.int8() emergence, channel -> (share of layers, share of positions).
 
     outlier_channels: channels of the residual width that stand out in most blocks. summary: the findings in words.

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.report import Shown
+from outlierq.evaluate.divergence import Divergence
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint, TensorInfo
@@ -57,8 +59,11 @@ class CheckpointSize:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """`b` relative to `a`. added, removed, changed: logical tensor names; changed means stored in another way."""
+class Comparison(Shown):
+    """`b` relative to `a`. added, removed, changed: logical tensor names; changed means stored in another way.
+
+    divergence: of `b` from `a` on a text, where it was measured.
+    """
 
     a: CheckpointSize
     b: CheckpointSize
@@ -66,6 +71,7 @@ class Comparison:
     removed: tuple[str, ...]
     changed: tuple[str, ...]
     unchanged: int
+    divergence: Divergence | None = None
 
     @property
     def size_ratio(self) -> float:
@@ -75,7 +81,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
         names = {name: list(getattr(self, name)) for name in ("added", "removed", "changed")}
-        return {**asdict(self), **names}
+        values = {**asdict(self), **names}
+        return {key: value for key, value in values.items() if key != "divergence" or value is not None}
 
 
 def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> Comparison:

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.errors import ArgumentError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.asked.events import Event, Listener, silent
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,41 @@ class Timing:
             "of_roofline": self.roofline_seconds / self.seconds,
         }
         return asdict(self) | {name: round(value, 3) for name, value in ratios.items()}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What this machine does. machine: its name and settings."""
+
+    machine: Mapping[str, Any]
+    ceilings: Ceilings
+    timings: tuple[Timing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        rows = [timing.to_dict() for timing in self.timings]
+        return {"machine": self.machine, "ceilings": vars(self.ceilings), "timings": rows}
+
+
+def bench(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    kinds: Sequence[str] = tuple(KINDS),
+    *,
+    rounds: int = 7,
+    device: str = "cpu",
+    listen: Listener = silent,
+) -> Benchmark:
+    """Measure, after a look at what is asked; ArgumentError for a kind or a shape that has no product."""
+    for name in kinds:
+        if name not in KINDS:
+            raise ArgumentError(f"{name!r}; choose {', '.join(KINDS)}", argument="kind")
+    if any(number % 32 for shape in shapes for number in shape):
+        raise ArgumentError("both numbers must be multiples of 32", argument="shape")
+    if "w4" in kinds and any(columns % 128 for _, columns in shapes):
+        raise ArgumentError("w4 has groups of 128 inputs; OUTxIN needs a multiple of 128", argument="shape")
+    ceilings, timings = measure(shapes, tokens, kinds, device=device, rounds=rounds, listen=listen)
+    return Benchmark(machine(device), ceilings, tuple(timings))
 
 
 def measure(

@@ -6,25 +6,63 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
-from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsWriter, former_shards
+from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, StatsWriter, former_shards
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint
 from outlierq.load import check_unchanged, differing, lasting_stamps, tokenizer_digest
+from outlierq.pipeline.asked.events import Event, Listener, fetching
+from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
-from outlierq.pipeline.events import Event, Listener, fetching
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
 from outlierq.pipeline.planning.work import Savings, work_of_calibration
-from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:
     from outlierq.calibrate.text import TokenSet
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """A complete folder of statistics. identity: what they belong to. notes: what was unusual in making them."""
+
+    folder: Path
+    identity: StatsIdentity
+    nbytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        """The tokens that the model read, in words."""
+        return self.identity.token_description
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        stored = {"stats": str(self.folder), "bytes": self.nbytes, "notes": list(self.notes)}
+        return stored | self.identity.to_json()
+
+
+def make_statistics(
+    source: Source, settings: Calibration, out: Path, *, resources: Resources = USUAL
+) -> StoredStatistics:
+    """Calibrate a model as a user names it; all processes that share the work are told what was stored."""
+    with source.opened_for(out) as checkpoint:
+        identity = calibrate(checkpoint, settings, out, resources=resources)
+        if resources.ranks.lead:
+            checkpoint.drop_shards()
+    return resources.ranks.first(lambda: _stored(out, identity))
+
+
+def _stored(folder: Path, identity: StatsIdentity) -> StoredStatistics:
+    """What lies in the folder."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return StoredStatistics(folder, identity, size, tuple(StatsReader(folder).notes))
 
 
 def calibrate(

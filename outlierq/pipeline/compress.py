@@ -13,6 +13,7 @@ from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
 from outlierq.load import open_checkpoint, reading_ahead
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.convert import convert, make_conversion
 from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
 from outlierq.pipeline.measuring.measure import (
@@ -29,7 +30,6 @@ from outlierq.pipeline.planning.memory import check_evaluation
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import refuse_several
 from outlierq.pipeline.quantize import quantize
-from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.recipe import Gate, Recipe
 
 

@@ -23,7 +23,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import format_type
 from outlierq.export.writer import write_small
 from outlierq.load import lasting_stamps
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.ledger.folder import finish, working
 from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.ledger.output import Output

@@ -16,8 +16,8 @@ from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite
 from outlierq.core.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.stats import InputStats
-from outlierq.pipeline.events import Event, Listener, silent
-from outlierq.pipeline.resources import USUAL, Resources
+from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.asked.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch

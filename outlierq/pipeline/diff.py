@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.core.report import Shown
+from outlierq.pipeline.asked.events import Event, Listener, silent
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
@@ -25,7 +26,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Shown):
     """added: tensors of b alone. removed: of a alone. changed: largest error first. config: keys that differ."""
 
     added: tuple[str, ...]

@@ -9,9 +9,9 @@ from outlierq.core.limits import Limits
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Evaluation
 from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.measuring.measure import Measurement, judge, measure, read_report, record, with_command
 from outlierq.pipeline.planning.memory import check_evaluation
-from outlierq.pipeline.resources import USUAL, Resources
 
 NO_LIMITS = Limits()
 

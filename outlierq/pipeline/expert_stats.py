@@ -7,6 +7,7 @@ from pathlib import Path
 
 from outlierq.calibrate.stored.stats_file import remove_statistics
 from outlierq.core.model import Checkpoint
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.calibrate import calibrate
 from outlierq.pipeline.ledger.folder import refuse_existing
 from outlierq.pipeline.planning.decide import make_plan
@@ -14,7 +15,6 @@ from outlierq.pipeline.planning.memory import check_together
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.planning.work import Work, work_of, work_of_calibration
 from outlierq.pipeline.remodel.rewrite import original_of
-from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.recipe import Calibration, Recipe
 from outlierq.registry import transform_method
 

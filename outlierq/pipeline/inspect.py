@@ -10,7 +10,22 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import REPORT_NAME
+from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.ledger.folder import work_folder
 from outlierq.pipeline.ledger.journal import JOURNAL, read_lines, seconds_of
+
+
+def inspect(source: Source) -> dict[str, Any]:
+    """What a checkpoint, a statistics folder, or the folder of a run is and holds."""
+    folder = Path(source.name)
+    unfinished = [place for place in (folder, work_folder(folder)) if (place / JOURNAL).is_file()]
+    if (folder / "stats.json").is_file():
+        return describe_stats(folder)
+    if unfinished:
+        return describe_unfinished(unfinished[0])
+    if (folder / "unfinished.json").is_file():
+        return describe_unfinished_stats(folder)
+    return describe_checkpoint(source.headers())
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from outlierq.pipeline.asked.events import Listener, silent
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source
+from outlierq.pipeline.asked.resources import ceiling
 from outlierq.pipeline.convert import make_conversion
-from outlierq.pipeline.events import Listener, silent
 from outlierq.pipeline.expert_stats import works_of
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.estimate import estimate
 from outlierq.pipeline.planning.memory import check_together, choose
 from outlierq.pipeline.planning.plan import Plan
-from outlierq.pipeline.resources import ceiling
 
 
 def plan(source: Source, request: Request, *, max_memory: str | int | None = None, listen: Listener = silent) -> Plan:

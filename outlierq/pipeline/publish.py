@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +92,66 @@ def check(folder: Path, limits: Limits, *, trust_remote_code: bool = False) -> C
     tops = {name.partition("/")[0] for name in files}
     left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in tops))
     return Candidate(folder, report, files, left_out, tuple(rows), tuple(_clients(report)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes. public: of a new repository. update: replace what an existing one holds."""
+
+    repository: str
+    public: bool = False
+    update: bool = False
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was sent, or would be. files: (name, bytes). sent: None when nothing was sent."""
+
+    target: Target
+    files: Sequence[tuple[str, int]]
+    card: str
+    left_out: tuple[str, ...]
+    sent: Sent | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        files = [{"name": name, "bytes": size} for name, size in self.files]
+        values = {"repository": self.target.repository, "files": files}
+        if self.sent is not None:
+            return values | vars(self.sent)
+        return values | {"private": not self.target.public, "card": self.card, "left_out": self.left_out}
+
+
+def publish(
+    folder: Path,
+    target: Target,
+    limits: Limits,
+    *,
+    write: Callable[[Candidate], Mapping[str, bytes]],
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    told: Callable[[str], Any] = lambda text: None,
+) -> Publication:
+    """Verify a folder, hold it against its gates, write what belongs to it on the Hub, and upload all of it.
+
+    write: makes the card and other files of a candidate. dry_run: nothing is sent, no network is used. told: is given
+    a sentence at each step.
+    """
+    check_repository(target.repository)
+    told(f"verifying {folder} ...")
+    candidate = check(folder, limits, trust_remote_code=trust_remote_code)
+    if candidate.report.evaluation is None:
+        told("note: nothing was measured on this checkpoint, and its card says so (`eval --record`)")
+    written = write(candidate)
+    ready = Publication(target, sizes(candidate.files, written), written[CARD].decode(), candidate.left_out)
+    if dry_run:
+        return ready
+    told(f"uploading {len(ready.files)} files to {target.repository} ...")
+    with staged(candidate, written) as staging:
+        sent = upload(staging, target.repository, private=not target.public, update=target.update)
+    if target.public and sent.private:
+        told("note: the repository was private before and stays so; its settings on the Hub change that")
+    return replace(ready, sent=sent)
 
 
 def public_report(report: Report, repository: str, base_model: str | None) -> Report:

@@ -21,6 +21,8 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.export.writer import write_small
 from outlierq.load import lasting_stamps
+from outlierq.pipeline.asked.events import Event, fetching
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.data_free import Unit, done_by_all, give, is_data_free, output_beside, rounder
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, hidden_names
 from outlierq.pipeline.block.report import make_report
@@ -35,7 +37,6 @@ from outlierq.pipeline.block.starved import (
     tokens_of,
 )
 from outlierq.pipeline.block.stats import StatsSource
-from outlierq.pipeline.events import Event, fetching
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.folder import finish, work_folder, working
 from outlierq.pipeline.ledger.journal import Journal, former_shards
@@ -46,7 +47,6 @@ from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import bare, names_of
 from outlierq.pipeline.remodel.rewrite import prove_rewrite
-from outlierq.pipeline.resources import USUAL, Resources
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 

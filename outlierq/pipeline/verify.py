@@ -12,8 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.report import Shown
 from outlierq.load.packed.described import fits
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.asked.events import Event, Listener, silent
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class Fault:
 
 
 @dataclass
-class Verification:
+class Verification(Shown):
     """What was found. errors: relative error of each quantized weight against the source, after scales per row and
     column that a fold may have moved. notes: what could not be checked, and why.
     """

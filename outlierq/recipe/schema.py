@@ -49,6 +49,11 @@ class Recipe(Section):
         """The steps that drop experts."""
         return tuple(step for step in self.transform if transform_method(step.method).stage == "prune")
 
+    @property
+    def all_needs(self) -> frozenset[str]:
+        """The same as `needs`, and what pruning reads of the whole model."""
+        return self.needs.union(*(transform_method(step.method).needs for step in self.pruning))
+
     def clip_search_for(self, module: str) -> bool:
         """Whether the scale of the static input of the linear called `module` is searched."""
         chosen = None if self.quantize is None else _activations_for(self.quantize, module)

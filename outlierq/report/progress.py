@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from outlierq.pipeline.events import Event, Listener
+    from outlierq.pipeline.asked.events import Event, Listener
 
 SECONDS_BETWEEN_LINES = 10
 

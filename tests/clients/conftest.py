@@ -17,7 +17,7 @@ from clients.jobs import Agreement, Dequantized, home
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Callable[[str], Path]:
     """The folder of an export by name. The others start from the dense one, which is quicker to read than GGUF."""
-    from outlierq.cli.commands.demo import default_model
+    from outlierq.pipeline.demo import default_model
 
     root = tmp_path_factory.mktemp("exports")
 

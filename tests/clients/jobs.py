@@ -108,8 +108,8 @@ def questions() -> tuple[list[int], list[list[int]]]:
 @cache
 def smollm2_tokenizer() -> Any:
     """The tokenizer in the metadata of the model that the demo uses."""
-    from outlierq.cli.commands.demo import default_model
     from outlierq.load import load_tokenizer, open_checkpoint
+    from outlierq.pipeline.demo import default_model
 
     return load_tokenizer(open_checkpoint(default_model()))
 

@@ -26,29 +26,24 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Time packed products beside the 16-bit one and the machine's own limits, measured on the spot."""
-    from outlierq.pipeline import bench
+    import outlierq
 
-    kinds = kind or list(bench.KINDS)
-    for name in kinds:
-        if name not in bench.KINDS:
-            raise typer.BadParameter(f"{name!r}; choose {', '.join(bench.KINDS)}", param_hint="--kind")
     shapes = [_numbers(text, "x", "--shape", 2) for text in shape or ["4096x4096"]]
-    if any(number % 32 for pair in shapes for number in pair):
-        raise typer.BadParameter("both numbers must be multiples of 32", param_hint="--shape")
-    if "w4" in kinds and any(columns % 128 for _, columns in shapes):
-        raise typer.BadParameter("w4 has groups of 128 inputs; OUTxIN needs a multiple of 128", param_hint="--shape")
-    counts = _numbers(tokens, ",", "--tokens")
-    where = shared.choose_device(device)
     with shared.progress(quiet) as listen:
-        ceilings, timings = bench.measure(shapes, counts, kinds, device=where, rounds=rounds, listen=listen)
-    machine = bench.machine(where)
+        measured = outlierq.bench(
+            shapes,
+            _numbers(tokens, ",", "--tokens"),
+            kind or None,
+            rounds=rounds,
+            device=device,
+            progress=listen,
+        )
     if as_json:
-        rows = [timing.to_dict() for timing in timings]
-        shared.print_json({"machine": machine, "ceilings": vars(ceilings), "timings": rows})
+        shared.print_json(measured.to_dict())
         return
     from outlierq.report.bench_text import bench as table
 
-    shared.show(table(ceilings, timings, machine))
+    shared.show(table(measured.ceilings, measured.timings, measured.machine))
 
 
 def _numbers(text: str, separator: str, option: str, count: int | None = None) -> tuple[int, ...]:

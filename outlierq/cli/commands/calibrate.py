@@ -9,7 +9,7 @@ import typer
 from outlierq.cli import shared
 
 if TYPE_CHECKING:
-    from outlierq.recipe.sections import Calibration
+    pass
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -20,7 +20,6 @@ EXAMPLES = (
 
 
 def command(
-    context: typer.Context,
     model: shared.Model,
     out: Annotated[str, typer.Option("--out", "-o", help="The folder for the statistics.")],
     text: Annotated[
@@ -55,52 +54,33 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
-    from outlierq.calibrate.stored.stats_file import StatsReader
-    from outlierq.pipeline.calibrate import calibrate
-    from outlierq.pipeline.resources import Resources
+    import outlierq
 
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "text": text or None}
-    chosen = calibration_settings(recipe, settings, given, chat_template, trust_methods)
-    folder = shared.out_path(out)
-    ranks = shared.ranks_of(context, stream_from_hub)
-    if stream_from_hub:
-        checkpoint = shared.open_streamed(context, model, folder, revision, trust_remote_code)
-    else:
-        checkpoint = shared.open_model(model, revision, trust_remote_code)
     with shared.progress(quiet) as listen:
-        identity = calibrate(
-            checkpoint,
-            chosen,
-            folder,
-            resources=Resources(shared.choose_device(device), listen, ranks, shared.ceiling(max_memory)),
+        stats = outlierq.calibrate(
+            model,
+            out=out,
+            recipe=recipe,
+            settings=settings,
+            text=text,
+            samples=samples,
+            sequence_length=sequence_length,
+            chat_template=chat_template,
+            seed=seed,
+            device=device,
+            max_memory=max_memory,
+            revision=revision,
+            stream_from_hub=stream_from_hub,
+            trust_remote_code=trust_remote_code,
+            trust_methods=trust_methods,
+            progress=listen,
         )
-    if not ranks.lead:
-        return
-    checkpoint.drop_shards()
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    notes = StatsReader(folder).notes
     if as_json:
-        shared.print_json({"stats": str(folder), "bytes": size, "notes": notes, **identity.to_json()})
-    else:
-        from outlierq.report.terminal import human_bytes
+        shared.print_json(stats.to_dict())
+        return
+    from outlierq.report.terminal import human_bytes
 
-        typer.echo(f"{identity.token_description}\nstatistics written: {out} ({human_bytes(size)})")
-        for text in notes:
-            typer.echo(f"note: {text}")
-        typer.echo(f"use them with: outlierq quantize {model} --recipe NAME --stats {out} -o OUT")
-
-
-def calibration_settings(
-    recipe: str | None, settings: list[str] | None, given: dict, chat_template: bool, trust_methods: bool = False
-) -> Calibration | None:
-    """The calibration section of the recipe (or the defaults) with the command line's values on top."""
-    import json
-
-    from outlierq.recipe import load, parse
-
-    base = load(recipe, settings, trust_methods=trust_methods).calibration if recipe else None
-    section = base.model_dump(mode="json") if base else {}
-    section |= {key: value for key, value in given.items() if value is not None}
-    section |= {"chat_template": True} if chat_template else {}
-    content = json.dumps({"calibration": section, "export": {"format": "dense"}})
-    return parse(content, name="calibrate options", settings=None if recipe else settings).calibration
+    typer.echo(f"{stats.description}\nstatistics written: {out} ({human_bytes(stats.nbytes)})")
+    for note in stats.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"use them with: outlierq quantize {model} --recipe NAME --stats {out} -o OUT")

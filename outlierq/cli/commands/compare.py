@@ -29,29 +29,24 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Sizes, bits per weight and changed tensors of two checkpoints, from headers; with --quality their divergence."""
-    from outlierq.evaluate.comparison import compare_checkpoints
-    from outlierq.load import load_tokenizer
-    from outlierq.pipeline.measuring import models as evaluation
+    import outlierq
+
+    with shared.progress(quiet) as listen:
+        compared = outlierq.compare(
+            a,
+            b,
+            quality=quality,
+            text=text,
+            windows=windows or None,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+        )
+    if as_json:
+        shared.print_json({"models": {"a": a, "b": b}, **compared.to_dict()})
+        return
     from outlierq.report import terminal
 
-    first, second = (shared.open_model(source, None, trust_remote_code) for source in (a, b))
-    compared = compare_checkpoints(first, second)
-    measured = None
-    if quality:
-        content, _ = evaluation.evaluation_text(text)
-        ids = evaluation.checked_windows(first, load_tokenizer(first), content, windows=windows or None)
-        loading = {"device": shared.choose_device(device)}
-        with shared.progress(quiet) as listen:
-            measured = evaluation.measure_windows(
-                evaluation.load_for_evaluation(second, **loading),
-                ids,
-                reference=evaluation.load_for_evaluation(first, **loading),
-                listen=listen,
-            )
-    if as_json:
-        divergence = {"divergence": measured.to_dict()} if measured else {}
-        shared.print_json({"models": {"a": a, "b": b}, **compared.to_dict(), **divergence})
-        return
     shared.show(terminal.comparison(compared, names=("A", "B")))
-    if measured:
-        shared.show(terminal.divergence(measured))
+    if compared.divergence:
+        shared.show(terminal.divergence(compared.divergence))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlierq.cli import shared
+
+if TYPE_CHECKING:
+    from outlierq import Difference
 
 EXAMPLES = "Examples:\n\n  outlierq diff ./SmolLM2-135M ./SmolLM2-135M-W4\n\n  outlierq diff a.gguf ./b --json"
 SHOWN = 20  # changed tensors printed; JSON has all
@@ -20,11 +23,10 @@ def command(
     quiet: shared.Quiet = False,
 ) -> None:
     """Tensors added, removed and changed from A to B, by decoded values, with the error of each."""
-    from outlierq.pipeline.diff import diff
+    import outlierq
 
-    first, second = (shared.open_model(source, None, trust_remote_code) for source in (a, b))
     with shared.progress(quiet) as listen:
-        found = diff(first, second, listen)
+        found = outlierq.diff(a, b, trust_remote_code=trust_remote_code, progress=listen)
     if as_json:
         shared.print_json({"a": a, "b": b, **found.to_dict()})
         return
@@ -32,7 +34,7 @@ def command(
         typer.echo(line)
 
 
-def lines(found: object) -> list[str]:
+def lines(found: Difference) -> list[str]:
     """The differences, one a line."""
     shown = [f"- {name}" for name in found.removed] + [f"+ {name}" for name in found.added]
     for change in found.changed[:SHOWN]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,30 +21,18 @@ def command(
     as_json: shared.AsJson = False,
 ) -> None:
     """Say what TARGET is and holds, from headers alone."""
-    from outlierq.pipeline import inspect as inspection
-    from outlierq.pipeline.ledger.folder import work_folder
-    from outlierq.pipeline.ledger.journal import JOURNAL
+    import outlierq
 
-    folder = Path(target)
-    unfinished = [f for f in (folder, work_folder(folder)) if (f / JOURNAL).is_file()]
-    if (folder / "stats.json").is_file():
-        found = inspection.describe_stats(folder)
-    elif unfinished:
-        found = inspection.describe_unfinished(unfinished[0])
-    elif (folder / "unfinished.json").is_file():
-        found = inspection.describe_unfinished_stats(folder)
-    else:
-        found = inspection.describe_checkpoint(shared.open_headers(target, revision, trust_remote_code))
+    found = outlierq.inspect(target, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         shared.print_json(found)
         return
     for line in lines(found):
         typer.echo(line)
     if found.get("report"):
-        from outlierq.core.report import Report
         from outlierq.report import terminal
 
-        shared.show(terminal.summary(Report.from_dict(found["report"])))
+        shared.show(terminal.summary(outlierq.Report.from_dict(found["report"])))
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -24,9 +24,9 @@ Reference = Annotated[
 @app.command("list", epilog="Example:\n\n  outlierq recipes list --json")
 def list_recipes(as_json: shared.AsJson = False) -> None:
     """The recipes that come with outlierq."""
-    from outlierq.recipe import description, shipped
+    import outlierq
 
-    found = {name: description(path) for name, path in shipped().items()}
+    found = outlierq.recipes()
     if as_json:
         shared.print_json(found)
         return
@@ -38,18 +38,16 @@ def list_recipes(as_json: shared.AsJson = False) -> None:
 @app.command("show", epilog="Example:\n\n  outlierq recipes show awq-w4 > mine.yaml")
 def show(reference: Reference) -> None:
     """Print a recipe as it is written, comments included."""
-    from outlierq.recipe import find, read
+    import outlierq
 
-    typer.echo(read(find(reference)), nl=False)
+    typer.echo(outlierq.recipe_text(reference), nl=False)
 
 
 @app.command("check", epilog="Example:\n\n  outlierq recipes check mine.yaml --set quantize.bits=3")
 def check(reference: Reference, settings: shared.Settings = None, trust_methods: shared.TrustMethods = False) -> None:
     """Check a recipe; every fault is reported at once, with its line."""
-    from outlierq.recipe import load
-    from outlierq.registry import transform_method
+    import outlierq
 
-    recipe = load(reference, settings, trust_methods=trust_methods)
-    pruning = (transform_method(step.method).needs for step in recipe.pruning)
-    needs = ", ".join(sorted(recipe.needs.union(*pruning))) or "no data"
+    recipe = outlierq.read_recipe(reference, settings, trust_methods=trust_methods)
+    needs = ", ".join(sorted(recipe.all_needs)) or "no data"
     typer.echo(f"ok: {reference} ({recipe.description or 'no description'}; needs {needs})")

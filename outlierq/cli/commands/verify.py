@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlierq.cli import shared
 from outlierq.core.errors import EXIT_ERROR
+
+if TYPE_CHECKING:
+    from outlierq import Verification
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -31,10 +34,10 @@ def command(
     Checked: files and shapes, every tensor accounted for, finite numbers, config.json against the tensors, tied
     weights, zero points, and with --source the error of every quantized weight.
     """
-    from outlierq.pipeline.verify import verify
+    import outlierq
 
     with shared.progress(quiet) as listen:
-        found = verify(target, source, trust_remote_code=trust_remote_code, listen=listen)
+        found = outlierq.verify(target, source, trust_remote_code=trust_remote_code, progress=listen)
     if as_json:
         shared.print_json(found.to_dict())
     else:
@@ -44,7 +47,7 @@ def command(
         raise typer.Exit(EXIT_ERROR)
 
 
-def lines(found: object) -> list[str]:
+def lines(found: Verification) -> list[str]:
     """The findings, one a line."""
     what = f"{found.quantization} " if found.quantization else ""
     shown = [f"{found.source}: {what}checkpoint of {found.tensors} tensors, {found.linears} quantized weights"]

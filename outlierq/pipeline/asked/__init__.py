@@ -1,1 +1,1 @@
-"""What a job is asked for, before anything is read."""
+"""What a job is asked for, what it may use, and who listens."""

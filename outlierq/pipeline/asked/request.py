@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from outlierq.core.errors import ArgumentError, OutlierqError
 from outlierq.core.limits import Limits
 from outlierq.core.model import Checkpoint
 from outlierq.pipeline.processes.ranks import refuse_several
-from outlierq.recipe import USUAL_RECIPE, Recipe, RecipeLike, Settings, as_texts, given
+from outlierq.recipe import USUAL_RECIPE, Calibration, Recipe, RecipeLike, Settings, as_texts, given, parse
 from outlierq.registry import formats
 
 SourceLike = str | os.PathLike[str] | Checkpoint
@@ -114,6 +116,22 @@ def request(
             return FormatAlone(format)
         texts.append(f"export.format={format}")
     return given(USUAL_RECIPE if recipe is None else recipe, texts, trust_methods=trust_methods)
+
+
+def calibration(
+    recipe: RecipeLike | None,
+    settings: Settings,
+    options: Mapping[str, Any],
+    *,
+    trust_methods: bool = False,
+) -> Calibration:
+    """The calibration section of the recipe, or the defaults, with further values on top (None: as they are)."""
+    base = given(recipe, settings, trust_methods=trust_methods).calibration if recipe is not None else None
+    section = base.model_dump(mode="json") if base else {}
+    section |= {key: value for key, value in options.items() if value is not None}
+    content = json.dumps({"calibration": section, "export": {"format": "dense"}})
+    left = None if recipe is not None else as_texts(settings)
+    return parse(content, name="calibrate options", settings=left).calibration or Calibration()
 
 
 def gate_settings(limits: Limits) -> dict[str, object]:

@@ -22,11 +22,11 @@ from outlierq.core.model import Checkpoint, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
+from outlierq.pipeline.asked.resources import Resources
 from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Digests, Output
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks
-from outlierq.pipeline.resources import Resources
 from outlierq.quantize.stage import QuantizedRows, quantize_rows, rows_of_a_piece
 from outlierq.registry import method
 

@@ -10,6 +10,7 @@ from typing import Any
 from outlierq import __version__
 from outlierq.core.machine.heap import peak_bytes
 from outlierq.core.report import Report
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.starved import STARVED
 from outlierq.pipeline.block.stats import StatsSource
 from outlierq.pipeline.ledger.clock import Clock
@@ -17,7 +18,6 @@ from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.remodel.rewrite import original_of
-from outlierq.pipeline.resources import USUAL, Resources
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 

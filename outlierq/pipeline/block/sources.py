@@ -7,6 +7,7 @@ from pathlib import Path
 
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import InputGroup
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning.plan import Plan
@@ -14,7 +15,6 @@ from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import all_of_lead, dealt
 from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of
-from outlierq.pipeline.resources import USUAL, Resources
 
 
 def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:

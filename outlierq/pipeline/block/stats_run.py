@@ -28,8 +28,9 @@ from outlierq.core.model import Block, InputGroup, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
+from outlierq.pipeline.asked.events import Event
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.hidden_files import SAVED, load_hidden, save_hidden
-from outlierq.pipeline.events import Event
 from outlierq.pipeline.planning.memory import in_passes
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import Ranks
@@ -44,7 +45,6 @@ from outlierq.pipeline.processes.sharding import (
     shards_of,
     sorted_by_group,
 )
-from outlierq.pipeline.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch

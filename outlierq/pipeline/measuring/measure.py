@@ -24,13 +24,13 @@ from outlierq.core.notes import collecting
 from outlierq.core.report import REPORT_NAME, Evaluation, Report
 from outlierq.export.writer import disk_error
 from outlierq.load import check_unchanged
-from outlierq.pipeline.events import Listener
+from outlierq.pipeline.asked.events import Listener
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.measuring import models as evaluation
 from outlierq.pipeline.measuring.cache import content_hash, data_hash, keep, key_of, recall
 from outlierq.pipeline.measuring.packed_model import runtime_summary
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.remodel.rewrite import original_of
-from outlierq.pipeline.resources import USUAL, Resources
 
 if TYPE_CHECKING:
     import torch

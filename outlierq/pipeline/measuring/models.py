@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError, StatsError
 from outlierq.core.model import Checkpoint
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.asked.events import Event, Listener, silent
 
 if TYPE_CHECKING:
     import torch

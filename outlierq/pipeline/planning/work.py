@@ -13,7 +13,7 @@ from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.model import LinearSite, Structure, StudiedModel
 from outlierq.load.model.lookup import tables
-from outlierq.pipeline.resources import USUAL, Resources
+from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.registry import COPIES, method
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
-from outlierq.pipeline.events import Event, Listener, silent
+from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.registry import Method, transform_method

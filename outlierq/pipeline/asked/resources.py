@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from outlierq.core.errors import ArgumentError, OutlierqError
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.pipeline.events import Listener, silent
+from outlierq.pipeline.asked.events import Listener, silent
 from outlierq.pipeline.processes.ranks import ALONE, Ranks, present
 from outlierq.recipe import parse_size
 
