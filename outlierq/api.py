@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import outlierq.report.notebook  # noqa: F401  # the values show themselves in a notebook
 from outlierq.core.errors import ArgumentError
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,45 @@ def test_a_listener_is_told_of_every_event(tiny_llama, tmp_path):
     events = []
     outlierq.quantize(tiny_llama, "rtn-w4", out=tmp_path / "out", progress=events.append)
     assert [(event.done, event.total) for event in events if event.stage == "quantize"] == [(0, 2), (1, 2)]
+
+
+class TestNotebook:
+    """Values show themselves, escaped; the notebook of the examples runs."""
+
+    def test_every_value_that_shows_itself_is_a_table_of_escaped_text(self, tiny_llama, compressed):
+        values = [
+            outlierq.plan(tiny_llama, "rtn-w4"),
+            outlierq.Report.from_dict(outlierq.inspect(compressed)["report"]),
+            outlierq.evaluate(compressed, tiny_llama, windows=1, window_length=32, limits=outlierq.Limits(max_kl=9.0)),
+            outlierq.compare(tiny_llama, compressed),
+            outlierq.diff(tiny_llama, compressed),
+            outlierq.detect(tiny_llama),
+        ]
+        assert all("<table><tr><th" in value._repr_html_() for value in values)
+        assert "sound" in outlierq.verify(compressed)._repr_html_()
+
+    def test_markup_in_a_value_is_text(self):
+        found = outlierq.Verification("<b>x</b>", None)
+        found.fault("files", "<script>", "a & b")
+        shown = found._repr_html_()
+        assert "&lt;script&gt;" in shown and "a &amp; b" in shown and "<script>" not in shown and "<b>x" not in shown
+
+    def test_the_notebook_of_the_examples_runs_and_holds_no_outputs(self, tmp_path, monkeypatch):
+        notebook = json.loads((Path(__file__).parents[1] / "examples" / "quickstart.ipynb").read_text())
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert len(cells) >= 4 and all(cell["outputs"] == [] for cell in cells)
+        monkeypatch.chdir(tmp_path)
+        names: dict = {"__name__": "__main__"}
+        for cell in cells:
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
+        assert names["report"].size.ratio > 1 and names["evaluation"].kl > 0
+
+
+def test_the_python_of_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme[readme.index("## In Python") :]
+    code = section[section.index("```python\n") + 10 : section.index("\n```\n")]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "Llama-3.1-8B")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "out" / "model.safetensors").is_file()
