@@ -175,6 +175,8 @@ def evaluate(
     backend: str = "transformers",
     runtime: str = "dense",
     dtype: str | None = None,
+    bos: bool = True,
+    max_length: int | None = None,
     limits: Limits | None = None,
     out: Place | None = None,
     junit: Place | None = None,
@@ -192,7 +194,9 @@ def evaluate(
     text: a file, by default held-out text that is always there; the first `windows` of it (None takes all) of
     `window_length` tokens. tasks: of lm-eval, with `limit` samples each, `num_fewshot` examples in the prompt, and
     `batch_size` sequences at a time, their data from `data_dir` or the Hub; `backend` "vllm" lets vLLM answer them.
-    runtime: "packed" multiplies the packed weights as they are stored. dtype: float32 (packed: bfloat16), or float16.
+    bos: each window begins as the tokenizer begins a text, as the model is served. max_length: tokens of context in
+    tasks (2048; 0 takes all positions). runtime: "packed" multiplies the packed weights as they are stored. dtype:
+    float32 (packed: bfloat16), or float16.
     limits: `.passed` says whether all were kept. out, junit: files for the result, and for what the limits say.
     record: put the result into the model's outlierq.json, where `publish` reads it. cached: take what was measured
     before. command: how to repeat it, a part of the result.
@@ -204,6 +208,7 @@ def evaluate(
     (True, None)
     """
     from outlierq.core.limits import Limits
+    from outlierq.core.machine.printable import whole_characters
     from outlierq.pipeline.asked.request import Source, refuse_unwritable, write_file
     from outlierq.pipeline.asked.resources import Resources
     from outlierq.pipeline.evaluate import Keeping, evaluate
@@ -223,6 +228,8 @@ def evaluate(
         dtype=dtype or ("bfloat16" if runtime == "packed" else "float32"),
         backend=backend,
         runtime=runtime,
+        bos=bos,
+        max_length=max_length,
     )
     refuse_unwritable(_path(out), _path(junit))
     original = None if reference is None else Source(reference, trust_remote_code=trust_remote_code)
@@ -236,7 +243,7 @@ def evaluate(
             resources=Resources.of(device, max_memory, listen),
         )
     if out is not None:
-        write_file(Path(out), (json.dumps(found, indent=1) + "\n").encode())
+        write_file(Path(out), (json.dumps(whole_characters(found), indent=1) + "\n").encode())
     if junit is not None:
         _write_junit(found, Path(junit))
     return found

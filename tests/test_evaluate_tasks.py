@@ -1,6 +1,7 @@
 """lm-eval tasks run offline from both layouts of local data, and leave nothing changed."""
 
 import copy
+import io
 import json
 import logging
 import os
@@ -118,6 +119,33 @@ def test_bits_per_byte_equals_a_plain_computation(model, tokenizer, plain):
     rows = run(model, tokenizer, plain, "wikitext")["rows"]
     measured = next(row["value"] for row in rows if row["metric"] == "bits_per_byte")
     assert measured == pytest.approx(nll / bytes_in_all / np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 512), (0, 512), (64, 64), (9999, 512)])
+def test_contexts_are_as_long_as_asked_and_the_conditions_say_so(model, tokenizer, plain, asked, length):
+    conditions = run(model, tokenizer, plain, "wikitext", max_length=asked)["conditions"]
+    assert (conditions["max_length"], conditions["positions"]) == (length, 512)
+
+
+def test_contexts_shorter_than_the_model_are_said_beside_the_figures(model, tokenizer, plain, monkeypatch):
+    from rich.console import Console
+
+    from outlierq.evaluate import tasks
+    from outlierq.report import terminal
+    from outlierq.report.model_card import _task_conditions
+
+    def shown(result):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(terminal.tasks(result))
+        return console.export_text()
+
+    monkeypatch.setattr(tasks, "CONTEXT_LIMIT", 16)
+    cut = run(model, tokenizer, plain, "wikitext")
+    assert "in contexts of 16 of the model's 512 positions" in shown(cut)
+    assert "max_length 16" in _task_conditions({"tasks": cut}) and "512 positions" in _task_conditions({"tasks": cut})
+    whole = run(model, tokenizer, plain, "wikitext", max_length=0)
+    assert "contexts" not in shown(whole) and "positions" not in _task_conditions({"tasks": whole})
+    assert whole["rows"][0]["value"] != cut["rows"][0]["value"]
 
 
 def test_a_group_comes_before_its_members(model, tokenizer, tmp_path):

@@ -47,7 +47,7 @@ def faked(cache, monkeypatch) -> SimpleNamespace:
         return {"rows": [{"task": name, "metric": "acc", "value": 0.5} for name in names]}
 
     monkeypatch.setattr(evaluation, "load_for_evaluation", load)
-    monkeypatch.setattr(evaluation, "checked_windows", lambda *_, **__: torch.zeros(1, 2))
+    monkeypatch.setattr(evaluation, "checked_windows", lambda *_, **__: evaluation.Windows(torch.zeros(1, 2)))
     monkeypatch.setattr(evaluation, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluation, "measure_windows", text)
     monkeypatch.setattr(evaluation, "run_tasks", tasks)
@@ -118,7 +118,7 @@ class TestCache:
         measure(opened(tiny_llama), None, Measurement(**settings))
         assert "tasks" not in measure(opened(tiny_llama), None, Measurement(**{**settings, **change}))["from_cache"]
         assert faked.tasks[0][1] == ("mmlu",) and set(faked.tasks[0][2]) == {
-            "data_dir", "limit", "num_fewshot", "batch_size",
+            "data_dir", "limit", "num_fewshot", "batch_size", "max_length",
         }  # fmt: skip
 
     def test_changed_data_and_changed_versions_ask_again(self, faked, tiny_llama, data, monkeypatch):

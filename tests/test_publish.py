@@ -162,6 +162,36 @@ class TestCard:
         card = model_card(report, REPO, None, {}, clients=["transformers 5.23: loads", "vLLM 0.32: does not load it"])
         assert "from_pretrained" in card and "vllm serve" not in card
 
+    def test_what_is_not_ours_means_nothing_in_it(self, compressed):
+        from dataclasses import replace
+
+        from markdown_it import MarkdownIt
+
+        from outlierq.report.model_card import model_card
+
+        hostile = "```\n# Heading\n<img src=x onerror=alert(1)> [a](javascript:b) ![c](d) | `e` \x1b[31m\u202e ~~~\n- f"
+        report = Report.from_dict(json.loads((compressed / "outlierq.json").read_text()))
+        settings = {**report.settings, "description": hostile, "calibration": {"text": hostile}}
+        evaluation = {**report.evaluation, "text": hostile, "command": f"outlierq {hostile}", "device": hostile}
+        report = replace(report, settings=settings, evaluation=evaluation, recipe=hostile, notes=(hostile,) * 2)
+        gate = [{"name": hostile, "value": 1.0, "relation": "<=", "limit": 2.0}]
+        card = model_card(report, REPO, None, {"license_name": hostile}, gate=gate, clients=[hostile])
+        head, fence, body = card.removeprefix("---\n").partition("\n---\n")
+        assert fence and yaml.safe_load(head) == {
+            "license_name": hostile.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+        }
+        assert "\x1b" not in card and "\u202e" not in card
+        blocks = re.split(r"^````yaml\n(.*?)^````$", body, flags=re.DOTALL | re.MULTILINE)
+        assert len(blocks) == 3 and yaml.safe_load(blocks[1])["quantize"]["method"] == "rtn"
+        page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body)
+        assert "&lt;img" in page and not re.search("<img|<script|href=.javascript|<s>|<h1>Heading", page)
+        assert page.count("<h1>") == 1 and page.count("<h2>") == body.count("\n## ")
+
+    @pytest.mark.parametrize("name", ["a/b](javascript:alert(1))[x", "a/b\n# x", "owner", "a/b/c", "../b", ""])
+    def test_an_original_that_is_no_hub_id_is_refused(self, outlierq, compressed, name):
+        answer = outlierq("publish", compressed, REPO, "--base-model", name, "--dry-run")
+        assert answer.code == 1 and "is no Hub id" in answer.err and "owner/name" in answer.err
+
     def test_no_path_of_this_machine_is_published(self, outlierq, hub, compressed):
         local = (compressed / "outlierq.json").read_text()
         assert str(compressed.parent) in local

@@ -18,6 +18,7 @@ from outlierq.core.errors import StatsError, during, nearest
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.notes import collecting, note
+from outlierq.core.windows import begun, opening_tokens, room_beside
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +119,8 @@ def token_windows(
 
     Documents are joined to one stream and cut. seed: chooses among the windows; None takes the first ones in
     order. chat_template: documents are rendered as chats (their messages, or their text as one user turn). Each window
-    starts with the bos token where the tokenizer adds one by itself. StatsError when the text cannot be read, is too
-    short, or says next to nothing.
+    begins with what the tokenizer puts before a text by itself (a bos token). StatsError when the text cannot be read,
+    is too short, or says next to nothing.
     """
     import torch
 
@@ -129,12 +130,12 @@ def token_windows(
             f"calibration needs sources, samples and tokens, got {len(listed)}, {samples} and {sequence_length}"
         )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    bos = _added_bos(tokenizer)
+    opening = opening_tokens(tokenizer)
     parts = []
     with collecting() as notes:
         for source, count in zip(listed, shares(samples, [source.weight for source in listed]), strict=True):
             with during("calibrate", source.name):
-                parts.append(_windows(tokenizer, source, count, sequence_length, generator, bos, chat_template))
+                parts.append(_windows(tokenizer, source, count, sequence_length, generator, opening, chat_template))
     ids = torch.cat(parts)
     settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "chat_template": chat_template}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
@@ -203,19 +204,13 @@ def _as_source(entry: str | Mapping[str, Any] | TextSource) -> TextSource:
     return TextSource(**entry)
 
 
-def _added_bos(tokenizer: Any) -> int | None:
-    """The bos token if the tokenizer puts it before every text."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else None
-
-
 def _windows(
     tokenizer: Any,
     source: TextSource,
     count: int,
     sequence_length: int,
     generator: torch.Generator | None,
-    bos: int | None,
+    opening: Sequence[int],
     chat_template: bool,
 ) -> torch.Tensor:
     """[count, sequence_length] windows of one source."""
@@ -223,7 +218,7 @@ def _windows(
 
     if count == 0:
         return torch.empty(0, sequence_length, dtype=torch.long)
-    body = sequence_length - (bos is not None)
+    body = room_beside(opening, sequence_length)
     pool = count if generator is None else POOL_FACTOR * count
     limit = pool * body if source.has_rows or generator is None else None
     left_out: Counter[str] = Counter()
@@ -241,7 +236,7 @@ def _windows(
     order = torch.arange(count) if generator is None else torch.randperm(available, generator=generator)[:count]
     windows = windows[order]
     _judge(windows, tokenizer, source.name)
-    return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
+    return begun(windows, opening)
 
 
 def _judge(windows: torch.Tensor, tokenizer: Any, name: str) -> None:

@@ -1,13 +1,42 @@
-"""Whether token windows fit a model: its positions and its vocabulary, told before anything runs."""
+"""Token windows as a model is served them: how they begin, and whether they fit its positions and its vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
 
 if TYPE_CHECKING:
     import torch
+
+PROBE = "a"  # a text that shows what is put before and behind it
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text by itself: a begin-of-text token, nothing, or several."""
+    text = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(PROBE)["input_ids"])
+    starts = range(len(whole) - len(text) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(text)] == text), 0)]
+
+
+def begun(windows: torch.Tensor, opening: Sequence[int]) -> torch.Tensor:
+    """Windows [n, tokens] with the opening tokens before each: [n, len(opening) + tokens]."""
+    import torch
+
+    before = torch.tensor(list(opening), dtype=windows.dtype)
+    return torch.cat([before.expand(len(windows), -1), windows], dim=1)
+
+
+def room_beside(opening: Sequence[int], length: int) -> int:
+    """Tokens of text in a window of `length`; OutlierqError where the opening leaves none."""
+    if length <= len(opening):
+        raise OutlierqError(
+            f"windows of {length} tokens have no room for text: the tokenizer begins each with {len(opening)}",
+            hint="use longer windows",
+        )
+    return length - len(opening)
 
 
 def check_length(model: torch.nn.Module, length: int, setting: str) -> None:

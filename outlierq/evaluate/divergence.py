@@ -1,7 +1,9 @@
 """Perplexity of a model, and its KL divergence per token from a reference model on the same windows.
 
-Convention: non-overlapping windows of one token stream, no special tokens, tokens 1..L-1 of every window predicted
-(GPTQ, arXiv:2210.17323, section 4). Not comparable with lm-eval's word perplexity.
+Convention: non-overlapping windows of one token stream, tokens 1..L-1 of every window predicted (GPTQ,
+arXiv:2210.17323, section 4); each window begins as the tokenizer begins a text, which is how a model is served. A model
+that never saw a text without its begin-of-text token loses half of its quality without it. Not comparable with
+lm-eval's word perplexity.
 
 Both models run side by side, batch by batch, and only sums are kept: caching the reference's logits instead would
 save its second run, but takes 2 bytes x tokens x vocabulary (20 GB for WikiText-2 at 32 k).
@@ -11,14 +13,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError
 from outlierq.core.forward import forward_of
-from outlierq.core.windows import check_ids, check_length
+from outlierq.core.windows import begun, check_ids, check_length, room_beside
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,8 @@ class Divergence:
     kl_per_token: mean of KL(reference || model) in nats; kl_standard_error: over windows, None for a single window.
     top1_agreement: share of positions with the same most likely token, 0..1.
     flips_to_wrong: positions where the reference's most likely token is the true one and the model's is not;
-    flips_to_right: the reverse. seconds: wall time of the whole measurement, both models.
+    flips_to_right: the reverse. seconds: wall time of the whole measurement, both models. opening: the tokens that
+    every window begins with, among its window_length; empty where it begins with text.
     """
 
     tokens: int
@@ -50,6 +53,7 @@ class Divergence:
     top1_agreement: float | None = None
     flips_to_wrong: int | None = None
     flips_to_right: int | None = None
+    opening: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
@@ -104,22 +108,26 @@ def measure(
     return _summarise(windows, ids.shape[1], reference is not None, time.perf_counter() - start)
 
 
-def text_windows(tokenizer: Any, text: str, length: int, windows: int | None = None) -> torch.Tensor:
+def text_windows(
+    tokenizer: Any, text: str, length: int, windows: int | None = None, opening: Sequence[int] = ()
+) -> torch.Tensor:
     """The first `windows` (default: all) non-overlapping windows of `text` as one token stream, [windows, length].
 
-    No special tokens are added; a last incomplete window is dropped. Raises when the text is too short.
+    opening: the tokens that each begins with (`core.windows.opening_tokens`); there is so much less text in it. A last
+    incomplete window is dropped. Raises when the text is too short.
     """
     import torch
 
     stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(stream) // length
+    body = room_beside(opening, length)
+    available = len(stream) // body
     count = available if windows is None else windows
     if count > available or count < 1:
         raise OutlierqError(
-            f"the text has {len(stream)} tokens; {max(count, 1)} windows of {length} need {max(count, 1) * length}",
+            f"the text has {len(stream)} tokens; {max(count, 1)} windows of {length} need {max(count, 1) * body}",
             hint="use a longer text, shorter windows, or fewer of them",
         )
-    return torch.tensor(stream[: count * length], dtype=torch.long).view(count, length)
+    return begun(torch.tensor(stream[: count * body], dtype=torch.long).view(count, body), opening)
 
 
 @contextmanager

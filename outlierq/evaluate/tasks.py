@@ -60,8 +60,9 @@ def run_tasks(
 
     model: a module, or the folder that vLLM is to serve (then it brings its own tokenizer).
     data_dir: folder of local data (see `task_data.find_local`); then the network is not touched. limit: samples per
-    single task. num_fewshot: None follows each task. max_length: tokens of context, default the model's own up to
-    2048. chat: apply the chat template. progress: called with the number of sequences evaluated so far.
+    single task. num_fewshot: None follows each task. max_length: the most tokens of context, default 2048; 0 takes all
+    positions of the model, as lm-eval does by itself. chat: apply the chat template. progress: called with the number
+    of sequences evaluated so far.
     Returns {"rows": [{task, metric, value, stderr, samples, parent}], "versions", "conditions"}; parent is the group
     that a row is a part of.
     """
@@ -72,7 +73,8 @@ def run_tasks(
     served = isinstance(model, Served)
     if served:
         need_vllm()
-    length = max_length or (CONTEXT_LIMIT if served else _default_length(model))
+    positions = None if served else _positions(model)
+    length = _context(positions, CONTEXT_LIMIT if max_length is None else max_length)
     with ExitStack() as stack:
         for guard in (_quiet(), _random_state_restored(seed)):
             stack.enter_context(guard)
@@ -89,7 +91,7 @@ def run_tasks(
     rows = _rows(results, tasks)
     top = {row["task"] for row in rows if row["parent"] is None}
     conditions = {"limit": limit, "batch_size": batch_size, "max_length": length, "chat": chat, "seed": seed}
-    conditions["backend"] = "vllm" if served else "transformers"
+    conditions |= {"positions": positions, "backend": "vllm" if served else "transformers"}
     return {
         "rows": rows,
         "versions": {"lm_eval": version("lm_eval"), **_only(top, results["versions"])},
@@ -171,7 +173,7 @@ def _evaluate(answering: LM, loaded: dict[str, Any], limit: int | None, chat: bo
     )
 
 
-def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_length: int) -> LM:
+def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_length: int | None) -> LM:
     """The model as lm-eval asks it. The tokenizer is copied: lm-eval gives it a padding token."""
     from copy import deepcopy
 
@@ -186,7 +188,7 @@ def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_len
     )
 
 
-def _in_vllm(served: Served, _tokenizer: Any, batch_size: int, max_length: int) -> LM:
+def _in_vllm(served: Served, _tokenizer: Any, batch_size: int, max_length: int | None) -> LM:
     """The folder in vLLM, as a client would load it."""
     from lm_eval.models.vllm_causallms import VLLM
 
@@ -268,10 +270,14 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _default_length(model: torch.nn.Module) -> int:
-    """The model's own number of positions, up to `CONTEXT_LIMIT`."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(positions or CONTEXT_LIMIT, CONTEXT_LIMIT)
+def _positions(model: torch.nn.Module) -> int | None:
+    """The positions that the model's config names."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _context(positions: int | None, most: int) -> int | None:
+    """Tokens of context: all positions, or `most` of them where that is not 0; None lets lm-eval find them."""
+    return min(filter(None, (positions, most)), default=None)
 
 
 @contextmanager

@@ -35,6 +35,6 @@ def _divergence(
     from outlierq.load import load_tokenizer
 
     content, _ = models.evaluation_text(text)
-    ids = models.checked_windows(a, load_tokenizer(a), content, windows=windows)
+    sampled = models.checked_windows(b, load_tokenizer(b), content, windows=windows, reference=(a, load_tokenizer(a)))
     model, reference = (models.load_for_evaluation(each, device=resources.device) for each in (b, a))
-    return models.measure_windows(model, ids, reference=reference, listen=resources.listen)
+    return models.measure_windows(model, sampled, reference=reference, listen=resources.listen)

@@ -85,8 +85,10 @@ def _compared(source: Checkpoint, written: Checkpoint, resources: Resources) -> 
     tokenizer = load_tokenizer(source)
     before, after = (models.load_for_evaluation(each, **loading) for each in (source, written))
     text, name = models.evaluation_text(None)
-    ids = models.checked_windows(source, tokenizer, text, windows=WINDOWS)
-    measured = models.measure_windows(after, ids, reference=before, listen=resources.listen)
+    sampled = models.checked_windows(
+        written, load_tokenizer(written), text, windows=WINDOWS, reference=(source, tokenizer)
+    )
+    measured = models.measure_windows(after, sampled, reference=before, listen=resources.listen)
     del after  # room for the same model with packed weights
     packed = models.load_for_evaluation(written, **loading, runtime="packed")
     first, second = (

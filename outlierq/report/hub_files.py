@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from outlierq.core.errors import PublishError
-from outlierq.core.machine.untrusted import json_object
+from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.outliers import OutlierReport
 from outlierq.core.report import REPORT_NAME
 from outlierq.pipeline.publish import CARD, REPOSITORY, Candidate, public_report, scrubbed_json, without_paths
@@ -36,8 +36,14 @@ def hub_files(
 
 def _base_model(candidate: Candidate, given: str | None) -> str | None:
     """The Hub id of the original: as given, or what the report says when that is one."""
+    if given == NONE:
+        return None
     if given is not None:
-        return None if given == NONE else given
+        if not REPOSITORY.fullmatch(given):
+            raise PublishError(
+                f"--base-model {brief(repr(given))} is no Hub id", hint="a Hub id is written owner/name, or say none"
+            )
+        return given
     source = candidate.report.model
     if REPOSITORY.fullmatch(source) and not Path(source).exists() and not source.endswith(".gguf"):
         return source

@@ -5,6 +5,7 @@ The text is `data/model_card.md.jinja`. The same checkpoint gives the same card,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,16 +15,19 @@ from typing import Any, TypeVar
 import yaml
 
 from outlierq.core.errors import PublishError
+from outlierq.core.machine.printable import over_texts, printable
 from outlierq.core.machine.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.core.report import Report
 from outlierq.export import Format, format_type
-from outlierq.report.terminal import human_bytes
+from outlierq.report.terminal import begun_with, human_bytes
 
 T = TypeVar("T")
 # What of the source's card holds for a compressed copy as well.
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 MAX_NOTES = 10
+# What means something within a line of Markdown, or begins a block in a list; underscores inside of words do not.
+MARKS = re.compile(r"[\\`*\[\]<>|~#&]|(?<!\w)_|_(?!\w)")
 UNKNOWN = "–"
 
 
@@ -98,14 +102,15 @@ def model_card(
     """The whole README.md. report: without paths of this machine. head: see `metadata`. gate: rows that were kept."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_inline)
+    environment.filters["code"] = _code
     template = (resources.files("outlierq") / "data" / "model_card.md.jinja").read_text(encoding="utf-8")
     settings = dict(report.settings)
     measured = report.evaluation
     text = environment.from_string(template).render(
-        metadata=yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True),
+        metadata=_Markdown(yaml.safe_dump(over_texts(dict(head), printable), sort_keys=False, allow_unicode=True)),
         name=repository.partition("/")[2],
-        repository=repository,
+        repository=_Markdown(repository),
         base_model=base_model,
         description=_sentence(settings.pop("description", "")),
         report=report,
@@ -116,8 +121,9 @@ def model_card(
         clients=clients,
         runs={client: _runs(client, clients) for client in ("transformers", "vLLM")} | {"vllm": _runs("vLLM", clients)},
         pictures=pictures,
-        recipe=yaml.safe_dump(_short(settings), sort_keys=False, allow_unicode=True),
+        recipe=_fenced("yaml", yaml.safe_dump(_short(settings), sort_keys=False, allow_unicode=True)),
         notes=_few(list(dict.fromkeys(report.notes))),
+        begun_with=begun_with,
         bytes=human_bytes,
         bits=lambda value: UNKNOWN if value is None else f"{value:.2f}",
         figure=lambda value: UNKNOWN if value is None else f"{value:.4g}",
@@ -142,7 +148,10 @@ def _task_conditions(measured: Mapping[str, Any]) -> str:
     """How the tasks were run."""
     conditions = measured.get("tasks", {}).get("conditions", {})
     named = ("num_fewshot", "limit", "batch_size", "max_length", "seed", "backend")
-    return ", ".join(f"{name} {conditions[name]}" for name in named if conditions.get(name) is not None)
+    said = [f"{name} {conditions[name]}" for name in named if conditions.get(name) is not None]
+    length, positions = conditions.get("max_length"), conditions.get("positions")
+    shortened = length is not None and positions is not None and length < positions
+    return ", ".join([*said, *([f"the model has {positions} positions"] if shortened else [])])
 
 
 def _short(settings: T) -> T | dict[Any, Any] | list[Any]:
@@ -153,7 +162,38 @@ def _short(settings: T) -> T | dict[Any, Any] | list[Any]:
 
 
 def _sentence(text: str) -> str:
-    return text.strip().rstrip(".")
+    return " ".join(text.split()).rstrip(".")
+
+
+class _Markdown(str):
+    """Text that stands in the card as it is: ours, or checked before."""
+
+    __slots__ = ()
+
+
+def _inline(value: T) -> T | _Markdown:
+    """What the template writes: any text that is not ours without meaning in Markdown or HTML, on one line."""
+    if not isinstance(value, str) or isinstance(value, _Markdown):
+        return value
+    return _Markdown(MARKS.sub(r"\\\g<0>", printable(value, lines=False)))
+
+
+def _code(text: str) -> _Markdown:
+    """The text as code within a line."""
+    text = printable(text, lines=False)
+    fence = _fence(text, 1)
+    return _Markdown(f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}")
+
+
+def _fenced(language: str, text: str) -> _Markdown:
+    """The text as a block of code, which nothing in it ends."""
+    fence = _fence(text, 3)
+    return _Markdown(f"{fence}{language}\n{printable(text)}{fence}")
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than stand in a row anywhere in the text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _few(notes: list[str]) -> list[str]:

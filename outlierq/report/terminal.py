@@ -111,7 +111,13 @@ def divergence(measured: Divergence | Mapping[str, Any]) -> RenderableType:
     table = _before_after_table()
     _add_divergence(table, values)
     size = f"{values['tokens']:,} tokens in {values['windows']} windows of {values['window_length']}"
-    return Group(table, Text(f"{size}, {human_seconds(values['seconds'])}", style="dim"))
+    return Group(table, Text(f"{size}{begun_with(values)}, {human_seconds(values['seconds'])}", style="dim"))
+
+
+def begun_with(measured: Mapping[str, Any]) -> str:
+    """How windows begin, as the end of a sentence about them; empty where they begin with text."""
+    opening = measured.get("opening")
+    return f", each begun with {opening} as the tokenizer begins a text" if opening else ""
 
 
 def evaluation(measured: Evaluation) -> list[RenderableType]:
@@ -144,9 +150,17 @@ def tasks(result: Mapping[str, Any], before: Mapping[str, Any] | None = None) ->
             change = UNKNOWN if first is None else f"{row['value'] - first:+.4f}"
             scores = (_score(first), _score(row["value"]), change, _error(row["stderr"]))
             table.add_row(*_task_name(row), *scores)
-    if not hidden:
-        return table
-    return Group(table, Text(f"{hidden} rows of single subtasks are in the JSON report only", style="dim"))
+    remarks = [f"{hidden} rows of single subtasks are in the JSON report only"] if hidden else []
+    remarks += _shortened(result.get("conditions", {}))
+    return Group(table, *(Text(remark, style="dim") for remark in remarks)) if remarks else table
+
+
+def _shortened(conditions: Mapping[str, Any]) -> list[str]:
+    """That texts were cut to less than the model reads, which changes rolling perplexities."""
+    length, positions = conditions.get("max_length"), conditions.get("positions")
+    if length is None or positions is None or length >= positions:
+        return []
+    return [f"in contexts of {length:,} of the model's {positions:,} positions (lm-eval's default: --max-length 0)"]
 
 
 def comparison(compared: Comparison, names: tuple[str, str] = ("before", "after")) -> RenderableType:

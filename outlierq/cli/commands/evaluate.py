@@ -47,6 +47,14 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16; default: float32, with --runtime packed bfloat16."),
     ] = None,
+    no_bos: Annotated[
+        bool,
+        typer.Option("--no-bos", help="Windows of text alone, without what the tokenizer puts before a text (BOS)."),
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens of context in tasks; 0: all positions, as in lm-eval.", show_default="2048"),
+    ] = None,
     max_kl: shared.MaxKl = None,
     max_perplexity_increase: shared.MaxPerplexityIncrease = None,
     min_top1: shared.MinTop1 = None,
@@ -82,6 +90,8 @@ def command(
             backend=backend,
             runtime=runtime,
             dtype=dtype,
+            bos=not no_bos,
+            max_length=max_length,
             limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
             out=out,
             junit=junit,

@@ -52,7 +52,8 @@ class Measurement:
 
     text: a file, or None for the held-out embedded text. windows: None takes all. tasks: of lm-eval, on the model and,
     when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`.
-    runtime: "packed" multiplies the model's packed weights as they are; the reference is always dense.
+    runtime: "packed" multiplies the model's packed weights as they are; the reference is always dense. bos: windows
+    begin as the tokenizer begins a text. max_length: tokens of context in tasks, 0 for all of the model's positions.
     """
 
     text: str | None = None
@@ -66,6 +67,8 @@ class Measurement:
     dtype: str = "float32"
     backend: str = "transformers"
     runtime: str = "dense"
+    bos: bool = True
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("runtime", self.runtime, RUNTIMES)
@@ -132,7 +135,7 @@ def measure(
 
     data = "hub" if wanted.data_dir is None or not wanted.tasks else data_hash(wanted.data_dir)
     text_hash = hashlib.sha256(content.encode()).hexdigest()
-    windows = {"windows": wanted.windows, "window_length": wanted.window_length}
+    windows = {"windows": wanted.windows, "window_length": wanted.window_length, "bos": wanted.bos}
     how = {"dtype": wanted.dtype, "device": _device_name(resources.device), "runtime": wanted.runtime}
     hashes = {"model": model.hash, "reference": original and original.hash}
     result = {
@@ -166,7 +169,7 @@ def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:
     content, _ = evaluation.evaluation_text(wanted.text)
     if wanted.tasks and wanted.data_dir is not None:
         data_hash(wanted.data_dir)
-    _windows(_Side(checkpoint, wanted), content)
+    _windows(_Side(checkpoint, wanted), None, content)
 
 
 def judge(results: Mapping[str, Any], limits: Limits) -> Evaluation:
@@ -245,8 +248,8 @@ class _Side:
         return load_tokenizer(self.checkpoint)
 
 
-def _windows(side: _Side, content: str) -> torch.Tensor:
-    """The windows of a text, [windows, length]; everything else that the measurement names is looked for, too."""
+def _windows(side: _Side, original: _Side | None, content: str) -> evaluation.Windows:
+    """The windows of a text; everything else that the measurement names is looked for, too."""
     wanted = side.wanted
     if wanted.tasks:
         evaluation.check_tasks(wanted.tasks, wanted.data_dir, wanted.num_fewshot)
@@ -256,6 +259,8 @@ def _windows(side: _Side, content: str) -> torch.Tensor:
         content,
         window_length=wanted.window_length,
         windows=wanted.windows,
+        bos=wanted.bos,
+        reference=original and (original.checkpoint, original.tokenizer),
     )
 
 
@@ -263,11 +268,11 @@ def _divergence(
     side: _Side, original: _Side | None, content: str, wanted: Measurement, listen: Listener
 ) -> dict[str, Any]:
     """`Divergence` as plain values; "linears" says how a packed model computed."""
-    ids = _windows(side, content)
+    windows = _windows(side, original, content)
     with collecting() as notes:
         model = side.model
     reference = None if original is None else original.model
-    measured = evaluation.measure_windows(model, ids, reference=reference, listen=listen).to_dict()
+    measured = evaluation.measure_windows(model, windows, reference=reference, listen=listen).to_dict()
     if wanted.runtime == "packed":
         measured["linears"] = [*runtime_summary(model), *notes]
     return measured
@@ -289,7 +294,7 @@ def _tasks(side: _Side, wanted: Measurement) -> dict[str, Any]:
 
 def _task_options(wanted: Measurement) -> dict[str, Any]:
     """What is passed through to lm-eval."""
-    return {name: getattr(wanted, name) for name in ("limit", "num_fewshot", "batch_size")}
+    return {name: getattr(wanted, name) for name in ("limit", "num_fewshot", "batch_size", "max_length")}
 
 
 def _conditions(wanted: Measurement, device: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,14 @@ def load_for_evaluation(
     return load(checkpoint, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text, [windows, length], and the tokens that each begins with."""
+
+    ids: torch.Tensor
+    opening: str = ""
+
+
 def checked_windows(
     checkpoint: Checkpoint,
     tokenizer: Any,
@@ -39,25 +48,33 @@ def checked_windows(
     *,
     window_length: int = 512,
     windows: int | None = None,
-) -> torch.Tensor:
-    """The first windows of a text (default: all), [windows, length], before any weight is read.
+    bos: bool = True,
+    reference: tuple[Checkpoint, Any] | None = None,
+) -> Windows:
+    """The first windows of a text (default: all) before any weight is read.
 
-    OutlierqError when the text is too short for them, or the model has no positions or no embeddings for them.
+    bos: each begins as the tokenizer begins a text, as the model is served. reference: what the checkpoint will be
+    compared with, and its tokenizer. OutlierqError when the text is too short for them, the model has no positions or
+    no embeddings for them, or the reference's tokenizer reads the text as other tokens.
     """
-    from outlierq.core.windows import check_ids, check_length
+    from outlierq.core.windows import check_ids, check_length, opening_tokens
     from outlierq.evaluate.divergence import text_windows
+    from outlierq.evaluate.tokens import check_same_tokens
     from outlierq.load import build_skeleton
 
+    if reference is not None:
+        check_same_tokens(tokenizer, reference[1], text, (checkpoint.source, reference[0].source))
     model = build_skeleton(checkpoint)
     check_length(model, window_length, "--window-length, or gate.window_length")
-    ids = text_windows(tokenizer, text, window_length, windows)
+    opening = opening_tokens(tokenizer) if bos else []
+    ids = text_windows(tokenizer, text, window_length, windows, opening)
     check_ids(model, ids, len(tokenizer))
-    return ids
+    return Windows(ids, "".join(tokenizer.convert_ids_to_tokens(opening)))
 
 
 def measure_windows(
     model: torch.nn.Module,
-    ids: torch.Tensor,
+    windows: Windows,
     *,
     reference: torch.nn.Module | None = None,
     listen: Listener = silent,
@@ -65,7 +82,10 @@ def measure_windows(
     """Perplexity on windows, and with a reference KL per token, top-1 agreement and flips."""
     from outlierq.evaluate.divergence import measure
 
-    return measure(model, ids, reference=reference, progress=lambda done, total: listen(Event("evaluate", done, total)))
+    def progress(done: int, total: int) -> None:
+        listen(Event("evaluate", done, total))
+
+    return replace(measure(model, windows.ids, reference=reference, progress=progress), opening=windows.opening)
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
