@@ -378,11 +378,14 @@ def test_a_journal_line_that_was_cut_short_is_done_again(unfinished, tiny_llama,
     assert result(tmp_path / "out") == result(uninterrupted["static"])
 
 
-def test_files_named_like_ours_in_the_source_are_carried_over(llama_copy, tmp_path):
-    for name in ("journal.jsonl", "lock"):
-        (llama_copy / name).write_text("part of the checkpoint")
-    compress(llama_copy, tmp_path / "out", "rtn-w4", [])
-    assert (tmp_path / "out" / "lock").read_text() == (tmp_path / "out" / "journal.jsonl").read_text()
+def test_files_named_like_ours_in_the_source_do_not_meet_them(llama_copy, uninterrupted, tmp_path):
+    """Nor are they carried over: they are no part of a model."""
+    for name in (journal.JOURNAL, own_files.LOCK, "journal.jsonl"):
+        (llama_copy / name).write_text("of somebody")
+    compress(llama_copy, tmp_path / "out", *RECIPES["data-free"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in uninterrupted["data-free"].iterdir()
+    )
 
 
 MOMENTS_OF_CALIBRATION = {
