@@ -308,12 +308,13 @@ def detect(
     trust_remote_code: bool = False,
     progress: bool | Listener | None = None,
     written: Callable[[Path], Any] | None = None,
+    told: Callable[[str], Any] | None = None,
 ) -> OutlierReport:
     """Which linear inputs of a model are dangerous to quantize, why, and what would help.
 
     stats: what `calibrate` wrote; without it a short calibration runs, which is not kept. out: write the report there,
     as .json and .html (into a folder: outliers.json and outliers.html). png: a folder for its pictures. written: is
-    told of every file.
+    told of every file. told: is given a sentence when a calibration runs first.
 
     >>> report = outlierq.detect(model)
     >>> {group.danger for group in report.groups} <= {"calm", "watch", "dangerous"}
@@ -329,8 +330,10 @@ def detect(
     # With statistics nothing runs on a device, and looking for one costs time.
     where = "cpu" if stats is not None and known_device(device) == "auto" else device
     with listening(progress) as listen:
-        checkpoint = Source(model, revision, trust_remote_code).open()
-        report = detect(checkpoint, stats=_path(stats), resources=Resources.of(where, listen=listen))
+        checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(where, listen=listen)
+        if stats is None and told is not None:
+            told("no --stats: running a short calibration on the embedded text first; it is not kept")
+        report = detect(checkpoint, stats=_path(stats), resources=resources)
     for path in write_files(report, out, _path(png)):
         (written or (lambda path: None))(path)
     return report

@@ -40,8 +40,6 @@ def command(
     """Say which linear inputs are dangerous to quantize and why, from statistics and weights alone."""
     import outlierq
 
-    if stats is None:
-        shared.say("no --stats: running a short calibration on the embedded text first; it is not kept", quiet)
     written: list[Path] = []
     with shared.progress(quiet) as listen:
         report = outlierq.detect(
@@ -54,6 +52,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=listen,
             written=written.append,
+            told=lambda text: shared.say(text, quiet),
         )
     if as_json:
         shared.print_json(report.to_dict())
