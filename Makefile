@@ -44,7 +44,7 @@ test-slow: setup
 
 # 200 kills and power cuts, 100 faults of disk, source, memory and Hub; some ten minutes.
 torture: setup
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py --kills 200 --faults 100 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py --kills 200 --faults 100 --around 100 --seed 0
 
 # The outlier page in a real browser: the system's Chromium if there is one, else one that playwright fetches (as root,
 # because it also installs the libraries that Chromium needs).

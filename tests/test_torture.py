@@ -160,8 +160,8 @@ def test_a_source_that_is_written_to_is_caught(made):
     root = torture.fresh_disk(made)
     torture.run(made, "data-free", root, lambda: (made.source / ".note").write_text("x"))
     with pytest.raises(torture.WrongEndError, match="the source was changed"):
-        torture._compare(made, "data-free", root)
-    torture._repair(made)
+        torture.compare(made, "data-free", root)
+    torture.repair(made)
 
 
 def test_a_killed_process_leaves_what_it_wrote(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_before_its_gate_was_measured_goes_on_there(made)
     torture.run(made, "gated", root, disk=Disk(root, made.operations["gated"] - 1, kill))
     assert made.result("gated", root) not in (None, made.expected["gated"])
     torture.finished(made, "gated", root)
-    torture._compare(made, "gated", root)
+    torture.compare(made, "gated", root)
 
 
 def test_inspect_says_how_far_a_stopped_run_and_a_stopped_calibration_came(made, outlierq):
