@@ -629,7 +629,7 @@ def sign_seeds() -> list[bytes]:
 
 def write_signed(folder: Folder, case: bytes) -> None:
     """The sign and the two files of a demo."""
-    from outlierq.cli.commands.demo import SIGN
+    from outlierq.pipeline.demo import SIGN
 
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
@@ -638,8 +638,8 @@ def write_signed(folder: Folder, case: bytes) -> None:
 
 def read_sign(folder: Folder) -> None:
     """Make room for a new demo where the folder is one of a former; what is in the way stays as it is."""
-    from outlierq.cli.commands.demo import remove_former
     from outlierq.core.errors import OutputError
+    from outlierq.pipeline.demo import remove_former
 
     before = {path.name for path in folder.iterdir()}
     if not remove_former(folder):
@@ -684,8 +684,8 @@ BLOB = hashlib.sha256(b"weights").hexdigest()
 
 
 def blob_folder(folder: Folder) -> None:
-    """A file of a Hub cache that is not what its name says: only the note of a check lets it pass."""
-    (folder / BLOB).write_bytes(b"damaged")
+    """A file of a Hub cache."""
+    (folder / BLOB).write_bytes(b"weights")
     (folder / "checked").mkdir()
 
 
@@ -701,10 +701,12 @@ def write_blob_note(folder: Folder, case: bytes) -> None:
 
 def read_blob_note(folder: Folder) -> None:
     """A file of the cache that was checked before, or not."""
-    from outlierq.load.hub.content import check_cached
+    from outlierq.core.errors import SourceError
+    from outlierq.load.hub.content import _known
 
     with cache_in(folder):
-        check_cached([folder / BLOB])
+        if not _known(folder / BLOB):
+            raise SourceError("it is read again")
 
 
 # --------------------------------------------------------------------------------------- what travels with the weights

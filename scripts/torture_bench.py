@@ -61,6 +61,7 @@ class Bench:
     """What all trials share: a source (restored when a fault damaged it), statistics, a checkpoint to publish, a Hub.
 
     expected: the undisturbed result of each job. operations, reads, seconds: of its undisturbed run.
+    evaluation: what `eval` measures of the checkpoint, once somebody asked.
     """
 
     work: Path
@@ -69,6 +70,7 @@ class Bench:
     operations: dict[str, int] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> Path:

@@ -18,6 +18,7 @@ from power_cut import CUT, Disk, cut_power, failing, kill
 
 from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
+from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.recipe import load
 
@@ -222,3 +223,25 @@ def test_a_fault_of_ours_keeps_its_traceback(outlierq, tiny_llama, tmp_path, mon
     monkeypatch.setattr("outlierq.pipeline.planning.decide.make_plan", fails)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         outlierq("quantize", tiny_llama, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", torture.AROUND)
+def test_what_lies_or_fails_around_a_run_ends_well(made, kind):
+    assert torture.trial_around(made, kind, Random(f"test {kind}"))
+
+
+def test_a_run_that_removes_foreign_files_is_caught(made, monkeypatch):
+    from outlierq.pipeline.ledger import folder
+
+    monkeypatch.setattr(folder, "_refuse_foreign", lambda work: None)
+    monkeypatch.setattr(folder, "_clear", lambda work, but: [p.unlink() for p in work.iterdir() if p.name not in but])
+    with pytest.raises(torture.WrongEndError, match="LOST"):
+        for seed in range(20):
+            torture.trial_around(made, "foreign files", Random(seed))
+
+
+def test_a_run_that_goes_on_with_other_weights_is_caught(made, monkeypatch):
+    monkeypatch.setattr(Journal, "check_source", lambda journal, checkpoint: None)
+    with pytest.raises(torture.WrongEndError, match="continued to a mixture"):
+        for seed in range(30):
+            torture.trial_around(made, "exchanged source", Random(seed))
