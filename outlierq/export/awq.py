@@ -72,10 +72,9 @@ class AwqFormat(Format, name="awq"):
         }
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """What its readers look for in config.json."""
-        unquantized = [site.module for site, scheme in sites if scheme is None]
         sizes = {scheme.group_size for _, scheme in sites if scheme is not None}
         return {
             "quant_method": "awq",
@@ -83,7 +82,7 @@ class AwqFormat(Format, name="awq"):
             "bits": BITS,
             "group_size": next(iter(sizes)) or -1,
             "zero_point": True,
-            "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
+            "modules_to_not_convert": list(kept),
         }
 
 

@@ -58,10 +58,9 @@ class BitsandbytesFormat(Format, name="bitsandbytes"):
         }
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """What its readers look for in config.json."""
-        unquantized = [site.module for site, scheme in sites if scheme is None]
         return {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,
@@ -69,7 +68,7 @@ class BitsandbytesFormat(Format, name="bitsandbytes"):
             "llm_int8_threshold": THRESHOLD,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_skip_modules": list(dict.fromkeys([*unquantized, *also_kept])),
+            "llm_int8_skip_modules": list(kept),
         }
 
     @classmethod

@@ -49,6 +49,41 @@ def cache_facts(cache: CacheScheme) -> list[str]:
     return [f"{name}: {_first(facts, known)}" for name, facts in table()["kv_cache"].items()]
 
 
+def with_layers(lines: Sequence[str], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:
+    """The lines of clients, changed where one merges linears that have different schemes, or does not hold a width.
+
+    sites: every linear with its scheme, None for 16 bits. Experts are left to `expert_facts`.
+    """
+    table_of = table()["merged"]
+    alone = {site: scheme for site, scheme in sites.items() if site.expert is None}
+    said = []
+    for line in lines:
+        name = line.partition(":")[0]
+        faults = _layer_faults(table_of[name], alone) if name in table_of else []
+        said.append(f"{name}: does not load it: {faults[0]}" if faults else line)
+    return said
+
+
+def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:
+    """Why a client that merges linears into one layer cannot load these."""
+    by_module = {site.module: scheme for site, scheme in sites.items()}
+    faults = []
+    for module in by_module:
+        parent, _, leaf = module.rpartition(".")
+        together = next((group for group in merged["layers"] if group[0] == leaf), None)
+        members = {part: by_module[f"{parent}.{part}"] for part in together or () if f"{parent}.{part}" in by_module}
+        if len(set(members.values())) > 1:
+            which = ", ".join(f"{part} {scheme or '16 bits'}" for part, scheme in members.items())
+            faults.append(f"it merges {' and '.join(members)} of {parent}, which must share one scheme ({which})")
+    for site, scheme in sites.items():
+        if scheme is None or scheme.numbers not in merged["columns"] or scheme.activations is not None:
+            continue
+        columns = merged["columns"][scheme.numbers]
+        if site.in_features % columns:
+            faults.append(f"{site.module} has {site.in_features} columns, no multiple of {columns}, which fill a word")
+    return faults
+
+
 def _lines(clients: Mapping[str, Sequence[Fact]], schemes: Collection[QuantScheme | None]) -> list[str]:
     """One line per client with what it does with each scheme, without repetition; "loads" only where that is all."""
     quantized = [scheme for scheme in schemes if scheme is not None]

@@ -91,10 +91,10 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         return tensors
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """As the compressed-tensors package builds it."""
-        return ct_config.quantization_config(sites, also_kept=also_kept, cache=cache)
+        return ct_config.quantization_config(sites, kept=kept, cache=cache)
 
 
 def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import LinearSite
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
+from outlierq.export.declared import names_of
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -30,22 +31,22 @@ def format_of(scheme: QuantScheme) -> str:
 def quantization_config(
     sites: Sequence[tuple[LinearSite, QuantScheme | None]],
     *,
-    also_kept: Sequence[str] = (),
+    kept: Sequence[str] = (),
     cache: CacheScheme | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     sites: every linear with its scheme, None when kept. One scheme targets all `Linear` modules; several name theirs.
-    also_kept: modules without a tensor of their own (a tied head). cache: of the KV cache, None for 16 bits.
+    kept: every module that is stored plain (`declared.kept_modules`). cache: of the KV cache, None for 16 bits.
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     by_scheme: dict[QuantScheme, list[str]] = {}
     for site, scheme in sites:
         if scheme is not None:
-            by_scheme.setdefault(scheme, []).extend(_names(site))
-    ignore = [n for site, scheme in sites if scheme is None and site.kind in ("Linear", "Router") for n in _names(site)]
-    ignore = list(dict.fromkeys([*ignore, *also_kept]))
+            by_scheme.setdefault(scheme, []).extend(names_of(site))
+    no_targets = {name for site, _ in sites if site.kind == "Conv1D" for name in names_of(site)}
+    ignore = [name for name in kept if name not in no_targets]
     groups = {}
     for number, (scheme, modules) in enumerate(by_scheme.items()):
         targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
@@ -65,11 +66,6 @@ def quantization_config(
         # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
         config["dequantize"] = True
     return config
-
-
-def _names(site: LinearSite) -> list[str]:
-    """Names of a linear: in transformers, and where it differs on disk, as other runtimes build their models by it."""
-    return list(dict.fromkeys([site.module, site.weight.removesuffix(".weight")]))
 
 
 def _weights(scheme: QuantScheme) -> QuantizationArgs:

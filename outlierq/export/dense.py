@@ -46,9 +46,7 @@ class DenseFormat(Format, name="dense"):
             dense = quantized.dequantize().to(getattr(torch, quantized.scheme.scale_dtype))
         return {site.weight: (dense.T if site.transposed else dense).contiguous()}
 
-    def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
-    ) -> None:
+    def quantization_config(self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None) -> None:
         """Dense checkpoints have no quantization config."""
 
     @classmethod

@@ -66,11 +66,11 @@ class Format(FormatLimits, ABC):
 
     @abstractmethod
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config` of config.json; None for a file without one.
 
-        also_kept: modules without a tensor of their own (a tied head). cache: of the KV cache, None for 16 bits.
+        kept: every module that is stored plain (`declared.kept_modules`). cache: of the KV cache, None for 16 bits.
         """
 
     @classmethod

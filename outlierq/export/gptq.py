@@ -19,6 +19,7 @@ from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
 from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import WORD, pack, pack_down
+from outlierq.recipe.patterns import HEAD
 
 if TYPE_CHECKING:
     import torch
@@ -93,16 +94,16 @@ class GptqFormat(Format, name="gptq"):
         }
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """What its readers look for in config.json.
 
-        Linears of blocks that are kept are named in `dynamic`, the only place that vLLM and GPTQModel both read.
-        Without it both take every linear in a block for a quantized one.
+        What is kept is named in `dynamic`, the only place that vLLM and GPTQModel both read: without it they take
+        every linear for a quantized one but the head, for which there is `lm_head`.
         """
         scheme = next(scheme for _, scheme in sites if scheme is not None)
         head = [site for site, own in sites if site.block is None and own is not None]
-        unquantized = [site.module for site, own in sites if own is None and site.block is not None]
+        unquantized = [module for module in kept if module.rpartition(".")[2] != HEAD]
         config = {
             "quant_method": "gptq",
             "bits": scheme.bits,

@@ -63,16 +63,15 @@ class OutlierSplitFormat(Format, name="outlierq-split"):
         }
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """What its readers look for in config.json."""
-        unquantized = [site.module for site, scheme in sites if scheme is None]
         return {
             "quant_method": "outlierq",
             "format": "outlierq-split",
             "weights": "int8 symmetric per output row",
             "input_activations": "int8 symmetric per token, without the outlier columns",
-            "modules_to_not_convert": list(dict.fromkeys([*unquantized, *also_kept])),
+            "modules_to_not_convert": list(kept),
         }
 
     @classmethod

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "already_compressed": "decode",
     "attention_names": "model.attention",
     "stored_prefix": "model.attention",
     "is_hub_id": "sources",
@@ -29,14 +30,20 @@ _HOMES = {
     "looking_up": "model.lookup",
     "reading_ahead": "source.read_ahead",
     "release": "model.skeleton",
+    "skeleton_config": "model.skeleton",
     "decode_codes": "packed.bits",
     "decode_float_quantized": "packed.byte_codes",
     "decode_int_quantized": "packed.byte_codes",
     "decode_pack_quantized": "packed.bits",
+    "declared_class": "model.architecture",
     "decode_rows": "decode",
     "read_headers": "decode",
+    "changed_files": "record",
+    "check_recorded": "record",
+    "report_beside": "record",
     "load_model": "whole",
     "load_tokenizer": "whole",
+    "stored_tokens": "gguf.tokenizer",
     "unpacked": "decode",
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.model.other_tools import compressor
 from outlierq.load.packed.described import check_described
 from outlierq.load.packed.numbers import Parts
 from outlierq.load.packed.reading import HEADERS, PRESENTATIONS, ROWS, reads_rows
@@ -49,10 +50,27 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     presentation = PRESENTATIONS.get(str(method))
     if presentation is None:
         raise SourceError(
-            f"{checkpoint.source} is compressed with {method}, which is not decoded here",
+            f"{checkpoint.source} is compressed with {compressor(checkpoint.config)}, which is not decoded here",
             hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
         )
     return presentation(checkpoint, config)
+
+
+def already_compressed(checkpoint: Checkpoint) -> SourceError | None:
+    """Why a checkpoint cannot be compressed: it is so already, and what can be done; None for a plain one.
+
+    One weight is decoded, so that a conversion is advised only where it can be made.
+    """
+    method = compressor(checkpoint.config)
+    if method is None:
+        return None
+    try:
+        plain = unpacked(checkpoint)
+        plain.quantized(next(iter(plain.linears)))
+        hint = "start from the original checkpoint; with --format alone it is converted without loss"
+    except (SourceError, StopIteration):
+        hint = f"start from the original checkpoint: the codes of {method} cannot be taken over into another format"
+    return SourceError(f"{checkpoint.source} is already compressed with {method}", hint=hint)
 
 
 def decode_rows(

@@ -7,6 +7,13 @@ from fnmatch import fnmatchcase
 
 EXPRESSION = "re:"
 HEAD = "lm_head"
+# Parts of a model that are no language model: a calibration text never reaches them, and no peer's recipe rounds them.
+TOWERS = ("vision", "visual", "audio", "image", "projector", "multi_modal", "embed_vision", "embed_audio")
+
+
+def tower_of(module: str) -> str | None:
+    """The word in a module's name by which it belongs to a tower, or to what joins one to the language model."""
+    return next((word for word in TOWERS if any(word in part for part in module.split("."))), None)
 
 
 def matches(module: str, pattern: str) -> bool:

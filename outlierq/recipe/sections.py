@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from outlierq.core.errors import RecipeError
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
-from outlierq.recipe.patterns import HEAD, matches, sound
+from outlierq.recipe.patterns import HEAD, matches, sound, tower_of
 from outlierq.registry import format_limits
 
 T = TypeVar("T")
@@ -174,9 +174,11 @@ class Quantize(Section):
         return any(matches(module, pattern) for pattern in self.ignore)
 
     def protects(self, module: str) -> bool:
-        """Whether no pattern keeps it there, but that it is the output head, which no override names."""
-        named = not self.ignore or any(HEAD in override.match for override in self.overrides)
-        return module.rpartition(".")[2] == HEAD and not named and not self.ignores(module)
+        """Whether no pattern keeps it there, but that it is the output head, or in a tower, which no override names."""
+        word = HEAD if module.rpartition(".")[2] == HEAD else tower_of(module)
+        if word is None or self.ignores(module):
+            return False
+        return bool(self.ignore) and not any(word in override.match for override in self.overrides)
 
 
 class Transform(Section):

@@ -41,7 +41,7 @@ class ToyFormat(Format, name="toy"):
         return {f"{stem}.upside_down": ~quantized.codes.to(torch.int8), f"{stem}.scale": quantized.scale}
 
     def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
+        self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """By this the reader knows it."""
         return {"quant_method": "toy"}

@@ -182,9 +182,7 @@ class GgufFormat(Format, name="gguf"):
     def check_complete(self, folder: Path, layout: Layout) -> None:
         """Its header was compared with the layout; there is no library to ask that reads a file by its header alone."""
 
-    def quantization_config(
-        self, sites: Sites, *, also_kept: Sequence[str] = (), cache: CacheScheme | None = None
-    ) -> None:
+    def quantization_config(self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None) -> None:
         """GGUF files have no config.json."""
 
 

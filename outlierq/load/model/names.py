@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.load.model.other_tools import lack_hint
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,11 @@ def _stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module, slots: dict
     return {slot: names[slot] for slot in slots if slot in names}
 
 
+def stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[str, str]:
+    """Name of the stored tensor of every parameter of a class that has one, without ties; what is lost is not said."""
+    return _stored_names(checkpoint, skeleton, _slots(skeleton))
+
+
 def _check_complete(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: dict[str, str]) -> None:
     """Every parameter must have a tensor."""
     lost = [name for name, _ in skeleton.named_parameters(remove_duplicate=False) if name not in names]
@@ -111,18 +117,8 @@ def _check_complete(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: di
         raise SourceError(
             f"{checkpoint.source} lacks {len(lost)} parameters of {type(skeleton).__name__}: "
             f"{', '.join(lost[:SHOWN])}{more}",
-            hint=_lack_hint(checkpoint, lost),
+            hint=lack_hint(checkpoint, lost),
         )
-
-
-def _lack_hint(checkpoint: Checkpoint, lost: list[str]) -> str:
-    """What to try when parameters are missing."""
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method:
-        return f"this checkpoint is already compressed ({method}); start from the original model"
-    if any(".experts." in name for name in lost):
-        return "the model class merges its experts in a way that is not known here; such mixtures are not supported"
-    return "the weights do not belong to this config.json, or a part of them was not downloaded"
 
 
 def _check_shapes(checkpoint: Checkpoint, slots: dict[str, torch.Tensor], names: dict[str, str]) -> None:

@@ -16,13 +16,19 @@ from outlierq.core.model import Checkpoint, LinearSite, StudiedModel
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
+from outlierq.export.declared import kept_modules
 from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
-from outlierq.recipe import GroupPolicy, Recipe, parse_size
+from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
+from outlierq.recipe.patterns import tower_of
 
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
+TOWER_KEPT = (
+    "kept in 16 bits: it is no part of the language model; an override that names it, or an empty quantize.ignore, "
+    "quantizes it"
+)
 SMALLER_GROUPS = (128, 64, 32)
 
 
@@ -34,14 +40,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import refuse_other_model, study
+    from outlierq.load import already_compressed, refuse_other_model, study
 
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method", "something")
-        raise SourceError(
-            f"{checkpoint.source} is already compressed with {method}",
-            hint="start from the original checkpoint; with --format alone it is converted without loss",
-        )
+    refusal = already_compressed(checkpoint)
+    if refusal is not None:
+        raise refusal
     checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model = study(checkpoint)
@@ -79,7 +82,7 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
         return SitePlan(site, None)
     wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype)
     if wanted is None:
-        return SitePlan(site, None, HEAD_KEPT if quantize.protects(site.module) else "ignored by the recipe")
+        return SitePlan(site, None, _why_kept(site, quantize))
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
     other = format.instead(site, wanted)
@@ -95,6 +98,13 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
     if wanted.group_size is None or site.in_features % wanted.group_size == 0:
         return SitePlan(site, wanted)
     return _indivisible(site, wanted, wanted.group_size, quantize.when_indivisible)
+
+
+def _why_kept(site: LinearSite, quantize: Quantize) -> str:
+    """Why the recipe keeps a linear."""
+    if not quantize.protects(site.module):
+        return "ignored by the recipe"
+    return HEAD_KEPT if tower_of(site.module) is None else TOWER_KEPT
 
 
 def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
@@ -235,9 +245,9 @@ def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe
     plain = without_places(model.checkpoint.config)
     config: dict[str, Any] = {k: v for k, v in plain.items() if k != "quantization_config"}
     if recipe.quantize is not None or recipe.kv_cache is not None:
-        shared = [slot.removesuffix(".weight") for slot, _ in model.structure.tied]
         cache = recipe.kv_cache.scheme if recipe.kv_cache else None
-        added = format.quantization_config([(p.site, p.scheme) for p in sites], also_kept=shared, cache=cache)
+        decided = [(p.site, p.scheme) for p in sites]
+        added = format.quantization_config(decided, kept=kept_modules(model, decided), cache=cache)
         if added is not None:
             config["quantization_config"] = added
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -13,6 +13,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
+from outlierq.export.clients import with_layers
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
 from outlierq.recipe import Recipe
@@ -214,6 +215,7 @@ class Plan(Shown):
         cache = self.recipe.kv_cache
         said = self.format.clients(set(self.schemes.values()))
         said += self.format.cache_clients(cache.scheme) if cache else []
+        said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
         return said + (self.format.expert_clients(set(experts)) if any(experts) else [])
 

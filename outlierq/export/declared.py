@@ -1,0 +1,60 @@
+"""What a checkpoint stores plain, by its names on disk: the one source of every list of kept modules.
+
+A format's config names what is not quantized, and readers take the rest for quantized. So the list is made of what the
+file holds, and not of the class that outlierq builds: classes leave out vision towers and blocks for the prediction of
+further tokens, and a reader that builds them looks for codes that are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from outlierq.core.model import LinearSite, StudiedModel, TensorInfo
+from outlierq.core.scheme import QuantScheme
+
+WEIGHT = ".weight"
+# Matrices that no linear has, by a part of their names.
+TABLES = ("embed", "wte", "wpe", "norm")
+
+
+def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantScheme | None]]) -> list[str]:
+    """Every module that is stored plain and that a reader might take for a quantized one.
+
+    sites: every linear with its scheme, None when kept. First the kept linears of the class, each by its name in
+    transformers and where that differs by that on disk, as other runtimes build their models by it; then those that
+    share a tensor (a tied head), then what the class does not know.
+    """
+    kept = [name for site, scheme in sites if scheme is None for name in names_of(site)]
+    tied = [slot.removesuffix(WEIGHT) for slot, _ in model.structure.tied]
+    packed = [site.weight for site, scheme in sites if scheme is not None]
+    unknown = plain_modules(model.checkpoint.tensors, packed, model.names.values())
+    return list(dict.fromkeys([*kept, *tied, *unknown]))
+
+
+def names_of(site: LinearSite) -> list[str]:
+    """Names of a linear: in transformers, and where it differs on disk."""
+    return list(dict.fromkeys([site.module, site.weight.removesuffix(WEIGHT)]))
+
+
+def plain_modules(tensors: Mapping[str, TensorInfo], packed: Collection[str], known: Collection[str]) -> list[str]:
+    """Modules that hold a matrix without codes which the model class does not know as a parameter, in file order.
+
+    tensors: what is stored, with a plain header for each quantized weight. packed: names of quantized weights. known:
+    stored names of the class's parameters; its linears are listed by whoever asks. Matrices of three dimensions are
+    the experts of a mixture, stored together: readers decide for their module.
+    """
+    packed, known = set(packed), set(known)
+    found = []
+    for name, info in tensors.items():
+        if name in packed or name.endswith((".bias", "_bias")):
+            continue
+        if len(info.shape) == 3 and ".experts." in name:
+            found.append(name.removesuffix(WEIGHT).rpartition(".")[0])
+        elif name not in known and len(info.shape) == 2 and name.endswith(WEIGHT) and not _is_table(name):
+            found.append(name.removesuffix(WEIGHT))
+    return list(dict.fromkeys(found))
+
+
+def _is_table(name: str) -> bool:
+    """Whether a matrix is an embedding or belongs to a norm, by its name."""
+    return any(part in name.removesuffix(WEIGHT).rpartition(".")[2] for part in TABLES)
