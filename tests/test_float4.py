@@ -250,6 +250,7 @@ def damage(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], 
     tensors = load_file(copy / "model.safetensors")
     change(tensors)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    (copy / "outlierq.json").unlink()  # its record would find everything
     return str(copy)
 
 

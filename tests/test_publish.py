@@ -277,6 +277,7 @@ class TestRefusal:
         report = json.loads((folder / "outlierq.json").read_text())
         report["evaluation"]["gate"] = []
         report["settings"]["gate"]["max_kl"] = 0.0
+        report["record"] = None  # else its signature would tell
         (folder / "outlierq.json").write_text(json.dumps(report))
         assert outlierq("publish", folder, REPO, *BASE).code == 3
 
@@ -294,6 +295,10 @@ class TestRefusal:
     def test_results_of_other_bytes_do_not_count(self, outlierq, hub, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+        answer = outlierq("publish", folder, REPO, *BASE)
+        assert answer.code == 1 and "config.json: was changed since the run" in answer.err and hub.log == []
+        report = json.loads((folder / "outlierq.json").read_text())
+        (folder / "outlierq.json").write_text(json.dumps(report | {"record": None}))
         answer = outlierq("publish", folder, REPO, *BASE)
         assert answer.code == 1 and "measured on other bytes" in answer.err and hub.log == []
 

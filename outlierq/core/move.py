@@ -1,9 +1,23 @@
-"""`Move`: what a transform does to one linear input, x' = (x - shift) / scale, per channel."""
+"""`Move`: what a transform does to one linear input, x' = (x - shift) / scale, per channel; and what it leaves behind.
+
+A trace is what a report keeps of a move, as plain values: enough to repeat it on the source.
+
+    kind      of the producer: "norm", "offset-norm", "linear"; "order" where channels only changed places
+    producers [[weight, bias or None, stored [in, out]]]; index: producer row of each input channel, in runs
+    sites     the consumers, likewise
+    shift     whether the input was shifted, too
+    columns, width: of an order, the channels that went last in every run of `width`
+
+Scales are not kept: a norm's is the quotient of its gains, and a linear's can be told from rows and columns.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.model import InputGroup, LinearSite
 
 if TYPE_CHECKING:
     import torch
@@ -35,3 +49,41 @@ class Move:
             moved = later.shift * self.scale
             shift = moved if shift is None else shift + moved
         return Move(self.scale * later.scale, shift)
+
+
+def trace_of_fold(group: InputGroup, *, shift: bool) -> dict[str, Any]:
+    """The trace of a scale, and a shift, that `group.fold` absorbed."""
+    fold = group.fold
+    assert fold is not None, f"{group.name} has no fold"
+    producers = [[fold.weight, fold.bias, fold.transposed]]
+    return {"kind": fold.kind, "producers": producers, **_consumers(group), "shift": shift}
+
+
+def trace_of_order(
+    group: InputGroup, producers: Iterable[LinearSite], columns: Iterable[int], width: int
+) -> dict[str, Any]:
+    """The trace of rows and columns that changed places."""
+    named = [[site.weight, site.bias, site.transposed] for site in producers]
+    return {"kind": "order", "producers": named, **_consumers(group), "columns": list(columns), "width": width}
+
+
+def _consumers(group: InputGroup) -> dict[str, Any]:
+    assert group.fold is not None, f"{group.name} has no fold"
+    sites = [[site.weight, site.bias, site.transposed] for site in group.sites]
+    return {"sites": sites, "index": runs(group.fold.index)}
+
+
+def runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers as runs [first, behind the last] of neighbours."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1][1] += 1
+        else:
+            found.append([number, number + 1])
+    return found
+
+
+def numbers_of(found: Iterable[Sequence[int]]) -> list[int]:
+    """The numbers of `runs`."""
+    return [number for first, behind in found for number in range(first, behind)]

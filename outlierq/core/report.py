@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
@@ -145,6 +145,7 @@ class Report(Shown):
     source_bits_per_weight: of the whole source, None when it was not counted.
     seconds: stage -> wall time. peak_bytes: largest resident memory, None where the system does not tell.
     evaluation: what was measured on the output, None when nothing was.
+    record: what was written, to the byte (`core/machine/record.py`), None in reports of versions that kept none.
     """
 
     model: str
@@ -166,6 +167,7 @@ class Report(Shown):
     seconds: dict[str, float]
     peak_bytes: int | None = None
     evaluation: Evaluation | None = None
+    record: dict[str, Any] | None = None
 
     @property
     def size(self) -> Sizes:
@@ -212,8 +214,9 @@ class Report(Shown):
 
 
 def _check_keys(kind: type, values: Mapping[str, Any], what: str) -> None:
-    """Exactly the fields of `kind`: a missing or unknown key is named."""
-    known = {field.name for field in fields(kind)}
-    missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known)
+    """The fields of `kind`, of which only those with a default may be missing: keys that are not so are named."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    missing = sorted(name for name, needed in known.items() if needed and name not in values)
+    unknown = sorted(values.keys() - known.keys())
     if missing or unknown:
         raise OutlierqError(f"the {what} has missing keys {missing} and unknown keys {unknown}")

@@ -12,6 +12,7 @@ from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.foreign import tokenizer_faults
 from outlierq.load.model.names import checkpoint_names
 from outlierq.load.model.skeleton import build_skeleton, load_tensors_into
+from outlierq.load.record import check_recorded
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,10 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
 
     Compressed weights are decoded; inputs of linears and the KV cache are rounded in every forward where the checkpoint
     says so, so that the model computes what a server does. dtype: torch dtype name of the floating-point parameters.
-    SourceError for compression formats that cannot be decoded.
+    SourceError for compression formats that cannot be decoded, and for files that are not those that a run of ours
+    wrote which the checkpoint came from.
     """
+    check_recorded(checkpoint)
     plain = unpacked(checkpoint)
     skeleton = build_skeleton(plain)
     names = checkpoint_names(plain, skeleton)

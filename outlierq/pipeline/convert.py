@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.machine.record import signed
 from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import REPORT_NAME, STORED, Report, SiteRow
@@ -24,6 +25,7 @@ from outlierq.export import format_type
 from outlierq.export.writer import write_small
 from outlierq.load import lasting_stamps
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.folder import finish, working
 from outlierq.pipeline.ledger.journal import Journal
 from outlierq.pipeline.ledger.output import Output
@@ -176,7 +178,9 @@ def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = 
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
-        report = make_report(plan, out, journal, clock, NoStats(plan.structure))
+                check_written(work, plan.checkpoint)
+                record = {"run": identity, **output.record()}
+        report = signed(make_report(plan, out, journal, clock, NoStats(plan.structure)), record)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         finish(work, out, plan.files)
     return report

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Shown
+from outlierq.load import report_beside
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.checking.against import remade
+from outlierq.pipeline.checking.expected import Expected
+from outlierq.pipeline.checking.finding import Findings
+from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
+
+# Relative error of a tensor that was computed again and stored in bfloat16: 2e-3 and less.
+ROUNDED = 4e-3
 
 
 @dataclass(frozen=True)
@@ -24,16 +33,26 @@ class Change:
     largest: float | None
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the difference is no more than a dtype of 16 bits makes of a number that was computed."""
+        return self.relative_error is not None and self.relative_error < ROUNDED
+
 
 @dataclass(frozen=True)
 class Difference(Shown):
-    """added: tensors of b alone. removed: of a alone. changed: largest error first. config: keys that differ."""
+    """added: tensors of b alone. removed: of a alone. changed: largest error first. config: keys that differ.
+
+    moved: tensors of which one is the other after the folds and rotations that a report says, which change nothing of
+    what the model computes; those that were rounded as well are in `changed`, with the error after the folds.
+    """
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     changed: tuple[Change, ...]
     equal: int
     config: tuple[str, ...]
+    moved: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -41,29 +60,68 @@ class Difference(Shown):
 
 
 def diff(a: Checkpoint, b: Checkpoint, listen: Listener = silent) -> Difference:
-    """Compare every tensor of two checkpoints by its decoded values; SourceError when one cannot be decoded."""
+    """Compare every tensor of two checkpoints by its decoded values; SourceError when one cannot be decoded.
+
+    Where one was made from the other by a run whose report is beside it, its folds and rotations are done to the other
+    first: what they change is no difference.
+    """
     from outlierq.load import unpacked
 
     first, second = unpacked(a), unpacked(b)
-    common = [name for name in first.tensors if name in second.tensors]
-    changed, equal = [], 0
+    seen_first, seen_second = _seen(first, second)
+    common = [name for name in seen_first.tensors if name in seen_second.tensors]
+    changed, moved, equal = [], [], 0
     for number, name in enumerate(common):
         listen(Event("diff", number, len(common), name))
-        change = _change(first, second, name)
-        equal += change is None
-        changed += [] if change is None else [change]
+        change = _change(seen_first, seen_second, name)
+        if change is not None and (seen_first.is_moved(name) or seen_second.is_moved(name)) and change.is_rounding:
+            moved.append(name)
+        elif change is not None:
+            changed.append(change)
+        elif not _is_plainly_equal(first, second, name):
+            moved.append(name)
+        else:
+            equal += 1
     ordered = sorted(changed, key=lambda change: -(change.relative_error or float("inf")))
     keys = sorted(a.config.keys() | b.config.keys())
     return Difference(
-        added=tuple(name for name in second.tensors if name not in first.tensors),
-        removed=tuple(name for name in first.tensors if name not in second.tensors),
+        added=tuple(name for name in seen_second.tensors if name not in seen_first.tensors),
+        removed=tuple(name for name in seen_first.tensors if name not in seen_second.tensors),
         changed=tuple(ordered),
         equal=equal,
         config=tuple(key for key in keys if a.config.get(key) != b.config.get(key)),
+        moved=tuple(moved),
     )
 
 
-def _change(first: Checkpoint, second: Checkpoint, name: str) -> Change | None:
+def _seen(first: Checkpoint, second: Checkpoint) -> tuple[Expected, Expected]:
+    """Both checkpoints, one of them as the other's run would have moved it, where it was made from it."""
+    for source, result, is_second in ((first, second, True), (second, first, False)):
+        try:
+            report = report_beside(result.path)
+            made_of = None if report is None else remade(source, report)
+        except OutlierqError:  # of another model, or of a recipe that is not known here
+            continue
+        if report is not None and made_of is not None and report.fingerprint == original_of(made_of).fingerprint:
+            moved = Expected(made_of, result, report.transforms, Findings())
+            own = Expected(result, result, (), Findings())
+            return (moved, own) if is_second else (own, moved)
+    return Expected(first, first, (), Findings()), Expected(second, second, (), Findings())
+
+
+def _is_plainly_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the same in both, before anything is done to one."""
+    import torch
+
+    if name not in first.tensors or name not in second.tensors:
+        return False
+    one, other = first.read(name), second.read(name)
+    return one.shape == other.shape and torch.equal(
+        one.to(torch.promote_types(one.dtype, other.dtype)), other.to(torch.promote_types(one.dtype, other.dtype))
+    )
+
+
+def _change(first: Expected, second: Expected, name: str) -> Change | None:
     """How one tensor differs; None when its values are equal, however they are stored."""
     import torch
 

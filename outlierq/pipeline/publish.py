@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError, PublishError
 from outlierq.core.limits import Limits
+from outlierq.core.machine.record import bytes_entry, signed
 from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load import open_checkpoint
 from outlierq.load.source.carried import carried_names
@@ -158,6 +159,16 @@ def public_report(report: Report, repository: str, base_model: str | None) -> Re
     """The report without paths of this machine: of each only the last part is left."""
     cleaned = Report.from_dict(without_paths(report.to_dict()))
     return replace(cleaned, model=base_model or cleaned.model, out=repository)
+
+
+def with_record_of(report: Report, files: Mapping[str, Path], written: Mapping[str, bytes]) -> Report:
+    """The report, signed for what is uploaded: files as they are in the folder, and those that are written instead."""
+    record = report.record
+    if record is None:
+        return report
+    entries = {name: entry for name, entry in record["files"].items() if name in files or name in written}
+    entries |= {name: bytes_entry(content) for name, content in written.items() if name != REPORT_NAME}
+    return signed(report, {**record, "files": entries})
 
 
 def without_paths(value: T) -> T:

@@ -14,6 +14,7 @@ from outlierq import __version__
 from outlierq.calibrate.stored.spilled import each_changed
 from outlierq.core.errors import during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
+from outlierq.core.machine.record import signed
 from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import REPORT_NAME, Report, SiteRow
@@ -37,6 +38,7 @@ from outlierq.pipeline.block.starved import (
     tokens_of,
 )
 from outlierq.pipeline.block.stats import StatsSource
+from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.folder import finish, work_folder, working
 from outlierq.pipeline.ledger.journal import Journal, former_shards
@@ -46,7 +48,7 @@ from outlierq.pipeline.planning.plan import OUTSIDE, Plan, unit_name
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import bare, names_of
-from outlierq.pipeline.remodel.rewrite import prove_rewrite
+from outlierq.pipeline.remodel.rewrite import kept_experts, prove_rewrite
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
@@ -94,8 +96,10 @@ def quantize(
             with clock("verify"):
                 write_small(work, plan.small_files)
                 output.verify()
+                check_written(work, plan.checkpoint)
+                record = {"run": identity, **output.record(), **kept_experts(plan.checkpoint)}
         report = make_report(plan, out, journal, clock, source, rewrite_error, resources)
-        report = replace(report, notes=(*report.notes, *savings.sentences))
+        report = signed(replace(report, notes=(*report.notes, *savings.sentences)), record)
         write_small(work, {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()})
         plan.checkpoint.drop_shards()
         finish(work, out, plan.files)

@@ -10,7 +10,15 @@ from outlierq.core.errors import PublishError
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.outliers import OutlierReport
 from outlierq.core.report import REPORT_NAME
-from outlierq.pipeline.publish import CARD, REPOSITORY, Candidate, public_report, scrubbed_json, without_paths
+from outlierq.pipeline.publish import (
+    CARD,
+    REPOSITORY,
+    Candidate,
+    public_report,
+    scrubbed_json,
+    with_record_of,
+    without_paths,
+)
 from outlierq.report.model_card import CardPicture, metadata, model_card, source_metadata
 
 NONE = "none"
@@ -28,10 +36,11 @@ def hub_files(
     )
     pictures, drawn = _pictures(candidate, outliers)
     card = model_card(report, repository, base, head, gate=candidate.gate, clients=candidate.clients, pictures=pictures)
-    ours = {CARD: card.encode(), REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()}
+    ours = {CARD: card.encode(), **drawn}
     if OUTLIERS in candidate.files:
         ours[OUTLIERS] = scrubbed_json(candidate.files[OUTLIERS].read_bytes())
-    return ours | drawn
+    report = with_record_of(report, candidate.files, ours)
+    return ours | {REPORT_NAME: (json.dumps(report.to_dict(), indent=1) + "\n").encode()}
 
 
 def _base_model(candidate: Candidate, given: str | None) -> str | None:

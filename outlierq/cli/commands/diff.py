@@ -46,5 +46,8 @@ def lines(found: Difference) -> list[str]:
         shown.append(f"~ and {len(found.changed) - SHOWN} more (--json lists all)")
     if found.config:
         shown.append(f"config.json differs in {', '.join(found.config)}")
+    if found.moved:
+        what = "folds or rotations of its run made of the other's, which change nothing of what the model computes"
+        shown.append(f"{len(found.moved)} tensors are what {what}")
     counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed"
     return [*shown, f"{counts}, {found.equal} equal"]

@@ -63,3 +63,20 @@ def with_spaces_of(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
     plain = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*plain, decoders.Strip(" ", 1, 0)] if prefix else plain)
     return tokenizer
+
+
+def stored_tokens(path: Path) -> tuple[dict[str, int], dict[str, int | None], str | None] | None:
+    """Ids by token, special ids by name, and the chat template, as the file's metadata says; None without a tokenizer.
+
+    Nothing of it is interpreted, so that it can be read where no library builds a tokenizer of it.
+    """
+    from gguf import GGUFReader
+
+    fields = read_gguf_header(path).fields
+    if "tokenizer.ggml.model" not in fields:
+        return None
+    listed = GGUFReader(path).fields.get("tokenizer.ggml.tokens")
+    tokens = [] if listed is None else listed.contents()
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
+    special = {name: fields.get(f"tokenizer.ggml.{short}_token_id") for name, short in names.items()}
+    return {str(token): number for number, token in enumerate(tokens)}, special, fields.get("tokenizer.chat_template")

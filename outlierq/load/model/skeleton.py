@@ -40,13 +40,13 @@ def build_skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = _config(checkpoint)
+    config = skeleton_config(checkpoint)
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=checkpoint.trust_remote_code
             )
-    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
+    except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(
             f"transformers cannot build a causal language model from the config of {checkpoint.source}: {error}",
             hint="only decoder language models can be compressed; check config.json",
@@ -57,8 +57,8 @@ def build_skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The config object of transformers, without cache and without quantization."""
+def skeleton_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The config object of transformers, without cache and without quantization. SourceError when it is not valid."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     content = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_THE_SKELETON}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.folds import apply_fold
 from outlierq.core.errors import NumbersError
 from outlierq.core.model import Checkpoint, Fold, InputGroup, as_matrix, from_matrix
-from outlierq.core.move import UNCHANGED, Move
+from outlierq.core.move import UNCHANGED, Move, trace_of_fold
 from outlierq.core.notes import collecting
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
@@ -85,7 +85,8 @@ def carry_out(
     if move.shift is not None:
         spread["shift_max"] = move.shift.abs().max().item()
     said = {"choice": "; ".join(choice.notes)} if choice.notes else {}
-    return {**row, "fold": fold.weight, "folded": list(changed), **said, **spread}
+    trace = trace_of_fold(group, shift=move.shift is not None)
+    return {**row, "fold": fold.weight, "folded": list(changed), **said, **spread, "trace": trace}
 
 
 def waves(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:

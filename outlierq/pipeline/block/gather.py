@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, during
 from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix, from_matrix
+from outlierq.core.move import trace_of_order
 from outlierq.core.stats import InputStats
 from outlierq.transform.gather_outliers import last_in_runs
 
@@ -64,7 +65,8 @@ def gather(
             done[group.name] = permuted_stats(stats[group.name], channels)
             end = "the end" if width == len(channels) else "the ends of their heads"
             note = f"{len(columns)} channels moved to {end}"
-            rows.append({**row, "note": note, "folded": list(changed)})
+            trace = trace_of_order(group, producers, columns.tolist(), width)
+            rows.append({**row, "note": note, "folded": list(changed), "trace": trace})
             break
         else:
             rows.append({**row, "note": "no order of the producer's rows leaves the output as it is", "folded": []})

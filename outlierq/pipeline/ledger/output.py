@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.stored.stats_file import check_made_of
 from outlierq.core.errors import OutputError
+from outlierq.core.machine.record import digest_of_unit, file_entry, weights_entry
 from outlierq.core.model import Block, LinearSite, as_matrix, from_matrix
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.report import SiteRow
+from outlierq.core.report import REPORT_NAME, SiteRow
 from outlierq.export.writer import PIECE_BYTES, ShardWriter, compare
 from outlierq.load import check_unchanged
 from outlierq.ops.packing import ROWS_PER_WORD
@@ -51,6 +52,7 @@ class Output:
         self.committed: set[str] = set()
         self._told: set[str] = set(journal.read) if journal else set()
         self.made_of: dict[str, str] = dict(plan.checkpoint.made_of)
+        self._digests: Digests = {}
 
     def write(
         self,
@@ -152,6 +154,7 @@ class Output:
         read = {**self.newly_read(), **read}
         check_made_of(self.made_of, read)
         self.committed.add(unit)
+        self._digests |= digests
         entry = {
             "xxh3_128": self._digest_of_unit(unit, digests),
             "rows": [asdict(row) for row in rows],
@@ -170,9 +173,7 @@ class Output:
 
     def _digest_of_unit(self, unit: str, digests: Digests) -> str:
         """One digest of the digests of a unit's tensors, in file order."""
-        import xxhash
-
-        return xxhash.xxh3_128(b"".join(digests[name] for name in self._tensors_of(unit))).hexdigest()
+        return digest_of_unit(digests[name] for name in self._tensors_of(unit))
 
     def _aligned(self, result: QuantTensor) -> int:
         """Rows that can be decoded only together."""
@@ -227,6 +228,25 @@ class Output:
                     f"the bytes of {unit} on disk are not those that were written",
                     hint="the disk is faulty or something else wrote there; run again with --restart",
                 )
+            self._digests |= digests
+
+    def record(self) -> dict[str, Any]:
+        """What lies in the work folder by file and by unit, once `verify` has passed (`core/machine/record.py`)."""
+        sizes = self.plan.layout.sizes
+        small = sorted(self.plan.files - sizes.keys() - {REPORT_NAME})
+        files = {name: file_entry(self.work / name) for name in small}
+        files |= {shard: self._entry_of_shard(shard, size) for shard, size in sizes.items()}
+        entries = self.journal.entries.items()
+        return {"files": files, "units": {unit: entry["xxh3_128"] for unit, entry in entries}}
+
+    def _entry_of_shard(self, shard: str, size: int) -> dict[str, Any]:
+        """The entry of a weight file, of digests that are known; a tensor that belongs to no unit is read for it."""
+        inside = [place for place in self.plan.layout.places.values() if place.shard == shard]
+        inside.sort(key=lambda place: (place.offset, place.tensor.nbytes, place.tensor.name))
+        names = [place.tensor.name for place in inside]
+        header = self.plan.layout.headers[shard]
+        header = header[: inside[0].offset] if inside else header
+        return weights_entry(size, header, (self._digests.get(name) or self.writer.digest(name) for name in names))
 
     def _check_headers(self) -> None:
         """Every planned tensor stands in the file's own header, at its place, where its bytes were confirmed."""

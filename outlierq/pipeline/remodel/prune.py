@@ -42,6 +42,7 @@ class PrunedCheckpoint(RemodelledCheckpoint):
         self._renamed, self._rows = renamed, rows
         self.config, self.notes = config, notes
         self.method: str = identity[0]
+        self.kept: dict[str, list[int]] = identity[1]
         self._decided = decided
         self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
 
@@ -76,10 +77,12 @@ def pruned(
     options: Mapping[str, Any],
     *,
     stats: Path | None = None,
+    experts: Mapping[str, list[int]] | None = None,
 ) -> PrunedCheckpoint:
     """The checkpoint with the experts that the method keeps. RecipeError when the model has none to drop.
 
-    stats: statistics of this model, used where the options name none; without any the plan alone can be made.
+    stats: statistics of this model, used where the options name none; without any the plan alone can be made. experts:
+    what the method kept in an earlier run, by block; then it is not asked again.
     """
     from outlierq.load import study
 
@@ -91,24 +94,42 @@ def pruned(
         raise RecipeError(
             f"{type(skeleton).__name__} has no experts that are stored apart", hint=f"remove {method.name}"
         )
-    reader = _reader(checkpoint, options.get("stats_folder") or stats)
-    groups = getattr(config, GROUPS, None) or 1
-    kept = {block.index: _of_block(reader, method, options, block, groups) for block in blocks}
+    reader = None if experts else _reader(checkpoint, options.get("stats_folder") or stats)
+    kept = _as_before(blocks, experts) if experts else _chosen(reader, method, options, blocks, config)
     _check_enough(config, len(next(iter(kept.values()))))
     total = len(_experts(blocks[0]))
     renamed, rows = _tensors(checkpoint, structure, kept)
     remaining = len(next(iter(kept.values())))
     said = [f"{method.name}: {remaining} of {total} experts are kept in each of {len(blocks)} blocks; a smaller model"]
-    if reader is None:
+    decided = bool(experts) or reader is not None
+    if not decided:
         said += [f"{method.name}: which experts go is decided once the model has run over the calibration text"]
     else:
         said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
     numbers = {str(index): choice.tolist() for index, choice in kept.items()}
     changed = _config(checkpoint.config, total, remaining)
     identity = [method.name, numbers]
-    pruned = PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=reader is not None)
+    pruned = PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=decided)
     pruned.made_of = {**checkpoint.made_of, **(reader.made_of if reader else {})}
     return pruned
+
+
+def _chosen(
+    reader: StatsReader | None, method: Method, options: Mapping[str, Any], blocks: list[Block], config: Any
+) -> dict[int, torch.Tensor]:
+    """Numbers of the experts that the method keeps, by block."""
+    groups = getattr(config, GROUPS, None) or 1
+    return {block.index: _of_block(reader, method, options, block, groups) for block in blocks}
+
+
+def _as_before(blocks: list[Block], experts: Mapping[str, list[int]]) -> dict[int, torch.Tensor]:
+    """Numbers of the experts that an earlier run kept, by block. RecipeError when they are not of this model."""
+    import torch
+
+    strange = [b.name for b in blocks if not set(experts.get(str(b.index), [-1])) <= set(range(len(_experts(b))))]
+    if strange:
+        raise RecipeError(f"the record keeps experts of {strange[0]} that this model does not have")
+    return {block.index: torch.tensor(experts[str(block.index)]) for block in blocks}
 
 
 def _experts(block: Block) -> list[str]:

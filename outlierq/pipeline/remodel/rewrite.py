@@ -6,6 +6,7 @@ float32 logits on a short probe must be those of the original.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,22 @@ if TYPE_CHECKING:
     from outlierq.transform.rotate import Anatomy
 
 
-def rewritten(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Checkpoint:
+def rewritten(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    expert_stats: Path | None = None,
+    experts: Mapping[str, list[int]] | None = None,
+) -> Checkpoint:
     """The checkpoint as the rewrites of the recipe leave it; the checkpoint itself when there are none.
 
-    No weights are read, except for the gain of the last norm. RecipeError when a rewrite is not possible.
+    No weights are read, except for the gain of the last norm. experts: those that an earlier run kept, by block; they
+    need no statistics. RecipeError when a rewrite is not possible.
     """
     for step in recipe.rewrites:
         method = transform_method(step.method)
         if method.stage == "prune":
-            checkpoint = pruned(checkpoint, method, step.options, stats=expert_stats)
+            checkpoint = pruned(checkpoint, method, step.options, stats=expert_stats, experts=experts)
             continue
         rewrite = method.function(_looked_at(checkpoint, method, recipe), **step.options)
         checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)
@@ -59,6 +67,13 @@ def original_of(checkpoint: Checkpoint) -> Checkpoint:
     while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
         checkpoint = checkpoint.original
     return checkpoint
+
+
+def kept_experts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`experts` of the record: by block, the numbers of those that pruning left; empty when nothing was pruned."""
+    while isinstance(checkpoint, RewrittenCheckpoint):
+        checkpoint = checkpoint.original
+    return {"experts": checkpoint.kept} if isinstance(checkpoint, PrunedCheckpoint) else {}
 
 
 def _rewrites(checkpoint: Checkpoint) -> list[RewrittenCheckpoint]:

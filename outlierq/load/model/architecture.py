@@ -1,0 +1,54 @@
+"""The class that `architectures` of config.json names, built without weights: what other programs will build."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlierq.core.errors import SourceError
+from outlierq.load.model.names import stored_names, tied_parameters
+from outlierq.load.model.skeleton import config_errors, skeleton_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from outlierq.core.model import Checkpoint
+
+
+def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, str]] | None:
+    """The model of the class that `architectures` names, parameters on the meta device, and the stored tensor of each.
+
+    None where the config names none, or one that transformers does not have. SourceError when the class is of another
+    kind of model, or cannot be built.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    kind = _class_of(checkpoint)
+    if kind is None:
+        return None
+    config = skeleton_config(checkpoint)
+    if not isinstance(config, kind.config_class):
+        raise SourceError(
+            f"config.json of {checkpoint.source} names {kind.__name__} in architectures, a class for "
+            f"{kind.config_class.__name__}, but its model_type is {config.model_type}"
+        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = kind._from_config(config, dtype=getattr(torch, checkpoint.dtype))
+    except (*config_errors(), ImportError, AssertionError) as error:
+        raise SourceError(f"transformers cannot build {kind.__name__}, which config.json names: {error}") from error
+    names = stored_names(checkpoint, model)
+    for target, source in tied_parameters(checkpoint, model, names).items():
+        names[target] = names[source]
+    return model, names
+
+
+def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names first; None when there is none."""
+    import transformers
+
+    named = checkpoint.config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None

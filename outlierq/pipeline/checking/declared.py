@@ -1,0 +1,112 @@
+"""Is what the config calls quantized what is stored quantized? Asked of the file, of our class, and of the config's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.export.declared import plain_modules
+from outlierq.load.packed.described import fits
+from outlierq.pipeline.checking.finding import Findings, listed
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+CHECK = "config"
+
+
+def check_declared(
+    plain: Checkpoint, config: Mapping[str, Any], skeleton: Any, names: Mapping[str, str], findings: Findings
+) -> None:
+    """What config.json says of each matrix is what is stored: packed or plain, with zero points or without.
+
+    plain: the decoded checkpoint. skeleton, names: the class that outlierq builds, None and empty when it cannot.
+    """
+    linears = _linears(skeleton, names)
+    for module, tensor in linears.items():
+        _check_linear(module, tensor, plain.packed, config, findings)
+    for stem in plain_modules(plain.tensors, plain.packed, names.values()):
+        if _is_target(config, stem) and not _is_kept(config, stem):
+            what = "is stored plain and unknown to the model class, but config.json does not say so"
+            findings.fault(CHECK, stem, what)
+    for name, linear in plain.linears.items():
+        if linear.symmetric and "weight_zero_point" in linear.members:
+            findings.fault(CHECK, name, "has stored zero points, but config.json says that it is symmetric")
+
+
+def check_class(plain: Checkpoint, config: Mapping[str, Any], findings: Findings) -> None:
+    """The class that `architectures` names is built without weights, and asked for its linears: each must be stored as
+    config.json says. It may be another one than that of the language model alone, with a vision tower for example.
+    """
+    from outlierq.load import declared_class
+
+    try:
+        built = declared_class(plain)
+    except SourceError as error:
+        findings.fault(CHECK, "", error.what)
+        return
+    if built is None:
+        return
+    skeleton, names = built
+    for module, tensor in _linears(skeleton, names).items():
+        _check_linear(module, tensor, plain.packed, config, findings)
+    lost = [name for name, _ in skeleton.named_parameters(remove_duplicate=False) if name not in names]
+    if lost and len(lost) < len(names):
+        findings.fault("tensors", "", f"{type(skeleton).__name__} has parameters that are not stored: {listed(lost)}")
+
+
+def _linears(skeleton: torch.nn.Module | None, names: Mapping[str, str]) -> dict[str, str]:
+    """Module -> stored weight of every linear of a class."""
+    import torch
+
+    if skeleton is None:
+        return {}
+    modules = {name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)}
+    return {name: names[f"{name}.weight"] for name in modules if f"{name}.weight" in names}
+
+
+def _check_linear(
+    module: str, tensor: str, packed: Collection[str], config: Mapping[str, Any], findings: Findings
+) -> None:
+    """One linear: its module in the class, and the stored tensor."""
+    stem = tensor.removesuffix(".weight")
+    meant = _is_target(config, module) and not (_is_kept(config, module) or _is_kept(config, stem))
+    if meant and tensor not in packed and (stem == module or not _shares_a_table(stem)):
+        findings.fault(CHECK, tensor, "is stored plain, but config.json does not say so")
+    elif not meant and tensor in packed:
+        findings.fault(CHECK, tensor, "is stored quantized, but config.json says that it is not")
+
+
+def _shares_a_table(stem: str) -> bool:
+    """Whether the tensor of a linear is that of an embedding, by its name: a tied head."""
+    return "embed" in stem or stem.rpartition(".")[2] in ("wte", "word_embeddings")
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a linear layer is meant to be quantized before exceptions are looked at."""
+    if config.get("quant_method") == "compressed-tensors":
+        targets = [t for group in (config.get("config_groups") or {}).values() for t in group.get("targets", [])]
+        return any(
+            fits(t.removeprefix("re:"), module) if t.startswith("re:") else t in ("Linear", module) for t in targets
+        )
+    if config.get("quant_method") in ("gptq", "awq"):
+        # Both mean the linears of the blocks; blocks are numbered.
+        inside = any(piece.isdigit() for piece in module.split("."))
+        return inside or bool(config.get("lm_head"))
+    return True
+
+
+def _is_kept(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the quantization config names a module as one that is not quantized."""
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        entries = config.get("ignore") or []
+        return any(fits(e.removeprefix("re:"), module) if e.startswith("re:") else e == module for e in entries)
+    if method == "gptq":
+        negative = [key.removeprefix("-:") for key in config.get("dynamic") or {} if key.startswith("-:")]
+        return any(fits(pattern, module) for pattern in negative)
+    skipped = config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or []
+    return any(entry in module for entry in skipped)
