@@ -103,72 +103,72 @@ def _asked(recipe: Recipe) -> Asked:
 
 def _unstorable_sections(quantize: Quantize, format: type[FormatLimits]) -> list[str]:
     """The faults of the scheme, and those that an override adds to it."""
-    wanted = {name: getattr(quantize, name) for name in SCHEME_KEYS}
-    common = _unstorable(wanted) + format.scheme_faults(scheme_of(wanted))
+    settings = {name: getattr(quantize, name) for name in SCHEME_KEYS}
+    common = _unstorable(settings) + format.scheme_faults(scheme_of(settings))
     if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
         common.append("group_size: leave it out where `block` is given")
     faults = [f"quantize.{fault}" for fault in common]
     for number, override in enumerate(quantize.overrides):
         if not override.keep:
-            own = overridden(wanted, override)
-            found = _unstorable(own) + format.scheme_faults(scheme_of(own))
-            faults += [f"quantize.overrides.{number}.{fault}" for fault in found if fault not in common]
+            own = overridden(settings, override)
+            own_faults = _unstorable(own) + format.scheme_faults(scheme_of(own))
+            faults += [f"quantize.overrides.{number}.{fault}" for fault in own_faults if fault not in common]
     return faults
 
 
-def _unstorable(wanted: dict[str, Any]) -> list[str]:
+def _unstorable(settings: dict[str, Any]) -> list[str]:
     """What no format or client can hold, as "key: reason"; what this one cannot, it says itself."""
     faults = []
-    if wanted["kind"] == "float":
-        if wanted["bits"] not in (4, 8):
-            faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {wanted['bits']})")
-        if not wanted["symmetric"]:
+    if settings["kind"] == "float":
+        if settings["bits"] not in (4, 8):
+            faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {settings['bits']})")
+        if not settings["symmetric"]:
             faults.append("symmetric: `kind: float` has no zero points")
-        if wanted["bits"] == 4:
-            faults += _unstorable_float4(wanted)
-        elif wanted["block"] is None and wanted["group_size"] != "channel":
+        if settings["bits"] == 4:
+            faults += _unstorable_float4(settings)
+        elif settings["block"] is None and settings["group_size"] != "channel":
             faults.append("group_size: `kind: float` has one scale per `channel`, or per `block: [128, 128]`")
-    elif wanted["block"] is not None:
+    elif settings["block"] is not None:
         faults.append("block: only weights of `kind: float` have scales per block")
-    if wanted["scales"] != "plain" and wanted["bits"] != 4:
-        faults.append(f"scales: `{wanted['scales']}` ones are for weights of 4 bits (this is {wanted['bits']})")
-    elif wanted["scales"] != "plain" and wanted["kind"] == "int":
-        faults += _unstorable_levels(wanted)
-    if isinstance(wanted["activations"], Activations):
-        faults += [f"activations.{fault}" for fault in _unstorable_inputs(wanted, wanted["activations"])]
+    if settings["scales"] != "plain" and settings["bits"] != 4:
+        faults.append(f"scales: `{settings['scales']}` ones are for weights of 4 bits (this is {settings['bits']})")
+    elif settings["scales"] != "plain" and settings["kind"] == "int":
+        faults += _unstorable_levels(settings)
+    if isinstance(settings["activations"], Activations):
+        faults += [f"activations.{fault}" for fault in _unstorable_inputs(settings, settings["activations"])]
     return faults
 
 
-def _unstorable_float4(wanted: dict[str, Any]) -> list[str]:
+def _unstorable_float4(settings: dict[str, Any]) -> list[str]:
     """What neither NVFP4 nor MXFP4 is."""
     faults = []
-    if wanted["scales"] == "plain":
+    if settings["scales"] == "plain":
         faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
     else:
-        name, columns = {"two-level": ("NVFP4", 16), "power-of-two": ("MXFP4", 32)}[wanted["scales"]]
-        if wanted["block"] is not None or wanted["group_size"] != columns:
+        name, columns = {"two-level": ("NVFP4", 16), "power-of-two": ("MXFP4", 32)}[settings["scales"]]
+        if settings["block"] is not None or settings["group_size"] != columns:
             faults.append(f"group_size: {name} has groups of {columns} columns")
-    if isinstance(wanted["activations"], Activations):
+    if isinstance(settings["activations"], Activations):
         faults.append("activations: 4-bit floats are written with 16-bit inputs only")
     return faults
 
 
-def _unstorable_levels(wanted: dict[str, Any]) -> list[str]:
+def _unstorable_levels(settings: dict[str, Any]) -> list[str]:
     """What Q4_K is not."""
-    shape = (wanted["scales"], wanted["symmetric"], wanted["group_size"])
+    shape = (settings["scales"], settings["symmetric"], settings["group_size"])
     if shape != ("two-level", False, 32):
         return ["scales: integers have `two-level` scales in `symmetric: false` groups of 32 (Q4_K), or `plain` ones"]
     return []
 
 
-def _unstorable_inputs(wanted: dict[str, Any], activations: Activations) -> list[str]:
+def _unstorable_inputs(settings: dict[str, Any], activations: Activations) -> list[str]:
     """The same for the inputs of the linears."""
     faults = []
-    if activations.kind != wanted["kind"]:
-        faults.append(f"kind: must be that of the weights, {wanted['kind']} (this is {activations.kind})")
+    if activations.kind != settings["kind"]:
+        faults.append(f"kind: must be that of the weights, {settings['kind']} (this is {activations.kind})")
     if activations.kind == "float" and activations.bits != 8:
         faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {activations.bits})")
-    if not wanted["symmetric"]:
+    if not settings["symmetric"]:
         faults.append("kind: quantized inputs need symmetric weights")
     if not activations.dynamic and activations.per != "tensor":
         faults.append("per: a static scale is one per `tensor`; set `dynamic: true` for scales per token")
@@ -176,8 +176,8 @@ def _unstorable_inputs(wanted: dict[str, Any], activations: Activations) -> list
         faults.append("per: scales computed at run time are per `token`; one per tensor is static (`dynamic: false`)")
     if activations.dynamic and "clip_search" in activations.model_fields_set:
         faults.append("clip_search: scales computed at run time are not searched; leave it out")
-    if (wanted["block"] is None) == (activations.per == "group"):
+    if (settings["block"] is None) == (activations.per == "group"):
         faults.append("per: `group` belongs to weights with a `block`, and they to it")
-    elif wanted["block"] is not None and wanted["block"][1] != activations.scheme.group_size:
+    elif settings["block"] is not None and settings["block"][1] != activations.scheme.group_size:
         faults.append(f"per: groups of inputs have {activations.scheme.group_size} columns, so must the block")
     return faults

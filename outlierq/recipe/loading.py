@@ -96,8 +96,8 @@ def parse(text: str, *, name: str = "recipe", settings: list[str] | None = None,
 def _method_sections(content: dict[str, Any]) -> list[KeyPath]:
     """Paths of the sections that name a method."""
     transforms = content.get("transform")
-    found: list[KeyPath] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
-    return [*found, ("quantize",)] if isinstance(content.get("quantize"), dict) else found
+    sections: list[KeyPath] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
+    return [*sections, ("quantize",)] if isinstance(content.get("quantize"), dict) else sections
 
 
 def _split_options(
@@ -119,15 +119,15 @@ def _split_options(
     own = [name for name in model.model_fields if name != "options"]
     parent[key] = {k: v for k, v in section.items() if k in own}
     try:
-        chosen = _method(part, section["method"], trust_methods)
+        entry = _method(part, section["method"], trust_methods)
     except RecipeError as error:
         faults.append(f"{at((*path, 'method'), lines)}{error.what}" + (f" ({error.hint})" if error.hint else ""))
         return False
     rest = {k: v for k, v in section.items() if k not in own}
     try:
-        parent[key]["options"] = _options_model(chosen).model_validate(rest).model_dump(exclude_unset=True)
+        parent[key]["options"] = _options_model(entry).model_validate(rest).model_dump(exclude_unset=True)
     except ValidationError as error:
-        known = [*own, *chosen.options]
+        known = [*own, *entry.options]
         faults += [fault_of({**e, "loc": (*path, *e["loc"])}, lines, known) for e in error.errors()]
     return True
 
@@ -139,7 +139,7 @@ def _method(section: str, name: str, trust_methods: bool) -> Method:
     return transform_method(name) if section == "transform" else method(section, name)
 
 
-def _options_model(chosen: Method) -> type[BaseModel]:
+def _options_model(entry: Method) -> type[BaseModel]:
     """A pydantic model of a method's keyword-only arguments."""
-    fields: dict[str, Any] = {name: (p.annotation, p.default) for name, p in chosen.options.items()}
-    return create_model(chosen.name, __config__=ConfigDict(extra="forbid"), **fields)
+    fields: dict[str, Any] = {name: (p.annotation, p.default) for name, p in entry.options.items()}
+    return create_model(entry.name, __config__=ConfigDict(extra="forbid"), **fields)

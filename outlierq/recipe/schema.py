@@ -56,8 +56,8 @@ class Recipe(Section):
 
     def clip_search_for(self, module: str) -> bool:
         """Whether the scale of the static input of the linear called `module` is searched."""
-        chosen = None if self.quantize is None else _activations_for(self.quantize, module)
-        return chosen is not None and chosen.clip_search == "output"
+        activations = None if self.quantize is None else _activations_for(self.quantize, module)
+        return activations is not None and activations.clip_search == "output"
 
     @property
     def group_transforms(self) -> tuple[Transform, ...]:
@@ -108,13 +108,13 @@ class Recipe(Section):
         """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
         if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module):
             return None
-        wanted = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
+        settings = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
         for override in self.quantize.overrides:
             if matches(module, override.match):
                 if override.keep:
                     return None
-                wanted = overridden(wanted, override)
-        return scheme_of(wanted, scale_dtype)
+                settings = overridden(settings, override)
+        return scheme_of(settings, scale_dtype)
 
 
 def _needs_of_inputs(quantize: Quantize, beside: frozenset[str]) -> frozenset[str]:
@@ -129,29 +129,29 @@ def _needs_of_inputs(quantize: Quantize, beside: frozenset[str]) -> frozenset[st
 
 def _activations_for(quantize: Quantize, module: str) -> Activations | None:
     """The section on inputs that holds for the linear called `module`."""
-    wanted: Activations | Literal["none"] | None = quantize.activations
+    activations: Activations | Literal["none"] | None = quantize.activations
     for override in quantize.overrides:
         if matches(module, override.match) and override.activations is not None:
-            wanted = override.activations
-    return wanted if isinstance(wanted, Activations) else None
+            activations = override.activations
+    return activations if isinstance(activations, Activations) else None
 
 
-def overridden(wanted: dict[str, Any], override: Override) -> dict[str, Any]:
-    """`wanted` with the keys that an override gives. A group size replaces a block."""
+def overridden(settings: dict[str, Any], override: Override) -> dict[str, Any]:
+    """`settings` with the keys that an override gives. A group size replaces a block."""
     given = {name: value for name in SCHEME_KEYS if (value := getattr(override, name)) is not None}
-    return wanted | ({"block": None} if "group_size" in given else {}) | given
+    return settings | ({"block": None} if "group_size" in given else {}) | given
 
 
-def scheme_of(wanted: dict[str, Any], scale_dtype: str = "bfloat16") -> QuantScheme:
+def scheme_of(settings: dict[str, Any], scale_dtype: str = "bfloat16") -> QuantScheme:
     """The scheme of the keys `SCHEME_KEYS`."""
-    activations = wanted["activations"]
+    activations = settings["activations"]
     return QuantScheme(
-        bits=wanted["bits"],
-        group_size=None if wanted["group_size"] == "channel" or wanted["block"] else wanted["group_size"],
-        symmetric=wanted["symmetric"],
+        bits=settings["bits"],
+        group_size=None if settings["group_size"] == "channel" or settings["block"] else settings["group_size"],
+        symmetric=settings["symmetric"],
         scale_dtype=scale_dtype,
-        kind=wanted["kind"],
-        block=wanted["block"],
+        kind=settings["kind"],
+        block=settings["block"],
         activations=activations.scheme if isinstance(activations, Activations) else None,
-        scales=wanted["scales"],
+        scales=settings["scales"],
     )

@@ -16,24 +16,24 @@ Lines = dict[KeyPath, int]  # key path -> 1-based line, or FROM_SETTING
 
 def lines_of(tree: yaml.Node | None, faults: list[str]) -> Lines:
     """1-based line of every key path in the YAML tree. A key that is given twice is a fault: YAML keeps the last."""
-    found: Lines = {}
+    lines: Lines = {}
 
     def walk(node: yaml.Node | None, path: KeyPath) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                line, first = key.start_mark.line + 1, found.get((*path, key.value))
+                line, first = key.start_mark.line + 1, lines.get((*path, key.value))
                 if first is not None:
                     name = ".".join(map(str, (*path, key.value)))
                     faults.append(f"line {line}, {name}: given twice, first in line {first}")
-                found[(*path, key.value)] = line
+                lines[(*path, key.value)] = line
                 walk(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
-                found[(*path, i)] = value.start_mark.line + 1
+                lines[(*path, i)] = value.start_mark.line + 1
                 walk(value, (*path, i))
 
     walk(tree, ())
-    return found
+    return lines
 
 
 def apply(content: dict[str, Any], setting: str) -> KeyPath:
