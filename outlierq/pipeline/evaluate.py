@@ -49,11 +49,11 @@ def evaluate(
         _check_memory([each for each in (checkpoint, original) if each], measurement, resources.max_memory)
     if keeping.record:
         read_report(checkpoint.path)  # before hours of work, not after
-    found = judge(measure(checkpoint, original, measurement, cached=keeping.cached, resources=resources), limits)
-    found = with_command(found, keeping.command)
+    evaluation = judge(measure(checkpoint, original, measurement, cached=keeping.cached, resources=resources), limits)
+    evaluation = with_command(evaluation, keeping.command)
     if keeping.record:
-        record(checkpoint.path, found)
-    return found
+        record(checkpoint.path, evaluation)
+    return evaluation
 
 
 def _check_memory(checkpoints: list[Checkpoint], measurement: Measurement, most: int) -> None:

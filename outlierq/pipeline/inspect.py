@@ -54,10 +54,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _report(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The report of the run that wrote the checkpoint; None when there is none."""
-    found = next((f for f in checkpoint.files if f.name == REPORT_NAME), None)
-    if found is None:
+    file = next((f for f in checkpoint.files if f.name == REPORT_NAME), None)
+    if file is None:
         return None
-    return json_object(found.read(), f"{REPORT_NAME} of {checkpoint.source}", SourceError, hint="remove the file")
+    return json_object(file.read(), f"{REPORT_NAME} of {checkpoint.source}", SourceError, hint="remove the file")
 
 
 def describe_stats(folder: Path) -> dict[str, Any]:

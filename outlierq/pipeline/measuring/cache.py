@@ -42,10 +42,10 @@ def content_hash(checkpoint: Checkpoint) -> str:
 
 def data_hash(folder: Path) -> str:
     """The same for a folder of task data."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix in DATA and path.is_file())
-    if not found:
+    files = sorted(path for path in folder.rglob("*") if path.suffix in DATA and path.is_file())
+    if not files:
         raise SourceError(f"{folder} holds no data files ({', '.join(DATA)})", hint="see --data-dir in docs/ci.md")
-    return _digest((str(path.relative_to(folder)), path) for path in found)
+    return _digest((str(path.relative_to(folder)), path) for path in files)
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def _one_of(argument: str, value: str, known: Sequence[str]) -> None:
 def measure(
     checkpoint: Checkpoint,
     reference: Checkpoint | None,
-    wanted: Measurement,
+    measurement: Measurement,
     *,
     cached: bool = True,
     resources: Resources = USUAL,
@@ -114,12 +114,12 @@ def measure(
 
     cached: an earlier answer to the same question is taken; "from_cache" names what was not measured now.
     """
-    content, text_name = evaluation.evaluation_text(wanted.text)
-    model, original = _Side(checkpoint, wanted, resources.device), None
+    content, text_name = evaluation.evaluation_text(measurement.text)
+    model, original = _Side(checkpoint, measurement, resources.device), None
     if reference is not None:
-        original = _Side(reference, replace(wanted, runtime="dense"), resources.device)
+        original = _Side(reference, replace(measurement, runtime="dense"), resources.device)
     reused: list[str] = []
-    not_kept: list[str | None] = []
+    uncached: list[str | None] = []
 
     def ask(name: str, settings: Mapping[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         key = key_of({"question": name.removeprefix("reference_"), **settings, "versions": _versions()})
@@ -130,13 +130,13 @@ def measure(
         for side in (checkpoint, reference):
             if side is not None:
                 check_unchanged(side)
-        not_kept.append(keep(key, measured))
+        uncached.append(keep(key, measured))
         return measured
 
-    data = "hub" if wanted.data_dir is None or not wanted.tasks else data_hash(wanted.data_dir)
+    data = "hub" if measurement.data_dir is None or not measurement.tasks else data_hash(measurement.data_dir)
     text_hash = hashlib.sha256(content.encode()).hexdigest()
-    windows = {"windows": wanted.windows, "window_length": wanted.window_length, "bos": wanted.bos}
-    how = {"dtype": wanted.dtype, "device": _device_name(resources.device), "runtime": wanted.runtime}
+    windows = {"windows": measurement.windows, "window_length": measurement.window_length, "bos": measurement.bos}
+    how = {"dtype": measurement.dtype, "device": _device_name(resources.device), "runtime": measurement.runtime}
     hashes = {"model": model.hash, "reference": original and original.hash}
     result = {
         "results_version": RESULTS_VERSION,
@@ -146,30 +146,31 @@ def measure(
         "text": text_name,
         "text_sha256": text_hash,
         **how,
-        "conditions": _conditions(wanted, resources.device),
+        "conditions": _conditions(measurement, resources.device),
         "versions": _versions(),
         "divergence": ask(
             "divergence",
             {**hashes, **windows, **how, "text": text_hash},
-            lambda: _divergence(model, original, content, wanted, resources.listen),
+            lambda: _divergence(model, original, content, measurement, resources.listen),
         ),
     }
-    if wanted.tasks:
-        shared = {**how, **_task_options(wanted), "tasks": wanted.tasks, "data": data, "backend": wanted.backend}
+    if measurement.tasks:
+        shared = {**how, **_task_options(measurement)}
+        shared |= {"tasks": measurement.tasks, "data": data, "backend": measurement.backend}
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
-                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, wanted))
-    notes = list(dict.fromkeys(filter(None, not_kept)))
+                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, measurement))
+    notes = list(dict.fromkeys(filter(None, uncached)))
     return Evaluation(result | {"from_cache": reused} | ({"notes": notes} if notes else {}))
 
 
-def check_measurement(checkpoint: Checkpoint, wanted: Measurement) -> None:
+def check_measurement(checkpoint: Checkpoint, measurement: Measurement) -> None:
     """OutlierqError, before hours of work on `checkpoint`, for what would stop a measurement after them: a text, tasks
     or their data that are not there or do not fit the model."""
-    content, _ = evaluation.evaluation_text(wanted.text)
-    if wanted.tasks and wanted.data_dir is not None:
-        data_hash(wanted.data_dir)
-    _windows(_Side(checkpoint, wanted), None, content)
+    content, _ = evaluation.evaluation_text(measurement.text)
+    if measurement.tasks and measurement.data_dir is not None:
+        data_hash(measurement.data_dir)
+    _windows(_Side(checkpoint, measurement), None, content)
 
 
 def judge(results: Mapping[str, Any], limits: Limits) -> Evaluation:
@@ -201,10 +202,10 @@ def unmeasured(folder: Path, plan: Plan) -> Report | None:
     if not (folder / REPORT_NAME).is_file():
         return None
     report = read_report(folder)
-    found = report.fingerprint, report.settings, report.versions.get("outlierq"), report.evaluation
-    wanted = original_of(plan.checkpoint).fingerprint, plan.recipe.model_dump(mode="json"), __version__, None
+    finished = report.fingerprint, report.settings, report.versions.get("outlierq"), report.evaluation
+    planned = original_of(plan.checkpoint).fingerprint, plan.recipe.model_dump(mode="json"), __version__, None
     same_code = plan.recipe.outside_code.items() <= report.versions.items()
-    return report if found == wanted and same_code else None
+    return report if finished == planned and same_code else None
 
 
 def read_report(folder: Path) -> Report:
@@ -224,8 +225,8 @@ def read_report(folder: Path) -> Report:
 class _Side:
     """A checkpoint that is hashed and loaded when it is needed, once."""
 
-    def __init__(self, checkpoint: Checkpoint, wanted: Measurement, device: str = "cpu"):
-        self.checkpoint, self.wanted, self.device = checkpoint, wanted, device
+    def __init__(self, checkpoint: Checkpoint, measurement: Measurement, device: str = "cpu"):
+        self.checkpoint, self.measurement, self.device = checkpoint, measurement, device
 
     @cached_property
     def hash(self) -> str:
@@ -233,12 +234,12 @@ class _Side:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        wanted = self.wanted
+        measurement = self.measurement
         return evaluation.load_for_evaluation(
             self.checkpoint,
-            dtype=wanted.dtype,
+            dtype=measurement.dtype,
             device=self.device,
-            runtime=wanted.runtime,
+            runtime=measurement.runtime,
         )
 
     @cached_property
@@ -250,22 +251,22 @@ class _Side:
 
 def _windows(side: _Side, original: _Side | None, content: str) -> evaluation.Windows:
     """The windows of a text; everything else that the measurement names is looked for, too."""
-    wanted = side.wanted
-    if wanted.tasks:
-        evaluation.check_tasks(wanted.tasks, wanted.data_dir, wanted.num_fewshot)
+    measurement = side.measurement
+    if measurement.tasks:
+        evaluation.check_tasks(measurement.tasks, measurement.data_dir, measurement.num_fewshot)
     return evaluation.checked_windows(
         side.checkpoint,
         side.tokenizer,
         content,
-        window_length=wanted.window_length,
-        windows=wanted.windows,
-        bos=wanted.bos,
+        window_length=measurement.window_length,
+        windows=measurement.windows,
+        bos=measurement.bos,
         reference=original and (original.checkpoint, original.tokenizer),
     )
 
 
 def _divergence(
-    side: _Side, original: _Side | None, content: str, wanted: Measurement, listen: Listener
+    side: _Side, original: _Side | None, content: str, measurement: Measurement, listen: Listener
 ) -> dict[str, Any]:
     """`Divergence` as plain values; "linears" says how a packed model computed."""
     windows = _windows(side, original, content)
@@ -273,14 +274,14 @@ def _divergence(
         model = side.model
     reference = None if original is None else original.model
     measured = evaluation.measure_windows(model, windows, reference=reference, listen=listen).to_dict()
-    if wanted.runtime == "packed":
+    if measurement.runtime == "packed":
         measured["linears"] = [*runtime_summary(model), *notes]
     return measured
 
 
-def _tasks(side: _Side, wanted: Measurement) -> dict[str, Any]:
+def _tasks(side: _Side, measurement: Measurement) -> dict[str, Any]:
     """The tasks of one side, asked in process or through vLLM."""
-    if wanted.backend == "vllm":
+    if measurement.backend == "vllm":
         from outlierq.evaluate.tasks import Served
 
         folder = side.checkpoint.path
@@ -289,27 +290,29 @@ def _tasks(side: _Side, wanted: Measurement) -> dict[str, Any]:
         model, tokenizer = Served(folder, side.checkpoint.trust_remote_code), None
     else:
         model, tokenizer = side.model, side.tokenizer
-    return evaluation.run_tasks(model, tokenizer, wanted.tasks, data_dir=wanted.data_dir, **_task_options(wanted))
+    return evaluation.run_tasks(
+        model, tokenizer, measurement.tasks, data_dir=measurement.data_dir, **_task_options(measurement)
+    )
 
 
-def _task_options(wanted: Measurement) -> dict[str, Any]:
+def _task_options(measurement: Measurement) -> dict[str, Any]:
     """What is passed through to lm-eval."""
-    return {name: getattr(wanted, name) for name in ("limit", "num_fewshot", "batch_size", "max_length")}
+    return {name: getattr(measurement, name) for name in ("limit", "num_fewshot", "batch_size", "max_length")}
 
 
-def _conditions(wanted: Measurement, device: str) -> dict[str, Any]:
+def _conditions(measurement: Measurement, device: str) -> dict[str, Any]:
     """Every setting, as plain values, in the order that reports have."""
-    values = asdict(wanted)
-    values |= {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(wanted.tasks)}
+    values = asdict(measurement)
+    values |= {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(measurement.tasks)}
     last = {"device": device, "backend": values.pop("backend"), "runtime": values.pop("runtime")}
     return values | last
 
 
 def _versions() -> dict[str, str]:
     """What the figures depend on beside the bytes."""
-    found = {"outlierq": __version__, "python": platform.python_version()}
+    versions = {"outlierq": __version__, "python": platform.python_version()}
     packages = [*PACKAGES, *(["lm-eval"] if find_spec("lm_eval") else [])]
-    return found | {package: version(package) for package in packages}
+    return versions | {package: version(package) for package in packages}
 
 
 def _device_name(device: str) -> str:

@@ -27,7 +27,7 @@ def load_packed_model(checkpoint: Checkpoint, *, dtype: str = "bfloat16", device
     plain = unpacked(checkpoint)
     model = build_skeleton(plain)
     names = checkpoint_names(plain, model)
-    wanted = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     packed: dict[str, QuantLinear] = {}
     for module in _compressed_linears(plain, model, names):
         try:
@@ -36,7 +36,7 @@ def load_packed_model(checkpoint: Checkpoint, *, dtype: str = "bfloat16", device
             note(f"{module} is not packed: {error.what}")
             continue
         bias = plain.read(names[f"{module}.bias"]) if f"{module}.bias" in names else None
-        packed[module] = QuantLinear(weight, bias, dtype=wanted, device=device)
+        packed[module] = QuantLinear(weight, bias, dtype=torch_dtype, device=device)
     load_tensors_into(model, plain, names, skip=packed, dtype=dtype, device=device)
     plain.install(model, names)  # hooks of packed linears go with the modules that are replaced now
     for module, layer in packed.items():
