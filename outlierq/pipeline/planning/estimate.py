@@ -37,8 +37,8 @@ def _share_of_experts(plan: Plan) -> float:
     """Which share of the tokens the router sends to an expert on average; 1 without experts."""
     config = plan.model.skeleton.config.get_text_config()
     experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return chosen / experts if experts and chosen else 1.0
+    per_token = getattr(config, "num_experts_per_tok", None)
+    return per_token / experts if experts and per_token else 1.0
 
 
 def _flops() -> float:

@@ -38,17 +38,17 @@ def evaluation_bytes(models: Sequence[PreTrainedModel], dtype: str, window_lengt
     from outlierq.evaluate.divergence import CHUNK_ELEMENTS
 
     itemsize = 4 if dtype == "float32" else 2
-    found, most = 0, 0
+    held, most = 0, 0
     for model in models:
         config = model.config.get_text_config()
         sizes = [parameter.numel() for parameter in model.parameters()]  # a shared one once
         inner = max((max(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n), default=0)
-        found += sum(sizes) * itemsize + window_length * config.vocab_size * (itemsize + FLOAT)
+        held += sum(sizes) * itemsize + window_length * config.vocab_size * (itemsize + FLOAT)
         token = itemsize * (4 * min(inner, 8 * config.hidden_size) + 12 * config.hidden_size)
         scores = config.num_attention_heads * window_length * 2 * FLOAT
         most = max(most, window_length * (token + scores), 2 * FLOAT * max(sizes))
     logits: int = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
-    return BASE_BYTES + found + most + logits
+    return BASE_BYTES + held + most + logits
 
 
 def check_evaluation(models: Sequence[PreTrainedModel], dtype: str, window_length: int, ceiling: int | None) -> None:
@@ -86,13 +86,13 @@ def choose(work: Work, ceiling: int) -> Savings:
     """
     savings = NO_SAVINGS
     while True:
-        found = peaks(work, savings)
-        phase = max(found, key=found.__getitem__)
-        if found[phase] <= ceiling:
+        sizes = peaks(work, savings)
+        phase = max(sizes, key=sizes.__getitem__)
+        if sizes[phase] <= ceiling:
             return savings
-        tried = next((more for more in _more(work, savings, phase) if peaks(work, more)[phase] < found[phase]), None)
+        tried = next((more for more in _more(work, savings, phase) if peaks(work, more)[phase] < sizes[phase]), None)
         if tried is None:
-            raise too_low(found[phase], ceiling)
+            raise too_low(sizes[phase], ceiling)
         savings = tried
 
 
@@ -121,11 +121,11 @@ def smallest_ceiling(work: Work) -> int:
     """The least ceiling that `choose` accepts, in bytes."""
     savings = NO_SAVINGS
     while True:
-        found = peaks(work, savings)
-        phase = max(found, key=found.__getitem__)
-        tried = next((more for more in _more(work, savings, phase) if peaks(work, more)[phase] < found[phase]), None)
+        sizes = peaks(work, savings)
+        phase = max(sizes, key=sizes.__getitem__)
+        tried = next((more for more in _more(work, savings, phase) if peaks(work, more)[phase] < sizes[phase]), None)
         if tried is None:
-            return found[phase]
+            return sizes[phase]
         savings = tried
 
 

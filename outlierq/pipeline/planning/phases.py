@@ -52,20 +52,20 @@ ENCODING = 12
 def peaks(work: Work, savings: Savings) -> dict[str, int]:
     """Upper bounds of resident memory, in bytes, by phase."""
     block = Phases(work, savings)
-    found = {"tables": block.tables(), "write": block.writing()}
+    sizes = {"tables": block.tables(), "write": block.writing()}
     if work.calibration is not None:
-        found["collect"] = block.collecting()
+        sizes["collect"] = block.collecting()
         if work.writes_stats:
-            found |= {"file": block.filing(), "logits": block.logits()}
+            sizes |= {"file": block.filing(), "logits": block.logits()}
         if work.transforms:
-            found["folds"] = block.folding()
+            sizes["folds"] = block.folding()
     if work.statistics and not work.writes_stats:
-        found["solve"] = block.solving()
+        sizes["solve"] = block.solving()
     if work.transforms and not work.writes_stats:
-        found["transform"] = block.transforming()
+        sizes["transform"] = block.transforming()
     if work.proves:
-        found["rewrite"] = block.rewriting()
-    return {phase: block.base + size for phase, size in found.items()}
+        sizes["rewrite"] = block.rewriting()
+    return {phase: block.base + size for phase, size in sizes.items()}
 
 
 class Phases:
@@ -158,9 +158,9 @@ class Phases:
 
     def _of_group(self, width: int) -> int:
         """Statistics of one input."""
-        kept = 16 * 8 + 512 * 2 + (self.work.calibration.samples if self.work.calibration else 0) * FLOAT
-        kept += 48 * 8 if "log2_histogram" in self.work.fields else 0
-        return width * kept + (width * width * FLOAT if "hessian" in self.work.fields else 0)
+        per_channel = 16 * 8 + 512 * 2 + (self.work.calibration.samples if self.work.calibration else 0) * FLOAT
+        per_channel += 48 * 8 if "log2_histogram" in self.work.fields else 0
+        return width * per_channel + (width * width * FLOAT if "hessian" in self.work.fields else 0)
 
     def collecting(self) -> int:
         """The block runs over the text; sums of shards wait for those of their neighbours, and for other processes'."""
@@ -206,11 +206,11 @@ class Phases:
         stack = rows * width
         piece = stack if most is None else min(stack, max(most, ROWS_PER_WORD * width))
         hessian = self._of_group(width)
-        found = method_bytes(work.copies, work.factors, (stack, piece), width, work.group, hessian)
+        size = method_bytes(work.copies, work.factors, (stack, piece), width, work.group, hessian)
         if work.activations:
-            found = max(found, 3 * FLOAT * stack + 2 * hessian + 512 * (3 * width + 3 * rows) * FLOAT)
+            size = max(size, 3 * FLOAT * stack + 2 * hessian + 512 * (3 * width + 3 * rows) * FLOAT)
         # In a file they are read, weighed and moved; in memory one of them is, while all others are there.
-        return max(hessian + found, 3 * hessian) if self.savings.stats_bytes is not None else max(found, 2 * hessian)
+        return max(hessian + size, 3 * hessian) if self.savings.stats_bytes is not None else max(size, 2 * hessian)
 
     def transforming(self) -> int:
         """Scales are chosen and folded in float32, and the block's output before and after is compared."""
@@ -273,8 +273,8 @@ def method_bytes(
     # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
     groups = -(-width // (group or width))
     refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
-    found = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
-    return max(found, 3 * hessian + FLOAT * piece)
+    sweep = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
+    return max(sweep, 3 * hessian + FLOAT * piece)
 
 
 def _inputs(block: Block) -> Iterator[tuple[int, int, int]]:
@@ -283,8 +283,8 @@ def _inputs(block: Block) -> Iterator[tuple[int, int, int]]:
     Which linears share an input is found out when the block runs. Those of one parent and one width are taken for one
     stack; for two inputs, when they are several, since one of them may read what the others have made.
     """
-    found: dict[tuple[str, int], list[int]] = {}
+    stacks: dict[tuple[str, int], list[int]] = {}
     for site in block.sites:
-        found.setdefault((site.module.rpartition(".")[0], site.in_features), []).append(site.out_features)
-    for (_, width), rows in found.items():
+        stacks.setdefault((site.module.rpartition(".")[0], site.in_features), []).append(site.out_features)
+    for (_, width), rows in stacks.items():
         yield width, sum(rows), min(len(rows), 2)

@@ -38,8 +38,8 @@ class Savings:
     @property
     def identity(self) -> dict[str, Any]:
         """What may change the last bit of a sum, by name; a run continues only with the same."""
-        found = {"most_weights": self.most_weights, "batch_size": self.batch_size}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {"most_weights": self.most_weights, "batch_size": self.batch_size}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def sentences(self) -> list[str]:
