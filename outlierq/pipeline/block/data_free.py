@@ -173,12 +173,12 @@ def _timed(quantized: QuantizedRows, site: LinearSite, seconds: dict[str, float]
 
 def rounder(plan: Plan, device: str) -> Callable[[LinearSite], QuantizedRows]:
     """The recipe's method on one linear, read and quantized piece by piece."""
-    chosen = plan.recipe.quantize
+    section = plan.recipe.quantize
     schemes = plan.schemes
 
     def quantized(site: LinearSite) -> QuantizedRows:
         pieces = (piece.to(device) for piece in _pieces(plan.checkpoint, site, schemes[site]))
-        return quantize_rows(site, pieces, schemes[site], method("quantize", chosen.method), chosen.options)
+        return quantize_rows(site, pieces, schemes[site], method("quantize", section.method), section.options)
 
     return quantized
 

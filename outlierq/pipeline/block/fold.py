@@ -95,7 +95,7 @@ def waves(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     The result is the same as of one group after another. A group waits for an earlier one that changes what its choice
     reads; it is not carried out before one that changes the same tensors, or that still has to read them.
     """
-    found: list[list[InputGroup]] = []
+    by_number: list[list[InputGroup]] = []
     reading: dict[str, int] = {}  # by tensor name: the last wave in which a choice reads it, or it is changed
     changing: dict[str, int] = {}
     for group in groups:
@@ -111,9 +111,9 @@ def waves(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
         number = max(after, default=0)
         for names, wave in ((reads, reading), (changes, changing)):
             wave.update({n: max(number, wave.get(n, 0)) for n in names})
-        found += [[] for _ in range(number + 1 - len(found))]
-        found[number].append(group)
-    return found
+        by_number += [[] for _ in range(number + 1 - len(by_number))]
+        by_number[number].append(group)
+    return by_number
 
 
 def _producer_read(fold: Fold) -> set[str]:
@@ -153,9 +153,9 @@ def check_move(
         """The producer's rows as the group's channels see them."""
         return (tensor.float().T if fold.transposed else tensor.float())[rows]
 
-    found = fed(after[fold.weight]) + offset
-    found = found * (scale[:, None] if found.dim() == 2 else scale)
-    _compare(group, fold.weight, found, fed(before[fold.weight]) + offset)
+    restored = fed(after[fold.weight]) + offset
+    restored = restored * (scale[:, None] if restored.dim() == 2 else scale)
+    _compare(group, fold.weight, restored, fed(before[fold.weight]) + offset)
     if fold.bias:
         back = after[fold.bias].float()[rows] * scale + shift
         _compare(group, fold.bias, back, before[fold.bias].float()[rows])
@@ -166,10 +166,10 @@ def check_move(
             _compare(group, site.bias, after[site.bias] - weight @ shift, before[site.bias].float())
 
 
-def _compare(group: InputGroup, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+def _compare(group: InputGroup, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     """NumbersError when the largest difference is not small beside the largest value."""
     largest = max(expected.abs().max().item(), 1e-30)
-    change = (found - expected).abs().max().item() / largest
+    change = (actual - expected).abs().max().item() / largest
     if not change <= UNCHANGED:
         raise NumbersError(
             f"moving the input of {group.name} changed {name} by {change:.2e}, more than {UNCHANGED:g}",

@@ -89,10 +89,10 @@ def _candidates(
     beside = next(g.sites for g in groups if producer in g.sites)
     together = [s for s in beside if (s.out_features, s.expert) == (producer.out_features, producer.expert)]
     for width in dict.fromkeys(w for w in (len(index), head_dim) if w):
-        found = last_in_runs(columns, index, width)
-        if found is not None:
+        orders = last_in_runs(columns, index, width)
+        if orders is not None:
             for producers in [together, [producer]] if len(together) > 1 else [[producer]]:
-                yield producers, width, *found
+                yield producers, width, *orders
 
 
 def _permuted(

@@ -40,14 +40,14 @@ def cache_tensors(
         fold = group.fold
         if fold is not None and fold.kind == "linear" and fold.weight.startswith(f"{cache.prefix}."):
             value = moved_values(value, fold, before, after)
-    found = {name: cache_scale(x, scheme, dtype).cpu() for name, x in zip(cache.names, (key, value), strict=True)}
-    for name, scale in found.items():
+    scales = {name: cache_scale(x, scheme, dtype).cpu() for name, x in zip(cache.names, (key, value), strict=True)}
+    for name, scale in scales.items():
         if tuple(scale.shape) != cache.shape:
             raise StatsError(
                 f"{name} was planned as {list(cache.shape)}, but attention has {len(key)} key-value heads",
                 hint="use kv_cache.per: tensor",
             )
-    return found
+    return scales
 
 
 def moved_values(

@@ -56,22 +56,22 @@ def shares(group: InputGroup, stats: Mapping[str, InputStats], least: int) -> li
     Gate and up of a starved expert take those of all tokens: it reads the same tensor as the others. For the input of
     its down nothing alike is known.
     """
-    found = stats.get(group.name)
+    common = stats.get(group.name)
     if group.routed:
         tokens = tokens_of(group, stats)
         enough = tokens >= max(least, 1)
         starved = None if enough else tokens
-        return [Share(group.name, group.sites, found, starved, rounded=not enough)]
+        return [Share(group.name, group.sites, common, starved, rounded=not enough)]
     apart = {site for part in group.parts for site in part.sites}
     rest = tuple(site for site in group.sites if site not in apart)
-    done = [Share(group.name, rest, found)] if rest else []
+    done = [Share(group.name, rest, common)] if rest else []
     for part in group.parts:
         tokens = tokens_of(part, stats)
         enough = tokens >= max(least, 1)
         done.append(
             Share(part.name, part.sites, stats[part.name])
             if enough
-            else Share(group.name, part.sites, found, starved=tokens)
+            else Share(group.name, part.sites, common, starved=tokens)
         )
     return done
 

@@ -113,11 +113,11 @@ class StatsFromFile(NoStats):
         self.reader = StatsReader(folder)
         self.reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
         self.made_of, self.calibration = self.reader.made_of, self.reader.calibration
-        found = self.reader.identity
-        self.identity = {"statistics": found.to_json()}
-        self.seed = found.settings["seed"]
-        self.remark = f"statistics of an earlier calibration: {found.token_description}"
-        held = frozenset(found.settings["fields"])
+        identity = self.reader.identity
+        self.identity = {"statistics": identity.to_json()}
+        self.seed = identity.settings["seed"]
+        self.remark = f"statistics of an earlier calibration: {identity.token_description}"
+        held = frozenset(identity.settings["fields"])
         missing = stored_fields(needs) - held
         if missing:
             raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")

@@ -199,8 +199,8 @@ class StatsFromRun:
         except NumbersError as error:
             self._blame_weights(None, error)
             raise
-        found = [sample for samples in self.ranks.gather(mine) for sample in samples if sample is not None]
-        return LogitSample.joined(found) if self.ranks.lead else None
+        parts = [sample for samples in self.ranks.gather(mine) for sample in samples if sample is not None]
+        return LogitSample.joined(parts) if self.ranks.lead else None
 
     def _collect(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
         """The block's groups and statistics."""
@@ -267,8 +267,8 @@ class StatsFromRun:
         mine: Statistics = {}
         for name in [name for group in groups for name in names_of(group)]:
             mine |= combined(self.ranks, merging, name, owners[name])
-        counted = {name: bare(kept) for name, kept in mine.items()}
-        everything = {name: kept for held in self.ranks.share(counted) for name, kept in held.items()}
+        counted = {name: bare(stats) for name, stats in mine.items()}
+        everything = {name: stats for held in self.ranks.share(counted) for name, stats in held.items()}
         return sorted_by_group(groups, everything | mine)
 
     def _combine_observed(self, index: int, observed: list[BlockObserver]) -> None:
@@ -320,8 +320,8 @@ class StatsFromRun:
                 parameter.data = tensors[name].to(parameter.device).float()
             return run_once(probe)
 
-        expected, found = output(before), output(after)
-        change = ((found - expected).abs().max() / expected.abs().max()).item()
+        expected, actual = output(before), output(after)
+        change = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not change <= UNCHANGED:
             raise NumbersError(
                 f"folding changed the float32 output of {block.name} by {change:.2e}, more than {UNCHANGED:g}",
@@ -400,19 +400,19 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
 
     windows: how many there are. former: the number of a run that goes on. RecipeError for more shards than windows.
     """
-    wanted = settings.shards
-    if wanted is not None and wanted > windows:
+    asked = settings.shards
+    if asked is not None and asked > windows:
         raise RecipeError(
-            f"calibration.shards is {wanted}, but there are only {windows} windows of text",
+            f"calibration.shards is {asked}, but there are only {windows} windows of text",
             hint=f"set calibration.shards to {windows} or less, or give more text",
         )
-    shards = wanted or former or min(ranks.size, windows)
+    shards = asked or former or min(ranks.size, windows)
     remark = ""
     if shards < ranks.size:
         remark = (
             f"the calibration text ran in {shards} shards: {ranks.size - shards} of {ranks.size} processes had none"
         )
-    elif wanted is None and shards > 1:
+    elif asked is None and shards > 1:
         remark = f"the calibration text ran in {shards} shards; with calibration.shards={shards} any number of "
         remark += "processes gives the same"
     return settings.model_copy(update={"shards": shards}), remark
