@@ -133,9 +133,9 @@ class SeveralRanks(Ranks):
 
         if not self.lead:
             return self._arrive(move)
-        found = value()
-        self._transfer(found, move)
-        return found
+        result = value()
+        self._transfer(result, move)
+        return result
 
     def gather(self, value: Value) -> list[Value]:
         if self.lead:
@@ -144,8 +144,8 @@ class SeveralRanks(Ranks):
         return []
 
     def share(self, value: Value) -> list[Value]:
-        found = self.gather(value)
-        return self.first(lambda: found)
+        values = self.gather(value)
+        return self.first(lambda: values)
 
     def _transfer(self, value: Any, move: Callable[[torch.Tensor, ProcessGroup | None], object]) -> None:
         """Pass a value on: its length, itself without tensors, and each tensor's bytes."""
@@ -209,9 +209,9 @@ class SeveralRanks(Ranks):
         if not stopped and not isinstance(error, RankError):
             self._tell(FAILED)
             return error if self._speaks() or not isinstance(error, OutlierqError) else SystemExit(error.exit_code)
-        found, lost = self._roll_call()
+        beats, lost = self._roll_call()
         self._tell(DONE)
-        if FAILED in found or not self._speaks():
+        if FAILED in beats or not self._speaks():
             return SystemExit(EXIT_ERROR)
         if not lost:
             return error
@@ -344,7 +344,7 @@ def _packed(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     return pickle.dumps((metas, file.getvalue()), protocol=5), packer.tensors
 
 
-def ranks_wanted() -> int:
+def world_size() -> int:
     """How many processes were started together, by the environment that torchrun and others set."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
@@ -359,7 +359,7 @@ def joined() -> Iterator[Ranks]:
     Inside, ranks other than the lead are silent; an error that ends the work is said by one rank only.
     """
     global _present
-    size = ranks_wanted()
+    size = world_size()
     if size == 1:
         yield ALONE
         return
@@ -405,8 +405,8 @@ def _join(size: int) -> SeveralRanks:
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def store(keeps: bool) -> dist.PrefixStore:
-        found = dist.TCPStore(host, port, size, keeps, timeout=JOIN, wait_for_workers=False)
-        return dist.PrefixStore(f"outlierq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        tcp = dist.TCPStore(host, port, size, keeps, timeout=JOIN, wait_for_workers=False)
+        return dist.PrefixStore(f"outlierq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
 
     try:
         ours = store(keeps_store)

@@ -71,13 +71,13 @@ class Merging:
 
 def combined(ranks: Ranks, merging: Merging, name: str, owner: int) -> Statistics:
     """The statistics of a group over all shards, on the rank that owns it; others give theirs, and get none."""
-    found = merging.take(name)
+    nodes = merging.take(name)
     if ranks.rank != owner:
-        ranks.send(found, owner)
+        ranks.send(nodes, owner)
         return {}
     whole = Merging(merging.shards)
     for rank in range(ranks.size):
-        for node, stats in (found if rank == owner else ranks.receive(rank)).items():
+        for node, stats in (nodes if rank == owner else ranks.receive(rank)).items():
             whole.add(node, stats)
     (root,) = whole.nodes.values()
     return root
