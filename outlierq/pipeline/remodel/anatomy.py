@@ -144,9 +144,9 @@ class Bench:
             return logits_at(0, places)
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |found - expected| / max |expected|; infinite when there is a NaN."""
-    error = float((found - expected).abs().max() / expected.abs().max())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| / max |expected|; infinite when there is a NaN."""
+    error = float((actual - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 
 
@@ -211,13 +211,13 @@ class _Search:
             kind = kind_of(self.bench.model, block)
             if kind not in known:
                 known[kind] = block, self._examine(block)
-            like, found = known[kind]
+            like, anatomy = known[kind]
             moved = Moved(self.noise.names, like, block)
-            norms += [moved.norm(norm) for norm in found.norms]
-            writers += [moved.sites[site] for site in found.writers]
-            values += [moved.value(path) for path in found.values]
-            obstacles += [found.residual_obstacle] if found.residual_obstacle else []
-            without += [found.values_obstacle] if found.values_obstacle else []
+            norms += [moved.norm(norm) for norm in anatomy.norms]
+            writers += [moved.sites[site] for site in anatomy.writers]
+            values += [moved.value(path) for path in anatomy.values]
+            obstacles += [anatomy.residual_obstacle] if anatomy.residual_obstacle else []
+            without += [anatomy.values_obstacle] if anatomy.values_obstacle else []
         if not obstacles and len({norm.centred for norm in norms}) > 1:
             obstacles.append("some norms subtract the mean and some do not")
         return Anatomy(
@@ -239,12 +239,12 @@ class _Search:
         with self.bench.filled(self.noise, block.index) as module:
             trace = trace_block(module, block, run)
             groups = prove_folds(module, block, find_groups(module, block, run), run, self.bench.model.config)
-        found, obstacle = self._stream(block, module, trace)
+        anatomy, obstacle = self._stream(block, module, trace)
         if not obstacle:
-            error = self._rotated_error(block, found)
-            obstacle = "" if error <= UNCHANGED else self._reason(block, module, trace, found, error)
+            error = self._rotated_error(block, anatomy)
+            obstacle = "" if error <= UNCHANGED else self._reason(block, module, trace, anatomy, error)
         values, without = self._values(block, groups)
-        return replace(found, values=values, residual_obstacle=obstacle, values_obstacle=without)
+        return replace(anatomy, values=values, residual_obstacle=obstacle, values_obstacle=without)
 
     def _stream(self, block: Block, module: torch.nn.Module, trace: Trace) -> tuple[Anatomy, str]:
         """Candidates: norms that linears read, and other linears as wide as the stream; or why there are none."""
@@ -287,23 +287,23 @@ class _Search:
         unit = zero if offset else one
         flat = output(unit, x)
         expected = flat * gain + (shift if has_bias else 0)
-        found = output(gain - 1 if offset else gain, x, shift)
-        if relative_error(found, expected) > UNCHANGED:
+        actual = output(gain - 1 if offset else gain, x, shift)
+        if relative_error(actual, expected) > UNCHANGED:
             return None
         centred = relative_error(output(unit, x + 2), flat) <= UNCHANGED
         names = self.noise.names
         return Norm(names[weight], names[bias] if has_bias else None, offset, centred, readers)
 
-    def _rotated_error(self, block: Block, found: Anatomy) -> float:
+    def _rotated_error(self, block: Block, anatomy: Anatomy) -> float:
         """How far the rotated block is from giving the rotated output."""
-        if len({norm.centred for norm in found.norms}) > 1:
+        if len({norm.centred for norm in anatomy.norms}) > 1:
             return float("inf")
-        rewrite = rotate(replace(found, tables=(STREAM,)), values=False)
+        rewrite = rotate(replace(anatomy, tables=(STREAM,)), values=False)
         expected = _spun(rewrite, self.bench.block(self.noise, block.index, self.hidden))
         rotated = self.noise.rewritten(rewrite)
         return relative_error(self.bench.block(rotated, block.index, _spun(rewrite, self.hidden)), expected)
 
-    def _reason(self, block: Block, module: torch.nn.Module, trace: Trace, found: Anatomy, error: float) -> str:
+    def _reason(self, block: Block, module: torch.nn.Module, trace: Trace, anatomy: Anatomy, error: float) -> str:
         """Why a block cannot be rotated, as well as that can be seen."""
         read = set(trace.inputs.values())
         behind = [
@@ -373,8 +373,8 @@ class _Search:
         with self._norms_called() as norms_after:
             bench.after(self.noise, self.hidden)
         if len(norms_after) != 1:
-            found = ", ".join(norms_after) or "none"
-            raise SourceError(f"one norm is expected between the blocks and the head, found: {found}")
+            called = ", ".join(norms_after) or "none"
+            raise SourceError(f"one norm is expected between the blocks and the head, found: {called}")
         norm = self._norm(norms_after[0], bench.model.get_submodule(norms_after[0]), (head,))
         if norm is None or {norm.centred} != {n.centred for n in anatomy.norms}:
             raise SourceError(f"{norms_after[0]} is not a norm like those in the blocks")

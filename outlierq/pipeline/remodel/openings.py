@@ -107,7 +107,7 @@ class _Trial:
     def shifts(self) -> dict[str, Shift]:
         """By input group, the shifts that need new biases; of blocks that look alike, one is examined."""
         known: dict[tuple, tuple[Block, list[InputGroup]]] = {}
-        found = {}
+        shifts = {}
         for block in self.bench.structure.blocks:
             kind = kind_of(self.bench.model, block)
             if kind not in known:
@@ -120,8 +120,8 @@ class _Trial:
                 if new:
                     shift = Shift(moved.tensors[group.fold.bias], frozenset(map(moved.tensors.get, new)), "")
                     note = group.fold.shift_note.replace(group.fold.bias, shift.bias)
-                    found[moved.sites[group.sites[0]].module] = replace(shift, note=note)
-        return found
+                    shifts[moved.sites[group.sites[0]].module] = replace(shift, note=note)
+        return shifts
 
     def _check_zeros(self, block: Block) -> None:
         """SourceError when the block with zeros for its new biases does not compute what it did."""
@@ -130,9 +130,9 @@ class _Trial:
             values = self.weights.read(name, rows)
             return values.zero_() if name in self.new else values
 
-        found = self.bench.block(Weights(self.names, read), block.index, self.hidden)
+        actual = self.bench.block(Weights(self.names, read), block.index, self.hidden)
         expected = self.plain.block(self.plain_weights, block.index, self.hidden)
-        error = relative_error(found, expected)
+        error = relative_error(actual, expected)
         if not error <= UNCHANGED:
             raise SourceError(f"biases of zeros change the output of {block.name} by {error:.1g}")
 
