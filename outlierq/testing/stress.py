@@ -55,7 +55,7 @@ def stressed(
     return StressedCheckpoint(
         checkpoint,
         [group for group in groups if group.sites[0].in_features == width],
-        _chosen(channels, width, seed),
+        _channel_numbers(channels, width, seed),
         factor,
     )
 
@@ -79,29 +79,29 @@ def proved_groups(model: StudiedModel) -> list[InputGroup]:
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     hidden = runner.start(ids)
-    found: list[InputGroup] = []
+    proved: list[InputGroup] = []
     for block in structure.blocks:
         materialise(block.name)
         module, run_once = skeleton.get_submodule(block.name), runner.run_once(block.index, hidden)
         groups = find_groups(module, block, run_once)
-        found += prove_folds(module, block, groups, run_once, skeleton.config)
+        proved += prove_folds(module, block, groups, run_once, skeleton.config)
         forget(block.name)
-    return found
+    return proved
 
 
-def _chosen(channels: int | Sequence[int], width: int, seed: int) -> tuple[int, ...]:
+def _channel_numbers(channels: int | Sequence[int], width: int, seed: int) -> tuple[int, ...]:
     """The channel numbers in ascending order."""
     import torch
 
     if isinstance(channels, int):
         order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
-        chosen = order[:channels].tolist()
+        numbers = order[:channels].tolist()
     else:
-        chosen = list(dict.fromkeys(channels))
+        numbers = list(dict.fromkeys(channels))
     too_many = isinstance(channels, int) and channels > width
-    if too_many or not chosen or not all(0 <= channel < width for channel in chosen):
+    if too_many or not numbers or not all(0 <= channel < width for channel in numbers):
         raise OutlierqError(f"channels must be 1 to {width} different numbers from 0 to {width - 1}, not {channels}")
-    return tuple(sorted(chosen))
+    return tuple(sorted(numbers))
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,10 @@ class StressedCheckpoint(DerivedCheckpoint):
         fold, info = group.fold, self.tensors[group.fold.weight]
         offset = 1.0 if fold.kind == "offset-norm" else 0.0
         gain = self.original.read(fold.weight).float()[torch.tensor(fold.index)] + offset
-        chosen = torch.tensor(self.channels)
-        exact = storable_scale(gain[chosen], torch.full(chosen.shape, 1 / self.factor), torch_dtype(info.dtype), offset)
+        channels = torch.tensor(self.channels)
+        exact = storable_scale(
+            gain[channels], torch.full(channels.shape, 1 / self.factor), torch_dtype(info.dtype), offset
+        )
         scale = torch.ones(len(fold.index))
-        scale[chosen] = exact
+        scale[channels] = exact
         return scale
