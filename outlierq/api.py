@@ -234,7 +234,7 @@ def evaluate(
     refuse_unwritable(_path(out), _path(junit))
     original = None if reference is None else Source(reference, trust_remote_code=trust_remote_code)
     with listening(progress) as listen:
-        found = evaluate(
+        evaluation = evaluate(
             Source(model, revision, trust_remote_code),
             original,
             measurement,
@@ -243,10 +243,10 @@ def evaluate(
             resources=Resources.of(device, max_memory, listen),
         )
     if out is not None:
-        write_file(Path(out), (json.dumps(whole_characters(found), indent=1) + "\n").encode())
+        write_file(Path(out), (json.dumps(whole_characters(evaluation), indent=1) + "\n").encode())
     if junit is not None:
-        _write_junit(found, Path(junit))
-    return found
+        _write_junit(evaluation, Path(junit))
+    return evaluation
 
 
 def calibrate(
@@ -291,10 +291,10 @@ def calibrate(
         "text": text or None,
         "chat_template": chat_template or None,
     }
-    chosen = calibration(recipe, settings, options, trust_methods=trust_methods)
+    section = calibration(recipe, settings, options, trust_methods=trust_methods)
     source = Source(model, revision, trust_remote_code, stream_from_hub)
     with listening(progress) as listen:
-        return make_statistics(source, chosen, folder_of(out), resources=Resources.of(device, max_memory, listen))
+        return make_statistics(source, section, folder_of(out), resources=Resources.of(device, max_memory, listen))
 
 
 def detect(

@@ -59,8 +59,8 @@ app.command("bench", epilog=bench.EXAMPLES)(translated(bench.command))
 app.command("demo", epilog=demo.EXAMPLES)(translated(demo.command))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         typer.echo(f"outlierq {__version__}")
         raise typer.Exit
 

@@ -26,28 +26,28 @@ def command(
     import outlierq
 
     with shared.progress(quiet) as listen:
-        found = outlierq.diff(a, b, trust_remote_code=trust_remote_code, progress=listen)
+        difference = outlierq.diff(a, b, trust_remote_code=trust_remote_code, progress=listen)
     if as_json:
-        shared.print_json({"a": a, "b": b, **found.to_dict()})
+        shared.print_json({"a": a, "b": b, **difference.to_dict()})
         return
-    for line in lines(found):
+    for line in lines(difference):
         typer.echo(line)
 
 
-def lines(found: Difference) -> list[str]:
+def lines(difference: Difference) -> list[str]:
     """The differences, one a line."""
-    shown = [f"- {name}" for name in found.removed] + [f"+ {name}" for name in found.added]
-    for change in found.changed[:SHOWN]:
+    shown = [f"- {name}" for name in difference.removed] + [f"+ {name}" for name in difference.added]
+    for change in difference.changed[:SHOWN]:
         how = f"{' -> '.join(str(list(shape)) for shape in change.shapes)}"
         if change.relative_error is not None:
             how = f"relative error {change.relative_error:.3%}, largest {change.largest:.3g}"
         shown.append(f"~ {change.name}: {how}")
-    if len(found.changed) > SHOWN:
-        shown.append(f"~ and {len(found.changed) - SHOWN} more (--json lists all)")
-    if found.config:
-        shown.append(f"config.json differs in {', '.join(found.config)}")
-    if found.moved:
+    if len(difference.changed) > SHOWN:
+        shown.append(f"~ and {len(difference.changed) - SHOWN} more (--json lists all)")
+    if difference.config:
+        shown.append(f"config.json differs in {', '.join(difference.config)}")
+    if difference.moved:
         what = "folds or rotations of its run made of the other's, which change nothing of what the model computes"
-        shown.append(f"{len(found.moved)} tensors are what {what}")
-    counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed"
-    return [*shown, f"{counts}, {found.equal} equal"]
+        shown.append(f"{len(difference.moved)} tensors are what {what}")
+    counts = f"{len(difference.added)} added, {len(difference.removed)} removed, {len(difference.changed)} changed"
+    return [*shown, f"{counts}, {difference.equal} equal"]

@@ -76,7 +76,7 @@ def command(
     import outlierq
 
     with shared.progress(quiet) as listen:
-        found = outlierq.evaluate(
+        evaluation = outlierq.evaluate(
             model,
             reference,
             tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
@@ -104,23 +104,23 @@ def command(
             progress=listen,
             command=shared.command_line(),
         )
-    for line in found["divergence"].get("linears", ()):
+    for line in evaluation["divergence"].get("linears", ()):
         shared.say(line, quiet)
     if as_json:
-        shared.print_json(found)
+        shared.print_json(evaluation)
     else:
-        typer.echo(f"{model} on {found['text']}")
-        show_results(found, quiet)
-    found.raise_if_failed()
+        typer.echo(f"{model} on {evaluation['text']}")
+        show_results(evaluation, quiet)
+    evaluation.raise_if_failed()
 
 
-def show_results(found: Evaluation, quiet: bool) -> None:
+def show_results(evaluation: Evaluation, quiet: bool) -> None:
     """What was measured, and the gate when there is one."""
     from outlierq.report import terminal
 
-    shared.show(*terminal.evaluation(found))
-    for note in found.get("notes", ()):
+    shared.show(*terminal.evaluation(evaluation))
+    for note in evaluation.get("notes", ()):
         shared.say(f"note: {note}")
-    if found["from_cache"]:
-        names = ", ".join(found["from_cache"])
+    if evaluation["from_cache"]:
+        names = ", ".join(evaluation["from_cache"])
         shared.say(f"measured before and taken from the cache: {names} (--no-cache measures again)", quiet)

@@ -23,24 +23,24 @@ def command(
     """Say what TARGET is and holds, from headers alone."""
     import outlierq
 
-    found = outlierq.inspect(target, revision=revision, trust_remote_code=trust_remote_code)
+    facts = outlierq.inspect(target, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
-        shared.print_json(found)
+        shared.print_json(facts)
         return
-    for line in lines(found):
+    for line in lines(facts):
         typer.echo(line)
-    if found.get("report"):
+    if facts.get("report"):
         from outlierq.report import terminal
 
-        shared.show(terminal.summary(outlierq.Report.from_dict(found["report"])))
+        shared.show(terminal.summary(outlierq.Report.from_dict(facts["report"])))
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(facts: dict[str, Any]) -> list[str]:
     """The facts, one a line."""
     from outlierq.report.terminal import human_bytes
 
     shown = []
-    for key, value in found.items():
+    for key, value in facts.items():
         if key in ("report", "groups", "settings", "identity") or value is None:
             continue
         if key == "bytes":

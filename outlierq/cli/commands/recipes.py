@@ -26,12 +26,12 @@ def list_recipes(as_json: shared.AsJson = False) -> None:
     """The recipes that come with outlierq."""
     import outlierq
 
-    found = outlierq.recipes()
+    descriptions = outlierq.recipes()
     if as_json:
-        shared.print_json(found)
+        shared.print_json(descriptions)
         return
-    width = max(len(name) for name in found)
-    for name, text in found.items():
+    width = max(len(name) for name in descriptions)
+    for name, text in descriptions.items():
         typer.echo(f"{name:<{width}}  {text}")
 
 

@@ -37,29 +37,30 @@ def command(
     import outlierq
 
     with shared.progress(quiet) as listen:
-        found = outlierq.verify(target, source, trust_remote_code=trust_remote_code, progress=listen)
+        verification = outlierq.verify(target, source, trust_remote_code=trust_remote_code, progress=listen)
     if as_json:
-        shared.print_json(found.to_dict())
+        shared.print_json(verification.to_dict())
     else:
-        for line in lines(found):
+        for line in lines(verification):
             typer.echo(line)
-    if not found.sound:
+    if not verification.sound:
         raise typer.Exit(EXIT_ERROR)
 
 
-def lines(found: Verification) -> list[str]:
+def lines(verification: Verification) -> list[str]:
     """The findings, one a line."""
-    what = f"{found.quantization} " if found.quantization else ""
-    shown = [f"{found.source}: {what}checkpoint of {found.tensors} tensors, {found.linears} quantized weights"]
-    if found.errors:
-        ordered = sorted(found.errors, key=found.errors.get)
+    what = f"{verification.quantization} " if verification.quantization else ""
+    counts = f"{verification.tensors} tensors, {verification.linears} quantized weights"
+    shown = [f"{verification.source}: {what}checkpoint of {counts}"]
+    if verification.errors:
+        ordered = sorted(verification.errors, key=verification.errors.get)
         middle, worst = ordered[len(ordered) // 2], ordered[-1]
         shown.append(
-            f"relative error against {found.original}: median {found.errors[middle]:.2%}, largest "
-            f"{found.errors[worst]:.2%} ({worst})"
+            f"relative error against {verification.original}: median {verification.errors[middle]:.2%}, largest "
+            f"{verification.errors[worst]:.2%} ({worst})"
         )
-    shown += [f"note: {note}" for note in found.notes]
-    shown += [f"fault: {f.tensor + ': ' if f.tensor else ''}{f.what} [{f.check}]" for f in found.faults[:SHOWN]]
-    if len(found.faults) > SHOWN:
-        shown.append(f"and {len(found.faults) - SHOWN} more faults (--json lists all)")
-    return [*shown, "sound: no fault found" if found.sound else f"{len(found.faults)} fault(s) found"]
+    shown += [f"note: {note}" for note in verification.notes]
+    shown += [f"fault: {f.tensor + ': ' if f.tensor else ''}{f.what} [{f.check}]" for f in verification.faults[:SHOWN]]
+    if len(verification.faults) > SHOWN:
+        shown.append(f"and {len(verification.faults) - SHOWN} more faults (--json lists all)")
+    return [*shown, "sound: no fault found" if verification.sound else f"{len(verification.faults)} fault(s) found"]
