@@ -216,38 +216,46 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return counts
 
 
-def main() -> None:
-    """Plant, look, and enter the result."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--only", nargs="*", choices=sorted(EXPORTS), help="kinds of exports; nothing is entered then")
-    asked.add_argument("--missed", action="store_true", help="list what was missed")
-    options = asked.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="planted-") as place:
-        work = Path(place)
-        source = write_source(work / "source")
-        rows = plant(source, work, options.only or list(EXPORTS))
-        alarms = {} if options.only else clean_exports(source, work)
+def written(rows: list[dict[str, Any]], alarms: dict[str, dict[str, list[str]]]) -> None:
+    """Print the figures and enter them."""
     counts = summary(rows)
     for state, numbers in counts.items():
         print(f"{state}: {numbers['found']} of {numbers['planted']} found ({numbers['share']:.1%})")
     wrong = {name: said for name, said in alarms.items() if any(said.values())}
     print(f"false alarms: {len(wrong)} of {len(alarms)} clean exports {wrong or ''}")
-    if options.missed:
-        for row in rows:
-            missed = [state for state, checks in row["found"].items() if not checks and "--source" in state]
-            if missed:
-                print(f"{row['export']}: {row['fault']}: missed {missed}")
-    if not options.only:
-        missed = [
-            {"export": row["export"], "fault": row["fault"], "missed": [s for s, c in row["found"].items() if not c]}
-            for row in rows
-        ]
-        content = {
-            "what": __doc__.split("\n")[0], "summary": counts, "clean_exports": len(alarms), "false_alarms": wrong,
-            "missed": [row for row in missed if row["missed"]],
-        }  # fmt: skip
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    missed = [
+        {"export": row["export"], "fault": row["fault"], "missed": [s for s, c in row["found"].items() if not c]}
+        for row in rows
+    ]
+    content = {
+        "what": __doc__.split("\n")[0], "summary": counts, "clean_exports": len(alarms), "false_alarms": wrong,
+        "missed": [row for row in missed if row["missed"]],
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    """Plant, look, and enter the result; or a part of it, to be entered with the others."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--only", nargs="*", choices=sorted(EXPORTS), help="kinds of exports; default: all")
+    asked.add_argument("--part", type=Path, help="write what was found here, and enter nothing")
+    asked.add_argument("--clean", action="store_true", help="look at clean exports only")
+    asked.add_argument("--enter", nargs="*", type=Path, help="enter the results of parts")
+    options = asked.parse_args()
+    if options.enter:
+        parts = [json.loads(path.read_text()) for path in options.enter]
+        alarms = {name: said for part in parts for name, said in part["alarms"].items()}
+        written([row for part in parts for row in part["rows"]], alarms)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="planted-") as place:
+        source = write_source(Path(place) / "source")
+        rows = [] if options.clean else plant(source, Path(place), options.only or list(EXPORTS))
+        alarms = clean_exports(source, Path(place)) if options.clean or not options.only else {}
+    if options.part:
+        options.part.write_text(json.dumps({"rows": rows, "alarms": alarms}))
+    else:
+        written(rows, alarms)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,11 @@ def _swap(one: str, other: str) -> Change:
     return apply
 
 
-def _swapped(dim: int, one: int, other: int) -> Edit:
+def _swapped(dim: int, first: int, second: int) -> Edit:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         order = list(range(tensor.shape[dim]))
+        other = min(second, len(order) - 1)  # scales of blocks have few rows
+        one = min(first, other - 1)
         order[one], order[other] = order[other], order[one]
         raw = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
         return raw.index_select(dim, torch.tensor(order)).contiguous().view(tensor.dtype)
