@@ -92,6 +92,11 @@ def write_source(folder: Path, *, biases: bool = True) -> Path:
     return folder
 
 
+def source_of(source: Path, recipe: str) -> Path:
+    """The source that a recipe is tried on: readers of GGUF files know no Llama with biases."""
+    return source.parent / "source-of-gguf" if recipe.startswith("gguf") else source
+
+
 def export(source: Path, out: Path, recipe: str, settings: list[str]) -> Path:
     """The source, compressed."""
     from outlierq.load import open_checkpoint
@@ -170,12 +175,13 @@ def plant(source: Path, work: Path, kinds: list[str]) -> list[dict[str, Any]]:
     """Every fault of these kinds with what was found."""
     rows = []
     for kind in kinds:
-        clean = export(source, work / kind, *EXPORTS[kind])
+        origin = source_of(source, EXPORTS[kind][0])
+        clean = export(origin, work / kind, *EXPORTS[kind])
         for name, change in faults_of(kind):
             copy = Path(shutil.copytree(clean, work / "copy"))
             try:
                 change(copy)
-                rows.append({"export": kind, "fault": name, "found": found_in(copy, source)})
+                rows.append({"export": kind, "fault": name, "found": found_in(copy, origin)})
             except Exception as error:
                 raise RuntimeError(f"{kind}: {name}: {error}") from error
             finally:
@@ -192,11 +198,12 @@ def clean_exports(source: Path, work: Path) -> dict[str, dict[str, list[str]]]:
     asked = {f"recipe {name}": (name, []) for name in shipped()} | EXPORTS
     for name, (recipe, settings) in asked.items():
         try:
-            folder = export(source, work / "clean", recipe, settings)
+            origin = source_of(source, recipe)
+            folder = export(origin, work / "clean", recipe, settings)
         except OutlierqError as error:
             print(f"{name}: not for this model: {error.what}")
             continue
-        alarms[name] = found_in(folder, source)
+        alarms[name] = found_in(folder, origin)
         shutil.rmtree(folder)
     return alarms
 
@@ -250,6 +257,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="planted-") as place:
         source = write_source(Path(place) / "source")
+        write_source(Path(place) / "source-of-gguf", biases=False)
         rows = [] if options.clean else plant(source, Path(place), options.only or list(EXPORTS))
         alarms = clean_exports(source, Path(place)) if options.clean or not options.only else {}
     if options.part:

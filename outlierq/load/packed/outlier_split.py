@@ -75,6 +75,12 @@ class SplitCheckpoint(DecodedCheckpoint):
         """Codes [out, in], scales [out, 1] and outlier columns [k] of a linear, by the name of its weight."""
         parts = self.parts(name)
         scale, columns, outlier_weight = parts["weight_scale"], parts["outlier_columns"].long(), parts["outlier_weight"]
+        rows = len(parts["weight"])
+        if scale.numel() != rows or outlier_weight.shape != (rows, len(columns)):
+            raise SourceError(
+                f"{name} of {self.source} has {rows} rows of codes, {scale.numel()} scales, and outlier weights "
+                f"{list(outlier_weight.shape)} for {len(columns)} columns"
+            )
         scheme = QuantScheme(8, None, scale_dtype=str(scale.dtype).removeprefix("torch."), activations=PER_TOKEN)
         return QuantTensor(parts["weight"], scale, None, scheme, outlier_columns=columns, outlier_weight=outlier_weight)
 

@@ -38,11 +38,17 @@ class Guess:
         self.errors[name] = error
         return error
 
-    def judge(self, *, other_tables: bool) -> bool:
-        """Judge the weights against each other; whether they were judged. other_tables: embeddings differ, too."""
+    def judge(self, *, other_tables: bool, may_be_ordered: bool) -> bool:
+        """Judge the weights against each other; whether they were judged. other_tables: embeddings differ, too.
+
+        may_be_ordered: the format is one whose writer puts channels into another order.
+        """
         if not self.errors:
             return True
         usual = median(self.errors.values())
+        if may_be_ordered and any(error > FOREIGN for error in self.errors.values()):
+            self.findings.note("the order of channels is not known without the report; the weights were not judged")
+            return False
         if usual > FOREIGN and other_tables:
             self.findings.note(
                 f"the weights are not those of the source with other scales (median error {usual:.2f}): rotated, or of "

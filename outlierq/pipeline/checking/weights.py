@@ -26,7 +26,9 @@ LEAST_FACTOR, LARGEST_FACTOR = 0.4, 1.6
 # Root mean square of the error in steps: 0.29 of rounding; GPTQ moves columns that hardly count by about one.
 STEPS_OF_A_ROW, STEPS_OF_A_COLUMN = 0.8, 1.6
 # Largest distance of one weight from its source in steps, unless its code is at an end of the range: 0.5 of rounding.
-FARTHEST_ROUNDED, FARTHEST = 0.75, 6.0
+FARTHEST_ROUNDED, FARTHEST = 0.75, 12.0
+# The same as a part of half the range, where that is more: error compensation and fitted scales move whole columns.
+FARTHEST_IN_RANGE = 0.25
 # Parts of half the range: where a weight is taken for clipped, and where it is put then.
 NEAR_THE_END, NOT_FAR_FROM_IT = 0.9, 0.5
 # Mean difference of a group from its source in steps of its scale: up to 1.19 in checkpoints of GPTQModel and
@@ -192,7 +194,8 @@ def _wrong_codes(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         limit = f"{most:.0%} of the largest weight beside them"
     else:
         most = FARTHEST_ROUNDED if grid.rounded else FARTHEST
-        wrong = apart > most * grid.steps + 1e-6 * expected.abs().max()
+        allowed = most * grid.steps if grid.rounded else torch.maximum(most * grid.steps, FARTHEST_IN_RANGE * grid.half)
+        wrong = apart > allowed + 1e-6 * expected.abs().max()
         wrong &= ~((grid.lowest & (expected < weight)) | (grid.highest & (expected > weight)))
         if not grid.rounded:
             wrong &= ~_clipped(weight, expected, grid.half)
