@@ -151,9 +151,9 @@ def config_seeds() -> list[bytes]:
 
 def read_config(folder: Folder) -> None:
     """Open the folder and let transformers check its config."""
-    from outlierq.load.model.skeleton import _config
+    from outlierq.load.model.skeleton import skeleton_config
 
-    _config(open_folder(folder))
+    skeleton_config(open_folder(folder))
 
 
 def read_skeleton(folder: Folder) -> None:

@@ -72,7 +72,8 @@ class TestHostileNames:
     """Names in a checkpoint reach no terminal as they are."""
 
     @pytest.fixture
-    def hostile(self, llama_copy, tmp_path) -> Path:
+    def hostile(self, llama_copy, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setenv("COLUMNS", "400")  # no line ends inside of the name
         folder = tmp_path / f"model{TITLE}\u202e"
         shutil.copytree(llama_copy, folder)
         return folder

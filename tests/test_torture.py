@@ -211,7 +211,7 @@ def test_what_the_machine_cannot_do_is_no_traceback(error, said, outlierq, tiny_
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("outlierq.pipeline.planning.decide.make_plan", fails)
+    monkeypatch.setattr("outlierq.pipeline.compress.make_plan", fails)
     answer = outlierq("quantize", tiny_llama, "-o", tmp_path / "out")
     assert answer.code == 1 and said in answer.err and "run the same command again" in answer.err
 
@@ -220,7 +220,7 @@ def test_a_fault_of_ours_keeps_its_traceback(outlierq, tiny_llama, tmp_path, mon
     def fails(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("outlierq.pipeline.planning.decide.make_plan", fails)
+    monkeypatch.setattr("outlierq.pipeline.compress.make_plan", fails)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         outlierq("quantize", tiny_llama, "-o", tmp_path / "out")
 
