@@ -225,7 +225,7 @@ def test_experts_that_pruning_left_are_known_without_statistics(tmp_path):
     source = open_checkpoint(str(tmp_path / "source"))
     kept = {"0": [0, 3], "1": [1, 2]}
     smaller = pruned(source, transform_method("reap"), {"ratio": 0.5}, experts=kept)
-    assert smaller.kept == kept
+    assert smaller.survivors == kept
     name = "model.layers.1.block_sparse_moe.experts.1.w1.weight"
     assert torch.equal(smaller.read(name), source.read(name.replace("experts.1", "experts.2")))
 

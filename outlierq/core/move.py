@@ -75,15 +75,15 @@ def _consumers(group: InputGroup) -> dict[str, Any]:
 
 def runs(numbers: Sequence[int]) -> list[list[int]]:
     """Numbers as runs [first, behind the last] of neighbours."""
-    found: list[list[int]] = []
+    pairs: list[list[int]] = []
     for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1][1] += 1
+        if pairs and pairs[-1][1] == number:
+            pairs[-1][1] += 1
         else:
-            found.append([number, number + 1])
-    return found
+            pairs.append([number, number + 1])
+    return pairs
 
 
-def numbers_of(found: Iterable[Sequence[int]]) -> list[int]:
+def numbers_of(pairs: Iterable[Sequence[int]]) -> list[int]:
     """The numbers of `runs`."""
-    return [number for first, behind in found for number in range(first, behind)]
+    return [number for first, behind in pairs for number in range(first, behind)]

@@ -24,11 +24,11 @@ def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantSch
     transformers and where that differs by that on disk, as other runtimes build their models by it; then those that
     share a tensor (a tied head), then what the class does not know.
     """
-    kept = [name for site, scheme in sites if scheme is None for name in names_of(site)]
+    plain = [name for site, scheme in sites if scheme is None for name in names_of(site)]
     tied = [slot.removesuffix(WEIGHT) for slot, _ in model.structure.tied]
     packed = [site.weight for site, scheme in sites if scheme is not None]
     unknown = plain_modules(model.checkpoint.tensors, packed, model.names.values())
-    return list(dict.fromkeys([*kept, *tied, *unknown]))
+    return list(dict.fromkeys([*plain, *tied, *unknown]))
 
 
 def names_of(site: LinearSite) -> list[str]:
@@ -44,15 +44,15 @@ def plain_modules(tensors: Mapping[str, TensorInfo], packed: Collection[str], kn
     the experts of a mixture, stored together: readers decide for their module.
     """
     packed, known = set(packed), set(known)
-    found = []
+    modules = []
     for name, info in tensors.items():
         if name in packed or name.endswith((".bias", "_bias")):
             continue
         if len(info.shape) == 3 and ".experts." in name:
-            found.append(name.removesuffix(WEIGHT).rpartition(".")[0])
+            modules.append(name.removesuffix(WEIGHT).rpartition(".")[0])
         elif name not in known and len(info.shape) == 2 and name.endswith(WEIGHT) and not _is_table(name):
-            found.append(name.removesuffix(WEIGHT))
-    return list(dict.fromkeys(found))
+            modules.append(name.removesuffix(WEIGHT))
+    return list(dict.fromkeys(modules))
 
 
 def _is_table(name: str) -> bool:

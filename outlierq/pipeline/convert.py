@@ -78,37 +78,37 @@ class PackedSource(DerivedCheckpoint):
 
     def quantized(self, name: str) -> QuantTensor:
         """A packed weight as the format wants it. SourceError when that would change a number."""
-        found = self._plain.quantized(name)
-        found = found if self.symmetric else as_asymmetric(found)
-        return with_scale_dtype(found, self._format.scale_dtype or found.scheme.scale_dtype, name)
+        quantized = self._plain.quantized(name)
+        quantized = quantized if self.symmetric else as_asymmetric(quantized)
+        return with_scale_dtype(quantized, self._format.scale_dtype or quantized.scheme.scale_dtype, name)
 
 
-def as_asymmetric(found: QuantTensor) -> QuantTensor:
+def as_asymmetric(quantized: QuantTensor) -> QuantTensor:
     """The same numbers with zero points, all of them 2^(bits - 1)."""
     import torch
 
-    if found.zero_point is not None or found.scheme.kind != "int":
-        return found
-    middle = 1 << (found.scheme.bits - 1)
-    codes = found.codes.to(torch.int8).view(torch.uint8) + middle  # wraps at 256: signed codes become unsigned
-    zero_point = torch.full_like(found.scale, middle, dtype=torch.uint8)
-    return replace(found, codes=codes, zero_point=zero_point, scheme=replace(found.scheme, symmetric=False))
+    if quantized.zero_point is not None or quantized.scheme.kind != "int":
+        return quantized
+    middle = 1 << (quantized.scheme.bits - 1)
+    codes = quantized.codes.to(torch.int8).view(torch.uint8) + middle  # wraps at 256: signed codes become unsigned
+    zero_point = torch.full_like(quantized.scale, middle, dtype=torch.uint8)
+    return replace(quantized, codes=codes, zero_point=zero_point, scheme=replace(quantized.scheme, symmetric=False))
 
 
-def with_scale_dtype(found: QuantTensor, dtype: str, name: str) -> QuantTensor:
+def with_scale_dtype(quantized: QuantTensor, dtype: str, name: str) -> QuantTensor:
     """The same numbers with scales in another dtype; SourceError when it cannot hold them."""
     import torch
 
-    if found.scheme.scales != "plain":
-        return found  # they have a dtype of their own
-    scale = found.scale.to(getattr(torch, dtype))
-    lost = int((scale.float() != found.scale.float()).sum())
+    if quantized.scheme.scales != "plain":
+        return quantized  # they have a dtype of their own
+    scale = quantized.scale.to(getattr(torch, dtype))
+    lost = int((scale.float() != quantized.scale.float()).sum())
     if lost:
         raise SourceError(
             f"{lost} of {scale.numel()} scales of {name} are no {dtype} numbers; writing them would change the weights",
             hint="compress the original checkpoint in the wanted format instead",
         )
-    return replace(found, scale=scale, scheme=replace(found.scheme, scale_dtype=dtype))
+    return replace(quantized, scale=scale, scheme=replace(quantized.scheme, scale_dtype=dtype))
 
 
 def make_conversion(
@@ -151,14 +151,14 @@ def make_conversion(
 
 def _schemes(source: PackedSource, sites: list[LinearSite], listen: Listener) -> dict[LinearSite, QuantScheme]:
     """The scheme of every packed weight in the new format, each weight read and checked."""
-    found: dict[LinearSite, QuantScheme] = {}
+    schemes: dict[LinearSite, QuantScheme] = {}
     for number, site in enumerate(sites):
         listen(Event("check", number, len(sites), site.module))
-        found[site] = source.quantized(site.weight).scheme
-    if len({scheme.symmetric for scheme in found.values()}) > 1:
+        schemes[site] = source.quantized(site.weight).scheme
+    if len({scheme.symmetric for scheme in schemes.values()}) > 1:
         source.symmetric = False
-        found = {site: replace(scheme, symmetric=False) for site, scheme in found.items()}
-    return found
+        schemes = {site: replace(scheme, symmetric=False) for site, scheme in schemes.items()}
+    return schemes
 
 
 def convert(plan: Plan, out: Path, *, restart: bool = False, listen: Listener = silent) -> Report:
@@ -201,8 +201,8 @@ def _units(plan: Plan, output: Output, listen: Listener) -> None:
 def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
     """One weight in the new format, and its row of the report: no error, as nothing was rounded."""
     started = time.perf_counter()
-    found = plan.checkpoint.quantized(site.weight)
-    scheme, seconds = found.scheme, time.perf_counter() - started
+    quantized = plan.checkpoint.quantized(site.weight)
+    scheme, seconds = quantized.scheme, time.perf_counter() - started
     row = SiteRow(
         site.module,
         STORED,
@@ -211,8 +211,8 @@ def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
         scheme.symmetric,
         None,
         0.0,
-        found.bits_per_weight,
+        quantized.bits_per_weight,
         seconds,
         numbers=scheme.numbers,
     )
-    return found, row
+    return quantized, row

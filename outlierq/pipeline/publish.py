@@ -174,7 +174,7 @@ def with_record_of(report: Report, files: Mapping[str, Path], written: Mapping[s
 def without_paths(value: T) -> T:
     """Plain values in which every local path is its last part."""
     if isinstance(value, str):
-        return LOCAL_PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
+        return LOCAL_PATH.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], value)
     if isinstance(value, Mapping):
         return {without_paths(key): without_paths(item) for key, item in value.items()}
     return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
@@ -237,8 +237,8 @@ def _faults(folder: Path, trust_remote_code: bool) -> list[str]:
     """What is wrong with a checkpoint, each as a sentence."""
     from outlierq.pipeline.verify import verify
 
-    found = verify(str(folder), trust_remote_code=trust_remote_code).faults
-    return [f"{fault.tensor}: {fault.what}" if fault.tensor else fault.what for fault in found]
+    faults = verify(str(folder), trust_remote_code=trust_remote_code).faults
+    return [f"{fault.tensor}: {fault.what}" if fault.tensor else fault.what for fault in faults]
 
 
 def _gate(folder: Path, report: Report, limits: Limits, trust_remote_code: bool) -> list[dict[str, Any]]:
@@ -263,7 +263,7 @@ def _gate(folder: Path, report: Report, limits: Limits, trust_remote_code: bool)
             hint=f"measure again: outlierq eval {folder} --reference ORIGINAL --record",
         )
     rows = list(measured.get("gate") or [])
-    rows += [row for wanted in (of_recipe, limits) for row in judge(dict(measured), wanted)["gate"] if row not in rows]
+    rows += [row for bounds in (of_recipe, limits) for row in judge(dict(measured), bounds)["gate"] if row not in rows]
     raise_if_failed([GateRow(row["name"], row["value"], row["relation"], row["limit"]) for row in rows])
     return rows
 
@@ -385,5 +385,5 @@ def scrubbed_json(content: bytes) -> bytes:
 
 def sizes(files: Mapping[str, Path], written: Mapping[str, bytes]) -> Sequence[tuple[str, int]]:
     """What an upload would send: names and bytes, in the order of the names."""
-    found = {name: path.stat().st_size for name, path in files.items()}
-    return sorted((found | {name: len(content) for name, content in written.items()}).items())
+    bytes_of = {name: path.stat().st_size for name, path in files.items()}
+    return sorted((bytes_of | {name: len(content) for name, content in written.items()}).items())

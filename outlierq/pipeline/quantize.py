@@ -149,8 +149,8 @@ class _Run:
         calibration = plan.recipe.calibration
         self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
-        chosen = plan.recipe.quantize
-        self._least = least_tokens(calibration, method("quantize", chosen.method).needs if chosen else frozenset())
+        rounding = plan.recipe.quantize
+        self._least = least_tokens(calibration, method("quantize", rounding.method).needs if rounding else frozenset())
         self._done = frozenset()
 
     def all(self) -> None:
@@ -232,7 +232,7 @@ class _Run:
             owners = owners_for(self.plan)(groups, self.ranks)
             mine = {name for name, rank in owners.items() if rank == self.ranks.rank}
             stats = each_changed(stats, bare, [name for name in stats if name not in mine])
-            stats = each_changed(stats, lambda kept: kept.weighing_sinks(self.sink_weight))
+            stats = each_changed(stats, lambda each: each.weighing_sinks(self.sink_weight))
         return_freed_memory()
         tensors = self._read(block)
         before = dict(tensors)
@@ -313,7 +313,7 @@ class _Run:
                 rows[group.name] = carry_out(group, choice, tensors, steps)
                 if choice:
                     ours = [name for name in names_of(group) if name in mine]
-                    stats = each_changed(stats, lambda kept, move=choice.move: kept.moved(move), ours)
+                    stats = each_changed(stats, lambda each, move=choice.move: each.moved(move), ours)
         self.source.check_transformed(block.index, before, tensors)
         return stats, [{"block": block.index, **rows[group.name]} for group in groups if group.name in rows]
 
@@ -326,7 +326,7 @@ class _Run:
     ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
         """Bring outlier channels to the end of the inputs whose order is free; `tensors` get the new values."""
         rows: list[dict[str, Any]] = []
-        for step in self.plan.recipe.permutations:
+        for permutation in self.plan.recipe.permutations:
             from outlierq.pipeline.block.gather import gather
 
             config = self.plan.model.skeleton.config.get_text_config()
@@ -336,9 +336,9 @@ class _Run:
             def check(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
                 self.source.check_transformed(block.index, before, after)
 
-            chosen = method("permute", step.method), step.options
-            stats, found = gather(block, groups, stats, tensors, chosen, head_dim, check)
-            rows += found
+            step = method("permute", permutation.method), permutation.options
+            stats, moved = gather(block, groups, stats, tensors, step, head_dim, check)
+            rows += moved
         return stats, rows
 
     def _quantize(
@@ -351,12 +351,12 @@ class _Run:
         """Quantize every group of the block, each rank its own; the lead gets all results."""
         if self.plan.recipe.quantize is None:
             return {}
-        found: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
+        own: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for group in groups:
             if any(name in mine for name in names_of(group)):
-                found |= self._quantize_one(group, mine, stats, tensors)
+                own |= self._quantize_one(group, mine, stats, tensors)
                 return_freed_memory()
-        everything = {site: result for made in self.ranks.gather(found) for site, result in made.items()}
+        everything = {site: result for made in self.ranks.gather(own) for site, result in made.items()}
         if not self.ranks.lead:
             return {}
         ordered = [site for group in groups for site in in_order_of_shares(group)]
@@ -373,14 +373,14 @@ class _Run:
         tensors: Mapping[str, torch.Tensor],
     ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """Quantize those sites of one group whose statistics this rank has."""
-        chosen = self.plan.recipe.quantize
+        rounding = self.plan.recipe.quantize
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
-        usual, least = method("quantize", chosen.method), self._least
+        usual, least = method("quantize", rounding.method), self._least
         for share in shares(group, stats, least):
             if share.name not in mine:
                 continue
             check_static(share, self.schemes)
-            by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, chosen.options)
+            by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, rounding.options)
             done = quantize_group(
                 {s: as_matrix(s, tensors[s.weight]) for s in share.sites},
                 self.schemes,
@@ -390,7 +390,7 @@ class _Run:
                 clip_search=self.plan.recipe.clip_search_for(share.sites[0].module),
                 most_weights=self.savings.most_weights,
             )
-            results |= {site: noted(found, share.note(least)) for site, found in done.items()}
+            results |= {site: noted(result, share.note(least)) for site, result in done.items()}
         return results
 
     def _cache_scales(
@@ -401,7 +401,7 @@ class _Run:
         after: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """The scales of the block's KV cache by tensor name, when the plan has some."""
-        cache, chosen = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
+        cache, kv_cache = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
         if cache is None:
             return {}
         from outlierq.load.source.shards import torch_dtype
@@ -409,7 +409,7 @@ class _Run:
 
         dtype = torch_dtype(self.plan.layout.places[cache.names[0]].tensor.dtype)
         stats = self.source.block_stats(block.index)
-        return cache_tensors(cache, chosen.scheme, stats, groups, before, after, dtype)
+        return cache_tensors(cache, kv_cache.scheme, stats, groups, before, after, dtype)
 
     def _round(self, site: LinearSite) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """A linear outside of the blocks has no statistics: round it to nearest, and say so."""
@@ -420,9 +420,9 @@ class _Run:
         return {site: (quantized, replace(row, note="outside of the blocks: rounded to nearest, no statistics"))}
 
 
-def noted(found: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:
+def noted(result: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:
     """A result with one more note in its row; empty ones are left out."""
-    quantized, row = found
+    quantized, row = result
     return quantized, replace(row, note="; ".join(part for part in (text, row.note) if part))
 
 

@@ -65,33 +65,33 @@ def verify(
     """
     from outlierq.load import open_checkpoint
 
-    found = Verification(source=source, original=original)
+    verification = Verification(source=source, original=original)
     reference = None if original is None else _reference(original, trust_remote_code)
     file = _gguf_in(Path(source))
-    report = check_record(Path(source), found) if Path(source).exists() else None
+    report = check_record(Path(source), verification) if Path(source).exists() else None
     try:
         checkpoint = open_checkpoint(str(file or source), trust_remote_code=trust_remote_code)
     except SourceError as error:
-        found.fault("files", "", error.what)
-        return found
+        verification.fault("files", "", error.what)
+        return verification
     if report is None and not Path(source).exists():
-        report = check_record(checkpoint.path, found)
+        report = check_record(checkpoint.path, verification)
     config = checkpoint.config.get("quantization_config") or {}
     config = config if isinstance(config, Mapping) else {}
-    found.quantization = config.get("quant_method") or ("gguf" if checkpoint.kind == "gguf" else None)
-    found.tensors = len(checkpoint.tensors)
-    plain = _decoded(checkpoint, found)
-    _check_stored(checkpoint, found)
+    verification.quantization = config.get("quant_method") or ("gguf" if checkpoint.kind == "gguf" else None)
+    verification.tensors = len(checkpoint.tensors)
+    plain = _decoded(checkpoint, verification)
+    _check_stored(checkpoint, verification)
     if plain is not None:
-        found.linears = len(plain.packed)
-        studied = _check_places(plain, found)
-        _check_config(checkpoint, plain, config, studied, found)
-        tokens = _check_tokens(checkpoint, studied, found)
-        comparison = None if reference is None else _comparison(plain, reference, report, studied, found)
-        _check_weights(plain, comparison, config, found, listen)
+        verification.linears = len(plain.packed)
+        studied = _check_places(plain, verification)
+        _check_config(checkpoint, plain, config, studied, verification)
+        tokens = _check_tokens(checkpoint, studied, verification)
+        comparison = None if reference is None else _comparison(plain, reference, report, studied, verification)
+        _check_weights(plain, comparison, config, verification, listen)
         if comparison is not None and reference is not None:
-            _compare(plain, comparison, reference, tokens, found)
-    return found
+            _compare(plain, comparison, reference, tokens, verification)
+    return verification
 
 
 def _gguf_in(folder: Path) -> Path | None:
@@ -109,18 +109,18 @@ def _reference(original: str, trust_remote_code: bool) -> Checkpoint:
     return unpacked(open_checkpoint(original, trust_remote_code=trust_remote_code))
 
 
-def _decoded(checkpoint: Checkpoint, found: Verification) -> Checkpoint | None:
+def _decoded(checkpoint: Checkpoint, findings: Findings) -> Checkpoint | None:
     """The checkpoint with its packed weights decoded on demand; None when its layout contradicts its config."""
     from outlierq.load import unpacked
 
     try:
         return unpacked(checkpoint)
     except SourceError as error:
-        found.fault("layout", "", error.what)
+        findings.fault("layout", "", error.what)
         return None
 
 
-def _check_places(plain: Checkpoint, found: Verification) -> tuple[Any, dict[str, str]] | None:
+def _check_places(plain: Checkpoint, findings: Findings) -> tuple[Any, dict[str, str]] | None:
     """Every parameter of the model has its tensor, every tensor its place, and config.json tells them right.
 
     Gives the model class and the stored tensor of each parameter; None when they do not fit together.
@@ -131,10 +131,10 @@ def _check_places(plain: Checkpoint, found: Verification) -> tuple[Any, dict[str
         skeleton = build_skeleton(plain)
         names = checkpoint_names(plain, skeleton)
     except SourceError as error:
-        found.fault("tensors", "", error.what)
+        findings.fault("tensors", "", error.what)
         return None
     for each in misplaced(plain, skeleton, names):
-        found.fault(each.check, each.tensor, each.what)
+        findings.fault(each.check, each.tensor, each.what)
     return skeleton, names
 
 
@@ -143,36 +143,36 @@ def _check_config(
     plain: Checkpoint,
     config: Mapping[str, Any],
     studied: tuple[Any, dict[str, str]] | None,
-    found: Verification,
+    findings: Findings,
 ) -> None:
     """What config.json says of each matrix, of inputs and of the cache is what is stored."""
     from outlierq.pipeline.checking.scales import check_members
 
     skeleton, names = studied or (None, {})
     if skeleton is not None:
-        check_plain(plain, skeleton, names, found)
+        check_plain(plain, skeleton, names, findings)
     if config:
         try:
             declared = Findings()
             check_declared(plain, config, skeleton, names, declared)
             if skeleton is not None:
                 check_class(plain, config, declared)
-            found.faults += dict.fromkeys(declared.faults)
-            check_members(checkpoint, config, found)
+            findings.faults += dict.fromkeys(declared.faults)
+            check_members(checkpoint, config, findings)
         except SourceError as error:  # a pattern that cannot be followed
-            found.fault("config", "", error.what)
+            findings.fault("config", "", error.what)
 
 
 def _check_tokens(
-    checkpoint: Checkpoint, studied: tuple[Any, dict[str, str]] | None, found: Verification
+    checkpoint: Checkpoint, studied: tuple[Any, dict[str, str]] | None, findings: Findings
 ) -> Tokens | None:
     """The tokenizer, held against the model."""
     from outlierq.pipeline.checking.tokens import check_tokens
 
-    return None if studied is None else check_tokens(checkpoint, studied[0], found)
+    return None if studied is None else check_tokens(checkpoint, studied[0], findings)
 
 
-def _check_stored(checkpoint: Checkpoint, found: Verification) -> None:
+def _check_stored(checkpoint: Checkpoint, findings: Findings) -> None:
     """Every stored float (weights in 16 bits, scales) is finite, and scales are what scales can be."""
     from outlierq.export.writer import all_finite
     from outlierq.pipeline.checking.scales import Signs, check_stored
@@ -184,14 +184,14 @@ def _check_stored(checkpoint: Checkpoint, found: Verification) -> None:
         try:
             tensor = checkpoint.read(name)
         except SourceError as error:
-            found.fault("files", name, error.what)
+            findings.fault("files", name, error.what)
             continue
         if not all_finite(tensor):
             count = int((~tensor.float().isfinite()).sum())
-            found.fault("numbers", name, f"holds {count} of {tensor.numel()} values that are NaN or infinite")
+            findings.fault("numbers", name, f"holds {count} of {tensor.numel()} values that are NaN or infinite")
         else:
-            check_stored(name, tensor, signs, found)
-    signs.judge(found)
+            check_stored(name, tensor, signs, findings)
+    signs.judge(findings)
 
 
 def _comparison(
@@ -199,20 +199,20 @@ def _comparison(
     reference: Checkpoint,
     report: Report | None,
     studied: tuple[Any, dict[str, str]] | None,
-    found: Verification,
+    findings: Findings,
 ) -> Comparison | None:
     """How the checkpoint is held against its source; None when a recipe's rewrites cannot be repeated on it."""
     from outlierq.pipeline.checking.against import Comparison
 
     try:
-        return Comparison.of(plain, reference, report, studied[1] if studied else {}, found)
+        return Comparison.of(plain, reference, report, studied[1] if studied else {}, findings)
     except OutlierqError as error:
-        found.fault("source", "", f"what the recipe does cannot be done to this source: {error.what}")
+        findings.fault("source", "", f"what the recipe does cannot be done to this source: {error.what}")
         return None
 
 
 def _check_weights(
-    plain: Checkpoint, comparison: Comparison | None, config: Mapping[str, Any], found: Verification, listen: Listener
+    plain: Checkpoint, comparison: Comparison | None, config: Mapping[str, Any], findings: Findings, listen: Listener
 ) -> None:
     """Decode every quantized weight, look at its codes, and hold it against the source."""
     from outlierq.pipeline.checking.scales import check_codes, check_values
@@ -227,14 +227,14 @@ def _check_weights(
             if not bool(weight.isfinite().all()):
                 continue  # said by `_check_stored`, which names the stored tensor
             if quantized is not None:
-                check_codes(name, quantized, config, found)
-            check_values(name, weight, found)
+                check_codes(name, quantized, config, findings)
+            check_values(name, weight, findings)
             if comparison is not None:
                 comparison.weight(name, weight, quantized)
         except SourceError as error:
-            found.fault("layout", name, error.what)
+            findings.fault("layout", name, error.what)
     if unsaid:
-        found.note(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
+        findings.note(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
 
 
 def _compare(
@@ -242,17 +242,17 @@ def _compare(
     comparison: Comparison,
     reference: Checkpoint,
     tokens: Tokens | None,
-    found: Verification,
+    verification: Verification,
 ) -> None:
     """Everything beside the quantized weights against the source."""
     from outlierq.pipeline.checking.tokens import compare_tokens
 
     comparison.finish()
-    found.errors = comparison.errors
+    verification.errors = comparison.errors
     if plain.packed and not comparison.errors:
-        found.note("no quantized weight has a counterpart in the source")
-    compare_config(plain, comparison.expected.reference, found)
-    compare_tokens(tokens, reference, found)
+        verification.note("no quantized weight has a counterpart in the source")
+    compare_config(plain, comparison.expected.reference, verification)
+    compare_tokens(tokens, reference, verification)
 
 
 def _decode(plain: Checkpoint, name: str, unsaid: list[str]) -> tuple[torch.Tensor, QuantTensor | None]:

@@ -74,24 +74,24 @@ def comparison(compared: Comparison) -> Group:
     return Group(*parts)
 
 
-def verification(found: Verification) -> Group:
+def verification(result: Verification) -> Group:
     """The verdict, and the first faults."""
-    verdict = "sound: no fault found" if found.sound else f"{len(found.faults)} fault(s) found"
+    verdict = "sound: no fault found" if result.sound else f"{len(result.faults)} fault(s) found"
     table = Table("check", "tensor", "fault")
-    for fault in found.faults[:FEW]:
+    for fault in result.faults[:FEW]:
         table.add_row(*map(Text, (fault.check, fault.tensor, fault.what)))
-    notes = [Text(f"note: {note}") for note in found.notes]
-    return Group(Text(f"{found.source}: {verdict}"), *([table] if found.faults else []), *notes)
+    notes = [Text(f"note: {note}") for note in result.notes]
+    return Group(Text(f"{result.source}: {verdict}"), *([table] if result.faults else []), *notes)
 
 
-def difference(found: Difference) -> Group:
+def difference(result: Difference) -> Group:
     """The tensors that changed most, and how many did what."""
     table = Table("changed", "relative error", "largest")
-    for change in found.changed[:FEW]:
+    for change in result.changed[:FEW]:
         figures = (change.relative_error, change.largest)
         table.add_row(Text(change.name), *("other shape" if value is None else f"{value:.3g}" for value in figures))
-    counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed"
-    return Group(table, Text(f"{counts}, {found.equal} equal"))
+    counts = f"{len(result.added)} added, {len(result.removed)} removed, {len(result.changed)} changed"
+    return Group(table, Text(f"{counts}, {result.equal} equal"))
 
 
 DRAWN |= {

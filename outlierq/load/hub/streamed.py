@@ -73,7 +73,7 @@ class StreamedCheckpoint(FolderCheckpoint):
     def __init__(self, listed: Listing, folder: Path, remote: dict[str, RemoteFile]):
         self.store: ShardStore | None = None
         self._listed, self._remote = listed, remote
-        self._found_here: set[Path] = set()
+        self._checked_here: set[Path] = set()
         with pool(MOST_REQUESTS) as threads:
             # A fault of a file that the index does not name is no fault of the model.
             self._headers = {name: threads.submit(file.header) for name, file in remote.items()}
@@ -113,9 +113,9 @@ class StreamedCheckpoint(FolderCheckpoint):
     def _open(self, path: Path) -> BinaryIO:
         here = self.path / path.name  # the whole model may have been fetched before
         if here.is_file():
-            if here not in self._found_here:
+            if here not in self._checked_here:
                 check_cached([here])
-                self._found_here.add(here)
+                self._checked_here.add(here)
             return open_plain(here)
         return RemoteReader(self._remote[path.name]) if self.store is None else self.store.open(path.name)
 

@@ -87,13 +87,13 @@ def names_in(folder: Path) -> list[str]:
 def code_in(folder: Path, names: Collection[str]) -> set[str]:
     """The Python files that an `auto_map` of the folder refers to, and those that these import."""
     waiting = {f"{module}.py" for name in names if name.endswith(".json") for module in _modules(folder / name)}
-    found: set[str] = set()
+    code: set[str] = set()
     while waiting:
         name = waiting.pop()
-        if name in names and name not in found:
-            found.add(name)
+        if name in names and name not in code:
+            code.add(name)
             waiting |= {f"{module}.py" for module in _imported(folder / name)}
-    return found
+    return code
 
 
 def _modules(path: Path) -> Iterator[str]:

@@ -40,8 +40,8 @@ def lasting_stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
     That one cannot be set back, as the other can by whoever copies a file. Of files that do not lie here it is their
     digest, as a number.
     """
-    found = {path: path.stat() for path in checkpoint.stamps}
-    here = {p.name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in found.items()}
+    statuses = {path: path.stat() for path in checkpoint.stamps}
+    here = {p.name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in statuses.items()}
     return here | {name: [int(digest[:DIGITS], 16)] for name, digest in checkpoint.digests.items()}
 
 

@@ -143,8 +143,8 @@ class Journal:
             entries = {line["unit"]: {key: value for key, value in line.items() if key != "unit"} for line in units}
         except (KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{self.path} is damaged: {error}", hint="run again with --restart") from error
-        wanted = json.loads(json.dumps(whole_characters(identity)))
-        differing = sorted(key for key in wanted.keys() | former.keys() if former.get(key) != wanted.get(key))
+        current = json.loads(json.dumps(whole_characters(identity)))
+        differing = sorted(key for key in current.keys() | former.keys() if former.get(key) != current.get(key))
         if differing and entries:
             raise OutputError(
                 f"{self.folder} holds an unfinished run with another {' and '.join(differing)} "

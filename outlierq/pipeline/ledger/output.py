@@ -204,8 +204,8 @@ class Output:
     def written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block that is already on disk, under their source names."""
         sites = {s.weight: s for s in block.sites if s in self.plan.schemes}
-        kept = self._from_disk([name for name in block.tensors if name not in sites])
-        return {**kept, **{weight: from_matrix(site, self._whole(site)) for weight, site in sites.items()}}
+        dense = self._from_disk([name for name in block.tensors if name not in sites])
+        return {**dense, **{weight: from_matrix(site, self._whole(site)) for weight, site in sites.items()}}
 
     def _whole(self, site: LinearSite) -> torch.Tensor:
         """All rows of a quantized linear on disk, [out, in]."""
@@ -251,8 +251,8 @@ class Output:
     def _check_headers(self) -> None:
         """Every planned tensor stands in the file's own header, at its place, where its bytes were confirmed."""
         planned = {(name, p.tensor.dtype, p.tensor.shape, p.offset) for name, p in self.plan.layout.places.items()}
-        found = {(name, t.info.dtype, t.info.shape, t.start) for name, t in self._headers.items()}
-        wrong = sorted(planned ^ found)
+        on_disk = {(name, t.info.dtype, t.info.shape, t.start) for name, t in self._headers.items()}
+        wrong = sorted(planned ^ on_disk)
         if wrong:
             raise OutputError(f"{len(wrong)} tensor headers on disk differ from the plan, first {wrong[0]}")
 

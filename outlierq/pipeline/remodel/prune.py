@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 # What configs call the number of experts chosen for a token, and of groups of experts.
-CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
-GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
+TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+GROUPS, TOP_K_GROUPS = "n_group", "topk_group"
 
 
 class PrunedCheckpoint(RemodelledCheckpoint):
@@ -42,7 +42,7 @@ class PrunedCheckpoint(RemodelledCheckpoint):
         self._renamed, self._rows = renamed, rows
         self.config, self.notes = config, notes
         self.method: str = identity[0]
-        self.kept: dict[str, list[int]] = identity[1]
+        self.survivors: dict[str, list[int]] = identity[1]
         self._decided = decided
         self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in renamed}
 
@@ -95,18 +95,18 @@ def pruned(
             f"{type(skeleton).__name__} has no experts that are stored apart", hint=f"remove {method.name}"
         )
     reader = None if experts else _reader(checkpoint, options.get("stats_folder") or stats)
-    kept = _as_before(blocks, experts) if experts else _chosen(reader, method, options, blocks, config)
-    _check_enough(config, len(next(iter(kept.values()))))
+    survivors = _as_before(blocks, experts) if experts else _by_method(reader, method, options, blocks, config)
+    _check_enough(config, len(next(iter(survivors.values()))))
     total = len(_experts(blocks[0]))
-    renamed, rows = _tensors(checkpoint, structure, kept)
-    remaining = len(next(iter(kept.values())))
+    renamed, rows = _tensors(checkpoint, structure, survivors)
+    remaining = len(next(iter(survivors.values())))
     said = [f"{method.name}: {remaining} of {total} experts are kept in each of {len(blocks)} blocks; a smaller model"]
     decided = bool(experts) or reader is not None
     if not decided:
         said += [f"{method.name}: which experts go is decided once the model has run over the calibration text"]
     else:
-        said += [f"{block.name}: without the experts {_dropped(kept[block.index], total)}" for block in blocks]
-    numbers = {str(index): choice.tolist() for index, choice in kept.items()}
+        said += [f"{block.name}: without the experts {_dropped(survivors[block.index], total)}" for block in blocks]
+    numbers = {str(index): choice.tolist() for index, choice in survivors.items()}
     changed = _config(checkpoint.config, total, remaining)
     identity = [method.name, numbers]
     pruned = PrunedCheckpoint(checkpoint, renamed, rows, changed, identity, tuple(said), decided=decided)
@@ -114,7 +114,7 @@ def pruned(
     return pruned
 
 
-def _chosen(
+def _by_method(
     reader: StatsReader | None, method: Method, options: Mapping[str, Any], blocks: list[Block], config: Any
 ) -> dict[int, torch.Tensor]:
     """Numbers of the experts that the method keeps, by block."""
@@ -137,9 +137,9 @@ def _experts(block: Block) -> list[str]:
     return list(dict.fromkeys(site.expert for site in block.sites if site.expert is not None))
 
 
-def _dropped(kept: torch.Tensor, total: int) -> str:
+def _dropped(survivors: torch.Tensor, total: int) -> str:
     """The numbers that are missing."""
-    return ", ".join(str(number) for number in range(total) if number not in set(kept.tolist())) or "(none)"
+    return ", ".join(str(number) for number in range(total) if number not in set(survivors.tolist())) or "(none)"
 
 
 def _reader(checkpoint: Checkpoint, folder: Path | str | None) -> StatsReader | None:
@@ -171,35 +171,35 @@ def _of_block(
 
 def _check_enough(config: Any, remaining: int) -> None:
     """RecipeError when the router would have too few experts to choose from."""
-    groups, allowed = getattr(config, GROUPS, None) or 1, getattr(config, CHOSEN_GROUPS, None) or 1
+    groups, allowed = getattr(config, GROUPS, None) or 1, getattr(config, TOP_K_GROUPS, None) or 1
     usable = remaining // groups * (allowed if groups > 1 else 1)
-    wanted = next((getattr(config, name) for name in CHOSEN if isinstance(getattr(config, name, None), int)), 1)
+    top_k = next((getattr(config, name) for name in TOP_K if isinstance(getattr(config, name, None), int)), 1)
     # Routers with groups rate each by its two best experts.
-    if usable < wanted or (groups > 1 and remaining // groups < 2):
+    if usable < top_k or (groups > 1 and remaining // groups < 2):
         raise RecipeError(
-            f"a token is sent to {wanted} experts, but only {usable} of {remaining} would be there to choose from",
+            f"a token is sent to {top_k} experts, but only {usable} of {remaining} would be there to choose from",
             hint="prune a smaller share",
         )
 
 
 def _tensors(
-    checkpoint: Checkpoint, structure: Structure, kept: Mapping[int, torch.Tensor]
+    checkpoint: Checkpoint, structure: Structure, survivors: Mapping[int, torch.Tensor]
 ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Name of every tensor that stays -> its name in the original; and the rows that stay, where not all do."""
     renamed = {name: name for name in checkpoint.tensors}
     rows: dict[str, torch.Tensor] = {}
     for block in structure.blocks:
-        if block.index not in kept:
+        if block.index not in survivors:
             continue
         experts = _experts(block)
         of = [[site for site in block.sites if site.expert == expert] for expert in experts]
         for sites in of:
             for site in sites:
                 del renamed[site.weight]
-        for number, old in enumerate(kept[block.index].tolist()):
+        for number, old in enumerate(survivors[block.index].tolist()):
             renamed |= {new.weight: site.weight for new, site in zip(of[number], of[old], strict=True)}
         for name in _router_tensors(checkpoint, block, len(experts)):
-            rows[name] = kept[block.index]
+            rows[name] = survivors[block.index]
     return renamed, rows
 
 

@@ -73,16 +73,16 @@ def kept_experts(checkpoint: Checkpoint) -> dict[str, Any]:
     """`experts` of the record: by block, the numbers of those that pruning left; empty when nothing was pruned."""
     while isinstance(checkpoint, RewrittenCheckpoint):
         checkpoint = checkpoint.original
-    return {"experts": checkpoint.kept} if isinstance(checkpoint, PrunedCheckpoint) else {}
+    return {"experts": checkpoint.survivors} if isinstance(checkpoint, PrunedCheckpoint) else {}
 
 
 def _rewrites(checkpoint: Checkpoint) -> list[RewrittenCheckpoint]:
     """The rewrites that must not change what the model computes, the last one first."""
-    found = []
+    rewrites = []
     while isinstance(checkpoint, RewrittenCheckpoint):
-        found.append(checkpoint)
+        rewrites.append(checkpoint)
         checkpoint = checkpoint.original
-    return found
+    return rewrites
 
 
 def changing_method(checkpoint: Checkpoint) -> str | None:
