@@ -221,7 +221,7 @@ class _Run:
 
     def block(self, block: Block) -> None:
         """Calibrate, transform, quantize, write and verify one block, or carry on past a finished one."""
-        self.listen(Event("quantize", block.index, len(self.plan.structure.blocks), block.name, self.error))
+        self._tell(block)
         unit = unit_name(block.index)
         if unit in self._done:
             with self.clock("calibrate"):
@@ -237,13 +237,15 @@ class _Run:
         tensors = self._read(block)
         before = dict(tensors)
         with during("transform", block.name), self.clock("transform"):
+            self._tell(block, "transform")
             stats, transforms = self._transform(block, groups, mine, stats, tensors)
             if self.ranks.lead:
                 stats, moved = self._gather(block, groups, stats, tensors)
                 transforms += moved
         with self.clock("quantize"):
-            results = self._quantize(groups, mine, stats, tensors)
+            results = self._quantize(block, groups, mine, stats, tensors)
         if self.ranks.lead:
+            self._tell(block, "writing")
             with during("export", block.name), self.clock("export"):
                 quantized = {site.weight for site in results}
                 folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
@@ -255,6 +257,11 @@ class _Run:
         with self.clock("calibrate"):
             self.source.finished(block.index, lambda: self._written(block))
         return_freed_memory()
+
+    def _tell(self, block: Block, step: str = "") -> None:
+        """Tell the listener what is being done for a block."""
+        total = len(self.plan.structure.blocks)
+        self.listen(Event("quantize", block.index, total, block.name, self.error, step=step))
 
     def _written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block as they lie on disk; only the lead reads what only the lead has written."""
@@ -343,6 +350,7 @@ class _Run:
 
     def _quantize(
         self,
+        block: Block,
         groups: list[InputGroup],
         mine: Collection[str],
         stats: Mapping[str, InputStats],
@@ -354,6 +362,7 @@ class _Run:
         own: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for group in groups:
             if any(name in mine for name in names_of(group)):
+                self._tell(block, f"rounding {', '.join(site.module.rpartition('.')[2] for site in group.sites[:3])}")
                 own |= self._quantize_one(group, mine, stats, tensors)
                 return_freed_memory()
         everything = {site: result for made in self.ranks.gather(own) for site, result in made.items()}

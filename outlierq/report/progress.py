@@ -38,8 +38,15 @@ def in_notebook() -> bool:
 
 @contextmanager
 def bar() -> Iterator[Listener]:
-    """Blocks done, time left, current error, peak memory. It appears with the first event."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Blocks done, time gone and left, the step, error so far, peak memory. It appears with the first event."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from outlierq.report.terminal import make_console
 
@@ -47,6 +54,7 @@ def bar() -> Iterator[Listener]:
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
@@ -57,7 +65,8 @@ def bar() -> Iterator[Listener]:
         drawn.start()
         if event.stage not in tasks:
             tasks[event.stage] = drawn.add_task(event.stage, total=event.total, figures="")
-        drawn.update(tasks[event.stage], completed=event.done, total=event.total, figures=_figures(event, "  "))
+        completed = event.done + event.share
+        drawn.update(tasks[event.stage], completed=completed, total=event.total, figures=_figures(event, "  "))
 
     try:
         yield listen
@@ -66,16 +75,18 @@ def bar() -> Iterator[Listener]:
 
 
 def lines(write: Callable[[str], object]) -> Listener:
-    """At most one line every ten seconds and one at each stage, for logs."""
-    stage, at = "", 0.0
+    """At most one line every ten seconds and one when a stage begins, for logs."""
+    began: dict[str, float] = {}
+    at = 0.0
 
     def listen(event: Event) -> None:
-        nonlocal stage, at
+        nonlocal at
         now = time.monotonic()
-        if event.stage == stage and now - at < SECONDS_BETWEEN_LINES:
+        if event.stage in began and now - at < SECONDS_BETWEEN_LINES:
             return
-        stage, at = event.stage, now
-        write(f"{event.stage} {event.done}/{event.total}, {_figures(event, ', ')}")
+        at = now
+        gone = now - began.setdefault(event.stage, now)
+        write(f"{event.stage} {event.done}/{event.total}, {gone:.0f} s, {_figures(event, ', ')}")
 
     return listen
 
@@ -94,9 +105,10 @@ def line_in_notebook() -> Listener:
 
 
 def _figures(event: Event, separator: str) -> str:
-    """The error so far where there is one, and the largest memory."""
+    """What is being done, the error so far where there is one, and the largest memory."""
     from outlierq.core.machine.heap import peak_bytes
     from outlierq.report.terminal import human_bytes
 
     error = f"error {event.error:.2%}{separator}" if event.error is not None else ""
-    return f"{error}peak {human_bytes(peak_bytes())}"
+    step = f"{event.step}{f' {event.share:.0%}' if event.share else ''}{separator}" if event.step else ""
+    return f"{step}{error}peak {human_bytes(peak_bytes())}"

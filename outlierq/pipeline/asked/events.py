@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """stage: "calibrate", "quantize", ... done, total: units of work (blocks); error: relative output error so far."""
+    """stage: "calibrate", "quantize", ... done, total: units of work (blocks); error: relative output error so far.
+
+    step: what is being done for the unit at hand. share: how much of that is done, 0 to 1.
+    """
 
     stage: str
     done: int
     total: int
     subject: str = ""
     error: float | None = None
+    step: str = ""
+    share: float = 0.0
 
 
 Listener = Callable[[Event], None]

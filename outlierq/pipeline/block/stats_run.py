@@ -157,14 +157,29 @@ class StatsFromRun:
 
     def start(self) -> None:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
-        self.listen(Event("calibrate", 0, len(self.structure.blocks), "reading the text through the embeddings"))
         for shard in self.shards:
+            tell = self._tell(0, "reading the text through the embeddings", shard)
             with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
-                shard.hidden = shard.runner.start(shard.text.ids, whole=True)
+                shard.hidden = shard.runner.start(shard.text.ids, whole=True, progress=tell)
             self._unfilled = ()
             return_freed_memory()
             shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
         self._started = True
+
+    def _tell(self, index: int, step: str, shard: Shard, part: int = 0, parts: int = 1) -> Callable[[float], None]:
+        """Tells the listener how much of a step is done for block `index`; the shards take it one after another.
+
+        part, parts: which of how many times the text is run for the step.
+        """
+        blocks, count = self.structure.blocks, len(self.shards) * parts
+        before = part * len(self.shards) + next(at for at, each in enumerate(self.shards) if each is shard)
+        name = blocks[index].name if blocks else ""
+
+        def tell(share: float) -> None:
+            self.listen(Event("calibrate", index, len(blocks), name, step=step, share=(before + share) / count))
+
+        tell(0.0)
+        return tell
 
     @property
     def _fingerprint(self) -> str:
@@ -221,7 +236,8 @@ class StatsFromRun:
                 observer = self._observer(module, block, shard) if last else None
                 with observer or nullcontext(), routing(module, "all" if self.settings.all_experts else "chosen"):
                     carry = last and not self.sequential
-                    shard.runner.run(module, index, shard.hidden, collector, replace=carry)
+                    tell = self._tell(index, "statistics of its inputs", shard, number - 1, len(passes))
+                    shard.runner.run(module, index, shard.hidden, collector, replace=carry, progress=tell)
                 merging.add((0, shard.text.index), collector.finish())
                 said += collector.notes
                 observed += [observer] if observer else []
@@ -350,7 +366,7 @@ class StatsFromRun:
             self._run_with(block, tensors(), behind)
         else:
             for shard in behind:
-                shard.runner.run(module, index, shard.hidden)
+                shard.runner.run(module, index, shard.hidden, progress=self._tell(index, "outputs", shard))
         self._leave(block)
 
     def _blame_weights(self, index: int | None, error: NumbersError) -> None:
@@ -381,7 +397,7 @@ class StatsFromRun:
         for name, parameter in tensor_parameters(module, block).items():
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
         for shard in shards:
-            shard.runner.run(module, block.index, shard.hidden)
+            shard.runner.run(module, block.index, shard.hidden, progress=self._tell(block.index, "outputs", shard))
 
     def _leave(self, block: Block) -> None:
         """Drop the block's weights; now and then save the hidden states, where the work folder can be seen."""
