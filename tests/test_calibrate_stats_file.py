@@ -200,7 +200,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         StatsWriter(tmp_path / "thesis.txt", IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["film.iso.part", "hidden-states-of-matter.pdf", "block-of-marble.jpg", ".lock"])
+@pytest.mark.parametrize(
+    "name", ["film.iso.part", "a.outlierq-part", "hidden-states-of-matter.pdf", "block-of-marble.jpg", ".lock"]
+)
 def test_files_that_only_look_like_ours_are_left_alone(tmp_path, name):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / name).write_text("years of work")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import outlierq
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.record import signature, signed
 from outlierq.core.report import REPORT_NAME, Report
@@ -138,3 +139,57 @@ def test_a_gguf_file_is_recorded_beside_it(tools, tmp_path):
     raw[-40] ^= 1
     path.write_bytes(raw)
     assert [fault.check for fault in verify(str(path)).faults] == ["record"]
+
+
+class TestEveryReader:
+    """A dense result is a source like any other, and whoever reads it holds it against its record."""
+
+    @pytest.fixture(scope="class")
+    def dense(self, tiny_llama, tmp_path_factory) -> Path:
+        """The tiny model written anew. Read-only."""
+        out = tmp_path_factory.mktemp("record") / "dense"
+        quantize(make_plan(open_checkpoint(str(tiny_llama)), load("dense")), out)
+        return out
+
+    @pytest.fixture
+    def damaged(self, dense, tmp_path) -> Path:
+        """One bit of its last weight file is another."""
+        folder = Path(shutil.copytree(dense, tmp_path / "damaged"))
+        shard = sorted(folder.glob("*.safetensors"))[-1]
+        raw = bytearray(shard.read_bytes())
+        raw[-1] ^= 1
+        shard.write_bytes(raw)
+        return folder
+
+    @pytest.mark.parametrize(
+        "job",
+        [
+            lambda model, out: outlierq.quantize(model, "rtn-w4", out=out, settings={"quantize.group_size": 32}),
+            lambda model, out: outlierq.calibrate(model, out=out),
+            lambda model, out: outlierq.detect(model),
+            lambda model, out: outlierq.evaluate(model, tasks=[], limit=1),
+        ],
+        ids=["quantize", "calibrate", "detect", "evaluate"],
+    )
+    def test_what_reads_weights_refuses_one_other_bit_before_any_work(self, job, damaged, tmp_path):
+        with pytest.raises(SourceError, match=r"is not what its run wrote: model\.safetensors was changed"):
+            job(str(damaged), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_conversion_refuses_one_other_bit(self, folder, tmp_path):
+        shard = sorted(folder.glob("*.safetensors"))[-1]
+        raw = bytearray(shard.read_bytes())
+        raw[-1] ^= 1
+        shard.write_bytes(raw)
+        with pytest.raises(SourceError, match="is not what its run wrote"):
+            outlierq.convert(str(folder), "gptq", out=tmp_path / "out")
+
+    def test_what_reads_headers_alone_tells_other_sizes_and_small_files(self, dense, tmp_path):
+        folder = Path(shutil.copytree(dense, tmp_path / "copy"))
+        assert outlierq.inspect(str(folder))["changed_since_run"] == []
+        outlierq.plan(str(folder), "rtn-w4")
+        config = folder / "generation_config.json"
+        config.write_bytes(config.read_bytes() + b" ")
+        assert "generation_config.json was changed" in outlierq.inspect(str(folder))["changed_since_run"][0]
+        with pytest.raises(SourceError, match=r"is not what its run wrote: generation_config\.json"):
+            outlierq.plan(str(folder), "rtn-w4")

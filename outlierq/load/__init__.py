@@ -39,6 +39,7 @@ _HOMES = {
     "decode_rows": "decode",
     "read_headers": "decode",
     "changed_files": "record",
+    "changed_since_run": "record",
     "check_recorded": "record",
     "report_beside": "record",
     "load_model": "whole",

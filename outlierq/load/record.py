@@ -44,11 +44,12 @@ def report_beside(path: Path) -> Report | None:
     return report if path.is_dir() or report.record is None or path.name in _files(report) else None
 
 
-def check_recorded(checkpoint: Checkpoint) -> None:
-    """SourceError when a file beside or in the checkpoint is not the one that the run wrote which it came from."""
-    report = report_beside(checkpoint.path)
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    changed = [] if report is None else list(changed_files(folder, report))
+def check_recorded(checkpoint: Checkpoint, *, read_weights: bool = True) -> None:
+    """SourceError when a file beside or in the checkpoint is not the one that the run wrote which it came from.
+
+    read_weights: compare all bytes of the weights; without it their sizes only, which takes no time.
+    """
+    changed = changed_since_run(checkpoint, read_weights=read_weights)
     if changed:
         name, what = changed[0]
         raise SourceError(
@@ -57,10 +58,19 @@ def check_recorded(checkpoint: Checkpoint) -> None:
         )
 
 
-def changed_files(folder: Path, report: Report) -> Iterator[tuple[str, str]]:
+def changed_since_run(checkpoint: Checkpoint, *, read_weights: bool = True) -> list[tuple[str, str]]:
+    """`changed_files` of the folder that a checkpoint lies in; none where its weights lie elsewhere, at the Hub."""
+    if checkpoint.digests:
+        return []
+    report = report_beside(checkpoint.path)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return [] if report is None else list(changed_files(folder, report, read_weights=read_weights))
+
+
+def changed_files(folder: Path, report: Report, *, read_weights: bool = True) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) for every file that is not what the report's record says; none without a record.
 
-    SourceError when a weight file cannot be read.
+    read_weights: as of `check_recorded`. SourceError when a weight file cannot be read.
     """
     record = report.record
     if record is None:
@@ -69,7 +79,7 @@ def changed_files(folder: Path, report: Report) -> Iterator[tuple[str, str]]:
         yield REPORT_NAME, "was changed since the run: its signature is that of another content"
     files = _files(report)
     for name, entry in files.items():
-        what = _difference(folder, name, entry if isinstance(entry, Mapping) else {})
+        what = _difference(folder, name, entry if isinstance(entry, Mapping) else {}, read_weights)
         if what and not is_prose(name):
             yield name, what
     for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
@@ -88,14 +98,15 @@ def _files(report: Report) -> Mapping[str, Any]:
     return files if isinstance(files, Mapping) else {}
 
 
-def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def _difference(folder: Path, name: str, entry: Mapping[str, Any], read_weights: bool) -> str | None:
     """What is wrong with one file; None when it is the one that was written."""
     path = folder / name
     if not is_name_below(name) or not path.is_file():
         return "was written by the run, and is not there"
     try:
         size = path.stat().st_size
-        if size == entry.get("bytes") and _entry(path, OF_TENSORS in entry) == dict(entry):
+        is_unread = OF_TENSORS in entry and not read_weights
+        if size == entry.get("bytes") and (is_unread or _entry(path, OF_TENSORS in entry) == dict(entry)):
             return None
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"

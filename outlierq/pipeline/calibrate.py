@@ -13,7 +13,7 @@ from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, Sta
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint
-from outlierq.load import check_unchanged, differing, lasting_stamps, tokenizer_digest
+from outlierq.load import check_recorded, check_unchanged, differing, lasting_stamps, tokenizer_digest
 from outlierq.pipeline.asked.events import Event, Listener, fetching
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -53,6 +53,7 @@ def make_statistics(
 ) -> StoredStatistics:
     """Calibrate a model as a user names it; all processes that share the work are told what was stored."""
     with source.opened_for(out) as checkpoint:
+        resources.ranks.first(lambda: check_recorded(checkpoint))
         identity = calibrate(checkpoint, settings, out, resources=resources)
         if resources.ranks.lead:
             checkpoint.drop_shards()

@@ -11,7 +11,7 @@ from typing import Any
 from outlierq.core.errors import ArgumentError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
-from outlierq.load import open_checkpoint, reading_ahead
+from outlierq.load import check_recorded, open_checkpoint, reading_ahead
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.convert import convert, make_conversion
@@ -79,6 +79,7 @@ def _compressed(
 ) -> Report:
     """Plan, quantize, and hold the result against the gate."""
     folder, gate, ranks = folder_of(out), recipe.gate, resources.ranks
+    ranks.first(lambda: check_recorded(checkpoint))
     measurement = None if gate is None else Measurement.of_gate(gate, data_dir=run.data_dir)
     if measurement is not None:
         ranks.first(lambda: check_measurement(checkpoint, measurement))

@@ -119,8 +119,9 @@ def make_conversion(
     listen: Listener = silent,
 ) -> Plan:
     """Read and check every weight, and plan the conversion. RecipeError or SourceError when it cannot be exact."""
-    from outlierq.load import refuse_other_model, study
+    from outlierq.load import check_recorded, refuse_other_model, study
 
+    check_recorded(checkpoint)
     if not format_type(format).holds_codes:
         raise RecipeError(f"{format} weights hold no codes; a conversion to them is not without loss")
     source = PackedSource(checkpoint, format)

@@ -105,8 +105,9 @@ def _run(source: object, blocks: Sequence[Block], notes: list[str]) -> Iterator[
 
 def detect(checkpoint: Checkpoint, *, stats: Path | None = None, resources: Resources = USUAL) -> OutlierReport:
     """The outlier report of a model. stats: a folder of `outlierq calibrate`; without it a short calibration runs."""
-    from outlierq.load import unpacked
+    from outlierq.load import check_recorded, unpacked
 
+    check_recorded(checkpoint)
     plain = unpacked(checkpoint)
     if stats is not None:
         return report(plain, from_folder(stats, checkpoint), listen=resources.listen)

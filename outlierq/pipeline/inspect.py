@@ -10,6 +10,7 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import REPORT_NAME
+from outlierq.load import changed_since_run
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.ledger.folder import work_folder
 from outlierq.pipeline.ledger.journal import JOURNAL, read_lines, seconds_of
@@ -29,7 +30,11 @@ def inspect(source: Source) -> dict[str, Any]:
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes, dtypes, architecture, quantization and provenance of a checkpoint."""
+    """Sizes, dtypes, architecture, quantization and provenance of a checkpoint.
+
+    changed_since_run: files that are not those that its run wrote; of weights the sizes are compared (`verify` reads
+    them).
+    """
     from outlierq.evaluate.comparison import logical_tensors, measure_size
 
     size = measure_size(logical_tensors(checkpoint))
@@ -49,6 +54,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": [f.name for f in checkpoint.files],
         "fingerprint": checkpoint.fingerprint,
         "report": _report(checkpoint),
+        "changed_since_run": [f"{name} {what}" for name, what in changed_since_run(checkpoint, read_weights=False)],
     }
 
 

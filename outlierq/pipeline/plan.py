@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from outlierq.load import check_recorded
 from outlierq.pipeline.asked.events import Listener, silent
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source
 from outlierq.pipeline.asked.resources import ceiling
@@ -33,9 +34,9 @@ def plan(source: Source, request: Request, *, max_memory: str | int | None = Non
 
 def _decided(source: Source, request: Request, listen: Listener) -> Plan:
     """What a run would do."""
-    if not isinstance(request, FormatAlone):
-        return make_plan(source.headers(), request)
-    checkpoint = source.open()
-    if request.converts(checkpoint):
+    is_recipe = not isinstance(request, FormatAlone)
+    checkpoint = source.headers() if is_recipe else source.open()
+    if not is_recipe and request.converts(checkpoint):
         return make_conversion(checkpoint, request.format, listen=listen)
-    return make_plan(checkpoint, request.recipe)
+    check_recorded(checkpoint, read_weights=False)
+    return make_plan(checkpoint, request if is_recipe else request.recipe)

@@ -144,13 +144,21 @@ class StatsWriter:
 
     def finish(self) -> None:
         """Declare the statistics complete."""
-        for path in self.folder.glob(f"*{PART}"):  # of a run that was killed
-            path.unlink()
+        self._remove_half_written()
         if (self.folder / UNFINISHED).exists() or not (self.folder / FINISHED).exists():
             self.stamps = {}  # equal statistics are equal bytes, wherever the model lies
             self._write_list()
             os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
             sync_names(self.folder)
+
+    def _remove_half_written(self) -> None:
+        """Remove what a killed run left half written of its files; a foreign file of a similar name stays."""
+        parts = [path for path in self.folder.iterdir() if path.name.endswith(PART)]
+        for path in parts:
+            name = path.name.removesuffix(PART)
+            ours = OWN_NAME.fullmatch(name) or name in (FINISHED, UNFINISHED)
+            if ours and path.is_file() and not path.is_symlink():
+                path.unlink()
 
     def _write_list(self) -> None:
         """Write the list of blocks as unfinished."""

@@ -41,7 +41,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
     shown = []
     for key, value in facts.items():
-        if key in ("report", "groups", "settings", "identity") or value is None:
+        if key in ("report", "groups", "settings", "identity") or value is None or value == []:
             continue
         if key == "bytes":
             value = f"{human_bytes(value)} ({value:,} bytes)"
