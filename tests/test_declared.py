@@ -70,11 +70,15 @@ def test_a_plain_matrix_that_is_declared_quantized_is_found_without_its_class(la
 
 def test_towers_stay_in_16_bits_unless_an_override_names_them():
     plain = load("rtn-w4", []).quantize
-    assert plain.protects("model.vision_tower.encoder.layers.0.self_attn.q_proj")
-    assert plain.protects("model.multi_modal_projector.linear_1") and plain.ignores("lm_head")
-    assert not plain.protects("model.layers.0.self_attn.q_proj") and not plain.protects("model.decoder.project_in")
-    named = load("rtn-w4", ["quantize.overrides=[{match: '*vision*', bits: 8}]"]).quantize
-    assert not named.protects("model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    module, tower = "model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.vision_tower"
+    assert plain.protects(module, tower) and plain.protects("model.connector.linear", "model.connector")
+    assert plain.ignores("lm_head") and not plain.protects("model.layers.0.image_gate")
+    for word in ("vision", "vision_tower"):
+        named = load("rtn-w4", [f"quantize.overrides=[{{match: '*{word}*', bits: 8}}]"]).quantize
+        assert not named.protects(module, tower)
+    assert not load("rtn-w4", ["quantize.overrides=[{match: '*connector*', bits: 8}]"]).quantize.protects(
+        "model.connector.linear", "model.connector"
+    )
 
 
 def test_what_vllm_merges_must_share_one_scheme_and_widths_must_fill_words(tiny_llama, tools, tmp_path):

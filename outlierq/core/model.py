@@ -239,6 +239,7 @@ class LinearSite:
     out_features, in_features: of the logical [out, in] weight. block: index of its block, None outside of all blocks.
     kind: class name of the module ("Linear", "Conv1D"), or "Router" for what weighs experts: that is never quantized.
     expert: full name of the expert that it is a part of ("model.layers.0.mlp.experts.3"), None outside of mixtures.
+    tower: name of the part beside the text decoder that it belongs to ("model.vision_tower"), None in the decoder.
     """
 
     module: str
@@ -250,6 +251,7 @@ class LinearSite:
     kind: str = "Linear"
     transposed: bool = False
     expert: str | None = None
+    tower: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,12 @@ def tower_of(module: str) -> str | None:
     return next((word for word in TOWERS if any(word in part for part in module.split("."))), None)
 
 
+def words_of(tower: str) -> list[str]:
+    """The words by which an override names a tower: the last part of its name, and the usual word in it."""
+    usual = tower_of(tower)
+    return [tower.rpartition(".")[2], *([usual] if usual else [])]
+
+
 def matches(module: str, pattern: str) -> bool:
     """Whether a pattern fits the name of a module. An expression need only fit its beginning, as in llm-compressor."""
     if pattern.startswith(EXPRESSION):

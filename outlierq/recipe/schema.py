@@ -104,9 +104,12 @@ class Recipe(Section):
         text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def scheme_for(self, module: str, scale_dtype: str) -> QuantScheme | None:
-        """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits."""
-        if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module):
+    def scheme_for(self, module: str, scale_dtype: str, *, tower: str | None = None) -> QuantScheme | None:
+        """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits.
+
+        tower: name of the part beside the text decoder that it belongs to.
+        """
+        if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module, tower):
             return None
         settings = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
         for override in self.quantize.overrides:

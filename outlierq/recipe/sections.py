@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from outlierq.core.errors import RecipeError
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
-from outlierq.recipe.patterns import HEAD, matches, sound, tower_of
+from outlierq.recipe.patterns import HEAD, matches, sound, words_of
 from outlierq.registry import format_limits
 
 T = TypeVar("T")
@@ -173,12 +173,15 @@ class Quantize(Section):
         """Whether a pattern keeps the linear called `module` in 16 bits."""
         return any(matches(module, pattern) for pattern in self.ignore)
 
-    def protects(self, module: str) -> bool:
-        """Whether no pattern keeps it there, but that it is the output head, or in a tower, which no override names."""
-        word = HEAD if module.rpartition(".")[2] == HEAD else tower_of(module)
-        if word is None or self.ignores(module):
+    def protects(self, module: str, tower: str | None = None) -> bool:
+        """Whether no pattern keeps it there, but that it is the output head, or in a tower, which no override names.
+
+        tower: name of the part beside the text decoder that the linear belongs to.
+        """
+        words = [HEAD] if module.rpartition(".")[2] == HEAD else [] if tower is None else words_of(tower)
+        if not words or self.ignores(module):
             return False
-        return bool(self.ignore) and not any(word in override.match for override in self.overrides)
+        return bool(self.ignore) and not any(word in override.match for override in self.overrides for word in words)
 
 
 class Transform(Section):

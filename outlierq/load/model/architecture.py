@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.load.model.classes import named_class
 from outlierq.load.model.names import stored_names, tied_parameters
 from outlierq.load.model.skeleton import config_errors, skeleton_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from outlierq.core.model import Checkpoint
 
@@ -24,7 +24,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
     import torch
     from accelerate import init_empty_weights
 
-    kind = _class_of(checkpoint)
+    kind = named_class(checkpoint)
     if kind is None:
         return None
     config = skeleton_config(checkpoint)
@@ -42,13 +42,3 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
     for target, source in tied_parameters(checkpoint, model, names).items():
         names[target] = names[source]
     return model, names
-
-
-def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel] | None:
-    """The class of transformers that the config names first; None when there is none."""
-    import transformers
-
-    named = checkpoint.config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None

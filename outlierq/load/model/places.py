@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
-from outlierq.load.model.skeleton import block_list_name
+from outlierq.load.model.decoder import block_list
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,8 +67,8 @@ def refuse_other_model(model: StudiedModel) -> None:
 
 def _beyond(skeleton: torch.nn.Module) -> re.Pattern[str]:
     """Fits names of tensors in blocks behind those that the model has, but for the extra ones that it announces."""
-    name, count = block_list_name(skeleton)
+    name, blocks = block_list(skeleton)
     extra = getattr(skeleton.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     bare = name.removeprefix(f"{skeleton.base_model_prefix}.")
-    numbers = "|".join(str(number) for number in range(count + extra))
+    numbers = "|".join(str(number) for number in range(len(blocks) + extra))
     return re.compile(rf"(?:{re.escape(name)}|{re.escape(bare)})\.(?!(?:{numbers})\.)\d+\.")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
 from outlierq.core.machine.installed import check_versions
+from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure
+from outlierq.load.model.decoder import block_list, towers
 from outlierq.load.model.names import checkpoint_names
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from outlierq.core.model import Checkpoint, TensorSource
 
@@ -29,32 +32,38 @@ MOST_EXPERTS, MOST_LEARNED_POSITIONS, MOST_CHANNELS = 1 << 16, 1 << 15, 1 << 20
 PORTION_BYTES = 32 << 20
 
 
-def build_skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
-    """The causal language model of the checkpoint's config: parameters on the meta device, buffers real, eval mode.
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of the checkpoint's config: parameters on the meta device, buffers real, eval mode.
 
-    Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
-    checkpoint gives the plain model. SourceError when transformers cannot build the model.
+    It is of the class that `made_class` decides. Attention runs through torch's scaled_dot_product_attention where the
+    class supports it. An already compressed checkpoint gives the plain model. SourceError when transformers cannot
+    build the model.
     """
     check_versions()
+    from outlierq.load.model.fused_experts import separate_experts
+
+    model = empty_model(checkpoint)
+    separate_experts(model, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The class as transformers makes it, parameters on the meta device. SourceError when it cannot be made."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+
+    from outlierq.load.model.classes import made_class
 
     config = skeleton_config(checkpoint)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, checkpoint.dtype), trust_remote_code=checkpoint.trust_remote_code
-            )
+            return made_class(checkpoint, config, getattr(torch, checkpoint.dtype))
     except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(
-            f"transformers cannot build a causal language model from the config of {checkpoint.source}: {error}",
-            hint="only decoder language models can be compressed; check config.json",
+            f"transformers cannot build the model of {checkpoint.source} (model_type {config.model_type}): "
+            f"{brief(error, 300)}",
+            hint="check config.json, and whether what the model needs is installed",
         ) from error
-    from outlierq.load.model.fused_experts import separate_experts
-
-    separate_experts(model, checkpoint)
-    return model.eval().requires_grad_(False)
 
 
 def skeleton_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -135,35 +144,21 @@ def _check_sizes(checkpoint: Checkpoint, parts: Iterable[PreTrainedConfig]) -> N
 def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structure:
     """Blocks, linear sites and all other tensors, in the order of their definition.
 
-    Blocks are the members of the module list that holds most parameters. Tensors that the model class does not know are
-    in `outside_tensors`. A tied head is no site: it has no tensor of its own (see `Structure.tied`).
+    Blocks are those of the text decoder (`block_list`). Tensors that the model class does not know are in
+    `outside_tensors`. A tied head is no site: it has no tensor of its own (see `Structure.tied`).
     """
     names = checkpoint_names(checkpoint, skeleton)
-    list_name, modules = _block_list(skeleton)
+    list_name, modules = block_list(skeleton)
     blocks = tuple(_block(f"{list_name}.{index}", index, module, names) for index, module in enumerate(modules))
     inside = {tensor for block in blocks for tensor in block.tensors}
     tied = _ties(names)
     shared = {tensor for _, tensor in tied}
     sites = _sites(skeleton, "", names, None)
-    outside = tuple(site for site in sites if site.weight not in inside and site.weight not in shared)
+    outside = [site for site in sites if site.weight not in inside and site.weight not in shared]
+    beside = towers(skeleton, [site.module for site in outside])
+    outside = tuple(replace(site, tower=beside.get(site.module)) for site in outside)
     covered = inside | {tensor for site in outside for tensor in (site.weight, site.bias)}
     return Structure(blocks, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
-
-
-def block_list_name(skeleton: torch.nn.Module) -> tuple[str, int]:
-    """Name of the module list that holds the blocks, and how many there are."""
-    name, blocks = _block_list(skeleton)
-    return name, len(blocks)
-
-
-def _block_list(skeleton: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Name and members of the module list that holds most parameters."""
-    import torch
-
-    lists = [(name, part) for name, part in skeleton.named_modules() if isinstance(part, torch.nn.ModuleList) and name]
-    if not lists:
-        raise SourceError(f"{type(skeleton).__name__} has no list of decoder blocks")
-    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
 def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, str]) -> Block:

@@ -22,7 +22,6 @@ from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
-from outlierq.recipe.patterns import tower_of
 
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
 TOWER_KEPT = (
@@ -80,7 +79,7 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
     quantize = recipe.quantize
     if quantize is None:
         return SitePlan(site, None)
-    wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype)
+    wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype, tower=site.tower)
     if wanted is None:
         return SitePlan(site, None, _why_kept(site, quantize))
     if site.kind == "Router":
@@ -102,9 +101,9 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
 
 def _why_kept(site: LinearSite, quantize: Quantize) -> str:
     """Why the recipe keeps a linear."""
-    if not quantize.protects(site.module):
+    if not quantize.protects(site.module, site.tower):
         return "ignored by the recipe"
-    return HEAD_KEPT if tower_of(site.module) is None else TOWER_KEPT
+    return HEAD_KEPT if site.tower is None else TOWER_KEPT
 
 
 def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
