@@ -58,7 +58,8 @@ def check_ids(model: torch.nn.Module, ids: torch.Tensor, tokenizer_size: int | N
 
     ids: of any shape. tokenizer_size: for the message.
     """
-    rows = _embedded(model)
+    rows = embedding_rows(model)
+    rows = _limit(model, "vocab_size") if rows is None else rows  # what the config says of a table that is not shown
     lowest, highest = int(ids.min()), int(ids.max())
     if rows is not None and not 0 <= lowest <= highest < rows:
         known = "" if tokenizer_size is None else f"; the tokenizer has {tokenizer_size} tokens"
@@ -77,9 +78,11 @@ def _limit(model: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _embedded(model: Any) -> int | None:
-    """Rows of the table of embeddings; what the config says where a model does not show its table."""
+def embedding_rows(model: Any) -> int | None:
+    """Rows of the model's table of embeddings; None when its class shows none."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
+    # The second is how transformers says that a class has no table; the first is a class that transformers does not
+    # know, or a table of another kind.
     except (AttributeError, NotImplementedError):
-        return _limit(model, "vocab_size")
+        return None

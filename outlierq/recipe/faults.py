@@ -8,7 +8,6 @@ from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.machine.untrusted import brief
 from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden, scheme_of
 from outlierq.recipe.sections import (
-    SCHEME_KEYS,
     Activations,
     Calibration,
     Export,
@@ -103,7 +102,7 @@ def _asked(recipe: Recipe) -> Asked:
 
 def _unstorable_sections(quantize: Quantize, format: type[FormatLimits]) -> list[str]:
     """The faults of the scheme, and those that an override adds to it."""
-    settings = {name: getattr(quantize, name) for name in SCHEME_KEYS}
+    settings = quantize.scheme_settings
     common = _unstorable(settings) + format.scheme_faults(scheme_of(settings))
     if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
         common.append("group_size: leave it out where `block` is given")

@@ -111,7 +111,7 @@ class Recipe(Section):
         """
         if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module, tower):
             return None
-        settings = {name: getattr(self.quantize, name) for name in SCHEME_KEYS}
+        settings = self.quantize.scheme_settings
         for override in self.quantize.overrides:
             if matches(module, override.match):
                 if override.keep:

@@ -169,6 +169,11 @@ class Quantize(Section):
         """Every pattern can be read."""
         return tuple(map(sound, patterns))
 
+    @property
+    def scheme_settings(self) -> dict[str, Any]:
+        """The keys that make the scheme."""
+        return {name: getattr(self, name) for name in SCHEME_KEYS}
+
     def ignores(self, module: str) -> bool:
         """Whether a pattern keeps the linear called `module` in 16 bits."""
         return any(matches(module, pattern) for pattern in self.ignore)

@@ -54,7 +54,7 @@ def _all_or_nothing() -> Iterator[None]:
     before = dict(REGISTERED)
     try:
         yield
-    except BaseException:
+    except BaseException:  # whatever it was, an exit of the module's own too: it is raised again
         REGISTERED.clear()
         REGISTERED.update(before)
         raise

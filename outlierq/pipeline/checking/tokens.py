@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.windows import embedding_rows
 from outlierq.pipeline.checking.finding import Findings, listed
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Tokens:
 
 def check_tokens(checkpoint: Checkpoint, skeleton: Any, findings: Findings) -> Tokens | None:
     """Every id has a row in the embedding. Gives what the tokenizer does, None when none can be used."""
-    rows = _rows(skeleton)
+    rows = embedding_rows(skeleton)
     _check_ids(checkpoint.config, rows, findings)
     tokens = tokens_of(checkpoint, findings)
     if tokens is not None and rows is not None:
@@ -90,14 +91,6 @@ def compare_tokens(ours: Tokens | None, reference: Checkpoint, findings: Finding
     different = [name for name in known if ours.special[name] != theirs.special[name]]
     if different and not (in_file and different == ["pad_token_id"]):
         findings.fault(CHECK, "", f"other than in the source: {listed(different)}")
-
-
-def _rows(skeleton: Any) -> int | None:
-    """Rows of the embedding; None when the class has none."""
-    try:
-        return int(skeleton.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
 
 
 def _check_ids(config: Mapping[str, Any], rows: int | None, findings: Findings) -> None:

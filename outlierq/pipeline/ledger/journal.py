@@ -108,7 +108,7 @@ class Journal:
         """When the run ends early, record the time that was spent on a unit that did not come to its end."""
         try:
             yield
-        except BaseException:
+        except BaseException:  # an interrupt, too
             # Not on a disk that is full or gone: then why the run ended is worth more than its seconds.
             with suppress(OutputError):
                 self._append({"seconds": dict(self._spent())})

@@ -367,7 +367,7 @@ def joined() -> Iterator[Ranks]:
     try:
         with _silence(ranks.lead):
             yield ranks
-    except BaseException as error:
+    except BaseException as error:  # an interrupt and an exit, too: the other ranks wait for what became of this one
         ending = ranks.verdict(error)
         if ending is error:
             raise
