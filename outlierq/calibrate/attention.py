@@ -111,6 +111,7 @@ class AttentionSums:
         """Attention of the first sequence's sampled queries, summed by the class of the token attended to."""
         import torch
 
+        assert self.classes is not None, "the mass of attention is that of classes of tokens"
         length = query.shape[2]
         if key.shape[2] != self.classes.shape[1] or length != key.shape[2]:
             self._note("queries and keys are not those of whole sequences: the mass of attention is not known")
@@ -162,9 +163,9 @@ class AttentionSums:
             values["output_names"] = tuple(self.outputs)
         elif self.seen and "output_sum" in self.fields:
             self._note("no linear of the width of keys or values is called before the attention: nothing before RoPE")
-        if self.queries:
+        if self.queries and self.mass is not None:
             values["attention_mass"] = (self.mass / self.queries).float()
-        if self.sequences:
+        if self.sequences and self.norms is not None:
             values["sink_value_norm"] = (self.norms / self.sequences).float()
         return values
 
@@ -176,7 +177,8 @@ def sink_norms(value: torch.Tensor) -> torch.Tensor:
     """
     norms = value.float().norm(dim=-1)
     usual = norms[:, :, 1:].median(-1).values
-    return (norms[:, :, 0] / usual).where(usual > 0, 1.0)
+    ratios: torch.Tensor = (norms[:, :, 0] / usual).where(usual > 0, 1.0)
+    return ratios
 
 
 def probabilities(

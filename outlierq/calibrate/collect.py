@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -278,17 +278,21 @@ class _GroupSums:
 
     def _add_powers(self, x: torch.Tensor, absolute: torch.Tensor) -> None:
         """Power sums of [N, K] float32."""
-        square = x * x if self.fields & {"sum_sq", "sum_cube", "sum_fourth"} else None
-        terms = {
-            "sum_x": lambda: x,
-            "sum_abs": lambda: absolute,
+        if "sum_x" in self.fields:
+            self.values["sum_x"] += x.sum(0)
+        if "sum_abs" in self.fields:
+            self.values["sum_abs"] += absolute.sum(0)
+        if not self.fields & {"sum_sq", "sum_cube", "sum_fourth"}:
+            return
+        square = x * x
+        powers: dict[str, Callable[[], torch.Tensor]] = {
             "sum_sq": lambda: square,
             "sum_cube": lambda: square * x,
             "sum_fourth": lambda: square * square,
         }
-        for name, term in terms.items():
+        for name, power in powers.items():
             if name in self.fields:
-                self.values[name] += term().sum(0)
+                self.values[name] += power().sum(0)
 
     def finish(self) -> InputStats:
         """The statistics; the running sums must not be used afterwards."""
@@ -341,4 +345,5 @@ class _Reservoir:
 
     def finish(self) -> torch.Tensor:
         """[R, K] bfloat16, in the order of the tokens."""
+        assert self.sample is not None, "no rows were offered"
         return self.sample.clone()

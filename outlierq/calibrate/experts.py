@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from outlierq.core.model import InputGroup, LinearSite
 
@@ -25,7 +25,7 @@ def routing(module: torch.nn.Module, way: Literal["chosen", "all", "probe"]) -> 
     With "probe" every expert shows in the output of the block, and so does the router. Experts are what has an
     attribute `routing`.
     """
-    parts = [part for part in module.modules() if hasattr(part, "routing")]
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "routing")]
     before = [part.routing for part in parts]
     try:
         for part in parts:
@@ -69,13 +69,13 @@ def all_groups(groups: list[InputGroup]) -> list[InputGroup]:
 def tokens_note(groups: list[InputGroup], stats: dict[str, InputStats]) -> list[str]:
     """How many tokens the experts of a block got, as a sentence; none for a block without experts."""
     routed = {
-        group.sites[0].expert: stats[group.name].tokens if group.name in stats else 0
+        expert: stats[group.name].tokens if group.name in stats else 0
         for group in all_groups(groups)
-        if group.routed
+        if group.routed and (expert := group.sites[0].expert) is not None
     }
     if not routed:
         return []
-    fewest, most = min(routed, key=routed.get), max(routed, key=routed.get)
+    fewest, most = min(routed, key=routed.__getitem__), max(routed, key=routed.__getitem__)
     ordered = sorted(routed.values())
     return [
         f"{fewest.rpartition('.')[0]}: {len(routed)} experts got {routed[fewest]:,} (expert {_number(fewest)}) to "

@@ -150,19 +150,20 @@ class Trial:
 
         index = torch.tensor(fold.index)
         shift = torch.randn(int(index.max()) + 1, generator=torch.Generator().manual_seed(self.seed))[index]
-        names = [fold.weight, fold.bias]
+        names = [name for name in (fold.weight, fold.bias) if name]
         tensors = {name: self.parameters[name].detach() for name in names}
         producer = apply_fold(tensors, fold, torch.ones_like(shift), shift)
-        return self._proof(producer, {site.bias: self._with_shift(site, shift) for site in group.sites})
+        biases = {site.bias: self._with_shift(site, site.bias, shift) for site in group.sites if site.bias}
+        return self._proof(producer, biases)
 
     def _proof(self, producer: Mapping[str, torch.Tensor], consumers: Mapping[str, torch.Tensor]) -> Proof:
         """The change of the output with both replaced, and with the consumers alone."""
         error = self._change({**producer, **consumers})
         return Proof(error, self._change(consumers) if error <= MAX_ERROR else None)
 
-    def _with_shift(self, site: LinearSite, shift: torch.Tensor) -> torch.Tensor:
+    def _with_shift(self, site: LinearSite, bias_name: str, shift: torch.Tensor) -> torch.Tensor:
         """The site's bias plus the site's answer to the shift."""
-        weight, bias = self.parameters[site.weight].detach(), self.parameters[site.bias].detach()
+        weight, bias = self.parameters[site.weight].detach(), self.parameters[bias_name].detach()
         shift = shift.to(weight.device)
         return bias + (shift @ weight if site.transposed else weight @ shift)
 
@@ -200,9 +201,9 @@ def tensor_parameters(module: torch.nn.Module, block: Block) -> dict[str, torch.
     parameters: dict[str, torch.nn.Parameter] = {}
     for site in block.sites:
         part = submodule(module, site.module)
-        parameters[site.weight] = part.weight
+        parameters[site.weight] = part.get_parameter("weight")
         if site.bias:
-            parameters[site.bias] = part.bias
+            parameters[site.bias] = part.get_parameter("bias")
     prefixes = {_prefix(block, site) for site in block.sites}
     known = set(block.tensors)
     for name, parameter in module.named_parameters():

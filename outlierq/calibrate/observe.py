@@ -7,17 +7,19 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.attention import AttentionSums
-from outlierq.calibrate.collect import BLOCK_FIELDS, pieces, token_stride
+from outlierq.calibrate.collect import pieces, token_stride
 from outlierq.calibrate.extremes import Places, add_to_top, top_entries, top_of_sequences
 from outlierq.calibrate.runner import hidden_of
 from outlierq.calibrate.trace import submodule
-from outlierq.core.block_stats import BlockStats
+from outlierq.core.block_stats import BLOCK_FIELDS, BlockStats
 from outlierq.core.model import EXPERT_COUNTS
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.core.model import Block
+
+    Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 TOP_ENTRIES = 20
 SAMPLE_STRIDE = 7
@@ -93,8 +95,10 @@ class BlockObserver:
 
     def absorb(self, parts: list[dict[str, Any]]) -> None:
         """Add what another observer of the same block saw in later sequences."""
-        for sums, part in zip((self._residual, self._attention, self._experts), parts, strict=True):
-            sums.absorb(part)
+        residual, attention, experts = parts
+        self._residual.absorb(residual)
+        self._attention.absorb(attention)
+        self._experts.absorb(experts)
 
     def finish(self) -> BlockStats:
         """The statistics that could be observed, in the memory of the host."""
@@ -139,8 +143,8 @@ def attention_calls(see: Callable[..., None]) -> Iterator[None]:
 
     original = AttentionInterface.get_interface
 
-    def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
-        attention = original(self, implementation, default)
+    def get_interface(self: AttentionInterface, implementation: str, default: Attention) -> Attention:
+        attention: Attention = original(self, implementation, default)
 
         def watched(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             see(*args, **kwargs)
@@ -148,11 +152,12 @@ def attention_calls(see: Callable[..., None]) -> Iterator[None]:
 
         return watched
 
-    AttentionInterface.get_interface = get_interface
+    # The only place that all models ask.
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        AttentionInterface.get_interface = original
+        AttentionInterface.get_interface = original  # type: ignore[method-assign]
 
 
 class _ResidualSums:
@@ -214,7 +219,7 @@ class _ResidualSums:
         """The fields by name."""
         import torch
 
-        if self.abs_max is None:
+        if self.abs_max is None or self.top is None:
             return {}
         per_token, peaks = torch.cat(self.kurtosis), torch.cat(self.peaks).flatten()
         return {
@@ -253,8 +258,9 @@ class _ExpertCounts:
         """Separate experts, each with a hook for what it adds to the output."""
         for part in module.modules():
             if hasattr(part, "routing"):
-                for name, expert in part.named_children():
-                    yield expert, self._added(int(name), part.num_experts)
+                experts = dict(part.named_children())
+                for name, expert in experts.items():
+                    yield expert, self._added(int(name), len(experts))
 
     def _added(self, index: int, number: int) -> Callable[..., None]:
         """A hook of one expert, whose output is weighted by the router."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from outlierq.calibrate.trace import RunOnce
     from outlierq.core.model import Structure
 
-T = TypeVar("T")
 Returned: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any]"  # by the code of a block
 SPILL_BYTES = 4 << 30
 # Tokens of the probe run. Twice as many than the 16 at which torch switches kernels, and still cheap on every block.
@@ -57,7 +56,7 @@ class Call:
     name: str | None
 
     @property
-    def shared(self) -> list[UserDict]:
+    def shared(self) -> list[UserDict[Any, Any]]:
         """Containers that blocks write for each other; they are passed on as they are, not copied."""
         return [value for value in (*self.after, *self.keyword.values()) if isinstance(value, UserDict)]
 
@@ -166,7 +165,7 @@ class HiddenStates:
         """The memory of one batch."""
         import torch
 
-        return memoryview(self[batch].view(-1).view(torch.uint8).numpy())
+        return self[batch].view(-1).view(torch.uint8).numpy().data
 
 
 def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
@@ -232,7 +231,7 @@ class BlockRunner:
         self.device, self.dtype, self.batch_size = torch.device(device), dtype or torch.bfloat16, batch_size
         self.spill = spill
         self._records: list[_Record] = []
-        self._known: dict[tuple, list[torch.Tensor]] = {}
+        self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._probe_tokens = PROBE_TOKENS
         self._wrap = Wrap()
 
@@ -266,6 +265,7 @@ class BlockRunner:
                         progress((number + 1) / len(batches))
         finally:
             self.weights.release("")
+        assert hidden is not None, "there are no sequences"
         return hidden
 
     def run(
@@ -321,6 +321,7 @@ class BlockRunner:
         import torch
 
         call = self._records[index].probe
+        assert call is not None, "`start` must have run"
         sample = hidden[0][:1].float()
         spread = sample.abs().median().clamp_min(1e-3) / 0.6745  # the median of |x| of a standard normal
         shape = (1, self._probe_tokens, sample.shape[-1])
@@ -360,7 +361,7 @@ class BlockRunner:
                         forward_of(self.model, "calibrate"),
                     ):
                         output = self.model(input_ids=batches[batch].to(self.device), use_cache=False)
-                    logits = getattr(output, "logits", None)
+                    logits: torch.Tensor | None = getattr(output, "logits", None)
                     if logits is None:
                         raise SourceError(f"{type(self.model).__name__} returns no logits")
                     return logits[rows, columns] if logits.shape[:2] == batches[batch].shape else logits[0]
@@ -436,14 +437,16 @@ class BlockRunner:
             stub.reset(wrap)
         self._forward_model(ids)
         first = stubs[0].received
-        if first is not None and first.shape[:-1] != ids.shape:
+        if first is None:
+            raise SourceError(f"the model does not call its block {self.structure.blocks[0].name}")
+        if first.shape[:-1] != ids.shape:
             raise SourceError(
                 f"the blocks of the model take hidden states {list(first.shape)} for tokens {list(ids.shape)}",
                 hint="only models with hidden states [sequences, tokens, channels] can be calibrated",
             )
         met: dict[int, torch.Tensor] = {}
         for block, stub, record in zip(self.structure.blocks, stubs, self._records, strict=True):
-            if stub.received is None:
+            if stub.received is None or stub.call is None:
                 raise SourceError(f"the model does not call its block {block.name}")
             if stub.received is not first and not _equal(stub.received, first):
                 raise SourceError(f"the model changes the hidden states between its blocks, before {block.name}")
@@ -518,10 +521,15 @@ class _Stub:
         return self.wrap.put(self.received if self.given is None else self.given)
 
 
+def _head(model: Any) -> torch.nn.Module | None:
+    """The output head; None for a model without one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 @contextmanager
 def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
     """Inside, the output head gets only these tokens, as [1, n, channels]; a model without one runs as it is."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
 
     def at_places(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[0][rows, columns][None], *args[1:]
@@ -537,7 +545,7 @@ def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.T
 @contextmanager
 def _stopping_at_head(model: torch.nn.Module) -> Iterator[None]:
     """Inside, a forward ends where the output head would begin; a model without one runs as it is."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
 
     def stop(*_: Any) -> None:
         raise StopForward
@@ -570,7 +578,7 @@ def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     return hidden
 
 
-def _map_tensors(value: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The same nest of tuples, lists and dicts with every tensor replaced by `function` of it."""
     import torch
 
@@ -590,7 +598,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _end(tensor: torch.Tensor) -> tuple:
+def _end(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Shape, dtype and a few last values: equal for equal tensors, and cheap to look up."""
     last = tensor[(-1,) * (tensor.dim() - 1)] if tensor.dim() > 1 and tensor.numel() else tensor
     return tuple(tensor.shape), tensor.dtype, tuple(last.reshape(-1)[-8:].tolist())

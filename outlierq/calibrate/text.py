@@ -263,13 +263,13 @@ def _judge(windows: torch.Tensor, tokenizer: Any, name: str) -> None:
 def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool, left_out: Counter[str]) -> Iterator[int]:
     """The tokens of all documents. Rows are separated by the eos token, chats by what their template writes."""
     eos = getattr(tokenizer, "eos_token_id", None)
-    separated = source.has_rows and not chat_template and eos is not None
+    separator = eos if source.has_rows and not chat_template else None
     documents = _documents(source, tokenizer if chat_template else None, left_out)
     first = True
     while texts := list(islice(documents, DOCUMENTS_AT_A_TIME)):
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            if separated and not first:
-                yield eos
+            if separator is not None and not first:
+                yield separator
             yield from ids
             first = False
 
@@ -320,6 +320,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _stream(source: TextSource) -> str:
     """The whole text of a file, or the embedded one."""
+    assert source.path is not None, "a data set has rows, and no text of its own"
     return embedded_text(source.split or "calibration") if source.path == EMBEDDED else file_text(source.path)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from outlierq.core.model import Block
 
+Key = tuple[Any, ...]  # of the data of a tensor: see `data_key`
 # Runs the module it is given on one small input, in the module's own dtype, and returns the output hidden states.
 RunOnce = Callable[["torch.nn.Module"], "torch.Tensor"]
 
@@ -27,17 +28,17 @@ class Trace:
     """
 
     output: torch.Tensor | None = None
-    inputs: dict[str, tuple] = field(default_factory=dict)
-    written: dict[str, tuple] = field(default_factory=dict)
+    inputs: dict[str, Key] = field(default_factory=dict)
+    written: dict[str, Key] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)
 
-    def key(self, tensor: torch.Tensor) -> tuple:
+    def key(self, tensor: torch.Tensor) -> Key:
         """The key of the data of a tensor of any shape. It is kept: a freed address could be given to another one."""
         self._alive.append(tensor)
         return data_key(tensor)
 
 
-def data_key(tensor: torch.Tensor) -> tuple:
+def data_key(tensor: torch.Tensor) -> Key:
     """Equal for two tensors of any shape that show the same data row by row, also as views of another shape.
 
     A tensor that was written to in between has another key (autograd counts the writes).
@@ -64,7 +65,8 @@ def submodule(module: torch.nn.Module, name: str) -> torch.nn.Module:
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The input [..., in] of a linear layer, however it was called."""
-    return args[0] if args else next(iter(kwargs.values()))
+    given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
 
 
 def trace_block(module: torch.nn.Module, block: Block, run_once: RunOnce) -> Trace:

@@ -32,7 +32,7 @@ class Stream(io.TextIOBase):
         self.rich_proxied_file = _Styled(self)  # the name by which rich finds where to write
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute in typeshed, a property in io
         """What characters the stream can carry."""
         return self._raw.encoding or "utf-8"
 

@@ -45,7 +45,7 @@ def check_length(model: torch.nn.Module, length: int, setting: str) -> None:
     A table of positions has no rows beyond them; rotary embeddings go on, but the model was never trained there.
     setting: what to change.
     """
-    positions = _limit(model, "max_position_embeddings")
+    positions = limit_of(model, "max_position_embeddings")
     if positions is not None and length > positions:
         raise OutlierqError(
             f"windows of {length} tokens exceed the model's {positions} positions",
@@ -59,7 +59,7 @@ def check_ids(model: torch.nn.Module, ids: torch.Tensor, tokenizer_size: int | N
     ids: of any shape. tokenizer_size: for the message.
     """
     rows = embedding_rows(model)
-    rows = _limit(model, "vocab_size") if rows is None else rows  # what the config says of a table that is not shown
+    rows = limit_of(model, "vocab_size") if rows is None else rows  # what the config says of a table that is not shown
     lowest, highest = int(ids.min()), int(ids.max())
     if rows is not None and not 0 <= lowest <= highest < rows:
         known = "" if tokenizer_size is None else f"; the tokenizer has {tokenizer_size} tokens"
@@ -69,7 +69,7 @@ def check_ids(model: torch.nn.Module, ids: torch.Tensor, tokenizer_size: int | N
         )
 
 
-def _limit(model: Any, name: str) -> int | None:
+def limit_of(model: Any, name: str) -> int | None:
     """The number that the config of the language model gives under a name, None where it gives none."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):

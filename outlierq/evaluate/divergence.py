@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError
@@ -153,7 +153,8 @@ def _logits(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """[batch, length - 1, vocabulary]: the logits that predict tokens 1..L-1."""
     parameter = next(module.parameters(), batch)
     with forward_of(module, "evaluate"):
-        return module(input_ids=batch.to(parameter.device), use_cache=False).logits[:, :-1]
+        logits: torch.Tensor = module(input_ids=batch.to(parameter.device), use_cache=False).logits
+    return logits[:, :-1]
 
 
 def _measure_window(index: int, logits: torch.Tensor, reference: torch.Tensor | None, target: torch.Tensor) -> _Window:
@@ -172,7 +173,8 @@ def _measure_window(index: int, logits: torch.Tensor, reference: torch.Tensor | 
             sums[place] += value
     if not all(map(math.isfinite, sums)):
         raise NumbersError(f"the likelihood or the KL divergence of window {index} is infinite")
-    return _Window(*sums[:3], *map(int, sums[3:]))
+    nll, reference_nll, kl, *counts = sums
+    return _Window(nll, reference_nll, kl, *map(int, counts))
 
 
 def _measure_chunk(
@@ -217,20 +219,21 @@ def _kl(reference_logp: torch.Tensor, logp: torch.Tensor) -> float:
 def _summarise(windows: list[_Window], length: int, compared: bool, seconds: float) -> Divergence:
     """Means over all predicted tokens."""
     tokens = len(windows) * (length - 1)
-    common = {"tokens": tokens, "windows": len(windows), "window_length": length, "seconds": seconds}
     perplexity = _perplexity(sum(w.nll for w in windows) / tokens)
+    alone = Divergence(
+        perplexity=perplexity, tokens=tokens, windows=len(windows), window_length=length, seconds=seconds
+    )
     if not compared:
-        return Divergence(perplexity=perplexity, **common)
+        return alone
     per_window = [w.kl / (length - 1) for w in windows]
-    return Divergence(
-        perplexity=perplexity,
+    return replace(
+        alone,
         reference_perplexity=_perplexity(sum(w.reference_nll for w in windows) / tokens),
         kl_per_token=sum(per_window) / len(per_window),
         kl_standard_error=_standard_error(per_window),
         top1_agreement=sum(w.agreements for w in windows) / tokens,
         flips_to_wrong=sum(w.flips_to_wrong for w in windows),
         flips_to_right=sum(w.flips_to_right for w in windows),
-        **common,
     )
 
 

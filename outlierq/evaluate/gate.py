@@ -68,9 +68,8 @@ def _score(limit: TaskLimit, measured: Mapping[str, Any] | None, whose: str) -> 
 
 def _perplexity_increase(divergence: Mapping[str, Any]) -> float | None:
     """Relative increase over the reference, None without one."""
-    if divergence.get("reference_perplexity") is None:
-        return None
-    return divergence["perplexity"] / divergence["reference_perplexity"] - 1
+    reference: float | None = divergence.get("reference_perplexity")
+    return None if reference is None else float(divergence["perplexity"]) / reference - 1
 
 
 def _known(name: str, value: float | None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from outlierq.core.errors import OutlierqError
 from outlierq.evaluate.divergence import evaluating
@@ -11,6 +11,7 @@ from outlierq.evaluate.replacing import replaced
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
+    from transformers._typing import GenerativePreTrainedModel
 
 
 def complete(model: torch.nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int = 32, chat: bool = False) -> str:
@@ -20,17 +21,20 @@ def complete(model: torch.nn.Module, tokenizer: Any, prompt: str, max_new_tokens
     """
     import torch
 
+    writer = cast("GenerativePreTrainedModel", model)  # what a causal model of transformers is
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, chat).to(device)
     # Replaced, not passed: transformers fills a passed config up with the model's own sampling settings, and warns.
-    greedy = _greedy(model, tokenizer, max_new_tokens)
+    greedy = _greedy(writer, tokenizer, max_new_tokens)
     with torch.inference_mode(), evaluating(model), replaced(model, generation_config=greedy):
-        output = model.generate(ids, attention_mask=torch.ones_like(ids))
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        output = writer.generate(ids, attention_mask=torch.ones_like(ids))
+    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """[1, length] token ids of the prompt."""
+    ids: torch.Tensor
     if not chat:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     elif tokenizer.chat_template is None:
@@ -45,11 +49,11 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return ids
 
 
-def _greedy(model: torch.nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(writer: GenerativePreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """A generation config that keeps only the stop tokens of the model's own."""
     from transformers import GenerationConfig
 
-    stop = model.generation_config.eos_token_id
+    stop = writer.generation_config.eos_token_id
     stop = tokenizer.eos_token_id if stop is None else stop
     first_stop = stop[0] if isinstance(stop, list) else stop
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_stop

@@ -175,8 +175,8 @@ def _overlay(name: str, config: Mapping[str, Any], data: LocalData, shots: int |
     few = config.get("fewshot_config") or {}
     examples = few.get("split") or config.get("fewshot_split")
     examples = examples or config.get("training_split") or config.get("validation_split")
-    needed = {evaluated, examples} if shots and "samples" not in few else {evaluated}
-    for split in sorted(needed - data.files.keys() - {None}):
+    needed: set[str | None] = {evaluated, examples} if shots and "samples" not in few else {evaluated}
+    for split in sorted(name for name in needed if name is not None and name not in data.files):
         raise SourceError(
             f"task `{name}` needs the split `{split}`; the files hold {', '.join(sorted(data.files))}",
             hint=f"add {split}.jsonl beside them" + (", or use 0 examples (num_fewshot)" if split != evaluated else ""),
@@ -192,7 +192,7 @@ def _overlay_text(genuine: Path, name: str, changes: Mapping[str, Any]) -> str:
     import yaml
 
     function = f"custom_dataset: !function {__name__}.{load_local.__name__}\n"
-    return yaml.safe_dump({"include": str(genuine), "task": name, **changes}, sort_keys=False) + function
+    return f"{yaml.safe_dump({'include': str(genuine), 'task': name, **changes}, sort_keys=False)}{function}"
 
 
 def _split_files(folder: Path) -> dict[str, list[str]]:
@@ -221,7 +221,7 @@ def _parse(path: str, _modified: int, _size: int) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
     if path.endswith(".json"):
-        rows = json_value(text, path, SourceError)
+        rows: Any = json_value(text, path, SourceError)
     else:
         lines = (line for line in enumerate(text.split("\n"), start=1) if line[1].strip())
         rows = [json_value(line, f"line {number} of {path}", SourceError) for number, line in lines]
@@ -238,11 +238,14 @@ def _table_rows(path: str) -> list[dict[str, Any]]:
 
     try:
         if path.endswith(".csv"):
-            return pyarrow.csv.read_csv(path).to_pylist()
-        with open(path, "rb") as file:
-            return pyarrow.parquet.ParquetFile(file).read().to_pylist()
+            table = pyarrow.csv.read_csv(path)
+        else:
+            with open(path, "rb") as file:
+                table = pyarrow.parquet.ParquetFile(file).read()
+        rows: list[dict[str, Any]] = table.to_pylist()
     except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
         raise SourceError(f"{path} is no table that can be read: {error}") from error
+    return rows
 
 
 def _roots(places: Iterable[set[Path]]) -> list[Path]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError, SourceError
 from outlierq.core.machine.installed import needs_extra
+from outlierq.core.windows import limit_of
 from outlierq.evaluate.divergence import evaluating
 from outlierq.evaluate.replacing import environment, replaced
 from outlierq.evaluate.task_data import leaf_tasks, task_manager, write_overlay
@@ -70,15 +71,14 @@ def run_tasks(
     if not tasks:
         raise OutlierqError("no tasks were named", hint="for example wikitext, arc_easy or mmlu")
     needs_extra("lm_eval")
-    served = isinstance(model, Served)
-    if served:
+    if isinstance(model, Served):
         need_vllm()
-    positions = None if served else _positions(model)
+    positions = None if isinstance(model, Served) else limit_of(model, "max_position_embeddings")
     length = _context(positions, CONTEXT_LIMIT if max_length is None else max_length)
     with ExitStack() as stack:
         for guard in (_quiet(), _random_state_restored(seed)):
             stack.enter_context(guard)
-        if served:
+        if isinstance(model, Served):
             stack.enter_context(environment(VLLM_LOGGING_STREAM="ext://sys.stderr"))  # stdout is for the result
             stack.enter_context(_known_as_vllm())
         else:
@@ -86,17 +86,22 @@ def run_tasks(
             stack.enter_context(_counting(model, progress))
         manager = stack.enter_context(_manager(tasks, data_dir, num_fewshot))
         loaded = _load(manager, tasks, num_fewshot, seed)
-        answering = (_in_vllm if served else _in_process)(model, tokenizer, batch_size, length)
+        if isinstance(model, Served):
+            answering = _in_vllm(model, batch_size, length)
+        else:
+            answering = _in_process(model, tokenizer, batch_size, length)
         results = _evaluate(answering, loaded, limit, chat)
     rows = _rows(results, tasks)
     top = {row["task"] for row in rows if row["parent"] is None}
+    backend = "vllm" if isinstance(model, Served) else "transformers"
     conditions = {"limit": limit, "batch_size": batch_size, "max_length": length, "chat": chat, "seed": seed}
-    conditions |= {"positions": positions, "backend": "vllm" if served else "transformers"}
     return {
         "rows": rows,
         "versions": {"lm_eval": version("lm_eval"), **_only(top, results["versions"])},
         "conditions": {
             **conditions,
+            "positions": positions,
+            "backend": backend,
             "data": "hub" if data_dir is None else "local",
             "num_fewshot": _only(top, results["n-shot"]),
         },
@@ -142,7 +147,7 @@ def _only(names: set[str], values: Mapping[str, Any]) -> dict[str, Any]:
 def _load(manager: TaskManager, tasks: list[str], num_fewshot: int | None, seed: int) -> dict[str, Any]:
     """Tasks with their data, and the number of examples in the prompts settled as lm-eval's own front end does."""
     try:
-        loaded = manager.load(tasks)
+        loaded: dict[str, Any] = manager.load(tasks)
     except OSError as error:  # network and missing data sets; `datasets` has no narrower common base
         raise SourceError(
             f"the data of {', '.join(tasks)} cannot be loaded: {error}",
@@ -162,7 +167,7 @@ def _evaluate(answering: LM, loaded: dict[str, Any], limit: int | None, chat: bo
     """lm-eval's result dictionary."""
     from lm_eval.evaluator import evaluate
 
-    return evaluate(
+    results: dict[str, Any] = evaluate(
         lm=answering,
         task_dict=loaded,
         limit=limit,
@@ -171,6 +176,7 @@ def _evaluate(answering: LM, loaded: dict[str, Any], limit: int | None, chat: bo
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
+    return results
 
 
 def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_length: int | None) -> LM:
@@ -188,7 +194,7 @@ def _in_process(model: torch.nn.Module, tokenizer: Any, batch_size: int, max_len
     )
 
 
-def _in_vllm(served: Served, _tokenizer: Any, batch_size: int, max_length: int | None) -> LM:
+def _in_vllm(served: Served, batch_size: int, max_length: int | None) -> LM:
     """The folder in vLLM, as a client would load it."""
     from lm_eval.models.vllm_causallms import VLLM
 
@@ -268,11 +274,6 @@ def _task_rows(name: str, parent: str | None, values: Mapping[str, Any]) -> Iter
 def _finite(value: Any) -> float | None:
     """A standard error; None where lm-eval has none ("N/A", or NaN for a single sample)."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _positions(model: torch.nn.Module) -> int | None:
-    """The positions that the model's config names."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _context(positions: int | None, most: int) -> int | None:

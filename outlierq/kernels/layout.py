@@ -116,7 +116,14 @@ def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     return places.reshape(strips * TILE_OUTPUTS, tiles * TILE_INPUTS)
 
 
-def _check(codes, scale, zero_point, bits, group_size, dtype) -> None:
+def _check(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+) -> None:
     """Refuse what the layout cannot hold."""
     rows, columns = codes.shape
     if bits not in (4, 8) or dtype not in DTYPES:

@@ -6,7 +6,7 @@ Every `plan_*` checks its tensors and gives a `Launch`; `launch.py` hands it to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Launch:
     instance: str
     grid: tuple[int, int, int]
     threads: int
-    arguments: tuple
+    arguments: tuple[Any, ...]
     shared_bytes: int = 0
 
 
@@ -254,7 +254,7 @@ def check_w8a8(given: SplitOperands, y: torch.Tensor) -> None:
     check(fits, f"scales must be float32: {tokens} or 1, and {outputs}", scale_x=scale_x, scale=scale)
     split = {"outliers": outliers, "outlier_weight": outlier_weight}
     check((outliers is None) == (outlier_weight is None), "outliers need their weight", **split)
-    if outliers is not None:
+    if outliers is not None and outlier_weight is not None:
         shared = outliers.shape[-1]
         fits = tuple(outliers.shape) == (tokens, shared) and tuple(outlier_weight.shape) == (outputs, shared)
         check(fits and shared % 8 == 0, f"outliers must be [{tokens}, 8 n], their weight [{outputs}, 8 n]", **split)

@@ -83,7 +83,7 @@ class Timing:
 class Benchmark:
     """What this machine does. machine: its name and settings."""
 
-    machine: Mapping[str, Any]
+    machine: str
     ceilings: Ceilings
     timings: tuple[Timing, ...]
 

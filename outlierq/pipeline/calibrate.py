@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
+from outlierq.calibrate.collect import ALL_FIELDS
 from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, StatsWriter, former_shards
+from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.model import Block, Checkpoint

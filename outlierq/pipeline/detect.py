@@ -80,7 +80,8 @@ def quick_settings() -> Calibration:
 
 def from_run(checkpoint: Checkpoint, settings: Calibration, work: Path, resources: Resources = USUAL) -> Statistics:
     """Statistics of the model run now, block by block; none of them are kept. work: for large hidden states."""
-    from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS
+    from outlierq.calibrate.collect import ALL_FIELDS
+    from outlierq.core.block_stats import BLOCK_FIELDS
     from outlierq.load import study
     from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, token_set
 

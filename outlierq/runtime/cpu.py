@@ -76,6 +76,7 @@ def int8_linear(
             return scaled
     y.mul_(step)
     if columns is not None:
+        assert outlier_weight is not None, "outlier columns need their weight"
         y.addmm_(x[:, columns.long()].float(), outlier_weight[:, : columns.numel()].float().t())
     return y.to(x.dtype)
 

@@ -12,6 +12,8 @@ wrapper costs as much as a small product.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from outlierq.kernels import launch
@@ -33,7 +35,16 @@ FEW_TOKENS = 8  # rows of the CUDA kernel that is made for decoding
 SOME_TOKENS = 128  # up to here the CUDA kernel that decodes in registers; above, decode once and multiply
 
 
-def _packed_on_cpu(x, words, scale, zero_point, bias, bits, group_size, out_features):
+def _packed_on_cpu(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int | None,
+    out_features: int,
+) -> torch.Tensor:
     """A 4- or 8-bit weight with torch's products."""
     _check_input(x, words.shape[1] * (2 if bits == 4 else 1), words=words, scale=scale)
     if x.dtype != torch.bfloat16:
@@ -47,7 +58,16 @@ def _packed_on_cpu(x, words, scale, zero_point, bias, bits, group_size, out_feat
     return _finished(y, x, bias)
 
 
-def _packed_on_cuda(x, words, scale, zero_point, bias, bits, group_size, out_features):
+def _packed_on_cuda(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int | None,
+    out_features: int,
+) -> torch.Tensor:
     """A 4- or 8-bit weight with our kernels."""
     weight = PackedWeight(words, scale, zero_point, bits, group_size, out_features, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -60,7 +80,17 @@ def _packed_on_cuda(x, words, scale, zero_point, bias, bits, group_size, out_fea
     return y.view(*x.shape[:-1], out_features)
 
 
-def int8_on_cpu(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token, opaque=False):
+def int8_on_cpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    per_token: bool,
+    opaque: bool = False,
+) -> torch.Tensor:
     """int8 times int8 with torch's product."""
     _check_input(x, codes.shape[0 if opaque else 1], codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1])
@@ -68,7 +98,16 @@ def int8_on_cpu(x, codes, scale, input_scale, columns, outlier_weight, bias, per
     return _finished(y, x, bias)
 
 
-def _int8_on_cuda(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token):
+def _int8_on_cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    per_token: bool,
+) -> torch.Tensor:
     """int8 times int8 with our kernels; plain torch for a dtype or width that they do not know."""
     _check_input(x, codes.shape[1], codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -77,22 +116,20 @@ def _int8_on_cuda(x, codes, scale, input_scale, columns, outlier_weight, bias, p
     if per_token and input_scale is None:
         pitch = None if outlier_weight is None else outlier_weight.shape[1]
         low, step, outliers = launch.quant_rows(flat, columns, pitch)
-        outliers = None if columns is None else outliers
     else:
-        low, step = cpu.quantize_input(flat, input_scale, per_token)
-        outliers = None
+        (low, step), outliers = cpu.quantize_input(flat, input_scale, per_token), None
+    outliers = None if columns is None else outliers
     given = SplitOperands(low, step.view(-1), codes, scale, outliers, outlier_weight, bias)
     y = launch.w8a8_outlier(given, dtype=x.dtype)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
-@torch.library.register_fake("outlierq::packed_linear")
-def _packed_shape(x, *weight):
+def _packed_shape(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+    """For torch.compile: what comes out, without values."""
     return x.new_empty(*x.shape[:-1], weight[-1])  # out_features
 
 
-@torch.library.register_fake("outlierq::int8_linear")
-def _int8_shape(x, codes, scale, *_):
+def _int8_shape(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
@@ -119,3 +156,5 @@ _library.impl("packed_linear", _packed_on_cpu, "CPU")
 _library.impl("packed_linear", _packed_on_cuda, "CUDA")
 _library.impl("int8_linear", int8_on_cpu, "CPU")
 _library.impl("int8_linear", _int8_on_cuda, "CUDA")
+torch.library.register_fake("outlierq::packed_linear", _packed_shape)
+torch.library.register_fake("outlierq::int8_linear", _int8_shape)

@@ -29,7 +29,9 @@ def unpack_int4(words: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
 
     out: [out, in] of any dtype, to write into.
     """
-    return _unpack(words, strip_rows(), out)
+    strip = strip_rows()
+    assert strip is not None, "this processor's 4-bit layout is not known, so nothing was packed"
+    return _unpack(words, strip, out)
 
 
 def pack_scale(scale: torch.Tensor, zero_point: torch.Tensor | None, repeats: int) -> torch.Tensor:
@@ -75,8 +77,10 @@ def int8_is_exact() -> bool:
 def qlinear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 [tokens, out]: int8 `x` times packed codes, summed in int32, times `scale` [out]."""
     zeros = torch.zeros(scale.shape[0], dtype=torch.int32)
-    ending = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale of the output, nothing after it
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, words, scale, zeros, *ending)
+    nothing: list[float] = []
+    ending = (None, 1.0, 0, torch.float32, "none", nothing, "")  # no bias, no scale of the output, nothing after it
+    product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, words, scale, zeros, *ending)
+    return product
 
 
 @cache

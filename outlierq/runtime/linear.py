@@ -20,6 +20,7 @@ from outlierq.kernels.plan import check_columns
 from outlierq.ops.activations import fake_quantize
 from outlierq.runtime import dispatch, layout, pages  # dispatch registers the operators
 
+Parts = dict[str, torch.Tensor | None]  # the buffers of a layer by their names
 BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cache
 
 
@@ -29,6 +30,14 @@ class QuantLinear(torch.nn.Module):
     form: "int8", "packed" or "decoded". reason: why it is decoded, else None. A layer is made for one dtype of inputs
     and one device and stays there.
     """
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    columns: torch.Tensor | None
+    outlier_weight: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -42,7 +51,8 @@ class QuantLinear(torch.nn.Module):
         self.out_features, self.in_features = weight.shape
         self.inputs, self.scheme = weight.scheme.activations, weight.scheme
         self.form, self.reason = _form(weight, dtype, torch.device(device))
-        self.bits, self.group_size = 8, None
+        self.bits = 8
+        self.group_size: int | None = None
         held = {"int8": self._hold_int8, "packed": self._hold_packed, "decoded": self._hold_decoded}[self.form]
         parts = held(weight, dtype, torch.device(device))
         parts["input_scale"] = None if weight.input_scale is None else weight.input_scale.float()
@@ -56,16 +66,20 @@ class QuantLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product and the bias."""
         if self.form == "int8":
+            per_token = self.inputs is not None and self.inputs.per == "token"
             split = (self.columns, self.outlier_weight)
-            parts = (self.words, self.scale, self.input_scale, *split, self.bias, self.inputs.per == "token")
+            parts = (self.words, self.scale, self.input_scale, *split, self.bias, per_token)
             if self.opaque:
                 return dispatch.int8_on_cpu(x, *parts, opaque=True)
-            return torch.ops.outlierq.int8_linear(x, *parts)
+            y: torch.Tensor = torch.ops.outlierq.int8_linear(x, *parts)
+            return y
         if self.inputs is not None:
             x = fake_quantize(x, self.inputs, self.input_scale)
         if self.form == "packed":
-            parts = (self.words, self.scale, self.zero_point, self.bias, self.bits, self.group_size)
-            return torch.ops.outlierq.packed_linear(x, *parts, self.out_features)
+            weight = (self.words, self.scale, self.zero_point)
+            how = (self.bias, self.bits, self.group_size, self.out_features)
+            product: torch.Tensor = torch.ops.outlierq.packed_linear(x, *weight, *how)
+            return product
         return self._decoded(x)
 
     def dense(self) -> torch.Tensor:
@@ -82,6 +96,7 @@ class QuantLinear(torch.nn.Module):
             return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme))
         dense = layout.unpack_int8(self.words).float() * self.scale.float()[:, None]
         if self.columns is not None:
+            assert self.outlier_weight is not None, "outlier columns need their weight"
             dense[:, self.columns.long()] = self.outlier_weight[:, : self.columns.numel()].float()
         return dense
 
@@ -89,27 +104,29 @@ class QuantLinear(torch.nn.Module):
         """What `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.form}"
 
-    def _hold_int8(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+    def _hold_int8(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """int8 codes, ordered for the CPU's product or in rows, a scale per row, outlier columns in multiples of 8."""
         columns, outlier_weight = weight.outlier_columns, weight.outlier_weight
         if columns is not None:
+            assert outlier_weight is not None, "outlier columns need their weight"
             check_columns(columns, self.in_features)
             outlier_weight = F.pad(outlier_weight.to(dtype), (0, -columns.numel() % 8)).contiguous()
             columns = columns.int()
         codes = weight.codes.to(torch.int8)
         codes = layout.pack_int8(codes) if device.type == "cpu" else codes.contiguous()
-        parts = {"words": codes, "scale": weight.scale.float().flatten()}
-        return parts | {"zero_point": None, "columns": columns, "outlier_weight": outlier_weight}
+        scale = weight.scale.float().flatten()
+        split = {"columns": columns, "outlier_weight": outlier_weight}
+        return {"words": codes, "scale": scale, "zero_point": None, **split}
 
-    def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+    def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The layout of the device."""
         scheme, columns = weight.scheme, self.in_features
         self.bits = 4 if scheme.bits <= 4 else 8
-        none = {"columns": None, "outlier_weight": None, "zero_point": None}
+        none: Parts = {"columns": None, "outlier_weight": None, "zero_point": None}
         if device.type != "cpu":
             self.group_size = scheme.group_size
-            how = {"bits": self.bits, "group_size": self.group_size, "dtype": dtype}
-            held = kernel_layout.pack(weight.codes, weight.scale, weight.zero_point, **how)
+            stored = (weight.codes, weight.scale, weight.zero_point)
+            held = kernel_layout.pack(*stored, bits=self.bits, group_size=self.group_size, dtype=dtype)
             return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
         if self.bits == 8:
             return none | {"words": weight.codes.to(torch.int8).contiguous(), "scale": weight.scale.to(dtype).flatten()}
@@ -120,16 +137,18 @@ class QuantLinear(torch.nn.Module):
         offset = layout.MIDDLE if zero_point is None else 0
         filling = (0, 0, 0, -self.out_features % max(layout.STRIPS))
         codes = F.pad(codes + offset, filling)
-        pairs = layout.pack_scale(weight.scale, zero_point, width // layout.fitting_group(width))
+        fitting = layout.fitting_group(width)
+        assert fitting is not None, f"groups of {width} columns are not packed"
+        pairs = layout.pack_scale(weight.scale, zero_point, width // fitting)
         return none | {"words": layout.pack_int4(codes), "scale": F.pad(pairs, (0, 0, 0, filling[-1])).contiguous()}
 
-    def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict:
+    def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The weight as it came; scales of two levels or powers of two as the numbers that they stand for."""
         scale = weight.scale
         if weight.scheme.scales != "plain":
             scale, self.scheme = weight.float_scale, replace(weight.scheme, scales="plain")
-        parts = {"words": weight.codes, "scale": scale, "zero_point": weight.zero_point}
-        return parts | {"columns": weight.outlier_columns, "outlier_weight": weight.outlier_weight}
+        split = {"columns": weight.outlier_columns, "outlier_weight": weight.outlier_weight}
+        return {"words": weight.codes, "scale": scale, "zero_point": weight.zero_point, **split}
 
     def _stored(self) -> QuantTensor:
         """What a decoded layer holds, as a value."""

@@ -73,7 +73,7 @@ class SpilledStats(Mapping[str, InputStats]):
         import torch
 
         start = self._file.seek(0, 2)
-        left = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        left = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -89,7 +89,7 @@ class SpilledStats(Mapping[str, InputStats]):
         import torch
 
         tensor = torch.empty(shape, dtype=dtype)
-        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        left = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(start)
         while left:
             count = self._file.readinto(left)
@@ -109,6 +109,7 @@ def each_changed(
     targets = [name for name in stats if names is None or name in names]
     if isinstance(stats, SpilledStats):
         return stats.changed(change, targets)
+    assert isinstance(stats, dict), f"statistics in a {type(stats).__name__} cannot be changed"
     for name in targets:
         stats[name] = change(stats[name])
     return stats

@@ -54,7 +54,8 @@ class StatsIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Values as they come back from JSON, so that identities can be compared."""
-        return json.loads(json.dumps(whole_characters(asdict(self))))
+        values: dict[str, Any] = json.loads(json.dumps(whole_characters(asdict(self))))
+        return values
 
 
 class StatsWriter:
@@ -209,7 +210,7 @@ class StatsWriter:
     def _is_intact(self, entry: Mapping[str, Any]) -> bool:
         """Whether the file of an entry is there as it was written."""
         path = self.folder / entry["file"]
-        return path.is_file() and _sha256(path) == entry["sha256"]
+        return path.is_file() and _sha256(path) == str(entry["sha256"])
 
 
 class StatsReader:
@@ -299,7 +300,8 @@ class StatsReader:
         """The entry of a block."""
         if index not in self._blocks:
             raise StatsError(f"{self.folder} holds no statistics of block {index}; it holds {len(self._blocks)} blocks")
-        return self._blocks[index]
+        entry: dict[str, Any] = self._blocks[index]
+        return entry
 
     def _read(self, entry: Mapping[str, Any], asked: Callable[[str], bool]) -> dict[str, Any]:
         """The wanted tensors of a file, which is verified when it is read first."""
@@ -388,7 +390,7 @@ def _read_list(path: Path, kind: type[StatsError] | type[OutputError]) -> dict[s
     except OSError as error:
         raise kind(f"cannot read {path}: {error}", hint="calibrate again into another folder") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or not isinstance(values, dict):
         raise kind(
             f"{path} has format version {version}; this program reads {FORMAT_VERSION}",
             hint="calibrate again with this version of outlierq",

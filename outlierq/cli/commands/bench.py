@@ -28,7 +28,7 @@ def command(
     """Time packed products beside the 16-bit one and the machine's own limits, measured on the spot."""
     import outlierq
 
-    shapes = [_numbers(text, "x", "--shape", 2) for text in shape or ["4096x4096"]]
+    shapes = [_shape(text) for text in shape or ["4096x4096"]]
     with shared.progress(quiet) as listen:
         measured = outlierq.bench(
             shapes,
@@ -44,6 +44,12 @@ def command(
     from outlierq.report.bench_text import bench as table
 
     shared.show(table(measured.ceilings, measured.timings, measured.machine))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """The numbers of a text like "4096x4096"."""
+    rows, columns = _numbers(text, "x", "--shape", 2)
+    return rows, columns
 
 
 def _numbers(text: str, separator: str, option: str, count: int | None = None) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def lines(verification: Verification) -> list[str]:
     counts = f"{verification.tensors} tensors, {verification.linears} quantized weights"
     shown = [f"{verification.source}: {what}checkpoint of {counts}"]
     if verification.errors:
-        ordered = sorted(verification.errors, key=verification.errors.get)
+        ordered = sorted(verification.errors, key=lambda name: verification.errors[name])
         middle, worst = ordered[len(ordered) // 2], ordered[-1]
         shown.append(
             f"relative error against {verification.original}: median {verification.errors[middle]:.2%}, largest "

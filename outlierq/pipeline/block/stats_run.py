@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.collect import ALL_FIELDS, BLOCK_FIELDS, Collector, Sequences
+from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
 from outlierq.calibrate.groups import find_groups
@@ -20,7 +20,7 @@ from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
 from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
-from outlierq.core.block_stats import BlockStats
+from outlierq.core.block_stats import BLOCK_FIELDS, BlockStats
 from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.logits import LogitSample
 from outlierq.core.machine.heap import return_freed_memory
