@@ -121,10 +121,10 @@ class TestSource:
         assert "is a pickle" in refused.quantize(llama_copy)
         assert "is a pickle" in refused.quantize(llama_copy / "pytorch_model.bin")
 
-    def test_an_already_compressed_source_is_refused(self, refused, outlierq, tiny_llama, tmp_path):
-        assert outlierq("quantize", tiny_llama, "-r", "rtn-w8", "-o", tmp_path / "w8", "-q").code == 0
-        said = refused.quantize(tmp_path / "w8")
-        assert "already compressed with compressed-tensors" in said and "start from the original" in said
+    def test_a_source_of_an_unknown_compression_is_refused(self, refused, llama_copy):
+        edit_json(llama_copy / "config.json", quantization_config={"quant_method": "zip"})
+        said = refused.quantize(llama_copy)
+        assert "compressed with zip, which is not decoded here" in said and "start from the original" in said
 
     def test_a_config_of_an_unknown_architecture_is_refused(self, refused, llama_copy):
         edit_json(llama_copy / "config.json", model_type="flamingo9000", architectures=["Flamingo"])

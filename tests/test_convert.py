@@ -96,8 +96,8 @@ def test_the_command_converts_when_the_format_is_all_that_is_said(tiny_llama, tm
     check_equal(source, tmp_path / "b")
     planned = outlierq("plan", source, "--format", "compressed-tensors", "--json")
     assert planned.code == 0 and json.loads(planned.out)["recipe"] == "conversion to compressed-tensors"
-    refused = outlierq("quantize", source, "--format", "awq", "-r", "rtn-w4", "-o", tmp_path / "c", "-q")
-    assert refused.code == 1 and "already compressed" in refused.err
+    anew = outlierq("plan", source, "--format", "awq", "-r", "rtn-w4", "--set", "quantize.group_size=32", "--json")
+    assert anew.code == 0 and "the source is compressed with gptq" in json.loads(anew.out)["notes"][0]
     unknown = outlierq("quantize", source, "--format", "zip", "-o", tmp_path / "c")
     assert unknown.code == 2 and "compressed-tensors" in unknown.err
 

@@ -154,6 +154,10 @@ class Checkpoint(TensorSource):
         """Some rows of the tensor, [len(rows), ...], in the given order."""
         return self.read(name)[list(rows)]
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as the file stores it, with the scales of one that is stored compressed."""
+        return self.tensors[name].nbytes
+
     def making_bytes(self, name: str) -> int:
         """Upper bound of what reading a tensor holds beside the tensor itself: nothing where it is stored as it is."""
         return 0

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "already_compressed": "decode",
     "attention_names": "model.attention",
     "stored_prefix": "model.attention",
     "is_hub_id": "sources",
@@ -37,7 +36,9 @@ _HOMES = {
     "decode_pack_quantized": "packed.bits",
     "declared_class": "model.architecture",
     "decode_rows": "decode",
+    "described": "packed.described",
     "read_headers": "decode",
+    "served": "decode",
     "changed_files": "record",
     "changed_since_run": "record",
     "check_recorded": "record",

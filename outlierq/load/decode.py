@@ -13,7 +13,8 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.model.other_tools import compressor
-from outlierq.load.packed.described import check_described
+from outlierq.load.packed.decoded import DecodedCheckpoint, ServedCheckpoint
+from outlierq.load.packed.described import check_described, check_not_mixed, described
 from outlierq.load.packed.numbers import Parts
 from outlierq.load.packed.reading import HEADERS, PRESENTATIONS, ROWS, reads_rows
 from outlierq.load.source.shards import StoredTensor
@@ -41,36 +42,31 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     What else the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model
     by the result's `install`. SourceError when the compression cannot be decoded and run here.
     """
-    config = checkpoint.config.get("quantization_config")
+    config = described(checkpoint)
     if not config:
         return checkpoint
     check_described(checkpoint.source, config)
     _import_readers()
-    method = config.get("quant_method")
-    presentation = PRESENTATIONS.get(str(method))
+    presentation = PRESENTATIONS.get(str(config.get("quant_method")))
     if presentation is None:
         raise SourceError(
-            f"{checkpoint.source} is compressed with {compressor(checkpoint.config)}, which is not decoded here",
-            hint="compressed-tensors, gptq, awq and bitsandbytes 8-bit are; evaluate others with their own runtime",
+            f"{checkpoint.source} is compressed with {compressor(config)}, which is not decoded here",
+            hint=f"start from the original checkpoint, or from one of {', '.join(sorted(PRESENTATIONS))} or GGUF",
         )
     return presentation(checkpoint, config)
 
 
-def already_compressed(checkpoint: Checkpoint) -> SourceError | None:
-    """Why a checkpoint cannot be compressed: it is so already, and what can be done; None for a plain one.
+def served(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself when it is plain; otherwise what it serves, a plain one in its own dtype: the source of a
+    compression (see `packed/decoded.py`).
 
-    One weight is decoded, so that a conversion is advised only where it can be made.
+    SourceError when it cannot be decoded, or when some of its weights are plain that should not be.
     """
-    method = compressor(checkpoint.config)
-    if method is None:
-        return None
-    try:
-        plain = unpacked(checkpoint)
-        plain.quantized(next(iter(plain.linears)))
-        hint = "start from the original checkpoint; with --format alone it is converted without loss"
-    except (SourceError, StopIteration):
-        hint = f"start from the original checkpoint: the codes of {method} cannot be taken over into another format"
-    return SourceError(f"{checkpoint.source} is already compressed with {method}", hint=hint)
+    plain = unpacked(checkpoint)
+    if not isinstance(plain, DecodedCheckpoint):
+        return plain
+    check_not_mixed(checkpoint, plain.packed, described(checkpoint) or {})
+    return ServedCheckpoint(plain)
 
 
 def decode_rows(

@@ -23,6 +23,7 @@ from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, to
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
 from outlierq.pipeline.planning.work import Savings, work_of_calibration
+from outlierq.pipeline.remodel.rewrite import check_source
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def calibrate(
 
     only: fields of `InputStats` and `BlockStats` to keep, and no logits.
     """
-    from outlierq.load import study
+    from outlierq.load import served, study
 
+    checkpoint = served(checkpoint)
     ranks, listen = resources.ranks, resources.listen
     ranks.use(resources.device)
     fields = ALL_FIELDS | BLOCK_FIELDS if only is None else only
@@ -93,6 +95,7 @@ def calibrate(
     tokens = ranks.first(lambda: token_set(model, settings))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
+    ranks.first(lambda: check_source(checkpoint, listen))
     with locked(out) if ranks.lead else nullcontext():
         writer = _writer(out, identity, checkpoint, settings) if ranks.lead else None
         done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))

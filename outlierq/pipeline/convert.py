@@ -24,6 +24,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import format_type
 from outlierq.export.writer import write_small
 from outlierq.load import lasting_stamps
+from outlierq.load.packed.described import STALE_FILES
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.folder import finish, working
@@ -36,9 +37,6 @@ from outlierq.recipe import Export, Quantize, Recipe
 if TYPE_CHECKING:
     import torch
 
-# What other programs say about the stored format in files of their own; it would contradict the new config.json.
-STALE = ("quantize_config.json", "quant_config.json")
-
 
 class PackedSource(DerivedCheckpoint):
     """A compressed checkpoint as the source of a conversion to a format.
@@ -48,13 +46,13 @@ class PackedSource(DerivedCheckpoint):
     """
 
     def __init__(self, stored: Checkpoint, format: str):
-        from outlierq.load import unpacked
+        from outlierq.load import described, unpacked
 
         super().__init__(stored)
         self._plain, self._format = unpacked(stored), format_type(format)
         if self._plain is stored:
             raise SourceError(f"{stored.source} is not compressed", hint="compress it with a recipe")
-        if (stored.config.get("quantization_config") or {}).get("kv_cache_scheme"):
+        if (described(stored) or {}).get("kv_cache_scheme"):
             raise SourceError(f"{stored.source} has scales of a KV cache, which a conversion would lose")
         self.config: dict[str, Any] = self._plain.config
         self.linears = self._plain.linears
@@ -70,7 +68,7 @@ class PackedSource(DerivedCheckpoint):
     @property
     def files(self) -> tuple[CarriedFile, ...]:
         """The files of the checkpoint, without those that describe its former format."""
-        return tuple(file for file in self._plain.files if file.name not in STALE)
+        return tuple(file for file in self._plain.files if file.name not in STALE_FILES)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, or decoded to float32."""

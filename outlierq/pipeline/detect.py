@@ -106,10 +106,10 @@ def _run(source: object, blocks: Sequence[Block], notes: list[str]) -> Iterator[
 
 def detect(checkpoint: Checkpoint, *, stats: Path | None = None, resources: Resources = USUAL) -> OutlierReport:
     """The outlier report of a model. stats: a folder of `outlierq calibrate`; without it a short calibration runs."""
-    from outlierq.load import check_recorded, unpacked
+    from outlierq.load import check_recorded, served
 
     check_recorded(checkpoint)
-    plain = unpacked(checkpoint)
+    plain = served(checkpoint)
     if stats is not None:
         return report(plain, from_folder(stats, checkpoint), listen=resources.listen)
     with tempfile.TemporaryDirectory(prefix="outlierq-detect-") as work:

@@ -15,6 +15,8 @@ from outlierq.pipeline.checking.finding import Findings
 from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:
+    import torch
+
     from outlierq.core.model import Checkpoint
 
 # Relative error of a tensor that was computed again and stored in bfloat16: 2e-3 and less.
@@ -111,27 +113,36 @@ def _seen(first: Checkpoint, second: Checkpoint) -> tuple[Expected, Expected]:
 
 def _is_plainly_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:
     """Whether a tensor is the same in both, before anything is done to one."""
-    import torch
-
     if name not in first.tensors or name not in second.tensors:
         return False
     one, other = first.read(name), second.read(name)
-    return one.shape == other.shape and torch.equal(
-        one.to(torch.promote_types(one.dtype, other.dtype)), other.to(torch.promote_types(one.dtype, other.dtype))
-    )
+    return one.shape == other.shape and _is_equal(one, other, is_served=_is_served(first, second, name))
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor, *, is_served: bool) -> bool:
+    """Whether two tensors of a shape hold the same values. is_served: also where one is the other rounded to its
+    dtype: a plain copy of what a compressed checkpoint serves is no other weight.
+    """
+    import torch
+
+    wide = torch.promote_types(one.dtype, other.dtype)
+    if torch.equal(one.to(wide), other.to(wide)):
+        return True
+    return is_served and (torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one))
+
+
+def _is_served(first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    """Whether one stores a tensor compressed and the other plain."""
+    return (name in first.packed) != (name in second.packed)
 
 
 def _change(first: Expected, second: Expected, name: str) -> Change | None:
     """How one tensor differs; None when its values are equal, however they are stored."""
-    import torch
-
     one, other = first.read(name), second.read(name)
     shapes = tuple(one.shape), tuple(other.shape)
     if shapes[0] != shapes[1]:
         return Change(name, None, None, shapes)
-    wide = torch.promote_types(one.dtype, other.dtype) if one.dtype != other.dtype else one.dtype
-    one, other = one.to(wide), other.to(wide)
-    if torch.equal(one, other):
+    if _is_equal(one, other, is_served=_is_served(first.reference, second.reference, name)):
         return None
     one, other = one.float(), other.float()
     difference = (other - one).abs()

@@ -36,6 +36,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     them).
     """
     from outlierq.evaluate.comparison import logical_tensors, measure_size
+    from outlierq.load import described
 
     size = measure_size(logical_tensors(checkpoint))
     config = checkpoint.config
@@ -49,7 +50,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized_bits_per_weight": size.quantized_bits_per_weight,
         "tensors": len(checkpoint.tensors),
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values()).most_common()),
-        "quantization": (config.get("quantization_config") or {}).get("quant_method"),
+        "quantization": (described(checkpoint) or {}).get("quant_method"),
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
         "files": [f.name for f in checkpoint.files],
         "fingerprint": checkpoint.fingerprint,

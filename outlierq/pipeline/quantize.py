@@ -48,7 +48,7 @@ from outlierq.pipeline.planning.plan import OUTSIDE, Plan, unit_name
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import bare, names_of
-from outlierq.pipeline.remodel.rewrite import kept_experts, prove_rewrite
+from outlierq.pipeline.remodel.rewrite import check_source, kept_experts, prove_rewrite
 from outlierq.quantize.stage import QuantizedRows, quantize_group
 from outlierq.registry import method
 
@@ -77,6 +77,7 @@ def quantize(
     savings = obeying(work_of(plan, resources, stats=stats is not None, shards=former), resources)
     ranks.use(resources.device)
     plan.checkpoint.make_room(plan.structure, fetching(listen), together=is_data_free(plan))
+    ranks.first(lambda: check_source(plan.checkpoint, listen))
     with _working_together(out, restart, ranks) as work:
         clock = Clock()
         with clock("calibrate"):

@@ -63,7 +63,7 @@ def verify(
 
     source: a folder, a Hub id or a GGUF file, or the folder that `quantize` wrote a GGUF file into.
     """
-    from outlierq.load import open_checkpoint
+    from outlierq.load import described, open_checkpoint
 
     verification = Verification(source=source, original=original)
     reference = None if original is None else _reference(original, trust_remote_code)
@@ -76,8 +76,7 @@ def verify(
         return verification
     if report is None and not Path(source).exists():
         report = check_record(checkpoint.path, verification)
-    config = checkpoint.config.get("quantization_config") or {}
-    config = config if isinstance(config, Mapping) else {}
+    config = described(checkpoint) or {}
     verification.quantization = config.get("quant_method") or ("gguf" if checkpoint.kind == "gguf" else None)
     verification.tensors = len(checkpoint.tensors)
     plain = _decoded(checkpoint, verification)
@@ -104,9 +103,9 @@ def _gguf_in(folder: Path) -> Path | None:
 
 def _reference(original: str, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint to compare with; SourceError when it cannot be read, which is no fault of the other."""
-    from outlierq.load import open_checkpoint, unpacked
+    from outlierq.load import open_checkpoint, served
 
-    return unpacked(open_checkpoint(original, trust_remote_code=trust_remote_code))
+    return served(open_checkpoint(original, trust_remote_code=trust_remote_code))
 
 
 def _decoded(checkpoint: Checkpoint, findings: Findings) -> Checkpoint | None:

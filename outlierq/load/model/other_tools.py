@@ -19,25 +19,19 @@ WRAPPERS = {
 ASIDE = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AutoAWQ", "hf_quant_config.json": "ModelOpt"}
 
 
-def compressor(config: Mapping[str, Any]) -> str | None:
-    """What a config.json says the checkpoint was compressed with; None when it says nothing.
-
-    MLX writes no quant_method, and calls its section `quantization` as well.
-    """
-    said = config.get("quantization_config") or config.get("quantization")
+def compressor(said: Any) -> str | None:
+    """What the checkpoint was compressed with; None for a plain one. said: of `packed.described.described`."""
     if not said:
         return None
     if not isinstance(said, Mapping):
         return "something that config.json does not describe"
     method = said.get("quant_method")
-    if method is None and {"bits", "group_size"} <= said.keys():
-        return "MLX"
     return str(method) if method else "a method that config.json does not name"
 
 
 def lack_hint(checkpoint: Checkpoint, lost: Sequence[str]) -> str:
     """What to try when parameters are missing."""
-    method = compressor(checkpoint.config)
+    method = compressor(checkpoint.config.get("quantization_config"))
     if method:
         return f"this checkpoint is already compressed ({method}); start from the original model"
     beside = next((name for name in ASIDE if any(file.name == name for file in checkpoint.files)), None)

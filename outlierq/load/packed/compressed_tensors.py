@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.load.model.activations import input_scheme, round_inputs
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.model.activations import input_scheme
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
 from outlierq.load.packed.bits import decode_pack_quantized, pack_quantized_rows
 from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_quantized
-from outlierq.load.packed.decoded import DecodedCheckpoint
+from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear
 from outlierq.load.packed.described import check_member, fits
 from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_rows
 from outlierq.load.packed.reading import presents
@@ -53,18 +52,17 @@ FUSED = ("weight_input", "weight_output")
 
 
 @dataclass(frozen=True)
-class PackedWeight(StoredLinear):
+class PackedWeight(ServedLinear):
     """How one weight is stored.
 
     group_size: columns that share a scale, None for a whole row. format: name of the compressed-tensors format. block:
-    rows and columns that share a scale. inputs: how the input of the linear is rounded at run time, None for 16 bits.
+    rows and columns that share a scale.
     """
 
     bits: int
     group_size: int | None
     format: str = "pack-quantized"
     block: tuple[int, int] | None = None
-    inputs: ActivationScheme | None = None
 
 
 @presents("compressed-tensors")
@@ -138,14 +136,7 @@ class UnpackedCheckpoint(DecodedCheckpoint):
 
         names: parameter -> stored tensor. SourceError when the cache scales fit no attention module.
         """
-        inputs = {}
-        for slot, tensor in names.items():
-            weight = self.linears.get(tensor)
-            if weight is not None and weight.inputs is not None:
-                static = weight.members.get("input_scale")
-                scale = None if weight.inputs.dynamic else self.original.read(static)
-                inputs[slot.removesuffix(".weight")] = (weight.inputs, scale)
-        round_inputs(model, inputs)
+        super().install(model, names)
         if self._cache:
             attention = {stored_prefix(name, names): name for name in attention_names(model)}
             lost = sorted(self._cache.keys() - attention.keys())
@@ -285,7 +276,7 @@ def _packed(
         size,
         layout,
         tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
-        inputs,
+        inputs=inputs,
         symmetric=weights.get("symmetric", True),
     )
 

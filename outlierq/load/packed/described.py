@@ -1,20 +1,32 @@
-"""The quantization_config of a checkpoint, checked for types before any of it is believed.
+"""What a checkpoint says of its compression: where it stands, and that its types are right before it is believed.
 
 Only what the decoders read is described; other keys are let through as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from math import prod
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outlierq.core.errors import SourceError
-from outlierq.core.machine.untrusted import brief
-from outlierq.core.model import TensorInfo
+from outlierq.core.machine.untrusted import LARGEST_JSON, brief, json_object
+from outlierq.core.model import DerivedCheckpoint, TensorInfo
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
+
+# Keys of config.json, and of the text model's section in it; MLX writes `quantization`.
+KEYS = ("quantization_config", "compression_config", "quantization")
+# Where ModelOpt keeps it, and in older versions nowhere else.
+MODELOPT_FILE = "hf_quant_config.json"
+# What other programs say about the stored format in files of their own: of no use to a checkpoint in another one.
+STALE_FILES = ("quantize_config.json", "quant_config.json", MODELOPT_FILE)
 
 Size = Annotated[int, Field(ge=1, le=1 << 31)]
 GroupSize = Annotated[int, Field(ge=-1, le=1 << 31)]
@@ -89,7 +101,17 @@ class _Awq(_Part):
 
 
 class _Bitsandbytes(_Part):
+    load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
     llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+
+
+class _Fp8(_Part):
+    activation_scheme: str | None = None
+    weight_block_size: Annotated[list[Size], Len(2, 2)] | None = None
+    modules_to_not_convert: list[str] | None = None
+    ignored_layers: list[str] | None = None
 
 
 FLOATS, WHOLE, CODES = ("F32", "F16", "BF16"), ("I32", "I64"), ("I8", "U8", "F8_E4M3")
@@ -110,6 +132,8 @@ ROLES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "qzeros": (("I32",), 2, 2),
     "scales": (FLOATS, 2, 2),
     "g_idx": (WHOLE, 1, 1),
+    "fp8 weight": (("F8_E4M3",), 2, 3),
+    "fp8 scale": ((*FLOATS, "F8_E8M0", "U8"), 0, 3),
     "SCB": (("F32",), 1, 1),
     "weight_format": (("U8", *WHOLE), 0, 1),
     "outlier_columns": (WHOLE, 1, 1),
@@ -137,7 +161,51 @@ KINDS: dict[str, type[_Part]] = {
     "gptq": _Gptq,
     "awq": _Awq,
     "bitsandbytes": _Bitsandbytes,
+    "fp8": _Fp8,
+    "fbgemm_fp8": _Fp8,
 }
+
+
+def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the checkpoint says of its compression, with a quant_method where one can be told; None for a plain one.
+
+    It stands in config.json, in the section of the text model, or in ModelOpt's own file. SourceError when it is no
+    object with settings.
+    """
+    inner = checkpoint.config.get("text_config")
+    for place in (checkpoint.config, inner if isinstance(inner, Mapping) else {}):
+        for key in KEYS:
+            if place.get(key):
+                return _with_method(checkpoint.source, place[key])
+    return _of_modelopt(checkpoint)
+
+
+def without_description(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model, uncompressed."""
+    plain = {key: value for key, value in config.items() if key not in KEYS}
+    inner = plain.get("text_config")
+    if isinstance(inner, Mapping):
+        plain["text_config"] = {key: value for key, value in inner.items() if key not in KEYS}
+    return plain
+
+
+def _with_method(source: str, said: Any) -> dict[str, Any]:
+    """The settings; MLX names no method, but has its two numbers alone."""
+    if not isinstance(said, Mapping):
+        raise SourceError(f"the quantization_config of {source} is {brief(said)}, not an object")
+    is_mlx = "quant_method" not in said and {"bits", "group_size"} <= said.keys()
+    return {**said, "quant_method": "mlx"} if is_mlx else dict(said)
+
+
+def _of_modelopt(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What ModelOpt's file says, under the keys that it writes into config.json in later versions."""
+    path = checkpoint.path / MODELOPT_FILE
+    if isinstance(checkpoint, DerivedCheckpoint) or not path.is_file() or path.stat().st_size > LARGEST_JSON:
+        return None
+    said = json_object(path.read_bytes(), MODELOPT_FILE, SourceError).get("quantization")
+    if not isinstance(said, Mapping) or not said.get("quant_algo"):
+        return None
+    return {**said, "quant_method": "modelopt", "ignore": said.get("exclude_modules")}
 
 
 def check_described(source: str, config: Any) -> None:
@@ -172,3 +240,89 @@ def fits(pattern: str, name: str) -> bool:
         raise SourceError(f"the quantization_config has the pattern {brief(pattern)!r}, not valid: {error}") from error
     except TimeoutError as error:
         raise SourceError(f"the pattern {brief(pattern)!r} of the quantization_config takes without end") from error
+
+
+def check_not_mixed(checkpoint: Checkpoint, packed: Collection[str], config: Mapping[str, Any]) -> None:
+    """SourceError when a weight is stored plain, though it is compressed in other blocks and nothing says otherwise.
+
+    packed: names of the weights that are stored compressed. Then the file, or its config.json, is not what was written.
+    """
+    kinds = {_kind(name) for name in packed}
+    for name, info in checkpoint.tensors.items():
+        is_matrix = name.endswith(".weight") and len(info.shape) == 2 and info.dtype in (*FLOATS, "F64")
+        if is_matrix and name not in packed and _kind(name) in kinds:
+            module = name.removesuffix(".weight")
+            if not is_excluded(config, module):
+                raise SourceError(
+                    f"{checkpoint.source} is mixed: {name} is stored plain, but the same weight of other blocks is "
+                    f"compressed, and its quantization_config does not leave it out",
+                    hint=f"if it is meant, add {module} to {EXCLUDED_BY.get(str(config['quant_method']), SKIPPED)} of "
+                    "the quantization_config; else get the file again",
+                )
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of blocks and experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+# The key that lists what stays plain, by method.
+SKIPPED = "modules_to_not_convert"
+EXCLUDED_BY = {"compressed-tensors": "ignore", "modelopt": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
+
+
+def is_excluded(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a quantization_config says that a module is not compressed, by the rules of its method."""
+    method = str(config.get("quant_method"))
+    if method == "gptq":
+        return _is_outside(config, module)
+    keys = (EXCLUDED_BY.get(method, SKIPPED), SKIPPED, "ignored_layers")
+    entries = next((config[key] for key in keys if config.get(key)), [])
+    rule = RULES.get(method, _names_by_pattern)
+    return any(isinstance(entry, str) and rule(entry, module) for entry in entries)
+
+
+def _is_outside(config: Mapping[str, Any], module: str) -> bool:
+    """GPTQ: named by a negative pattern, or not among the modules of a block that were quantized."""
+    negative = [key.removeprefix("-:") for key in config.get("dynamic") or {} if key.startswith("-:")]
+    inside = config.get("modules_in_block_to_quantize")
+    named = [name for part in inside or [] for name in (part if isinstance(part, list) else [part])]
+    return any(fits(pattern, module) for pattern in negative) or bool(
+        named and not any(module.endswith(str(name)) for name in named)
+    )
+
+
+def _names_exactly(entry: str, module: str) -> bool:
+    """compressed-tensors: a name, or a pattern after "re:"; also a name that says more or less of the model's path."""
+    if entry.startswith("re:"):
+        return fits(entry.removeprefix("re:"), module)
+    return entry == module or module.endswith(f".{entry}") or entry.endswith(f".{_below_model(module)}")
+
+
+def _below_model(module: str) -> str:
+    """A name from its list of blocks on: what comes before differs between programs."""
+    found = re.search(r"\w+\.\d+\..*", module)
+    return found[0] if found else module
+
+
+def _names_by_pattern(entry: str, module: str) -> bool:
+    """transformers: a pattern at the beginning that ends with a whole part of the name, or an ending."""
+    return module.endswith(entry) or fits(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module)
+
+
+def _names_by_part(entry: str, module: str) -> bool:
+    """AutoAWQ: any part of the name."""
+    return entry in module
+
+
+def _names_by_glob(entry: str, module: str) -> bool:
+    """ModelOpt: a glob for the name, or the name of something around the module."""
+    return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
+
+
+RULES: dict[str, Callable[[str, str], bool]] = {
+    "compressed-tensors": _names_exactly,
+    "modelopt": _names_by_glob,
+    "awq": _names_by_part,
+    "bitsandbytes": _names_by_part,
+}

@@ -86,7 +86,9 @@ class FormatAlone:
 
     def converts(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint is compressed already."""
-        return bool(checkpoint.config.get("quantization_config"))
+        from outlierq.load import described
+
+        return bool(described(checkpoint))
 
     @property
     def recipe(self) -> Recipe:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.report import STORED
+from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.checking.expected import Expected
 from outlierq.pipeline.checking.finding import Findings, listed
 from outlierq.pipeline.checking.guessed import Guess
@@ -69,7 +71,7 @@ class Comparison:
         """Judge one quantized weight, float32 [out, in], and its codes where they are known."""
         if name not in self.expected:
             return
-        source = self.expected.read(name).float()
+        source = self._source(name)
         if source.shape != weight.shape:
             self.findings.fault("source", name, f"is {list(weight.shape)}, in the source {list(source.shape)}")
             return
@@ -80,6 +82,15 @@ class Comparison:
             self.errors[name] = self.guess.add(name, weight, source, grid)
             return
         self.errors[name] = judge_weight(name, weight, source, grid, self.findings)
+
+    def _source(self, name: str) -> torch.Tensor:
+        """What a weight came from, float32: where its codes were taken over, all that they stand for, not what a
+        16-bit number holds of it.
+        """
+        below = original_of(self.expected.reference)
+        if self.methods.get(name) == STORED and isinstance(below, ServedCheckpoint) and name in below.packed:
+            return below.original.read(name).float()
+        return self.expected.read(name).float()
 
     def finish(self) -> None:
         """Everything that was not quantized, and the weights that had to wait for it."""

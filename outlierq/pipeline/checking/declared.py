@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.export.declared import plain_modules
-from outlierq.load.packed.described import fits
+from outlierq.load.packed.described import fits, is_excluded
 from outlierq.pipeline.checking.finding import Findings, listed
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 CHECK = "config"
+# Methods that mean the output head, too, unless they name it.
+ALL_LINEARS = ("bitsandbytes", "outlierq")
 
 
 def check_declared(
@@ -92,21 +94,16 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
         return any(
             fits(t.removeprefix("re:"), module) if t.startswith("re:") else t in ("Linear", module) for t in targets
         )
-    if config.get("quant_method") in ("gptq", "awq"):
-        # Both mean the linears of the blocks; blocks are numbered.
-        inside = any(piece.isdigit() for piece in module.split("."))
-        return inside or bool(config.get("lm_head"))
-    return True
+    if config.get("quant_method") in ALL_LINEARS:
+        return True
+    # Others mean the linears of the blocks; blocks are numbered.
+    inside = any(piece.isdigit() for piece in module.split("."))
+    return inside or bool(config.get("lm_head"))
 
 
 def _is_kept(config: Mapping[str, Any], module: str) -> bool:
     """Whether the quantization config names a module as one that is not quantized."""
-    method = config.get("quant_method")
-    if method == "compressed-tensors":
+    if config.get("quant_method") == "compressed-tensors":
         entries = config.get("ignore") or []
         return any(fits(e.removeprefix("re:"), module) if e.startswith("re:") else e == module for e in entries)
-    if method == "gptq":
-        negative = [key.removeprefix("-:") for key in config.get("dynamic") or {} if key.startswith("-:")]
-        return any(fits(pattern, module) for pattern in negative)
-    skipped = config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or []
-    return any(entry in module for entry in skipped)
+    return is_excluded(config, module)

@@ -15,12 +15,12 @@ def check_written(folder: Path, source: Checkpoint) -> None:
     that `architectures` names. source: what was compressed; its code may run where that was allowed. A folder without
     config.json (GGUF) says nothing of the kind.
     """
-    from outlierq.load import build_skeleton, checkpoint_names, open_checkpoint, unpacked
+    from outlierq.load import build_skeleton, checkpoint_names, described, open_checkpoint, unpacked
 
     if not (folder / "config.json").is_file():
         return
     checkpoint = open_checkpoint(str(folder), trust_remote_code=source.trust_remote_code)
-    config = checkpoint.config.get("quantization_config")
+    config = described(checkpoint)
     if not config:
         return
     plain = unpacked(checkpoint)

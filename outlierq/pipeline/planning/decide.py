@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
@@ -18,6 +17,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.declared import kept_modules
 from outlierq.export.layout import INDEX_NAME, OutputTensor
+from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
@@ -39,12 +39,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import already_compressed, refuse_other_model, study
+    from outlierq.load import refuse_other_model, served, study
 
-    refusal = already_compressed(checkpoint)
-    if refusal is not None:
-        raise refusal
-    checkpoint = rewritten(checkpoint, recipe, expert_stats=expert_stats)
+    checkpoint = rewritten(served(checkpoint), recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model = study(checkpoint)
     refuse_other_model(model)
@@ -241,8 +238,7 @@ def _output_tensors(
 
 def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, format: Format) -> bytes:
     """The source's config with the quantization config added."""
-    plain = without_places(model.checkpoint.config)
-    config: dict[str, Any] = {k: v for k, v in plain.items() if k != "quantization_config"}
+    config = without_description(without_places(model.checkpoint.config))
     if recipe.quantize is not None or recipe.kv_cache is not None:
         cache = recipe.kv_cache.scheme if recipe.kv_cache else None
         decided = [(p.site, p.scheme) for p in sites]

@@ -15,7 +15,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import with_layers
 from outlierq.export.layout import INDEX_NAME, Layout
-from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes
+from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
 from outlierq.recipe import Recipe
 from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
 
@@ -122,8 +122,9 @@ class Plan(Shown):
             f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
             for reason, modules in reasons.items()
         ]
-        noted = rewrite_notes(self.checkpoint) + noted + self.approximations + [*self.layout.notes] + self._limits
-        return noted + self._patterns_noted + left_behind_notes(self.checkpoint.left_behind)
+        made = [*source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
+        limits = [*self.approximations, *self.layout.notes, *self._limits, *self._patterns_noted]
+        return [*made, *noted, *limits, *left_behind_notes(self.checkpoint.left_behind)]
 
     @property
     def _patterns_noted(self) -> list[str]:
@@ -182,7 +183,8 @@ class Plan(Shown):
     @property
     def source_bytes(self) -> int:
         """Bytes of all source tensors, as stored."""
-        return sum(t.nbytes for t in original_of(self.checkpoint).tensors.values())
+        source = original_of(self.checkpoint)
+        return sum(source.stored_bytes(name) for name in source.tensors)
 
     @property
     def output_bytes(self) -> int:
@@ -225,11 +227,11 @@ class Plan(Shown):
         rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
         left = dict(self.checkpoint.tensors)
         for planned in self.sites:
-            before = left.pop(planned.site.weight).nbytes
+            before = self.checkpoint.stored_bytes(left.pop(planned.site.weight).name)
             treatment = planned.reason or "kept" if planned.scheme is None else str(planned.scheme)
             sizes = before, before if planned.scheme is None else self._written_bytes(planned.site, planned.scheme)
             rows.setdefault((self._short_name(planned.site), treatment), []).append(sizes)
-        others = sum(info.nbytes for info in left.values())
+        others = sum(map(self.checkpoint.stored_bytes, left))
         listed = [
             PlanRow(sites, len(sizes), treatment, sum(before for before, _ in sizes), sum(after for _, after in sizes))
             for (sites, treatment), sizes in rows.items()

@@ -15,6 +15,7 @@ from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
+from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
@@ -99,6 +100,25 @@ def changing_method(checkpoint: Checkpoint) -> str | None:
 def new_shifts(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     """Input group -> (bias of its producer, note), for shifts that biases of zeros have made possible."""
     return {group: shift for each in _rewrites(checkpoint) for group, shift in each.rewrite.shifts.items()}
+
+
+def source_notes(checkpoint: Checkpoint) -> list[str]:
+    """What is to be known of a source that was compressed; nothing of a plain one."""
+    source = original_of(checkpoint)
+    return source.notes if isinstance(source, ServedCheckpoint) else []
+
+
+def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
+    """Look at every scale of a compressed source before work begins. SourceError when one is none.
+
+    Weights that come from the Hub one file at a time are looked at when they are read.
+    """
+    source = original_of(checkpoint)
+    if not isinstance(source, ServedCheckpoint) or source.digests:
+        return
+    for number, name in enumerate(source.packed):
+        listen(Event("check", number, len(source.packed), name))
+        source.original.check_scales(name)
 
 
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
