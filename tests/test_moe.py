@@ -44,13 +44,13 @@ FAMILIES = {
 CALIBRATION = ("--set", "calibration.samples=24", "--set", "calibration.sequence_length=64")
 
 
-def write_mixture(folder: Path, family: str, tools) -> Path:
+def write_mixture(folder: Path, family: str, tools, **config) -> Path:
     """A tiny random mixture in float32 as transformers saves it. No token is sent to one expert of every block.
 
     The first channel of the embeddings is large, and the router takes it as a reason against that expert only.
     """
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family], **config})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -258,9 +258,8 @@ class _ExpertCounts:
         """Separate experts, each with a hook for what it adds to the output."""
         for part in module.modules():
             if hasattr(part, "routing"):
-                experts = dict(part.named_children())
-                for name, expert in experts.items():
-                    yield expert, self._added(int(name), len(experts))
+                for number in range(part.num_experts):
+                    yield part.get_submodule(str(number)), self._added(number, part.num_experts)
 
     def _added(self, index: int, number: int) -> Callable[..., None]:
         """A hook of one expert, whose output is weighted by the router."""

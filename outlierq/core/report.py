@@ -142,7 +142,8 @@ class Report(Shown):
     seeds: what was seeded -> seed. machine: what it ran on ("cpu", "threads", "device", ...).
     transforms: one dict per input group (block, group, method, fold, note). notes: every fallback and warning.
     bits_per_weight: of the whole output; quantized_bits_per_weight: of the quantized weights, None when there is none;
-    source_bits_per_weight: of the whole source, None when it was not counted.
+    source_bits_per_weight: of the whole source, None when it was not counted. quantized_share: of the weights of linear
+    layers, without towers, routers and the head, 0..1; None in reports of versions that did not count it.
     seconds: stage -> wall time. peak_bytes: largest resident memory, None where the system does not tell.
     evaluation: what was measured on the output, None when nothing was.
     record: what was written, to the byte (`core/machine/record.py`), None in reports of versions that kept none.
@@ -168,6 +169,7 @@ class Report(Shown):
     peak_bytes: int | None = None
     evaluation: Evaluation | None = None
     record: dict[str, Any] | None = None
+    quantized_share: float | None = None
 
     @property
     def size(self) -> Sizes:

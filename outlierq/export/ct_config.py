@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import LinearSite
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
-from outlierq.export.declared import names_of
+from outlierq.export.declared import holds_experts, names_of
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -47,6 +47,8 @@ def quantization_config(
             by_scheme.setdefault(scheme, []).extend(names_of(site))
     no_targets = {name for site, _ in sites if site.kind == "Conv1D" for name in names_of(site)}
     ignore = [name for name in kept if name not in no_targets]
+    # vLLM asks by the names of separate experts also where they are stored together.
+    ignore += [rf"re:{re.escape(name)}\.\d+\..*" for name in kept if holds_experts(name)]
     groups = {}
     for number, (scheme, modules) in enumerate(by_scheme.items()):
         targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)

@@ -50,11 +50,16 @@ def plain_modules(tensors: Mapping[str, TensorInfo], packed: Collection[str], kn
             continue
         if len(info.shape) == 3 and ".experts." in name:
             modules.append(name.removesuffix(WEIGHT).rpartition(".")[0])
-        elif name not in known and len(info.shape) == 2 and name.endswith(WEIGHT) and not _is_table(name):
+        elif name not in known and len(info.shape) == 2 and name.endswith(WEIGHT) and not is_table(name):
             modules.append(name.removesuffix(WEIGHT))
     return list(dict.fromkeys(modules))
 
 
-def _is_table(name: str) -> bool:
+def holds_experts(module: str) -> bool:
+    """Whether a kept module holds the experts of a mixture in one tensor, so that all below its name is kept."""
+    return module.rpartition(".")[2] == "experts"
+
+
+def is_table(name: str) -> bool:
     """Whether a matrix is an embedding or belongs to a norm, by its name."""
     return any(part in name.removesuffix(WEIGHT).rpartition(".")[2] for part in TABLES)

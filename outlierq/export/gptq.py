@@ -17,6 +17,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import byte_codes, client_facts, one_scheme, unsigned_zero_points
+from outlierq.export.declared import holds_experts
 from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import WORD, pack, pack_down
 from outlierq.recipe.patterns import HEAD
@@ -115,5 +116,11 @@ class GptqFormat(Format, name="gptq"):
             "checkpoint_format": VERSION_NAMES[self.version],
         }
         if unquantized:
-            config["dynamic"] = {f"-:^{module.replace('.', chr(92) + '.')}$": {} for module in unquantized}
+            config["dynamic"] = {f"-:^{_pattern(module)}$": {} for module in unquantized}
         return config
+
+
+def _pattern(module: str) -> str:
+    """An expression for a kept module, and for each expert of one that holds them together."""
+    escaped = module.replace(".", r"\.")
+    return rf"{escaped}(\..*)?" if holds_experts(module) else escaped

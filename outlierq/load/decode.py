@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.model.experts_apart import experts_apart
 from outlierq.load.model.other_tools import compressor
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedCheckpoint
 from outlierq.load.packed.described import check_described, check_not_mixed, described
@@ -37,11 +38,17 @@ def _import_readers() -> None:
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself when it is plain; otherwise the same checkpoint with its weights decoded to float32.
+    """The checkpoint with its weights as plain matrices, one for each linear; itself when it stores them so.
 
-    What else the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model
-    by the result's `install`. SourceError when the compression cannot be decoded and run here.
+    Compressed weights are decoded to float32, and experts that are stored in one tensor are presented apart. What else
+    the checkpoint asks for (rounded inputs, a rounded KV cache, linears of another kind) is put into a model by the
+    result's `install`. SourceError when the compression cannot be decoded and run here.
     """
+    return experts_apart(_decoded(checkpoint))
+
+
+def _decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself when it is plain; otherwise the same checkpoint with its weights decoded to float32."""
     config = described(checkpoint)
     if not config:
         return checkpoint
@@ -62,11 +69,11 @@ def served(checkpoint: Checkpoint) -> Checkpoint:
 
     SourceError when it cannot be decoded, or when some of its weights are plain that should not be.
     """
-    plain = unpacked(checkpoint)
+    plain = _decoded(checkpoint)
     if not isinstance(plain, DecodedCheckpoint):
-        return plain
+        return experts_apart(plain)
     check_not_mixed(checkpoint, plain.packed, described(checkpoint) or {})
-    return ServedCheckpoint(plain)
+    return experts_apart(ServedCheckpoint(plain))
 
 
 def decode_rows(

@@ -50,7 +50,7 @@ class PackedSource(DerivedCheckpoint):
 
         super().__init__(stored)
         self._plain, self._format = unpacked(stored), format_type(format)
-        if self._plain is stored:
+        if not described(stored):
             raise SourceError(f"{stored.source} is not compressed", hint="compress it with a recipe")
         if (described(stored) or {}).get("kv_cache_scheme"):
             raise SourceError(f"{stored.source} has scales of a KV cache, which a conversion would lose")

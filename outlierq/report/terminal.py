@@ -65,6 +65,8 @@ def expectations(planned: Plan, ceiling: str | int | None = None) -> list[str]:
         f"output: {human_bytes(planned.output_bytes)} ({planned.output_bytes:,} bytes, exact) in "
         f"{len(planned.layout.sizes)} weight file(s), {planned.bits_per_weight:.2f} bits per weight"
     ]
+    if planned.schemes:
+        said.append(f"quantized: {planned.quantized_share:.1%} of the weights of linear layers")
     if planned.expected is not None:
         said.append(
             f"estimated, within a factor of two: {human_seconds(planned.expected.seconds)}; "
@@ -96,6 +98,8 @@ def before_after(report: Report, divergence: Divergence | Mapping[str, Any] | No
     table.add_row("bits per weight", _bits(report.source_bits_per_weight), _bits(report.bits_per_weight), "")
     if report.quantized_bits_per_weight is not None:
         table.add_row("  of the quantized weights", "", _bits(report.quantized_bits_per_weight), "")
+        if report.quantized_share is not None:
+            table.add_row("  quantized, of linear weights", "", f"{report.quantized_share:.1%}", "")
     if divergence is not None:
         _add_divergence(table, divergence)
     table.add_section()

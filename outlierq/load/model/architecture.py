@@ -38,7 +38,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
             model = kind._from_config(config, dtype=getattr(torch, checkpoint.dtype))
     except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(f"transformers cannot build {kind.__name__}, which config.json names: {error}") from error
-    names = stored_names(checkpoint, model)
+    names = stored_names(checkpoint.tensors, model)
     for target, source in tied_parameters(checkpoint, model, names).items():
         names[target] = names[source]
     return model, names

@@ -1,62 +1,54 @@
-"""Mixtures of experts: the model class keeps all experts of a block in two tensors, files keep each expert apart.
+"""Mixtures of experts: the model class keeps all experts of a block in a few tensors, here each is a module of its own.
 
-The skeleton is given the experts as they are stored, one linear layer per tensor, so that everything that knows linear
-layers (discovery, statistics, folds, quantization, export under the names on disk) knows experts, too. What a fused
-module computes is not guessed: it must declare itself by transformers' experts interface, and the names of its parts on
-disk come from transformers' own conversion table. A fused module that declares anything else (biases, transposed
-weights) stays as it is. `calibrate/experts.py` says which tokens they see.
+The skeleton is given the experts as they are presented, one linear layer per tensor (`experts_apart.py` presents fused
+tensors so), so that everything that knows linear layers (discovery, statistics, folds, quantization, export under the
+names on disk) knows experts, too. What a fused module computes is not guessed: it must declare itself
+(`expert_layout.py`). `calibrate/experts.py` says which tokens they see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from outlierq.load.model.expert_layout import Layout, Leaves, fused_modules, leaves_of
+from outlierq.load.model.names import stored_names
+
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
-# How the fused modules of transformers 5 call their weights: [experts, 2 * inner, hidden], [experts, hidden, inner].
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
-# What transformers' decorator for experts must have declared; both layouts beside it are written for other models.
-PLAIN = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-}
-
-
-@dataclass(frozen=True)
-class Leaves:
-    """What an expert's three weights are called on disk."""
-
-    gate: str
-    up: str
-    down: str
-
 
 class Expert(torch.nn.Module):
-    """down(activation(gate x) * up x) * gain, with one linear layer per weight.
+    """down(activation(gate x) * up x) * gain, with one linear layer per weight; without a gate down(activation(up x)).
 
     shell: the fused module without its weights; its gating is used, so that clamped variants come out right.
     """
 
-    def __init__(self, leaves: Leaves, inner: int, hidden: int, shell: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, layout: Layout, leaves: Leaves, shell: torch.nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.leaves, self.shell = leaves, (shell,)  # in a tuple: it is no part of this module
+        self.layout, self.leaves, self.shell = layout, leaves, (shell,)  # in a tuple: it is no part of this module
+        _, inner, hidden = shell.widths
         sizes = {leaves.gate: (hidden, inner), leaves.up: (hidden, inner), leaves.down: (inner, hidden)}
         for leaf, (columns, rows) in sizes.items():
-            self.add_module(leaf, torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype))
+            if leaf is not None:
+                linear = torch.nn.Linear(columns, rows, bias=layout.has_bias, device="meta", dtype=dtype)
+                self.add_module(leaf, linear)
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """x: [tokens, hidden]. gain: [tokens], how much the router wants of this expert."""
-        gate, up, down = (self.get_submodule(leaf) for leaf in (self.leaves.gate, self.leaves.up, self.leaves.down))
-        inner = self.shell[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1))
-        return down(inner) * gain[:, None]
+        shell, up = self.shell[0], self.get_submodule(self.leaves.up)(x)
+        if self.leaves.gate is None:
+            inner = shell.act_fn(up)
+        else:
+            both = self.get_submodule(self.leaves.gate)(x), up
+            joined = torch.cat(both, -1) if self.layout.is_concatenated else torch.stack(both, -1).flatten(-2)
+            inner = shell._apply_gate(joined)
+        output = self.get_submodule(self.leaves.down)(inner)
+        if self.layout.has_post_expert_norm:
+            output = shell.post_expert_norm(output)
+        return output * gain[:, None]
 
 
 class SeparateExperts(torch.nn.Module):
@@ -67,14 +59,17 @@ class SeparateExperts(torch.nn.Module):
     expert shows in the output, and the router still does; for proofs, never for text.
     """
 
-    def __init__(self, fused: torch.nn.Module, leaves: Leaves):
+    def __init__(self, fused: torch.nn.Module, layout: Layout, leaves: Leaves):
         super().__init__()
-        weight = fused._parameters[DOWN]
-        self.num_experts, hidden, inner = weight.shape
-        for name in (GATE_UP, DOWN):
+        dtype = fused._parameters[layout.up].dtype
+        fused.widths = layout.widths(fused)
+        self.num_experts = fused.widths[0]
+        for name in layout.slots:
             del fused._parameters[name]
+        if layout.has_post_expert_norm:  # one for all experts; it is called by the shell, and gets its weights here
+            self.post_expert_norm = fused.post_expert_norm
         for number in range(self.num_experts):
-            self.add_module(str(number), Expert(leaves, inner, hidden, fused, weight.dtype))
+            self.add_module(str(number), Expert(layout, leaves, fused, dtype))
         self.routing = "chosen"
 
     def forward(
@@ -82,8 +77,9 @@ class SeparateExperts(torch.nn.Module):
     ) -> torch.Tensor:
         """hidden_states: [tokens, hidden]. top_k_index, top_k_weights: [tokens, k]."""
         output = torch.zeros_like(hidden_states)
-        for name, expert in self.named_children():
-            place, token = torch.where(int(name) == top_k_index.T)
+        for number in range(self.num_experts):
+            expert = self.get_submodule(str(number))
+            place, token = torch.where(number == top_k_index.T)
             gain = top_k_weights[token, place]
             if self.routing == "chosen":
                 if len(token):
@@ -95,57 +91,37 @@ class SeparateExperts(torch.nn.Module):
 
 
 def separate_experts(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Replace fused experts of the model by separate ones wherever the checkpoint stores them so. Changes the model."""
+    """Replace fused experts of the model by separate ones wherever the checkpoint has them so. Changes the model."""
     if checkpoint.kind == "gguf":
         return  # these files keep experts together
-    for name, part in list(model.named_modules()):
-        if not _is_plain(part):
-            continue
-        leaves = _leaves(model, name.rpartition(".")[2])
-        if leaves and _stored_apart(checkpoint, name.rpartition(".")[2], leaves):
-            model.set_submodule(name, SeparateExperts(part, leaves))
+    layouts = fused_modules(model)
+    if not layouts:
+        return
+    held = stored_names([name for name, info in checkpoint.tensors.items() if len(info.shape) == 3], model)
+    for name, layout in layouts.items():
+        short = name.rpartition(".")[2]
+        leaves = leaves_of(model, short, layout)
+        if f"{name}.{layout.up}" not in held and _is_apart(checkpoint, short, leaves):
+            model.set_submodule(name, SeparateExperts(model.get_submodule(name), layout, leaves))
 
 
-def _is_plain(part: torch.nn.Module) -> bool:
-    """Whether the module declares that it holds gate, up and down of all experts, and nothing else."""
-    if {name for name, _ in part.named_parameters()} != {GATE_UP, DOWN}:
-        return False
-    return all(getattr(part, name, value) == value for name, value in PLAIN.items()) and hasattr(part, "_apply_gate")
-
-
-def _leaves(model: torch.nn.Module, name: str) -> Leaves | None:
-    """The names of the parts that transformers merges into a module called `name`; None when it does another thing."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    patterns: dict[str, list[str]] = {}
-    for step in get_model_conversion_mapping(model):
-        if isinstance(step, WeightConverter):
-            target = step.target_patterns[0].rpartition(".")[2]
-            operations = [type(operation).__name__ for operation in step.operations]
-            merging = {GATE_UP: ["MergeModulelist", "Concatenate"], DOWN: ["MergeModulelist"]}
-            if operations == merging.get(target):
-                patterns[target] = [_leaf(pattern, name) for pattern in step.source_patterns]
-    parts = [*patterns.get(GATE_UP, []), *patterns.get(DOWN, [])]
-    return Leaves(*parts) if len(parts) == 3 and all(parts) else None
-
-
-def _leaf(pattern: str, name: str) -> str:
-    """ "w1" of ".experts.*.w1.weight" for the module called "experts"; empty for a pattern of another form."""
-    before, _, leaf = pattern.removesuffix(".weight").rpartition(".")
-    return leaf if pattern.endswith(".weight") and before.endswith(f"{name}.*") else ""
-
-
-def _stored_apart(checkpoint: Checkpoint, name: str, leaves: Leaves) -> bool:
+def _is_apart(checkpoint: Checkpoint, name: str, leaves: Leaves) -> bool:
     """Whether the checkpoint has a tensor of the first expert alone."""
-    return any(tensor.endswith(f"{name}.0.{leaves.gate}.weight") for tensor in checkpoint.tensors)
+    return any(tensor.endswith(f"{name}.0.{leaves.up}.weight") for tensor in checkpoint.tensors)
 
 
-def fused_experts(model: torch.nn.Module, names: Mapping[str, str]) -> list[str]:
-    """Names of the stored tensors that hold a weight of all experts at once. names: parameter -> stored tensor."""
-    modules = [name for name, part in model.named_modules() if hasattr(part, "_apply_gate")]
-    slots = [f"{name}.{slot}" for name in modules for slot, _ in model.get_submodule(name).named_parameters()]
-    return [names[slot] for slot in slots if slot in names and model.get_parameter(slot).dim() == 3]
+def fused_experts(model: torch.nn.Module, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Module -> stored tensors of it that hold the matrices of all experts at once. names: parameter -> stored tensor.
+
+    Every parameter of three dimensions is one but the kernels of convolutions, whatever its class is called.
+    """
+    held: dict[str, list[str]] = {}
+    for name, part in model.named_modules():
+        for slot, parameter in part._parameters.items():
+            tensor = names.get(f"{name}.{slot}")
+            if tensor and parameter.dim() == 3 and not isinstance(part, torch.nn.modules.conv._ConvNd):
+                held.setdefault(name, []).append(tensor)
+    return held
 
 
 def expert_names(model: torch.nn.Module) -> list[str]:

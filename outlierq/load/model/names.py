@@ -7,6 +7,7 @@ answered by transformers' own conversion tables, the third by its table of tied 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
@@ -27,7 +28,7 @@ def checkpoint_names(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[
     parameters that the checkpoint lacks, and tensors of another shape than the model's.
     """
     slots = _slots(skeleton)
-    names = _stored_names(checkpoint, skeleton, slots)
+    names = _stored_names(checkpoint.tensors, skeleton, slots)
     for target, source in tied_parameters(checkpoint, skeleton, names).items():
         names.pop(target, None)  # of two slots of one tensor, the owner comes first
         names[target] = names[source]
@@ -88,15 +89,17 @@ def _slots(skeleton: torch.nn.Module) -> dict[str, torch.Tensor]:
     return skeleton.state_dict(keep_vars=True)
 
 
-def _stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module, slots: dict[str, torch.Tensor]) -> dict[str, str]:
+def _stored_names(
+    tensors: Collection[str], skeleton: torch.nn.Module, slots: dict[str, torch.Tensor]
+) -> dict[str, str]:
     """Slot name -> tensor name, for every stored tensor that has a slot. An exact name wins over a renamed one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [step for step in get_model_conversion_mapping(skeleton) if isinstance(step, WeightRenaming)]
     prefix = skeleton.base_model_prefix or None
-    names: dict[str, str] = {name: name for name in checkpoint.tensors if name in slots}
-    for tensor in checkpoint.tensors:
+    names: dict[str, str] = {name: name for name in tensors if name in slots}
+    for tensor in tensors:
         if tensor not in names:
             slot, _ = rename_source_key(tensor, renamings, [], prefix, slots)
             if slot in slots:
@@ -104,9 +107,12 @@ def _stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module, slots: dict
     return {slot: names[slot] for slot in slots if slot in names}
 
 
-def stored_names(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[str, str]:
-    """Name of the stored tensor of every parameter of a class that has one, without ties; what is lost is not said."""
-    return _stored_names(checkpoint, skeleton, _slots(skeleton))
+def stored_names(tensors: Collection[str], skeleton: torch.nn.Module) -> dict[str, str]:
+    """Name of the stored tensor of every parameter of a class that has one, without ties; what is lost is not said.
+
+    tensors: names of those to look at.
+    """
+    return _stored_names(tensors, skeleton, _slots(skeleton))
 
 
 def _check_complete(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: dict[str, str]) -> None:

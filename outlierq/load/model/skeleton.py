@@ -35,9 +35,9 @@ PORTION_BYTES = 32 << 20
 def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of the checkpoint's config: parameters on the meta device, buffers real, eval mode.
 
-    It is of the class that `made_class` decides. Attention runs through torch's scaled_dot_product_attention where the
-    class supports it. An already compressed checkpoint gives the plain model. SourceError when transformers cannot
-    build the model.
+    It is of the class that `made_class` decides; experts are modules of their own where the checkpoint has them apart.
+    Attention runs through torch's scaled_dot_product_attention where the class supports it. An already compressed
+    checkpoint gives the plain model. SourceError when transformers cannot build the model.
     """
     check_versions()
     from outlierq.load.model.fused_experts import separate_experts

@@ -63,6 +63,7 @@ def make_report(
         bits_per_weight=plan.bits_per_weight,
         quantized_bits_per_weight=plan.quantized_bits_per_weight,
         source_bits_per_weight=8 * plan.source_bytes / plan.parameters,
+        quantized_share=plan.quantized_share,
         seconds=dict(journal.seconds + clock.seconds),
         peak_bytes=peak_bytes(),
     )

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.report import STORED
-from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.checking.expected import Expected
 from outlierq.pipeline.checking.finding import Findings, listed
 from outlierq.pipeline.checking.guessed import Guess
 from outlierq.pipeline.checking.plain import compare_plain
 from outlierq.pipeline.checking.weights import grid_of, judge_weight
-from outlierq.pipeline.remodel.rewrite import original_of, rewritten
+from outlierq.pipeline.remodel.rewrite import original_of, rewritten, served_source
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 
 if TYPE_CHECKING:
@@ -87,8 +86,8 @@ class Comparison:
         """What a weight came from, float32: where its codes were taken over, all that they stand for, not what a
         16-bit number holds of it.
         """
-        below = original_of(self.expected.reference)
-        if self.methods.get(name) == STORED and isinstance(below, ServedCheckpoint) and name in below.packed:
+        below = served_source(self.expected.reference)
+        if self.methods.get(name) == STORED and below is not None and name in below.packed:
             return below.original.read(name).float()
         return self.expected.read(name).float()
 

@@ -19,6 +19,7 @@ from outlierq.export.declared import kept_modules
 from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
+from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
@@ -28,8 +29,6 @@ TOWER_KEPT = (
     "kept in 16 bits: it is no part of the language model; an override that names it, or an empty quantize.ignore, "
     "quantizes it"
 )
-SMALLER_GROUPS = (128, 64, 32)
-
 
 CONFIG_NAME = "config.json"
 
@@ -39,21 +38,50 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import refuse_other_model, served, study
+    from outlierq.load import refuse_other_model, served
 
     checkpoint = rewritten(served(checkpoint), recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
-    model = study(checkpoint)
+    model, sites, together = _as_stored(*_decided(checkpoint, recipe), recipe)
     refuse_other_model(model)
-    format = format_type(recipe.export.format)(checkpoint.config)
-    sites = tuple(plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
-    return assembled(model, sites, recipe, _caches(model, recipe))
+    return assembled(model, sites, recipe, _caches(model, recipe), together)
+
+
+def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tuple[SitePlan, ...]]:
+    """The model, and what becomes of each of its linears."""
+    from outlierq.load import study
+
+    model, format = study(checkpoint), format_type(recipe.export.format)(checkpoint.config)
+    sites = [plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites]
+    return model, alike_experts(sites, recipe.quantize.when_indivisible) if recipe.quantize else tuple(sites)
+
+
+def _as_stored(
+    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe
+) -> tuple[StudiedModel, tuple[SitePlan, ...], tuple[SitePlan, ...]]:
+    """The same with experts in fused tensors again where none of them is quantized: so their class loads them.
+
+    Those are given, too.
+    """
+    from outlierq.load import experts_together, fused_pieces
+
+    pieces = fused_pieces(model.checkpoint)
+    quantized = {pieces[p.site.weight].module for p in sites if p.scheme is not None and p.site.weight in pieces}
+    kept = {piece.module for piece in pieces.values()} - quantized
+    if not kept:
+        return model, sites, ()
+    together = tuple(p for p in sites if p.site.weight in pieces and pieces[p.site.weight].module in kept)
+    return *_decided(experts_together(model.checkpoint, kept), recipe), together
 
 
 def assembled(
-    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, caches: Mapping[int, CachePlan]
+    model: StudiedModel,
+    sites: tuple[SitePlan, ...],
+    recipe: Recipe,
+    caches: Mapping[int, CachePlan],
+    together: tuple[SitePlan, ...] = (),
 ) -> Plan:
     """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
     checkpoint = model.checkpoint
@@ -68,7 +96,7 @@ def assembled(
         small[CONFIG_NAME] = config_json(model, sites, recipe, format)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
-    return Plan(model, recipe, sites, layout, small, caches)
+    return Plan(model, recipe, sites, layout, small, caches, together)
 
 
 def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> SitePlan:

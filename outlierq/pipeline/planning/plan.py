@@ -15,6 +15,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import with_layers
 from outlierq.export.layout import INDEX_NAME, Layout
+from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
 from outlierq.recipe import Recipe
 from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
@@ -70,8 +71,10 @@ class Plan(Shown):
     """Everything that is decided before work starts.
 
     model: what is compressed, as the recipe's rewrites leave it. small_files: everything but weights, by name, without
-    the report. caches: by block index, for blocks whose KV cache gets scales. expected: what the run will cost, and
-    savings: what is done to stay below a ceiling of memory, both None where nobody asked.
+    the report. caches: by block index, for blocks whose KV cache gets scales. together: linears of experts of which
+    none is quantized, so that they stay in the tensor that the source has for all of them; they are no sites.
+    expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
+    nobody asked.
     """
 
     model: StudiedModel
@@ -80,6 +83,7 @@ class Plan(Shown):
     layout: Layout
     small_files: Mapping[str, bytes | Path]
     caches: Mapping[int, CachePlan] = field(default_factory=dict)
+    together: tuple[SitePlan, ...] = ()
     expected: Estimate | None = None
     savings: tuple[str, ...] | None = None
 
@@ -122,7 +126,8 @@ class Plan(Shown):
             f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
             for reason, modules in reasons.items()
         ]
-        made = [*source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
+        share = share_note(self.quantized_share) if self.schemes else []
+        made = [*share, *source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
         limits = [*self.approximations, *self.layout.notes, *self._limits, *self._patterns_noted]
         return [*made, *noted, *limits, *left_behind_notes(self.checkpoint.left_behind)]
 
@@ -133,7 +138,7 @@ class Plan(Shown):
         chosen = self.recipe.quantize
         if chosen is None:
             return []
-        modules = [planned.site.module for planned in self.sites]
+        modules = [planned.site.module for planned in (*self.sites, *self.together)]
         said = []
         for kind, pattern in [
             *(("ignore", p) for p in chosen.ignore),
@@ -159,12 +164,7 @@ class Plan(Shown):
     @property
     def _limits(self) -> list[str]:
         """What is left out of a run as a whole."""
-        from outlierq.load import fused_experts
-
-        said = []
-        fused = fused_experts(self.model.skeleton, self.model.names) if self.recipe.quantize else []
-        if fused:
-            said.append(f"{fused[0]} and {len(fused) - 1} more hold all experts at once: kept in 16 bits")
+        said = self._fused_noted
         twice = [slot for slot, _ in self.structure.tied if slot in self.checkpoint.tensors]
         if twice:
             said.append(f"{', '.join(twice)}: stored twice with the same values, which are written once")
@@ -179,6 +179,31 @@ class Plan(Shown):
                 "cache in 16 bits"
             )
         return said
+
+    @property
+    def _fused_noted(self) -> list[str]:
+        """Which experts stay in one tensor, and why."""
+        from outlierq.load import fused_experts
+
+        if self.recipe.quantize is None:
+            return []
+        modules = {planned.site.expert and planned.site.expert.rpartition(".")[0]: planned for planned in self.together}
+        said = [f"{module} stays in one tensor: {planned.reason}" for module, planned in list(modules.items())[:1]]
+        said = [f"{each} ({len(modules)} such mixtures)" if len(modules) > 1 else each for each in said]
+        held = fused_experts(self.model.skeleton, self.model.names)
+        fused = [tensor for module, tensors in held.items() if module not in modules for tensor in tensors]
+        if fused:
+            more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
+            said.append(
+                f"{fused[0]}{more}: kept in 16 bits: the matrices of all experts in one tensor, and nothing declares "
+                "how they are used"
+            )
+        return said
+
+    @cached_property
+    def quantized_share(self) -> float:
+        """Share of the weights of linear layers that is quantized, 0..1; towers, routers and the head do not count."""
+        return quantized_share(self.model, self.schemes)
 
     @property
     def source_bytes(self) -> int:
@@ -263,6 +288,7 @@ class Plan(Shown):
             "weight_files": self.layout.sizes,
             "bits_per_weight": self.bits_per_weight,
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
+            "quantized_share": self.quantized_share,
             "estimated_peak_bytes": expected and expected.peak_bytes,
             "estimated_seconds": expected and expected.seconds,
             "sites": [

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError
 from outlierq.core.machine.heap import return_freed_memory
-from outlierq.core.model import Checkpoint, StudiedModel
+from outlierq.core.model import Checkpoint, DerivedCheckpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
+from outlierq.load.model.experts_apart import with_parts
 from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
@@ -65,6 +66,7 @@ def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatom
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint below all rewrites."""
+    checkpoint = with_parts(checkpoint)
     while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
         checkpoint = checkpoint.original
     return checkpoint
@@ -72,6 +74,7 @@ def original_of(checkpoint: Checkpoint) -> Checkpoint:
 
 def kept_experts(checkpoint: Checkpoint) -> dict[str, Any]:
     """`experts` of the record: by block, the numbers of those that pruning left; empty when nothing was pruned."""
+    checkpoint = with_parts(checkpoint)
     while isinstance(checkpoint, RewrittenCheckpoint):
         checkpoint = checkpoint.original
     return {"experts": checkpoint.survivors} if isinstance(checkpoint, PrunedCheckpoint) else {}
@@ -79,7 +82,7 @@ def kept_experts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _rewrites(checkpoint: Checkpoint) -> list[RewrittenCheckpoint]:
     """The rewrites that must not change what the model computes, the last one first."""
-    rewrites = []
+    rewrites, checkpoint = [], with_parts(checkpoint)
     while isinstance(checkpoint, RewrittenCheckpoint):
         rewrites.append(checkpoint)
         checkpoint = checkpoint.original
@@ -90,6 +93,7 @@ def changing_method(checkpoint: Checkpoint) -> str | None:
     """The first method that made another model of the original, whose statistics therefore do not fit; None if none
     did: biases of zeros change nothing.
     """
+    checkpoint = with_parts(checkpoint)
     if isinstance(checkpoint, PrunedCheckpoint):
         return changing_method(checkpoint.original) or checkpoint.method
     if not isinstance(checkpoint, RewrittenCheckpoint):
@@ -104,8 +108,15 @@ def new_shifts(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
 
 def source_notes(checkpoint: Checkpoint) -> list[str]:
     """What is to be known of a source that was compressed; nothing of a plain one."""
-    source = original_of(checkpoint)
-    return source.notes if isinstance(source, ServedCheckpoint) else []
+    source = served_source(checkpoint)
+    return [] if source is None else source.notes
+
+
+def served_source(checkpoint: Checkpoint) -> ServedCheckpoint | None:
+    """What a compressed source serves, below all that is done to it; None for a plain one."""
+    while isinstance(checkpoint, DerivedCheckpoint) and not isinstance(checkpoint, ServedCheckpoint):
+        checkpoint = checkpoint.original
+    return checkpoint if isinstance(checkpoint, ServedCheckpoint) else None
 
 
 def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
@@ -113,8 +124,8 @@ def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
 
     Weights that come from the Hub one file at a time are looked at when they are read.
     """
-    source = original_of(checkpoint)
-    if not isinstance(source, ServedCheckpoint) or source.digests:
+    source = served_source(checkpoint)
+    if source is None or source.digests:
         return
     for number, name in enumerate(source.packed):
         listen(Event("check", number, len(source.packed), name))
@@ -123,6 +134,7 @@ def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
 
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
     """What the rewrites did, in order."""
+    checkpoint = with_parts(checkpoint)
     if not isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
         return []
     return [*rewrite_notes(checkpoint.original), *checkpoint.notes]
@@ -134,11 +146,15 @@ def prove_rewrite(model: StudiedModel, listen: Listener = silent) -> float | Non
     The whole model runs on a short probe, one block in memory at a time; of large vocabularies the first tokens are
     compared. NumbersError above 1e-4.
     """
-    checkpoint, names = model.checkpoint, model.names
-    rewrites = _rewrites(checkpoint)
+    rewrites = _rewrites(model.checkpoint)
     if not any(each.rewrite.changes for each in rewrites):
         return None
+    from outlierq.load import study
     from outlierq.pipeline.remodel.anatomy import Bench, Weights, relative_error
+
+    if model.checkpoint is not with_parts(model.checkpoint):
+        model = study(with_parts(model.checkpoint))
+    checkpoint, names = model.checkpoint, model.names
 
     original = rewrites[-1].original
     bench = Bench(model)
