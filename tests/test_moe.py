@@ -495,7 +495,7 @@ def test_a_threshold_of_the_recipe_decides_who_is_starved(outlierq, mixtures, tm
         ((), "transformers 5.23, experts: loads (decoded"),
         ((), "vLLM 0.32, experts: loads"),
         (("quantize.symmetric=false",), "does not load experts with zero points"),
-        (("quantize.group_size=64",), "does not load experts of different schemes"),
+        (("quantize.overrides=[{match: '*w2', group_size: 16}]",), "does not load experts of different schemes"),
     ],
 )
 def test_the_plan_says_what_clients_do_with_experts(outlierq, mixtures, settings, said):

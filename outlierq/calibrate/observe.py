@@ -258,8 +258,9 @@ class _ExpertCounts:
         """Separate experts, each with a hook for what it adds to the output."""
         for part in module.modules():
             if hasattr(part, "routing"):
-                for number in range(part.num_experts):
-                    yield part.get_submodule(str(number)), self._added(number, part.num_experts)
+                experts = {name: expert for name, expert in part.named_children() if name.isdigit()}
+                for name, expert in experts.items():
+                    yield expert, self._added(int(name), len(experts))
 
     def _added(self, index: int, number: int) -> Callable[..., None]:
         """A hook of one expert, whose output is weighted by the router."""
