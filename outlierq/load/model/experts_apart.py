@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.model import DerivedCheckpoint, StoredLinear, TensorInfo
 from outlierq.load.model.expert_layout import Layout, fused_modules, leaves_of, rows_of
@@ -255,12 +256,10 @@ class ExpertsTogether(DerivedCheckpoint):
         """The tensor; a fused one is put together expert by expert."""
         import torch
 
-        from outlierq.load.source.shards import torch_dtype
-
         if name not in self._parts:
             return self.original.read(name)
         info = self.tensors[name]
-        fused = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        fused = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype][0]))
         for part, piece in self._parts[name].items():
             piece.of(fused[piece.expert]).copy_(self.original.read(part))
         return fused
