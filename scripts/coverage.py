@@ -1,0 +1,310 @@
+"""Which architectures come out right: `make coverage` tries every one that the installed transformers can build.
+
+For each a tiny random checkpoint is made (`coverage_models.py`) and compressed with three recipes; each result is loaded
+in its own Auto class and held against the original: missing tensors, every weight, the logits, and what the config says
+is quantized. Every architecture and recipe is a line in a JSON lines file as soon as it is known, so that a run that was
+stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it.
+
+Random weights say nothing of quality: only right or wrong. Inputs are text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from coverage_models import VOCABULARY, architectures, auto_class, tiny_model, tokens, write_checkpoint
+
+import outlierq
+from outlierq.core.errors import OutlierqError
+
+RECIPES = ("awq-gptq-w4", "rtn-w8", "fp8-dynamic")
+SETTINGS = {"calibration.samples": 16, "calibration.sequence_length": 48}
+# The largest relative error that rounding leaves in a weight of random numbers, and, of the KL of shuffled weights, the
+# part that is left: both are far from what a wrong scale or a lost tensor makes.
+LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
+LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
+ENOUGH = 0.99  # of the linear weights quantized
+TOWERS = ("vision", "visual", "audio", "image", "tower", "projector", "speech", "merger", "aligner", "qformer")
+ROOT = Path(__file__).parents[1]
+
+RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE = "right", "part left", "refused", "WRONG", "CRASH", "not built"
+
+
+@dataclass
+class Result:
+    """What became of one architecture with one recipe. share: of linear weights that are quantized. kl: of the logits,
+    shuffled: that of a model whose weights were shuffled. error: the largest relative one of a weight.
+    """
+
+    architecture: str
+    kind: str
+    recipe: str
+    state: str
+    sentence: str = ""
+    share: float | None = None
+    error: float | None = None
+    kl: float | None = None
+    shuffled: float | None = None
+    seconds: float = 0.0
+
+
+def main() -> int:
+    """Measure what is not measured yet, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "coverage.jsonl", help="JSON lines, read and added to")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, or the words text and multimodal")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--again", action="store_true", help="also what was measured before")
+    parser.add_argument("--write", action="store_true", help="write docs/models.md and benchmarks/results/coverage.json")
+    arguments = parser.parse_args()
+    quiet()
+    known = {} if arguments.again else _read(arguments.results)
+    for name, kind in sorted(architectures().items()):
+        if arguments.only and not {name, kind} & set(arguments.only):
+            continue
+        recipes = [recipe for recipe in arguments.recipes if (name, recipe) not in known]
+        for result in measure(name, kind, recipes) if recipes else ():
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+            print(f"{name:24} {result.recipe:12} {result.state:10} {result.sentence[:120]}", flush=True)
+    if arguments.write:
+        _write(_read(arguments.results))
+    return 0
+
+
+def quiet() -> None:
+    """Libraries that say much."""
+    import transformers
+
+    os.environ["TQDM_DISABLE"] = "1"
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def measure(name: str, kind: str, recipes: list[str]) -> Iterator[Result]:
+    """One architecture with every recipe; whatever goes wrong is a result."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        try:
+            model = tiny_model(name, kind)
+            write_checkpoint(model, source)
+            original = Original.of(model, name, kind, source)
+        except Exception as error:  # whatever the library raises for a config of ours
+            for recipe in recipes:
+                yield Result(name, kind, recipe, NOT_MADE, _brief(error))
+            return
+        for recipe in recipes:
+            start = time.monotonic()
+            result = _measured(original, recipe, Path(folder) / recipe)
+            result.seconds = round(time.monotonic() - start, 1)
+            shutil.rmtree(Path(folder) / recipe, ignore_errors=True)
+            yield result
+
+
+@dataclass
+class Original:
+    """A tiny model as transformers loads it, the tokens to try it with, and its log-probabilities."""
+
+    name: str
+    kind: str
+    source: Path
+    model: torch.nn.Module
+    ids: torch.Tensor
+    logits: torch.Tensor
+    shuffled: float
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path) -> Original:
+        """As the checkpoint is loaded again."""
+        ids = tokens(torch.Generator().manual_seed(1))
+        loaded = auto_class(kind, name).from_pretrained(source, dtype=torch.bfloat16).eval()
+        logits = _logits(loaded, ids)
+        return cls(name, kind, source, loaded, ids, logits, _kl(logits, _logits(_shuffled(model), ids)))
+
+
+def _measured(original: Original, recipe: str, out: Path) -> Result:
+    """Compress, load and compare."""
+    result = Result(original.name, original.kind, recipe, RIGHT, shuffled=original.shuffled)
+    planned = False
+    try:
+        outlierq.plan(original.source, recipe, settings=SETTINGS)
+        planned = True
+        outlierq.quantize(original.source, recipe, out=out, settings=SETTINGS, device="cpu")
+    except OutlierqError as error:
+        result.state = CRASH if planned else REFUSED
+        result.sentence = ("after planning: " if result.state == CRASH else "") + " ".join(str(error).split())
+        return result
+    except Exception as error:  # a traceback for the user
+        result.state, result.sentence = CRASH, _brief(error)
+        return result
+    try:
+        _compare(original, out, result)
+    except Exception as error:  # what was written does not load, or does not run
+        result.state, result.sentence = WRONG, f"written, but does not load: {_brief(error)}"
+    return result
+
+
+def _compare(original: Original, out: Path, result: Result) -> None:
+    """Everything that can be seen in what was written."""
+    result.share = _share(original.source, out)
+    loaded, info = auto_class(original.kind, original.name).from_pretrained(
+        out, dtype=torch.bfloat16, output_loading_info=True
+    )
+    loaded.eval()
+    faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
+              for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]]  # fmt: skip
+    result.kl = _kl(original.logits, _logits(loaded, original.ids))  # first: packed weights are decoded by it
+    errors = dict(_errors(original.model, loaded))
+    result.error = max(errors.values(), default=0.0)
+    if not result.error <= LARGEST_ERROR[result.recipe]:
+        worst = max(errors, key=lambda key: errors[key])
+        faults.append(f"{worst} differs by {errors[worst]:.3g}")
+    if not result.kl <= LARGEST_KL[result.recipe] * original.shuffled + 1e-3:
+        faults.append(f"KL {result.kl:.3g}, {original.shuffled:.3g} with shuffled weights")
+    faults += [f"verify: {fault}" for fault in outlierq.verify(out, source=original.source).faults[:1]]
+    if faults:
+        result.state, result.sentence = WRONG, "; ".join(faults)
+    elif result.share < ENOUGH:
+        result.state = PART
+
+
+def _errors(original: torch.nn.Module, loaded: torch.nn.Module) -> Iterator[tuple[str, float]]:
+    """Relative error of every parameter that both models have; a linear's weight is read off its outputs."""
+    parts = dict(loaded.named_modules())
+    for name, parameter in original.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        part = parts.get(owner)
+        if part is None or parameter.numel() == 0:
+            continue
+        value = part._parameters.get(leaf)
+        if isinstance(part, torch.nn.Linear) and leaf == "weight" and (value is None or value.dtype.itemsize == 1):
+            value = _read_off(part)
+        if value is not None:
+            difference = (value.float() - parameter.float()).norm() / parameter.float().norm().clamp_min(1e-6)
+            yield name, float(difference) if difference.isfinite() else float("inf")
+
+
+def _read_off(linear: torch.nn.Linear) -> torch.Tensor:
+    """The weight [out, in] by which a linear layer acts, however it is stored."""
+    with torch.no_grad():
+        bias = linear(torch.zeros(1, linear.in_features, dtype=torch.bfloat16))
+        return (linear(torch.eye(linear.in_features, dtype=torch.bfloat16)).float() - bias.float()).T
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary]."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+
+
+def _kl(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.exp() * (one - other)).sum(-1).mean())
+
+
+def _shuffled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the rows and columns of its matrices in another order. Changes it."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and VOCABULARY not in parameter.shape:
+                flat = parameter.flatten()
+                parameter.copy_(flat[torch.randperm(len(flat), generator=generator)].view(parameter.shape))
+    return model
+
+
+def _share(source: Path, out: Path) -> float:
+    """Which part of the linear weights is quantized: all matrices but embeddings, heads, routers and towers."""
+    before, after = (outlierq.open(folder).tensors for folder in (source, out))
+    linear = {name: info for name, info in before.items() if _is_linear(name, info.shape)}
+    plain = sum(info.nbytes for name, info in linear.items() if name in after and after[name].dtype == info.dtype)
+    return 1 - plain / max(sum(info.nbytes for info in linear.values()), 1)
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    if any(word in name for word in TOWERS) or VOCABULARY in shape or "embed" in name or "conv" in name:
+        return False
+    return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and (len(shape) == 3 or name.endswith("weight"))
+
+
+def _brief(error: Exception) -> str:
+    """Type, words and place of an exception."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {words} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Results by architecture and recipe; the last of each."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = map(json.loads, lines)
+    return {(result["architecture"], result["recipe"]): result for result in results}
+
+
+def _write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """The table and the numbers of all architectures that are known."""
+    names = [name for name in sorted(architectures()) if any(name == known for known, _ in results)]
+    rows = [[results[name, recipe] for recipe in RECIPES if (name, recipe) in results] for name in names]
+    about = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "compressed-tensors")}
+    states = {kind: _totals([row for row in rows if row[0]["kind"] == kind]) for kind in ("text", "multimodal")}
+    content = {"versions": about, "totals": states, "results": [result for row in rows for result in row]}
+    (ROOT / "benchmarks/results/coverage.json").write_text(json.dumps(content, indent=1) + "\n")
+    (ROOT / "docs/models.md").write_text("\n".join(_page(rows, states, about)) + "\n")
+
+
+def _worst(row: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the results of an architecture, the one that says most against it."""
+    order = (WRONG, CRASH, REFUSED, NOT_MADE, PART, RIGHT)
+    return min(row, key=lambda result: order.index(result["state"]))
+
+
+def _totals(rows: list[list[dict[str, Any]]]) -> dict[str, int]:
+    states = [_worst(row)["state"] for row in rows]
+    return {state: states.count(state) for state in (RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE)}
+
+
+def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], about: dict[str, str]) -> Iterator[str]:
+    """docs/models.md."""
+    yield "# Which architectures come out right\n"
+    yield f"Made by `make coverage` with {', '.join(f'{name} {version}' for name, version in about.items())}: for every"
+    yield "architecture a tiny random model, compressed with " + ", ".join(f"`{recipe}`" for recipe in RECIPES) + ","
+    yield "loaded in its own Auto class and compared in weights, logits and what its config says. The state is the worst"
+    yield "of the three. Random weights say nothing of quality, and inputs were text.\n"
+    yield "| | " + " | ".join(totals["text"]) + " |"
+    yield "|---" * (len(totals["text"]) + 1) + "|"
+    for kind, counts in totals.items():
+        yield f"| {kind} | " + " | ".join(map(str, counts.values())) + " |"
+    yield "\n**right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were"
+    yield "quantized. **refused**: before work, with the sentence. **WRONG** and **CRASH** are faults of outlierq.\n"
+    yield "| architecture | kind | state | share quantized | KL, of that of shuffled weights | |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        worst = _worst(row)
+        shares = [result["share"] for result in row if result["share"] is not None]
+        share = f"{min(shares):.0%}" if shares else ""
+        kls = " / ".join("" if r["kl"] is None else f"{r['kl'] / max(r['shuffled'], 1e-9):.3f}" for r in row)
+        cells = (row[0]["architecture"], row[0]["kind"], worst["state"], share, kls, _cell(worst["sentence"]))
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _cell(sentence: str) -> str:
+    """A sentence that fits into a cell and names no folder of this machine."""
+    return sentence.replace("|", "/").replace(tempfile.gettempdir(), "")[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
