@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo publish-demo test test-oldest test-newest resolve test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz
+.PHONY: setup demo publish-demo test test-oldest test-newest resolve test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz coverage
 
 setup: $(STAMP)
 
@@ -91,6 +91,11 @@ house: setup
 # for less. Findings are kept in tests/corpus.
 fuzz: setup
 	$(BIN)/python scripts/fuzz.py $(FUZZ)
+
+# Every architecture that transformers can build, tiny and random, with three recipes (half an hour); writes docs/models.md.
+# make coverage COVERAGE='--only llama --recipes rtn-w8' for less. A run that was stopped goes on: coverage.jsonl.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage.py --write $(COVERAGE)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,9 @@
 """Which architectures come out right: `make coverage` tries every one that the installed transformers can build.
 
-For each a tiny random checkpoint is made (`coverage_models.py`) and compressed with three recipes; each result is loaded
-in its own Auto class and held against the original: missing tensors, every weight, the logits, and what the config says
-is quantized. Every architecture and recipe is a line in a JSON lines file as soon as it is known, so that a run that was
-stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it.
+For each a tiny random checkpoint is made (`coverage_models.py`) and compressed with three recipes; each result is
+loaded in its own Auto class and held against the original: missing tensors, every weight, the logits, and what the
+config says is quantized. Every architecture and recipe is a line in a JSON lines file as soon as it is known, so that a
+run that was stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it.
 
 Random weights say nothing of quality: only right or wrong. Inputs are text.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_models import VOCABULARY, architectures, auto_class, tiny_model, tokens, write_checkpoint
+from coverage_models import POSITIONS, VOCABULARY, architectures, auto_class, tiny_model, tokens, write_checkpoint
 
 import outlierq
 from outlierq.core.errors import OutlierqError
@@ -42,6 +42,20 @@ TOWERS = ("vision", "visual", "audio", "image", "tower", "projector", "speech", 
 ROOT = Path(__file__).parents[1]
 
 RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE = "right", "part left", "refused", "WRONG", "CRASH", "not built"
+ELSEWHERE = "not in transformers"
+
+
+PAGE = """# Which architectures come out right
+
+Made by `make coverage` with {versions}. For every architecture a tiny random model is
+compressed with {recipes}, loaded in its own Auto class, and compared in weights, logits and what
+its config says. The state is the worst of the three. Random weights say nothing of quality, and inputs were text.
+"""
+STATES = """
+**right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were quantized.
+**not in transformers**: its plan says that transformers does not load one of them, and why. **refused**: before work,
+with the sentence. **not built**: transformers itself does not run the tiny model. **WRONG** and **CRASH** are faults.
+"""
 
 
 @dataclass
@@ -69,7 +83,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, or the words text and multimodal")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--again", action="store_true", help="also what was measured before")
-    parser.add_argument("--write", action="store_true", help="write docs/models.md and benchmarks/results/coverage.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/models.md and benchmarks/results/coverage.json"
+    )
     arguments = parser.parse_args()
     quiet()
     known = {} if arguments.again else _read(arguments.results)
@@ -142,7 +158,7 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
     result = Result(original.name, original.kind, recipe, RIGHT, shuffled=original.shuffled)
     planned = False
     try:
-        outlierq.plan(original.source, recipe, settings=SETTINGS)
+        plan = outlierq.plan(original.source, recipe, settings=SETTINGS)
         planned = True
         outlierq.quantize(original.source, recipe, out=out, settings=SETTINGS, device="cpu")
     except OutlierqError as error:
@@ -151,6 +167,10 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
         return result
     except Exception as error:  # a traceback for the user
         result.state, result.sentence = CRASH, _brief(error)
+        return result
+    told = [line for line in plan.clients if line.startswith("transformers") and "does not load" in line]
+    if told:
+        result.state, result.sentence = ELSEWHERE, told[0]
         return result
     try:
         _compare(original, out, result)
@@ -220,7 +240,7 @@ def _shuffled(model: torch.nn.Module) -> torch.nn.Module:
     """The model with the rows and columns of its matrices in another order. Changes it."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() >= 2 and VOCABULARY not in parameter.shape:
                 flat = parameter.flatten()
                 parameter.copy_(flat[torch.randperm(len(flat), generator=generator)].view(parameter.shape))
@@ -236,7 +256,12 @@ def _share(source: Path, out: Path) -> float:
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    if any(word in name for word in TOWERS) or VOCABULARY in shape or "embed" in name or "conv" in name:
+    if (
+        any(word in name for word in TOWERS)
+        or {VOCABULARY, POSITIONS} & set(shape)
+        or "embed" in name
+        or "conv" in name
+    ):
         return False
     return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and (len(shape) == 3 or name.endswith("weight"))
 
@@ -268,28 +293,24 @@ def _write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 def _worst(row: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the results of an architecture, the one that says most against it."""
-    order = (WRONG, CRASH, REFUSED, NOT_MADE, PART, RIGHT)
+    order = (WRONG, CRASH, REFUSED, NOT_MADE, ELSEWHERE, PART, RIGHT)
     return min(row, key=lambda result: order.index(result["state"]))
 
 
 def _totals(rows: list[list[dict[str, Any]]]) -> dict[str, int]:
     states = [_worst(row)["state"] for row in rows]
-    return {state: states.count(state) for state in (RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE)}
+    return {state: states.count(state) for state in (RIGHT, PART, ELSEWHERE, REFUSED, WRONG, CRASH, NOT_MADE)}
 
 
 def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], about: dict[str, str]) -> Iterator[str]:
     """docs/models.md."""
-    yield "# Which architectures come out right\n"
-    yield f"Made by `make coverage` with {', '.join(f'{name} {version}' for name, version in about.items())}: for every"
-    yield "architecture a tiny random model, compressed with " + ", ".join(f"`{recipe}`" for recipe in RECIPES) + ","
-    yield "loaded in its own Auto class and compared in weights, logits and what its config says. The state is the worst"
-    yield "of the three. Random weights say nothing of quality, and inputs were text.\n"
+    versions = ", ".join(f"{name} {version}" for name, version in about.items())
+    yield PAGE.format(versions=versions, recipes=", ".join(f"`{recipe}`" for recipe in RECIPES))
     yield "| | " + " | ".join(totals["text"]) + " |"
     yield "|---" * (len(totals["text"]) + 1) + "|"
     for kind, counts in totals.items():
         yield f"| {kind} | " + " | ".join(map(str, counts.values())) + " |"
-    yield "\n**right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were"
-    yield "quantized. **refused**: before work, with the sentence. **WRONG** and **CRASH** are faults of outlierq.\n"
+    yield STATES
     yield "| architecture | kind | state | share quantized | KL, of that of shuffled weights | |"
     yield "|---|---|---|---|---|---|"
     for row in rows:

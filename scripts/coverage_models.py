@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 # A vocabulary as large as no other dimension, so that embeddings and heads are told from linears by their shape.
 VOCABULARY = 500
+POSITIONS = 384  # likewise
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
 SPREAD = 3.0  # of the logits
 LARGEST = 20_000_000  # weights of a tiny model
@@ -43,11 +50,14 @@ TEXT = {
     ("swa_v_head_dim",): HEAD,
     ("qk_rope_head_dim", "rotary_dim", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"): 16,
     ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "backbone_hidden_size", "global_head_dim"): 64,
-    ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "original_max_position_embeddings", "max_target_positions"): 384,
+    ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"): POSITIONS,
+    ("original_max_position_embeddings", "max_target_positions"): POSITIONS,
     ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "local_attention"): 64,
     ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"): EXPERTS,
-    ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token", "top_k_experts", "top_k"): CHOSEN,
-    ("n_group", "topk_group", "n_groups", "mamba_n_groups", "mamba_ngroups", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"): 1,
+    ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k"): CHOSEN,
+    ("num_experts_per_token", "top_k_experts", "top_k"): CHOSEN,
+    ("n_group", "topk_group", "n_groups", "mamba_n_groups", "mamba_ngroups"): 1,
+    ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"): 1,
     ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"): 8,
     ("mamba_d_head", "mamba_head_dim", "adapter_rank"): 32,
     ("index_topk", "index_n_heads"): 4,
@@ -71,10 +81,8 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 # What field names alone do not tell. `text`, `vision` and so on: of the part of the config.
 HYBRID = ["linear_attention", "full_attention"] * 2
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
-HALF_MROPE = {
-    "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
-}
-GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0}
+HALF_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}}
+GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0, "global_head_dim": 64}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -241,7 +249,7 @@ def _randomise(part: torch.nn.Module, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if isinstance(part, torch.nn.Embedding):
             parameter.copy_(noise)
-        elif parameter.dim() == 2 and name == "weight" or parameter.dim() == 3 and parameter.shape[-1] > 16:
+        elif (parameter.dim() == 2 and name == "weight") or (parameter.dim() == 3 and parameter.shape[-1] > 16):
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
         elif parameter.dim() == 1:
             parameter.add_(noise * 0.1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.trace import RunOnce, Trace, submodule, trace_block
 from outlierq.core.errors import NumbersError
+from outlierq.core.layer_sizes import sizes
 from outlierq.core.model import Fold
 
 if TYPE_CHECKING:
@@ -287,12 +288,11 @@ def _heads(config: Any) -> list[tuple[int, int]]:
     Also none shared and all shared: Falcon's config, for one, has another number than its multi-query code uses.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
-        return []
-    said = [getattr(text, name, None) for name in ("num_key_value_heads", "num_kv_heads")]
-    counts = dict.fromkeys([*(n for n in said if isinstance(n, int) and n > 0), heads, 1])
-    return [(heads, count) for count in counts if heads % count == 0]
+    heads = [number for number in sizes(text, "num_attention_heads") if isinstance(number, int) and number > 0]
+    said = [number for key in ("num_key_value_heads", "num_kv_heads") for number in sizes(text, key)]
+    shared = [number for number in said if isinstance(number, int) and number > 0]
+    pairs = [(number, count) for number in heads for count in (*shared, number, 1) if number % count == 0]
+    return list(dict.fromkeys(pairs))
 
 
 def producer_scale(fold: Fold, scale: torch.Tensor, rows: int | None = None) -> torch.Tensor:

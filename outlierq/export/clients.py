@@ -64,6 +64,20 @@ def with_layers(lines: Sequence[str], sites: Mapping[LinearSite, QuantScheme | N
     return said
 
 
+def with_fault(lines: Sequence[str], why: str, decoded: bool) -> list[str]:
+    """The lines of clients, that of transformers changed where its class cannot hold packed weights.
+
+    decoded: the config asks it to decode them while it loads, and then it can.
+    """
+    said = []
+    for line in lines:
+        name, _, what = line.partition(": ")
+        if name.startswith("transformers") and not what.startswith("does not load"):
+            what = f"loads (dequantized at load, as its config asks: {why})" if decoded else f"does not load it: {why}"
+        said.append(f"{name}: {what}")
+    return said
+
+
 def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:
     """Why a client that merges linears into one layer cannot load these."""
     by_module = {site.module: scheme for site, scheme in sites.items()}

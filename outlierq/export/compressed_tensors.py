@@ -96,6 +96,13 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         """As the compressed-tensors package builds it."""
         return ct_config.quantization_config(sites, kept=kept, cache=cache)
 
+    @classmethod
+    def dense_key(cls, schemes: Collection[QuantScheme]) -> str | None:
+        """Not with several schemes: transformers would decode all with the first, and wrong weights are worse than an
+        error.
+        """
+        return ct_config.DEQUANTIZE if len(schemes) == 1 else None
+
 
 def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
     """Unsigned codes packed along columns, zero points packed along rows."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
 MIXED = "mixed-precision"
+DEQUANTIZE = "dequantize"
 
 
 def format_of(scheme: QuantScheme) -> str:
@@ -66,7 +67,7 @@ def quantization_config(
     if len(by_scheme) == 1 and not next(iter(by_scheme)).symmetric:
         # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense. Not
         # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
-        config["dequantize"] = True
+        config[DEQUANTIZE] = True
     return config
 
 

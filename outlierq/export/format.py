@@ -74,6 +74,11 @@ class Format(FormatLimits, ABC):
         """
 
     @classmethod
+    def dense_key(cls, schemes: Collection[QuantScheme]) -> str | None:
+        """The key of its config by which transformers decodes weights while it loads them, None when there is none."""
+        return None
+
+    @classmethod
     def conflict(cls, schemes: Collection[QuantScheme]) -> str | None:
         """Why schemes that it can hold cannot stand in one checkpoint, or None when they can."""
         return None

@@ -40,6 +40,7 @@ _HOMES = {
     "declared_class": "model.architecture",
     "decode_rows": "decode",
     "described": "packed.described",
+    "packed_fault": "model.packed_load",
     "read_headers": "decode",
     "served": "decode",
     "changed_files": "record",

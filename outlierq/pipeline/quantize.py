@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq import __version__
 from outlierq.calibrate.stored.spilled import each_changed
 from outlierq.core.errors import during
+from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.machine.record import signed
 from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix
@@ -338,8 +339,8 @@ class _Run:
             from outlierq.pipeline.block.gather import gather
 
             config = self.plan.model.skeleton.config.get_text_config()
-            heads = getattr(config, "num_attention_heads", None)
-            head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+            heads = largest(config, "num_attention_heads")
+            head_dim = largest(config, "head_dim") or (heads and largest(config, "hidden_size") // heads)
 
             def check(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
                 self.source.check_transformed(block.index, before, after)

@@ -22,7 +22,8 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
     kind of model, or cannot be built.
     """
     import torch
-    from accelerate import init_empty_weights
+
+    from outlierq.load.model.building import building
 
     kind = named_class(checkpoint)
     if kind is None:
@@ -34,7 +35,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
             f"{kind.config_class.__name__}, but its model_type is {config.model_type}"
         )
     try:
-        with init_empty_weights(include_buffers=False):
+        with building(checkpoint.source):
             model = kind._from_config(config, dtype=getattr(torch, checkpoint.dtype))
     except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(f"transformers cannot build {kind.__name__}, which config.json names: {error}") from error

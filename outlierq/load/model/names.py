@@ -61,12 +61,15 @@ def _possible_ties(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[st
     """Pairs (parameter, parameter it shares) of the model class; none when the config says that none are tied."""
     if any("tie_word_embeddings" in place for place in _configs(checkpoint.config)):
         return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
-    said = skeleton.config.tie_word_embeddings
+    said = skeleton.config.__dict__.get("tie_word_embeddings")
     skeleton.config.tie_word_embeddings = True
     try:
         return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     finally:
-        skeleton.config.tie_word_embeddings = said
+        if said is None:  # some classes know no such key
+            del skeleton.config.tie_word_embeddings
+        else:
+            skeleton.config.tie_word_embeddings = said
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -110,9 +113,29 @@ def _stored_names(
 def stored_names(tensors: Collection[str], skeleton: torch.nn.Module) -> dict[str, str]:
     """Name of the stored tensor of every parameter of a class that has one, without ties; what is lost is not said.
 
-    tensors: names of those to look at.
+    Of a parameter that transformers makes of several stored tensors, the first. tensors: names of those to look at.
     """
-    return _stored_names(tensors, skeleton, _slots(skeleton))
+    slots = _slots(skeleton)
+    return _made_of(tensors, skeleton, slots) | _stored_names(tensors, skeleton, slots)
+
+
+def _made_of(tensors: Collection[str], skeleton: torch.nn.Module, slots: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Slot name -> the first stored tensor that transformers makes it of, for what its conversions make."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(skeleton)
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    names: dict[str, str] = {}
+    for tensor in tensors:
+        slot, pattern = rename_source_key(tensor, renamings, converters, skeleton.base_model_prefix or None, slots)
+        step = next((step for step in converters if pattern in step.source_patterns), None)
+        for target in step.target_patterns if step else ():
+            other = slot.removesuffix(step.target_patterns[0]) + target
+            if other in slots:
+                names.setdefault(other, tensor)
+    return names
 
 
 def _check_complete(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
+from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.installed import check_versions
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
@@ -26,7 +27,7 @@ NOT_FOR_THE_SKELETON = ("quantization_config", "compression_config", "attn_imple
 
 # Far above any model there is.
 LAYERS, MOST_LAYERS = re.compile(r"(num|n)_\w*(layers?|blocks?)"), 10_000
-MOST_EXPERTS, MOST_LEARNED_POSITIONS, MOST_CHANNELS = 1 << 16, 1 << 15, 1 << 20
+MOST_EXPERTS, MOST_CHANNELS = 1 << 16, 1 << 20
 
 # Read at a time, before it gets the dtype in which it is used.
 PORTION_BYTES = 32 << 20
@@ -41,22 +42,24 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """
     check_versions()
     from outlierq.load.model.fused_experts import separate_experts
+    from outlierq.load.model.pieces import separate_pieces
 
     model = empty_model(checkpoint)
     separate_experts(model, checkpoint)
+    separate_pieces(model, checkpoint)
     return model.eval().requires_grad_(False)
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The class as transformers makes it, parameters on the meta device. SourceError when it cannot be made."""
     import torch
-    from accelerate import init_empty_weights
 
+    from outlierq.load.model.building import building
     from outlierq.load.model.classes import made_class
 
     config = skeleton_config(checkpoint)
     try:
-        with init_empty_weights(include_buffers=False):
+        with building(checkpoint.source):
             return made_class(checkpoint, config, getattr(torch, checkpoint.dtype))
     except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(
@@ -85,7 +88,8 @@ def skeleton_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             with utf8_path(checkpoint.path) as path:
                 config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         else:
-            config = CONFIG_MAPPING[model_type].from_dict(content)
+            kind = CONFIG_MAPPING[model_type]
+            config = kind.from_dict(kind._decode_special_floats(content))  # transformers writes infinity as an object
         parts = (config, config.get_text_config())
     except config_errors() as error:
         raise SourceError(f"config.json of {checkpoint.source} is not valid: {error}") from error
@@ -121,24 +125,20 @@ def _check_content(checkpoint: Checkpoint, content: Mapping[str, Any]) -> None:
 def _check_sizes(checkpoint: Checkpoint, parts: Iterable[PreTrainedConfig]) -> None:
     """Refuse a config that asks for so many parts that building the empty model would take hours or all memory."""
     for part in parts:
-        blocks = getattr(part, "num_hidden_layers", None)
-        if isinstance(blocks, int) and blocks > len(checkpoint.tensors):
+        blocks = largest(part, "num_hidden_layers")
+        if blocks > len(checkpoint.tensors):
             raise SourceError(
                 f"config.json of {checkpoint.source} asks for {blocks} blocks, more than there are tensors "
                 f"({len(checkpoint.tensors)})"
             )
         for key in EXPERT_COUNTS:
-            experts = getattr(part, key, None)
-            if isinstance(experts, int) and experts > MOST_EXPERTS:
+            experts = largest(part, key)
+            if experts > MOST_EXPERTS:
                 raise SourceError(f"config.json of {checkpoint.source} asks for {experts} experts in a block")
         for key in ("hidden_size", "head_dim", "qk_rope_head_dim", "rotary_dim"):
-            channels = getattr(part, key, None)
-            if isinstance(channels, int) and channels > MOST_CHANNELS:  # a table of frequencies is made, in real memory
+            channels = largest(part, key)
+            if channels > MOST_CHANNELS:  # a table of frequencies is made, in real memory
                 raise SourceError(f"config.json of {checkpoint.source} asks for {channels:,} channels ({key})")
-        positions = getattr(part, "max_position_embeddings", None)
-        # Models with learned positions make a causal mask of this width and height, in real memory.
-        if isinstance(positions, int) and positions > MOST_LEARNED_POSITIONS and not hasattr(part, "rope_parameters"):
-            raise SourceError(f"config.json of {checkpoint.source} asks for {positions} learned positions")
 
 
 def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structure:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.layer_sizes import sizes
 from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import Checkpoint, LinearSite, StudiedModel
 from outlierq.core.report import REPORT_NAME
@@ -84,19 +85,25 @@ def assembled(
     together: tuple[SitePlan, ...] = (),
 ) -> Plan:
     """The plan once it is decided what becomes of every linear. RecipeError when the format cannot hold it together."""
+    from outlierq.load import packed_fault
+
     checkpoint = model.checkpoint
     format = format_type(recipe.export.format)(checkpoint.config)
     _check_together(sites, format)
     tensors = _output_tensors(model, sites, format, caches)
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
     layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
+    written = layout.places.keys()
+    fault = packed_fault(checkpoint, [site.weight for site in schemes if site.weight not in written])
+    dense_key = format.dense_key(set(schemes.values())) if fault is not None and fault.loads_dense else None
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
     small = {file.name: file.held() for file in carried}
     if format.keeps_file(CONFIG_NAME):
-        small[CONFIG_NAME] = config_json(model, sites, recipe, format)
+        small[CONFIG_NAME] = config_json(model, sites, recipe, format, dense_key=dense_key)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
-    return Plan(model, recipe, sites, layout, small, caches, together)
+    said = None if fault is None else (fault.why, dense_key is not None)
+    return Plan(model, recipe, sites, layout, small, caches, together, load_fault=said)
 
 
 def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> SitePlan:
@@ -176,8 +183,13 @@ def _caches(model: StudiedModel, recipe: Recipe) -> dict[int, CachePlan]:
     if recipe.kv_cache is None:
         return {}
     config = model.skeleton.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    shape = (1,) if recipe.kv_cache.per == "tensor" else (heads, 1, 1)
+    heads = sizes(config, "num_key_value_heads") or sizes(config, "num_attention_heads")
+    if recipe.kv_cache.per == "head" and len(heads) != 1:
+        raise RecipeError(
+            f"layers have {' and '.join(map(str, heads)) or 'no'} key-value heads; scales per head need one number",
+            hint="set kv_cache.per to tensor",
+        )
+    shape = (1,) if recipe.kv_cache.per == "tensor" else (heads[0], 1, 1)
     caches = {}
     for block in model.structure.blocks:
         found = attention_names(model.skeleton.get_submodule(block.name))
@@ -264,13 +276,15 @@ def _output_tensors(
     return tensors
 
 
-def config_json(model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, format: Format) -> bytes:
-    """The source's config with the quantization config added."""
+def config_json(
+    model: StudiedModel, sites: tuple[SitePlan, ...], recipe: Recipe, format: Format, *, dense_key: str | None
+) -> bytes:
+    """The source's config with the quantization config added. dense_key: of `Format.dense_key`, where it is needed."""
     config = without_description(without_places(model.checkpoint.config))
     if recipe.quantize is not None or recipe.kv_cache is not None:
         cache = recipe.kv_cache.scheme if recipe.kv_cache else None
         decided = [(p.site, p.scheme) for p in sites]
         added = format.quantization_config(decided, kept=kept_modules(model, decided), cache=cache)
         if added is not None:
-            config["quantization_config"] = added
+            config["quantization_config"] = added | ({dense_key: True} if dense_key else {})
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import InputGroup
 from outlierq.pipeline.asked.resources import Resources
@@ -43,9 +44,10 @@ def evaluation_bytes(models: Sequence[PreTrainedModel], dtype: str, window_lengt
         config = model.config.get_text_config()
         sizes = [parameter.numel() for parameter in model.parameters()]  # a shared one once
         inner = max((max(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n), default=0)
+        hidden = largest(config, "hidden_size")
         held += sum(sizes) * itemsize + window_length * config.vocab_size * (itemsize + FLOAT)
-        token = itemsize * (4 * min(inner, 8 * config.hidden_size) + 12 * config.hidden_size)
-        scores = config.num_attention_heads * window_length * 2 * FLOAT
+        token = itemsize * (4 * min(inner, 8 * hidden) + 12 * hidden)
+        scores = largest(config, "num_attention_heads", 1) * window_length * 2 * FLOAT
         most = max(most, window_length * (token + scores), 2 * FLOAT * max(sizes))
     logits: int = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
     return BASE_BYTES + held + most + logits

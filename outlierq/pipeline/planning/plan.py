@@ -13,7 +13,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
-from outlierq.export.clients import with_layers
+from outlierq.export.clients import with_fault, with_layers
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
@@ -74,7 +74,8 @@ class Plan(Shown):
     the report. caches: by block index, for blocks whose KV cache gets scales. together: linears of experts of which
     none is quantized, so that they stay in the tensor that the source has for all of them; they are no sites.
     expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
-    nobody asked.
+    nobody asked. load_fault: why transformers cannot hold packed weights of this class, and whether the config has
+    them decoded at load.
     """
 
     model: StudiedModel
@@ -86,6 +87,7 @@ class Plan(Shown):
     together: tuple[SitePlan, ...] = ()
     expected: Estimate | None = None
     savings: tuple[str, ...] | None = None
+    load_fault: tuple[str, bool] | None = None
 
     @cached_property
     def format(self) -> Format:
@@ -242,6 +244,7 @@ class Plan(Shown):
         cache = self.recipe.kv_cache
         said = self.format.clients(set(self.schemes.values()))
         said += self.format.cache_clients(cache.scheme) if cache else []
+        said = with_fault(said, *self.load_fault) if self.load_fault else said
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
         return said + (self.format.expert_clients(set(experts)) if any(experts) else [])

@@ -11,6 +11,7 @@ from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
 from outlierq.calibrate.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.dtypes import DTYPES
+from outlierq.core.layer_sizes import largest
 from outlierq.core.model import LinearSite, Structure, StudiedModel
 from outlierq.load.model.lookup import tables
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -179,11 +180,11 @@ def _known(model: StudiedModel, settings: Calibration | None, device: str) -> di
         "elements": {name: info.nbytes // DTYPES[info.dtype][1] for name, info in checkpoint.tensors.items()},
         "looked_up": frozenset(tables(skeleton, checkpoint, model.names).values()),
         "itemsize": 4 if checkpoint.dtype == "float32" else 2,
-        "hidden": getattr(config, "hidden_size", None) or max(s.in_features for s in structure.sites),
-        "heads": getattr(config, "num_attention_heads", None) or 1,
+        "hidden": largest(config, "hidden_size") or max(s.in_features for s in structure.sites),
+        "heads": largest(config, "num_attention_heads", 1),
         "eager": getattr(skeleton.config, "_attn_implementation", "eager") == "eager",
         "tokenizer_bytes": len(tokenizer.read()) if tokenizer else 0,
         "text_bytes": sum(min(path.stat().st_size, MOST_BYTES) for path in texts if path.is_file()),
         "cuda": device.startswith("cuda"),
-        "vocabulary": getattr(config, "vocab_size", None) or 0,
+        "vocabulary": largest(config, "vocab_size"),
     }

@@ -23,6 +23,7 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates, PartWeights
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.layer_sizes import largest
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource
 from outlierq.core.move import UNCHANGED
 from outlierq.load import load_tensors_into, release, study
@@ -317,7 +318,7 @@ class _Search:
 
     def _values(self, block: Block, groups: list[InputGroup]) -> tuple[tuple[ValuePath, ...], str]:
         """Linears between which heads can be rotated; or why there are none."""
-        heads = getattr(self.bench.model.config.get_text_config(), "num_attention_heads", None) or 0
+        heads = largest(self.bench.model.config.get_text_config(), "num_attention_heads")
         best, tried = (), "no linear of the blocks feeds another one by heads"
         for group in groups:
             channels = group.sites[0].in_features

@@ -1,0 +1,71 @@
+"""Building a model class without weights, and without the memory that a hostile config would have it fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from outlierq.core.errors import SourceError
+
+# What a class may fill with numbers while it is built (masks, tables of angles), all its tables together. Weights are
+# not filled: `torch.empty` and `torch.zeros` take no memory until somebody writes.
+MOST_TABLE_BYTES = 4 << 30
+FILLING = (torch.ones, torch.full, torch.arange, torch.eye, torch.linspace, torch.logspace, torch.rand, torch.randn)
+LARGE = 1 << 20  # elements of an input whose results are looked at before they are made
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuses to make tables that are larger together than MOST_TABLE_BYTES, before they are made."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source, self.filled = source, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        size = _size(func, args, kwargs)
+        self.filled += size
+        if self.filled > MOST_TABLE_BYTES:
+            raise SourceError(
+                f"config.json of {self.source} asks for tables of {self.filled:,} bytes before any weight is read "
+                f"(the last one of {size:,}); the most is {MOST_TABLE_BYTES:,}",
+                hint="look at the numbers of positions and channels in config.json",
+            )
+        return func(*args, **kwargs)
+
+
+def _size(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes of what a torch function would make of nothing, or of something large; 0 for all else."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if func in FILLING:
+        made = func(*args, **{**kwargs, "device": "meta"})
+    elif any(tensor.numel() >= LARGE and tensor.device.type != "meta" for tensor in tensors):
+        try:
+            made = func(*map(_to_meta, args), **{key: _to_meta(value) for key, value in kwargs.items()})
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # not known without values
+            return 0
+    else:
+        return 0
+    return made.nbytes if isinstance(made, torch.Tensor) and made._base is None else 0
+
+
+def _to_meta(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def building(source: str) -> Iterator[None]:
+    """Inside, modules get their parameters on the meta device; buffers are real. SourceError when they are too large.
+
+    source: what the config is of, for the message.
+    """
+    from accelerate import init_empty_weights
+
+    with _Bounded(source), init_empty_weights(include_buffers=False):
+        yield

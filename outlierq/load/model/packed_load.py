@@ -1,0 +1,100 @@
+"""Whether transformers can load a checkpoint whose weights are packed: tried on its class, without a weight.
+
+Two things go wrong, each in some classes: the code that initialises what a checkpoint lacks reads the weight of a
+linear, which a packed one has under another name; and a parameter that is joined of several stored tensors is expected
+packed in all of them, so that plain ones are dropped. Both are asked of the class and of transformers' own conversion
+table, never of a list of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.load.model.architecture import declared_class
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class LoadFault:
+    """Why transformers does not load packed weights, and whether it would if it decoded them while it loads."""
+
+    why: str
+    loads_dense: bool
+
+
+def packed_fault(checkpoint: Checkpoint, packed: Collection[str]) -> LoadFault | None:
+    """What keeps transformers from loading the result; None where nothing is known to.
+
+    packed: stored names of the weights that the result holds under other names.
+    """
+    try:
+        built = declared_class(checkpoint) if packed else None
+    except SourceError:  # said by whoever verifies the result
+        return None
+    if built is None:
+        return None
+    model, names = built
+    dropped = _dropped(model, checkpoint, set(packed))
+    if dropped is not None:
+        return LoadFault(f"it drops {dropped}, which it joins with others, from packed checkpoints", False)
+    if _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
+        return LoadFault(f"{type(model).__name__} initialises weights by a name that packed ones do not have", True)
+    return None
+
+
+def _dropped(model: torch.nn.Module, checkpoint: Checkpoint, packed: Collection[str]) -> str | None:
+    """A plain tensor that transformers would look for in packed form, because a conversion of its class takes it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    converters = [step for step in steps if isinstance(step, WeightConverter) and _takes_packed(step)]
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    slots = model.state_dict(keep_vars=True)
+    for tensor in checkpoint.tensors if converters else ():
+        if tensor in packed or tensor in slots:
+            continue
+        slot, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix or None, slots)
+        if pattern is not None and slot in slots:
+            return tensor
+    return None
+
+
+def _takes_packed(step: Any) -> bool:
+    """Whether transformers has a conversion decode its tensors first: all of them are called weights."""
+    return all(pattern.endswith(f".{WEIGHT}") for pattern in step.source_patterns)
+
+
+def _without_weights(model: torch.nn.Module, names: dict[str, str], packed: Collection[str]) -> torch.nn.Module:
+    """The model, its packed linears without their weights. Changes it."""
+    import torch
+
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and names.get(f"{name}.{WEIGHT}") in packed:
+            part._parameters.pop(WEIGHT, None)
+    return model
+
+
+def _initialises(model: Any) -> bool:
+    """Whether the class's code for what a checkpoint lacks runs when it lacks nothing."""
+    import torch
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for part in model.modules():
+        part._is_hf_initialized = False
+    try:
+        with torch.no_grad():
+            model.initialize_weights()
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
