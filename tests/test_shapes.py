@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from outlierq.core.errors import SourceError
-from outlierq.core.layer_sizes import largest, sizes
+from outlierq.core.model import largest, sizes
 from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize

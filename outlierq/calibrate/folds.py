@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.trace import RunOnce, Trace, submodule, trace_block
 from outlierq.core.errors import NumbersError
-from outlierq.core.layer_sizes import sizes
-from outlierq.core.model import Fold
+from outlierq.core.model import Fold, sizes
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,27 @@ from outlierq.core.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from outlierq.core.quant_tensor import QuantTensor
 
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def sizes(config: PreTrainedConfig, key: str) -> list[int]:
+    """The different numbers that a config, or each of its layers, has for a key, in order; empty without the key.
+
+    Where layers differ (the head size of Gemma 4), transformers refuses to say one for the whole model.
+    """
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
+    values = [getattr(layer, key, None) for layer in layers]
+    return list(dict.fromkeys(value for value in values if isinstance(value, int)))
+
+
+def largest(config: PreTrainedConfig, key: str, default: int = 0) -> int:
+    """The largest of `sizes`; `default` when there is none."""
+    return max(sizes(config, key), default=default)
 
 
 @dataclass(frozen=True)

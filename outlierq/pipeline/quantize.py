@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from outlierq import __version__
 from outlierq.calibrate.stored.spilled import each_changed
 from outlierq.core.errors import during
-from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.machine.record import signed
-from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix
+from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix, largest
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import REPORT_NAME, Report, SiteRow
 from outlierq.core.scheme import QuantScheme

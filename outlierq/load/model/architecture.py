@@ -23,7 +23,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
     """
     import torch
 
-    from outlierq.load.model.building import building
+    from outlierq.core.machine.building import building
 
     kind = named_class(checkpoint)
     if kind is None:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError, nearest
-from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.installed import check_versions
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
-from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure
+from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure, largest
 from outlierq.load.model.decoder import block_list, towers
 from outlierq.load.model.names import checkpoint_names
 
@@ -54,7 +53,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The class as transformers makes it, parameters on the meta device. SourceError when it cannot be made."""
     import torch
 
-    from outlierq.load.model.building import building
+    from outlierq.core.machine.building import building
     from outlierq.load.model.classes import made_class
 
     config = skeleton_config(checkpoint)

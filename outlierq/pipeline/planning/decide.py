@@ -10,9 +10,8 @@ from pathlib import Path
 
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
-from outlierq.core.layer_sizes import sizes
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.core.model import Checkpoint, LinearSite, StudiedModel
+from outlierq.core.model import Checkpoint, LinearSite, StudiedModel, sizes
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type

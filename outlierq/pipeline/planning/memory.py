@@ -16,9 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutlierqError
-from outlierq.core.layer_sizes import largest
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.core.model import InputGroup
+from outlierq.core.model import InputGroup, largest
 from outlierq.pipeline.asked.resources import Resources
 from outlierq.pipeline.planning.phases import BASE_BYTES, FLOAT, Phases, peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, Work

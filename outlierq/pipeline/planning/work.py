@@ -11,8 +11,7 @@ from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
 from outlierq.calibrate.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
 from outlierq.core.dtypes import DTYPES
-from outlierq.core.layer_sizes import largest
-from outlierq.core.model import LinearSite, Structure, StudiedModel
+from outlierq.core.model import LinearSite, Structure, StudiedModel, largest
 from outlierq.load.model.lookup import tables
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.registry import COPIES, method

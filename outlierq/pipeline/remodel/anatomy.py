@@ -23,8 +23,7 @@ from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import PROBE_TOKENS, BlockRunner, HiddenStates, PartWeights
 from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
-from outlierq.core.layer_sizes import largest
-from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource
+from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource, largest
 from outlierq.core.move import UNCHANGED
 from outlierq.load import load_tensors_into, release, study
 from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from outlierq.core.errors import SourceError
 
+T = TypeVar("T")
 # What a class may fill with numbers while it is built (masks, tables of angles), all its tables together. Weights are
 # not filled: `torch.empty` and `torch.zeros` take no memory until somebody writes.
 MOST_TABLE_BYTES = 4 << 30
@@ -26,8 +27,8 @@ class _Bounded(TorchFunctionMode):
         self.source, self.filled = source, 0
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., T], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> T:
         kwargs = kwargs or {}
         size = _size(func, args, kwargs)
         self.filled += size
@@ -55,7 +56,7 @@ def _size(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return made.nbytes if isinstance(made, torch.Tensor) and made._base is None else 0
 
 
-def _to_meta(value: Any) -> Any:
+def _to_meta(value: T) -> T | torch.Tensor:
     return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
 
