@@ -13,6 +13,7 @@ from outlierq.core.errors import OutputError, SourceError
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.plan import EXTRA_KEPT
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.recipe import load
@@ -53,6 +54,17 @@ def test_every_matrix_that_is_stored_plain_is_named_whether_the_class_knows_it_o
     said = kept_by(config)
     assert all(module in said for module in UNKNOWN) and "pos_embed" not in said
     assert not [fault for fault in verify(str(tmp_path / "out")).faults if fault.check == "config"]
+
+
+def test_the_plan_has_a_row_and_a_sentence_for_each_part_that_the_class_does_not_know(larger_than_its_class):
+    plan = make_plan(open_checkpoint(str(larger_than_its_class)), load("rtn-w8", []))
+    rows = {row.sites: row for row in plan.rows}
+    assert (rows["mtp.*"].count, rows["visual.*"].count) == (1, 2)
+    assert rows["mtp.*"].source_bytes == rows["mtp.*"].output_bytes == 2 * 64 * 64
+    assert sum(row.source_bytes for row in plan.rows) == plan.source_bytes
+    said = [note for note in plan.notes if note.startswith("mtp.*")]
+    share = 64 * 64 / plan.parameters
+    assert said == [f"mtp.* (1 tensors, {share:.1%} of the parameters): {EXTRA_KEPT}"]
 
 
 def test_a_plain_matrix_that_is_declared_quantized_is_found_without_its_class(larger_than_its_class, tmp_path):

@@ -24,7 +24,7 @@ SETTINGS = {
     "awq-gptq-w4": ["quantize.group_size=32", "calibration.samples=4", "calibration.sequence_length=32"],
 }
 FAST = ("qwen2.5-vl", "qwen3.5", "gemma3", "qwen2-audio")
-NOT_YET = ("gemma4", "llama4", "mllama")
+NOT_YET = ("gemma4", "llama4")
 LATER = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in (*FAST, *NOT_YET)]
 
 

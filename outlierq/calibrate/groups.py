@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from outlierq.core.model import Block
 
+NOT_RUN = "the model does not run its block for the calibration text"
 NOT_CALLED = "this site was not called in the traced forward; nothing is known of its input"
 
 
@@ -30,3 +31,8 @@ def find_groups(block_module: torch.nn.Module, block: Block, run_once: RunOnce) 
         note = "" if sites[0].module in trace.inputs else NOT_CALLED
         groups.append(with_parts(InputGroup(sites[0].module, tuple(sites), fold_note=note)))
     return groups
+
+
+def unseen_groups(block: Block) -> list[InputGroup]:
+    """Each site of a block that does not run, by itself: no tokens reach it, as if it were that of an idle expert."""
+    return [InputGroup(site.module, (site,), fold_note=NOT_RUN, routed=True) for site in block.sites]

@@ -186,12 +186,12 @@ def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
 class _Record:
     """The calls of one block: each different call once, and which of them each batch made."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Call | None] = field(default_factory=list)
     of_batch: list[int] = field(default_factory=list)
     probe: Call | None = None
 
-    def add(self, call: Call) -> None:
-        """Note the call of the next batch."""
+    def add(self, call: Call | None) -> None:
+        """Note the call of the next batch; None where the model passes the block over."""
         for number, known in enumerate(self.calls):
             if _same(known, call):
                 self.of_batch.append(number)
@@ -308,8 +308,17 @@ class BlockRunner:
         """
         record = self._records[index]
         call = record.calls[record.of_batch[batch]]
+        if call is None:
+            return hidden.to(self.device, self.dtype)
         with forward_of(self.model, "calibrate"):
             return call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype)
+
+    def passes_over(self, index: int) -> bool:
+        """Whether the model does not run block `index` for these tokens, but later ones: it may look at images only.
+
+        `start` must have run. That the hidden states reach the next block as they are was seen there.
+        """
+        return self._records[index].probe is None
 
     def run_once(self, index: int, hidden: HiddenStates, *, seed: int = 0) -> RunOnce:
         """A function that runs a module in the place of block `index` on one short random sequence.
@@ -444,13 +453,14 @@ class BlockRunner:
                 f"the blocks of the model take hidden states {list(first.shape)} for tokens {list(ids.shape)}",
                 hint="only models with hidden states [sequences, tokens, channels] can be calibrated",
             )
+        called = [number for number, stub in enumerate(stubs) if stub.call is not None]
+        if called[-1] + 1 < len(stubs):
+            raise SourceError(f"the model does not call its block {self.structure.blocks[called[-1] + 1].name}")
         met: dict[int, torch.Tensor] = {}
         for block, stub, record in zip(self.structure.blocks, stubs, self._records, strict=True):
-            if stub.received is None or stub.call is None:
-                raise SourceError(f"the model does not call its block {block.name}")
-            if stub.received is not first and not _equal(stub.received, first):
+            if stub.received is not None and stub.received is not first and not _equal(stub.received, first):
                 raise SourceError(f"the model changes the hidden states between its blocks, before {block.name}")
-            call = self._intern(stub.call, met)
+            call = None if stub.call is None else self._intern(stub.call, met)
             if probe:
                 record.probe = call
             else:

@@ -302,6 +302,11 @@ class Structure:
         return tuple(name for name in self.outside_tensors if name not in twice)
 
     @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the parts beside the text decoder: text alone runs through none of them."""
+        return tuple(dict.fromkeys(site.tower for site in self.outside_sites if site.tower is not None))
+
+    @property
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear site, blocks first."""
         return tuple(s for b in self.blocks for s in b.sites) + self.outside_sites

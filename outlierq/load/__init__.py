@@ -28,6 +28,7 @@ _HOMES = {
     "experts_together": "model.experts_apart",
     "fused_experts": "model.fused_experts",
     "fused_pieces": "model.experts_apart",
+    "leave_empty": "model.skeleton",
     "load_tensors_into": "model.skeleton",
     "looking_up": "model.lookup",
     "reading_ahead": "source.read_ahead",

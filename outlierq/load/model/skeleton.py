@@ -285,6 +285,20 @@ def _move_buffers(module: torch.nn.Module, slots: Iterable[str], device: str | t
             owner._buffers[name] = owner._buffers[name].to(device)
 
 
+def leave_empty(module: torch.nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Give a part that is not to run parameters that take no memory: models ask any of theirs where and what they are.
+
+    They are NaN, so that a part that runs all the same does not go unseen.
+    """
+    import torch
+
+    nothing = torch.full((), torch.nan, dtype=dtype, device=device)
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(nothing.expand(parameter.shape), requires_grad=False)
+
+
 def release(module: torch.nn.Module) -> None:
     """Drop the weights of a part: its parameters go back to the meta device. Buffers stay."""
     import torch

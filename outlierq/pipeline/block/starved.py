@@ -11,7 +11,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.recipe import Calibration
 
-STARVED = "its expert"
+STARVED, UNSEEN = "its expert", "its block"
 # Tokens below which statistics of an expert are not trusted: a hessian needs many, a scale per channel fewer.
 LEAST_FOR_HESSIAN, LEAST_FOR_SCALES = 256, 64
 
@@ -35,6 +35,8 @@ class Share:
         if self.starved is None:
             return ""
         instead = "rounded to nearest without statistics" if self.rounded else "with the statistics of all tokens"
+        if self.sites[0].expert is None:
+            return f"{UNSEEN} does not run for the calibration text: {instead}"
         return f"{STARVED} got {self.starved} of the {least} tokens it needs: {instead}"
 
 
@@ -85,7 +87,7 @@ def in_order_of_shares(group: InputGroup) -> list[LinearSite]:
 def starved_note(groups: Sequence[InputGroup], stats: Mapping[str, InputStats], least: int) -> list[str]:
     """One sentence for a block about its experts with too few tokens; none when there is no such expert."""
     routed = [each for group in groups for each in (group, *group.parts) if each.routed]
-    counts = {each.sites[0].expert: tokens_of(each, stats) for each in routed}
+    counts = {expert: tokens_of(each, stats) for each in routed if (expert := each.sites[0].expert) is not None}
     starved = {expert: tokens for expert, tokens in counts.items() if tokens < max(least, 1)}
     if not starved:
         return []
@@ -103,6 +105,8 @@ def check_static(share: Share, schemes: Mapping[LinearSite, QuantScheme]) -> Non
         inputs = schemes[site].activations if site in schemes else None
         if share.stats is None and inputs is not None and not inputs.dynamic:
             raise StatsError(
-                f"{site.expert} got no tokens, so nothing is known of the input of {site.module}",
-                hint="calibrate on more text, or set calibration.all_experts: true",
+                f"{site.expert or UNSEEN} got no tokens, so nothing is known of the input of {site.module}",
+                hint="calibrate on more text, or set calibration.all_experts: true"
+                if site.expert
+                else "use a recipe whose inputs are rounded dynamically, or add these linears to quantize.ignore",
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters
-from outlierq.calibrate.groups import find_groups
+from outlierq.calibrate.groups import find_groups, unseen_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
@@ -107,6 +107,7 @@ class StatsFromRun:
         self.work, self.device, self.listen = work, resources.device, resources.listen
         self.ranks, self._owners, self._count = resources.ranks, asked.owners, settings.shards or 1
         self._savings, self._folds = savings, asked.folds
+        self._towers = self.structure.towers
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
         several = {"shards": self._count} if self._count > 1 else {}
@@ -137,12 +138,15 @@ class StatsFromRun:
 
     def _materialise(self, name: str) -> None:
         """Give a part of the model its weights; for the empty name, what is outside of the blocks."""
-        from outlierq.load import load_tensors_into
+        from outlierq.load import leave_empty, load_tensors_into
 
         part = self.model.get_submodule(name) if name else self.model
-        skip = () if name else (*(block.name for block in self.structure.blocks), *self._unfilled)
+        blocks = (block.name for block in self.structure.blocks)
+        skip = () if name else (*blocks, *self._towers, *self._unfilled)
         how = {"dtype": self._dtype, "device": self.device}
         load_tensors_into(part, self.checkpoint, self.names, prefix=name, skip=skip, **how)
+        for tower in () if name else self._towers:
+            leave_empty(self.model.get_submodule(tower), **how)
 
     def _release(self, name: str) -> None:
         """Take the weights of a part again."""
@@ -249,6 +253,11 @@ class StatsFromRun:
             self._release(block.name)  # nobody runs it again
         self.notes = [*dict.fromkeys(text for rank in self.ranks.share(said) for text in rank)]
         self.notes += tokens_note(groups, stats)
+        if self._passes_over(index):
+            self.notes.append(
+                f"{block.name}: the model does not run it for this text, "
+                "so its linears are rounded to nearest without statistics"
+            )
         if index == 0:
             self.notes += self.tokens.notes
         self._combine_observed(index, observed)
@@ -256,11 +265,17 @@ class StatsFromRun:
 
     def _find_groups(self, block: Block, module: torch.nn.Module) -> list[InputGroup]:
         """Which sites share an input, and which folds are proved."""
+        if self._passes_over(block.index):
+            return unseen_groups(block)
         run_once = self._run_once(block.index)
         groups = find_groups(module, block, run_once)
         if self._folds:
             groups = prove_folds(module, block, groups, run_once, self.model.config)
         return seeing_all(groups) if self.settings.all_experts else groups
+
+    def _passes_over(self, index: int) -> bool:
+        """Whether the model does not run the block for the calibration text."""
+        return bool(self.shards) and self.shards[0].runner.passes_over(index)
 
     def _run_once(self, index: int) -> RunOnce:
         """Runs a module in the place of a block, on noise like its input; for the lead, who has the first shard."""
@@ -324,7 +339,7 @@ class StatsFromRun:
         self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
     ) -> None:
         """Compare the block's float32 output on a probe with and without the folds."""
-        if not self.ranks.lead:
+        if not self.ranks.lead or self._passes_over(index):
             return
         block = self.structure.blocks[index]
         run_once = self._run_once(index)

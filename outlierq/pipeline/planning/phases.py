@@ -134,7 +134,7 @@ class Phases:
         if work.calibration is None:
             return 0
         rows = 2 * self._batch_tokens * work.hidden * work.itemsize
-        return self._outside(work.looked_up) + rows + self.loading + self.hidden() + self.activations()
+        return self._outside(work.looked_up | work.unread) + rows + self.loading + self.hidden() + self.activations()
 
     def _outside(self, without: frozenset[str]) -> int:
         """What is outside of the blocks, in memory; stored in another dtype it is there twice for a moment."""
@@ -255,7 +255,7 @@ class Phases:
     def logits(self) -> int:
         """What follows the blocks runs at sampled positions."""
         sampled = 2 * 512 * self.work.vocabulary * FLOAT
-        return self._outside(frozenset()) + self.hidden() + self.activations() + sampled
+        return self._outside(self.work.unread) + self.hidden() + self.activations() + sampled
 
 
 def method_bytes(

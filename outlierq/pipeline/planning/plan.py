@@ -21,6 +21,7 @@ from outlierq.recipe import Recipe
 from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
 
 OUTSIDE = "outside"
+EXTRA_KEPT = "kept as stored: the model class has no such part, so nothing is known of its inputs"
 # Names of files that a note lists.
 SHOWN = 12
 
@@ -166,7 +167,10 @@ class Plan(Shown):
     @property
     def _limits(self) -> list[str]:
         """What is left out of a run as a whole."""
-        said = self._fused_noted
+        said = self._fused_noted + [
+            f"{part}.* ({len(names)} tensors, {self._share(names):.1%} of the parameters): {EXTRA_KEPT}"
+            for part, names in self.extra.items()
+        ]
         twice = [slot for slot, _ in self.structure.tied if slot in self.checkpoint.tensors]
         if twice:
             said.append(f"{', '.join(twice)}: stored twice with the same values, which are written once")
@@ -181,6 +185,10 @@ class Plan(Shown):
                 "cache in 16 bits"
             )
         return said
+
+    def _share(self, names: Sequence[str]) -> float:
+        """How many of all parameters are in these tensors."""
+        return sum(prod(self.checkpoint.tensors[name].shape) for name in names) / self.parameters
 
     @property
     def _fused_noted(self) -> list[str]:
@@ -259,6 +267,9 @@ class Plan(Shown):
             treatment = planned.reason or "kept" if planned.scheme is None else str(planned.scheme)
             sizes = before, before if planned.scheme is None else self._written_bytes(planned.site, planned.scheme)
             rows.setdefault((self._short_name(planned.site), treatment), []).append(sizes)
+        for part, names in self.extra.items():
+            rows[f"{part}.*", EXTRA_KEPT] = [(size, size) for size in map(self.checkpoint.stored_bytes, names)]
+            left = {name: info for name, info in left.items() if name not in names}
         others = sum(map(self.checkpoint.stored_bytes, left))
         listed = [
             PlanRow(sites, len(sizes), treatment, sum(before for before, _ in sizes), sum(after for _, after in sizes))
@@ -266,13 +277,32 @@ class Plan(Shown):
         ]
         return [*listed, PlanRow("embeddings, norms, biases", len(left), "as stored", others, others)]
 
+    @property
+    def extra(self) -> dict[str, list[str]]:
+        """Stored tensors that the model class does not know, by the part that they are of: blocks that predict further
+        tokens ("mtp", "model.layers.61"), or towers that a class for text leaves out."""
+        known = set(self.model.names.values())
+        ways = {way for name in known for way in beginnings(name)}
+        parts: dict[str, list[str]] = {}
+        for name in self.structure.outside_once:
+            part = next((way for way in beginnings(name) if way not in ways), None)
+            if part is not None:
+                parts.setdefault(part, []).append(name)
+        return {part: names for part, names in parts.items() if any(map(self._is_matrix, names))}
+
+    def _is_matrix(self, name: str) -> bool:
+        """Whether a tensor is the weight of a linear or of an embedding, and not a table that is computed anew."""
+        return name.endswith(".weight") and len(self.checkpoint.tensors[name].shape) > 1
+
     def _written_bytes(self, site: LinearSite, scheme: QuantScheme) -> int:
         """Bytes of a quantized linear with its scales and zero points."""
         specs = self.format.tensor_specs(site, scheme)
         return sum(self.layout.places[name].tensor.nbytes for name, _, _ in specs)
 
     def _short_name(self, site: LinearSite) -> str:
-        """The module inside its block; one name for the same linear of all experts."""
+        """The module inside its block; one name for the same linear of all experts, and for all of a tower."""
+        if site.tower is not None:
+            return f"{site.tower}.*"
         inside = "" if site.block is None else f"{self.structure.blocks[site.block].name}."
         short = site.module.removeprefix(inside)
         if site.expert is None:
@@ -316,6 +346,12 @@ def left_behind_notes(names: Sequence[str]) -> list[str]:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         said.append(f"left behind, as no part of a model: {', '.join(others[:SHOWN])}{more}")
     return said
+
+
+def beginnings(name: str) -> list[str]:
+    """The names of the modules around a tensor, outermost first."""
+    pieces = name.split(".")
+    return [".".join(pieces[:count]) for count in range(1, len(pieces))]
 
 
 def unit_name(block: int) -> str:

@@ -72,7 +72,8 @@ class Work:
 
     stored, elements: bytes and numbers of every tensor. itemsize: bytes of a parameter while its block runs. eager:
     attention keeps its scores. calibration: None when no model is run. fields: statistics that are kept, and whether
-    there are any. looked_up: tables of which rows are read when they are needed. by_rows: other tensors are copied some
+    there are any. looked_up: tables of which rows are read when they are needed. unread: what lies outside of
+    the blocks and no text runs through. by_rows: other tensors are copied some
     rows at a time. copies, factors: as the method declares them. group: the smallest group size. permutes: a step looks
     at all statistics of a block together. from_file: statistics are read, not made. writes_stats: they are what is
     wanted, and the final logits. making: what reading a tensor holds beside the tensor, where a recipe rewrites the
@@ -96,6 +97,7 @@ class Work:
     copies: int = COPIES
     factors: bool = False
     looked_up: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
     by_rows: bool = False
     group: int | None = None
     transforms: bool = False
@@ -177,6 +179,7 @@ def _known(model: StudiedModel, settings: Calibration | None, device: str) -> di
         "structure": structure,
         "stored": {name: info.nbytes for name, info in checkpoint.tensors.items()},
         "elements": {name: info.nbytes // DTYPES[info.dtype][1] for name, info in checkpoint.tensors.items()},
+        "unread": _unread(model),
         "looked_up": frozenset(tables(skeleton, checkpoint, model.names).values()),
         "itemsize": 4 if checkpoint.dtype == "float32" else 2,
         "hidden": largest(config, "hidden_size") or max(s.in_features for s in structure.sites),
@@ -187,3 +190,11 @@ def _known(model: StudiedModel, settings: Calibration | None, device: str) -> di
         "cuda": device.startswith("cuda"),
         "vocabulary": largest(config, "vocab_size"),
     }
+
+
+def _unread(model: StudiedModel) -> frozenset[str]:
+    """Tensors of towers, and of parts that the class does not know."""
+    towers = tuple(f"{tower}." for tower in model.structure.towers)
+    inside = {tensor for slot, tensor in model.names.items() if not slot.startswith(towers)}
+    outside = {*model.structure.outside_tensors, *(site.weight for site in model.structure.outside_sites)}
+    return frozenset(outside - inside)
