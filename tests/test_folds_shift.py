@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from test_discovery import ARCHITECTURES, LLAMA, Tiny, build, matches, relative
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.folds import Trial, apply_fold
 from outlierq.core.errors import NumbersError
-from outlierq.core.model import Fold, InputGroup, TensorInfo
+from outlierq.core.model import Fold, InputGroup, LinearSite, TensorInfo
 from outlierq.core.move import Move
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
@@ -196,8 +195,8 @@ def test_the_statistics_after_a_move_are_those_of_the_moved_model():
 @pytest.mark.parametrize("damage", ["weight", "bias", "gain", "beta"])
 def test_a_move_that_was_carried_out_wrongly_is_caught_without_running_the_model(damage):
     fold = Fold("norm", "norm.weight", "norm.bias", tuple(range(6)), shift=True)
-    site = SimpleNamespace(weight="q.weight", bias="q.bias", transposed=False)
-    group = SimpleNamespace(name="q", sites=(site,), fold=fold)
+    site = LinearSite("q", "q.weight", "q.bias", out_features=4, in_features=6, block=0)
+    group = InputGroup("q", (site,), fold)
     generator = torch.Generator().manual_seed(0)
     before = {
         "norm.weight": torch.rand(6, generator=generator) + 0.5,

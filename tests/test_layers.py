@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import subprocess
@@ -111,6 +112,20 @@ def test_core_loads_no_heavy_library():
     names = sorted(path.stem for path in (ROOT / "outlierq" / "core").glob("*.py"))
     assert len(names) > 3
     assert heavy_after("\n".join(f"import outlierq.core.{name}" for name in names)) == []
+
+
+@pytest.mark.parametrize("package", ["load", "runtime"])
+def test_names_that_are_imported_on_first_use_have_their_types(package):
+    module = importlib.import_module(f"outlierq.{package}")
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    typed = [node for part in tree.body if isinstance(part, ast.If) for node in ast.walk(part)]
+    homes = {
+        alias.asname: node.module.removeprefix(f"outlierq.{package}.")
+        for node in typed
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert homes == module._HOMES and homes
 
 
 ALLOWED = ("outlierq", "outlierq.cli", "outlierq.core.errors", "outlierq.report")

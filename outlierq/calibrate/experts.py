@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +66,7 @@ def all_groups(groups: list[InputGroup]) -> list[InputGroup]:
     return [each for group in groups for each in (group, *group.parts)]
 
 
-def tokens_note(groups: list[InputGroup], stats: dict[str, InputStats]) -> list[str]:
+def tokens_note(groups: list[InputGroup], stats: Mapping[str, InputStats]) -> list[str]:
     """How many tokens the experts of a block got, as a sentence; none for a block without experts."""
     routed = {
         expert: stats[group.name].tokens if group.name in stats else 0

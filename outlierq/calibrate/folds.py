@@ -153,17 +153,16 @@ class Trial:
         names = [name for name in (fold.weight, fold.bias) if name]
         tensors = {name: self.parameters[name].detach() for name in names}
         producer = apply_fold(tensors, fold, torch.ones_like(shift), shift)
-        biases = {site.bias: self._with_shift(site, site.bias, shift) for site in group.sites if site.bias}
-        return self._proof(producer, biases)
+        return self._proof(producer, {site.known_bias: self._with_shift(site, shift) for site in group.sites})
 
     def _proof(self, producer: Mapping[str, torch.Tensor], consumers: Mapping[str, torch.Tensor]) -> Proof:
         """The change of the output with both replaced, and with the consumers alone."""
         error = self._change({**producer, **consumers})
         return Proof(error, self._change(consumers) if error <= MAX_ERROR else None)
 
-    def _with_shift(self, site: LinearSite, bias_name: str, shift: torch.Tensor) -> torch.Tensor:
+    def _with_shift(self, site: LinearSite, shift: torch.Tensor) -> torch.Tensor:
         """The site's bias plus the site's answer to the shift."""
-        weight, bias = self.parameters[site.weight].detach(), self.parameters[bias_name].detach()
+        weight, bias = self.parameters[site.weight].detach(), self.parameters[site.known_bias].detach()
         shift = shift.to(weight.device)
         return bias + (shift @ weight if site.transposed else weight @ shift)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from outlierq.calibrate.trace import RunOnce
     from outlierq.core.model import Structure
 
+T = TypeVar("T")
 Returned: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any]"  # by the code of a block
 SPILL_BYTES = 4 << 30
 # Tokens of the probe run. Twice as many than the 16 at which torch switches kernels, and still cheap on every block.
@@ -588,17 +589,18 @@ def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     return hidden
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(value: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
     """The same nest of tuples, lists and dicts with every tensor replaced by `function` of it."""
     import torch
 
+    mapped: object = value
     if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, function) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return value
+        mapped = function(value)
+    elif isinstance(value, dict):
+        mapped = {key: _map_tensors(item, function) for key, item in value.items()}
+    elif isinstance(value, tuple | list) and type(value) in (tuple, list):
+        mapped = type(value)(_map_tensors(item, function) for item in value)
+    return cast("T", mapped)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -272,6 +272,12 @@ class LinearSite:
     expert: str | None = None
     tower: str | None = None
 
+    @property
+    def known_bias(self) -> str:
+        """The name of the bias, of a site that is known to have one, as every site of a shifted input."""
+        assert self.bias is not None, f"{self.module} has no bias"
+        return self.bias
+
 
 @dataclass(frozen=True)
 class Block:
@@ -363,6 +369,12 @@ class InputGroup:
     fold_note: str = ""
     routed: bool = False
     parts: tuple[InputGroup, ...] = ()
+
+    @property
+    def admitted(self) -> Fold:
+        """The fold, of a group that is known to have one."""
+        assert self.fold is not None, f"{self.name} has no fold"
+        return self.fold
 
 
 def as_matrix(site: LinearSite, stored: torch.Tensor) -> torch.Tensor:

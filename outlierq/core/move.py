@@ -53,8 +53,7 @@ class Move:
 
 def trace_of_fold(group: InputGroup, *, shift: bool) -> dict[str, Any]:
     """The trace of a scale, and a shift, that `group.fold` absorbed."""
-    fold = group.fold
-    assert fold is not None, f"{group.name} has no fold"
+    fold = group.admitted
     producers = [[fold.weight, fold.bias, fold.transposed]]
     return {"kind": fold.kind, "producers": producers, **_consumers(group), "shift": shift}
 
@@ -68,9 +67,8 @@ def trace_of_order(
 
 
 def _consumers(group: InputGroup) -> dict[str, Any]:
-    assert group.fold is not None, f"{group.name} has no fold"
     sites = [[site.weight, site.bias, site.transposed] for site in group.sites]
-    return {"sites": sites, "index": runs(group.fold.index)}
+    return {"sites": sites, "index": runs(group.admitted.index)}
 
 
 def runs(numbers: Sequence[int]) -> list[list[int]]:

@@ -1,12 +1,57 @@
 """Stage 1, load: a folder, a Hub id or a GGUF file becomes a `Checkpoint`, its config a skeleton and a structure.
 
-Public names are imported on first use, so that importing this package costs nothing.
+Public names are imported on first use, so that importing this package costs nothing: each stands below twice.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the names are, for the type checker
+    from outlierq.load.decode import decode_rows as decode_rows
+    from outlierq.load.decode import read_headers as read_headers
+    from outlierq.load.decode import served as served
+    from outlierq.load.decode import unpacked as unpacked
+    from outlierq.load.gguf.tokenizer import stored_tokens as stored_tokens
+    from outlierq.load.model.architecture import declared_class as declared_class
+    from outlierq.load.model.attention import attention_names as attention_names
+    from outlierq.load.model.attention import stored_prefix as stored_prefix
+    from outlierq.load.model.experts_apart import experts_apart as experts_apart
+    from outlierq.load.model.experts_apart import experts_together as experts_together
+    from outlierq.load.model.experts_apart import fused_pieces as fused_pieces
+    from outlierq.load.model.fused_experts import fused_experts as fused_experts
+    from outlierq.load.model.lookup import looking_up as looking_up
+    from outlierq.load.model.names import checkpoint_names as checkpoint_names
+    from outlierq.load.model.packed_load import packed_fault as packed_fault
+    from outlierq.load.model.places import misplaced as misplaced
+    from outlierq.load.model.places import refuse_other_model as refuse_other_model
+    from outlierq.load.model.skeleton import build_skeleton as build_skeleton
+    from outlierq.load.model.skeleton import find_structure as find_structure
+    from outlierq.load.model.skeleton import leave_empty as leave_empty
+    from outlierq.load.model.skeleton import load_tensors_into as load_tensors_into
+    from outlierq.load.model.skeleton import release as release
+    from outlierq.load.model.skeleton import skeleton_config as skeleton_config
+    from outlierq.load.model.study import study as study
+    from outlierq.load.packed.bits import decode_codes as decode_codes
+    from outlierq.load.packed.bits import decode_pack_quantized as decode_pack_quantized
+    from outlierq.load.packed.byte_codes import decode_float_quantized as decode_float_quantized
+    from outlierq.load.packed.byte_codes import decode_int_quantized as decode_int_quantized
+    from outlierq.load.packed.described import described as described
+    from outlierq.load.record import changed_files as changed_files
+    from outlierq.load.record import changed_since_run as changed_since_run
+    from outlierq.load.record import check_recorded as check_recorded
+    from outlierq.load.record import report_beside as report_beside
+    from outlierq.load.source.read_ahead import reading_ahead as reading_ahead
+    from outlierq.load.source.tokenizer_files import tokenizer_digest as tokenizer_digest
+    from outlierq.load.source.unchanged import check_unchanged as check_unchanged
+    from outlierq.load.source.unchanged import differing as differing
+    from outlierq.load.source.unchanged import lasting_stamps as lasting_stamps
+    from outlierq.load.sources import is_hub_id as is_hub_id
+    from outlierq.load.sources import open_checkpoint as open_checkpoint
+    from outlierq.load.sources import stream_checkpoint as stream_checkpoint
+    from outlierq.load.whole import load_model as load_model
+    from outlierq.load.whole import load_tokenizer as load_tokenizer
 
 _HOMES = {
     "attention_names": "model.attention",

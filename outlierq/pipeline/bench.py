@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -134,17 +135,18 @@ def measure(
     shapes = list(shapes)
     timings, total = [], len(shapes) * len(kinds) * len(tokens)
     for shape in shapes:
-        dense = _copies(lambda shape=shape: _dense_layer(shape, device))
+        dense = _copies(partial(_dense_layer, shape, device))
         for kind in kinds:
-            layers = _copies(lambda shape=shape, kind=kind: random_layer(shape, KINDS[kind], device))
+            layers = _copies(partial(random_layer, shape, KINDS[kind], device))
             codes = _decoding(shape, KINDS[kind], device)
             for count in tokens:
                 x = torch.randn(count, shape[1], device=device).bfloat16()
-                calls = {"packed": _turns(layers, x), "dense": _turns(dense, x), "decode": lambda x=x, c=codes: c(x)}
-                seconds = interleaved_minima(calls, rounds, device, clock)
+                turns = {"packed": _turns(layers, x), "dense": _turns(dense, x)}
+                seconds = interleaved_minima({**turns, "decode": partial(codes, x)}, rounds, device, clock)
                 nbytes = sum(b.nbytes for b in layers[0].buffers()) + x.nbytes + count * shape[0] * 2
                 bound = ceilings.seconds(nbytes, 2 * count * shape[0] * shape[1], kind == "w8a8")
-                timings.append(Timing(kind, shape, count, nbytes, *seconds.values(), bound))
+                times = (seconds["packed"], seconds["dense"], seconds["decode"])
+                timings.append(Timing(kind, shape, count, nbytes, *times, bound))
                 listen(Event("bench", len(timings), total))
     return ceilings, timings
 
@@ -156,7 +158,7 @@ def interleaved_minima(
     import torch
 
     best = dict.fromkeys(calls, float("inf"))
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, call in calls.items():

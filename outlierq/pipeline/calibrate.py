@@ -98,10 +98,15 @@ def calibrate(
     ranks.first(lambda: check_source(checkpoint, listen))
     with locked(out) if ranks.lead else nullcontext():
         writer = _writer(out, identity, checkpoint, settings) if ranks.lead else None
-        done = ranks.first(lambda: Written(writer.done, only is not None or writer.logits is not None))
+
+        def written() -> Written:
+            assert writer is not None, "only the lead is asked"
+            return Written(writer.done, only is not None or writer.logits is not None)
+
+        done = ranks.first(written)
         source = StatsFromRun(model, tokens, settings, out, resources, savings, Asked(fields))
         _make_missing(done, writer, source, structure.blocks, listen)
-        if ranks.lead:
+        if writer is not None:
             for path in saved_hidden(out):
                 path.unlink()
             writer.finish()
@@ -123,7 +128,7 @@ def _identity(
             "dtype": checkpoint.dtype,
             "seed": settings.seed,
             **({"all_experts": True} if settings.all_experts else {}),
-            **({"shards": settings.shards} if settings.shards > 1 else {}),
+            **({"shards": settings.shards} if (settings.shards or 1) > 1 else {}),
         },
         mode="static",
         tokenizer=tokenizer_digest(checkpoint),
@@ -177,6 +182,6 @@ def _make_missing(
             with during("calibrate", "logits"):
                 sample = source.logits()
             check_unchanged(source.checkpoint)
-            if writer:
+            if writer and sample is not None:
                 writer.write_logits(sample, source.checkpoint.bytes_read)
     listen(Event("calibrate", len(blocks), len(blocks)))

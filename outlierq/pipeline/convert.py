@@ -193,7 +193,7 @@ def _units(plan: Plan, output: Output, listen: Listener) -> None:
     units += [(unit_name(block.index), block.tensors, block.sites) for block in structure.blocks]
     for number, (unit, names, sites) in enumerate(units):
         listen(Event("convert", number, len(units), unit))
-        if unit not in output.journal.entries:
+        if unit not in output.entries:
             output.write(unit, names, {site: _converted(plan, site) for site in sites if site in output.schemes})
 
 

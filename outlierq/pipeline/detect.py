@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from outlierq.calibrate.stored.stats_file import StatsReader
     from outlierq.core.block_stats import BlockStats
+    from outlierq.pipeline.block.stats_run import StatsFromRun
     from outlierq.recipe import Calibration
 
 # Without statistics at hand, a short calibration: channels and massive tokens show in a few thousand tokens.
@@ -95,7 +96,7 @@ def from_run(checkpoint: Checkpoint, settings: Calibration, work: Path, resource
     return Statistics(description, len(structure.blocks), _run(source, structure.blocks, notes), notes)
 
 
-def _run(source: object, blocks: Sequence[Block], notes: list[str]) -> Iterator[BlockData]:
+def _run(source: StatsFromRun, blocks: Sequence[Block], notes: list[str]) -> Iterator[BlockData]:
     """One forward pass a block."""
     for block in blocks:
         groups, inputs = source.block(block.index)
@@ -172,7 +173,7 @@ class _Model:
         if self._width is None:
             self._width = stream_width(data)
         self._keep_stream(data)
-        if measured.massive and not any(block.massive for block in self.blocks[:-1]):
+        if measured.massive and self._width is not None and not any(block.massive for block in self.blocks[:-1]):
             self.super_weight = find_super_weight(measured.massive[0], data.inputs, weights, self._width)
 
     def _weights(self, data: BlockData) -> dict[str, dict[LinearSite, torch.Tensor]]:

@@ -44,7 +44,7 @@ def evaluate(
     """Measure, and judge; a limit that was passed is in the result, and is no error."""
     if limits.needs_reference and reference is None:
         raise ArgumentError("quality gates compare with an original; give --reference", argument="reference")
-    checkpoint, original = source.open(), reference and reference.open()
+    checkpoint, original = source.open(), None if reference is None else reference.open()
     if resources.max_memory is not None:
         _check_memory([each for each in (checkpoint, original) if each], measurement, resources.max_memory)
     if keeping.record:

@@ -24,9 +24,10 @@ def plan(source: Source, request: Request, *, max_memory: str | int | None = Non
     """
     decided = _decided(source, request, listen)
     decided = replace(decided, expected=estimate(decided))
-    if max_memory is None:
+    most = ceiling(max_memory)
+    if most is None:
         return decided
-    works, most = works_of(decided), ceiling(max_memory)
+    works = works_of(decided)
     check_together(works, most)
     said = [sentence for work in works for sentence in choose(work, most).sentences]
     return replace(decided, savings=tuple(dict.fromkeys(said)))
@@ -34,9 +35,9 @@ def plan(source: Source, request: Request, *, max_memory: str | int | None = Non
 
 def _decided(source: Source, request: Request, listen: Listener) -> Plan:
     """What a run would do."""
-    is_recipe = not isinstance(request, FormatAlone)
-    checkpoint = source.headers() if is_recipe else source.open()
-    if not is_recipe and request.converts(checkpoint):
+    alone = isinstance(request, FormatAlone)
+    checkpoint = source.open() if alone else source.headers()
+    if isinstance(request, FormatAlone) and request.converts(checkpoint):
         return make_conversion(checkpoint, request.format, listen=listen)
     check_recorded(checkpoint, read_weights=False)
-    return make_plan(checkpoint, request if is_recipe else request.recipe)
+    return make_plan(checkpoint, request.recipe if isinstance(request, FormatAlone) else request)

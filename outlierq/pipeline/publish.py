@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from outlierq import __version__
 from outlierq.core.errors import OutlierqError, PublishError
@@ -173,11 +173,14 @@ def with_record_of(report: Report, files: Mapping[str, Path], written: Mapping[s
 
 def without_paths(value: T) -> T:
     """Plain values in which every local path is its last part."""
+    cleaned: object = value
     if isinstance(value, str):
-        return LOCAL_PATH.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], value)
-    if isinstance(value, Mapping):
-        return {without_paths(key): without_paths(item) for key, item in value.items()}
-    return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
+        cleaned = LOCAL_PATH.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], value)
+    elif isinstance(value, Mapping):
+        cleaned = {without_paths(key): without_paths(item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        cleaned = [without_paths(item) for item in value]
+    return cast("T", cleaned)
 
 
 @contextmanager

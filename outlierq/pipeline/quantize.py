@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,11 +153,17 @@ class _Run:
         self.error: float | None = None
         rounding = plan.recipe.quantize
         self._least = least_tokens(calibration, method("quantize", rounding.method).needs if rounding else frozenset())
-        self._done = frozenset()
+        self._done: frozenset[str] = frozenset()
+
+    @property
+    def _written_to(self) -> Output:
+        """The output, which only the lead has."""
+        assert self.output is not None, "only the lead writes into the journal"
+        return self.output
 
     def all(self) -> None:
         """Everything that an earlier run has not done."""
-        self._done = self.ranks.first(lambda: frozenset(self.output.journal.entries))
+        self._done = self.ranks.first(lambda: frozenset(self._written_to.entries))
         self._data_free() if is_data_free(self.plan) else self._in_order()
 
     def _data_free(self) -> None:
@@ -176,7 +183,7 @@ class _Run:
             return
         since = time.perf_counter()
         # Closed before the output is: no thread may write to a file that is closed.
-        with closing(done_by_all(waiting, self.output, self.resources)) as results:
+        with closing(done_by_all(waiting, self._written_to, self.resources)) as results:
             for done in results:
                 if done.name in places:
                     block = places[done.name]
@@ -184,7 +191,7 @@ class _Run:
                 now = time.perf_counter()
                 self.clock.share(now - since, done.seconds)
                 since = now
-                self.output.commit(done.name, done.digests, done.rows, read=done.read)
+                self._written_to.commit(done.name, done.digests, done.rows, read=done.read)
 
     def _in_order(self) -> None:
         """All units, one after another: each block may see what was made of those before it."""
@@ -218,7 +225,7 @@ class _Run:
         for site in self._outside_sites():
             results |= self._round(site)
         with self.clock("export"):
-            self.output.write(OUTSIDE, self._outside_names(), results)
+            self._written_to.write(OUTSIDE, self._outside_names(), results)
 
     def block(self, block: Block) -> None:
         """Calibrate, transform, quantize, write and verify one block, or carry on past a finished one."""
@@ -253,7 +260,7 @@ class _Run:
                 added = self._cache_scales(block, groups, before, tensors)
                 names, changed = (*block.tensors, *added), self._as_stored(folded) | added
                 notes = self.source.notes + starved_note(groups, stats, self._least)
-                self.output.write(unit, names, results, changed, transforms, notes)
+                self._written_to.write(unit, names, results, changed, transforms, notes)
         del tensors, before, stats, results
         with self.clock("calibrate"):
             self.source.finished(block.index, lambda: self._written(block))
@@ -266,7 +273,7 @@ class _Run:
 
     def _written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block as they lie on disk; only the lead reads what only the lead has written."""
-        return self.ranks.first(lambda: self.output.written(block))
+        return self.ranks.first(lambda: self._written_to.written(block))
 
     def _read(self, block: Block) -> dict[str, torch.Tensor]:
         """The block's tensors on the device, as stored."""
@@ -284,9 +291,9 @@ class _Run:
         block: Block,
         groups: list[InputGroup],
         mine: Collection[str],
-        stats: dict[str, InputStats],
+        stats: Mapping[str, InputStats],
         tensors: dict[str, torch.Tensor],
-    ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
+    ) -> tuple[Mapping[str, InputStats], list[dict[str, Any]]]:
         """Scale each group's input and fold the inverse into its producer; `tensors` get the new values.
 
         mine: the groups whose move this rank chooses; every rank then carries out all moves.
@@ -297,7 +304,8 @@ class _Run:
 
         steps = [(method("transform", t.method), t.options) for t in self.plan.recipe.group_transforms]
         least = least_tokens(self.plan.recipe.calibration, frozenset())
-        before, rows = dict(tensors), {}
+        before = dict(tensors)
+        rows: dict[str, dict[str, Any]] = {}
         moved = []
         for group in groups:
             if not any(site in self.schemes for site in group.sites):
@@ -321,7 +329,7 @@ class _Run:
                 rows[group.name] = carry_out(group, choice, tensors, steps)
                 if choice:
                     ours = [name for name in names_of(group) if name in mine]
-                    stats = each_changed(stats, lambda each, move=choice.move: each.moved(move), ours)
+                    stats = each_changed(stats, partial(InputStats.moved, move=choice.move), ours)
         self.source.check_transformed(block.index, before, tensors)
         return stats, [{"block": block.index, **rows[group.name]} for group in groups if group.name in rows]
 
@@ -330,8 +338,8 @@ class _Run:
         return min((self.schemes[s] for s in group.sites if s in self.schemes), key=lambda scheme: scheme.bits)
 
     def _gather(
-        self, block: Block, groups: list[InputGroup], stats: dict[str, InputStats], tensors: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, InputStats], list[dict[str, Any]]]:
+        self, block: Block, groups: list[InputGroup], stats: Mapping[str, InputStats], tensors: dict[str, torch.Tensor]
+    ) -> tuple[Mapping[str, InputStats], list[dict[str, Any]]]:
         """Bring outlier channels to the end of the inputs whose order is free; `tensors` get the new values."""
         rows: list[dict[str, Any]] = []
         for permutation in self.plan.recipe.permutations:
@@ -384,6 +392,7 @@ class _Run:
     ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """Quantize those sites of one group whose statistics this rank has."""
         rounding = self.plan.recipe.quantize
+        assert rounding is not None, "the recipe rounds nothing"
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         usual, least = method("quantize", rounding.method), self._least
         for share in shares(group, stats, least):
@@ -412,7 +421,7 @@ class _Run:
     ) -> dict[str, torch.Tensor]:
         """The scales of the block's KV cache by tensor name, when the plan has some."""
         cache, kv_cache = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
-        if cache is None:
+        if cache is None or kv_cache is None:
             return {}
         from outlierq.load.source.shards import torch_dtype
         from outlierq.pipeline.block.kv_cache import cache_tensors

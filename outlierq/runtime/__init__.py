@@ -7,7 +7,11 @@ Public names are imported on first use, so that importing this package costs not
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the names are, for the type checker
+    from outlierq.runtime.linear import QuantLinear as QuantLinear
+    from outlierq.runtime.linear import summary as summary
 
 _HOMES = {"QuantLinear": "linear", "summary": "linear"}
 

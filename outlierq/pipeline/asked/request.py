@@ -75,7 +75,8 @@ class Source:
         try:
             yield checkpoint
         finally:
-            checkpoint.store.close()
+            if checkpoint.store is not None:
+                checkpoint.store.close()
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,10 @@ def _timed(quantized: QuantizedRows, site: LinearSite, seconds: dict[str, float]
 
 def rounder(plan: Plan, device: str) -> Callable[[LinearSite], QuantizedRows]:
     """The recipe's method on one linear, read and quantized piece by piece."""
-    section = plan.recipe.quantize
-    schemes = plan.schemes
+    section, schemes = plan.recipe.quantize, plan.schemes
 
     def quantized(site: LinearSite) -> QuantizedRows:
+        assert section is not None, "the recipe rounds nothing"
         pieces = (piece.to(device) for piece in _pieces(plan.checkpoint, site, schemes[site]))
         return quantize_rows(site, pieces, schemes[site], method("quantize", section.method), section.options)
 

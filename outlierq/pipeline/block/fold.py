@@ -70,13 +70,13 @@ def carry_out(
     row: dict[str, Any] = {"group": group.name, "method": "+".join(m.name for m, _ in steps), "note": group.fold_note}
     if choice is None:
         return {**row, "fold": None, "folded": []}
-    fold, move = group.fold, choice.move
+    fold, move = group.admitted, choice.move
     weights = {s: as_matrix(s, tensors[s.weight].float()) for s in group.sites}
     producer = {n: tensors[n].float() for n in (fold.weight, fold.bias) if n}
     changed = apply_fold(producer, fold, move.scale, move.shift)
     changed |= {s.weight: from_matrix(s, w * move.scale) for s, w in weights.items()}
     if move.shift is not None:
-        changed |= {s.bias: tensors[s.bias].float() + w @ move.shift for s, w in weights.items()}
+        changed |= {s.known_bias: tensors[s.known_bias].float() + w @ move.shift for s, w in weights.items()}
     check_move(group, move, tensors, changed)
     tensors |= changed
     if any(method.shifts for method, _ in steps):
@@ -133,6 +133,7 @@ def _storable(
         gain = (producer[fold.weight] + offset)[tie]
         move = replace(move, scale=storable_scale(gain, move.scale, dtype, offset))
     if move.shift is not None:
+        assert fold.bias is not None, "a shift is taken off by the producer's bias"
         move = replace(move, shift=storable_shift(producer[fold.bias][tie], move.shift, move.scale, dtype))
     return move
 
@@ -144,7 +145,7 @@ def check_move(
 
     This needs no forward pass: that the fold itself changes nothing was proved when the statistics were made.
     """
-    fold = group.fold
+    fold = group.admitted
     offset = 1.0 if fold.kind == "offset-norm" else 0.0
     rows, scale = list(fold.index), move.scale
     shift = 0 if move.shift is None else move.shift
@@ -163,7 +164,8 @@ def check_move(
         weight = as_matrix(site, before[site.weight].float())
         _compare(group, site.weight, as_matrix(site, after[site.weight]) / scale, weight)
         if move.shift is not None:
-            _compare(group, site.bias, after[site.bias] - weight @ shift, before[site.bias].float())
+            bias = site.known_bias
+            _compare(group, bias, after[bias] - weight @ move.shift, before[bias].float())
 
 
 def _compare(group: InputGroup, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -82,8 +82,8 @@ def _candidates(
     """
     import torch
 
-    index = torch.tensor(group.fold.index)
-    producer = next((site for site in block.sites if site.weight == group.fold.weight), None)
+    index = torch.tensor(group.admitted.index)
+    producer = next((site for site in block.sites if site.weight == group.admitted.weight), None)
     if producer is None:
         return
     beside = next(g.sites for g in groups if producer in g.sites)
@@ -118,7 +118,9 @@ def _permuted(
 
 def permuted_stats(stats: InputStats, channels: torch.Tensor) -> InputStats:
     """Statistics of x' = x[channels]. What names channels by number is not kept."""
-    changed = {name: value[..., channels] for name, value in stats.tensors().items() if name in BY_CHANNEL}
+    changed: dict[str, Any] = {
+        name: value[..., channels] for name, value in stats.tensors().items() if name in BY_CHANNEL
+    }
     if stats.hessian is not None:
         changed["hessian"] = stats.hessian[channels][:, channels]
     if stats.log2_histogram is not None:

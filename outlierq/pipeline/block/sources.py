@@ -38,8 +38,10 @@ def stats_source(
     if not needs:
         unused = f"{recipe.name} needs no statistics; those in {stats} were not used" if stats else ""
         return NoStats(plan.structure, remark=unused)
+    calibration = recipe.calibration
+    assert calibration is not None, "a recipe whose methods need statistics has a calibration section"
     if stats is not None:
-        if recipe.calibration.mode == "sequential":
+        if calibration.mode == "sequential":
             raise RecipeError(
                 f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
                 hint="leave --stats out, or --set calibration.mode=static",
@@ -61,8 +63,8 @@ def stats_source(
         )
     from outlierq.calibrate.collect import stored_fields
 
-    tokens = ranks.first(lambda: token_set(plan.model, recipe.calibration))
-    settings, remark = in_shards(recipe.calibration, len(tokens.ids), ranks, former)
+    tokens = ranks.first(lambda: token_set(plan.model, calibration))
+    settings, remark = in_shards(calibration, len(tokens.ids), ranks, former)
     folds = bool(recipe.group_transforms or recipe.permutations)
     asked = Asked(stored_fields(needs), folds, owners_for(plan))
     source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)

@@ -37,7 +37,7 @@ class StatsSource(Protocol):
     remark: str
     notes: list[str]
 
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+    def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """Input groups with their proved folds, and statistics by group name."""
         ...
 
@@ -71,7 +71,7 @@ class NoStats:
         self.calibration: Mapping[str, Any] | None = None
         self.notes: list[str] = []
 
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+    def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """One group per site."""
         return [InputGroup(site.module, (site,)) for site in self.structure.blocks[index].sites], {}
 
@@ -122,7 +122,7 @@ class StatsFromFile(NoStats):
         if missing:
             raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
 
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+    def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """Read one block's file."""
         groups, stats = self.reader.block(index)
         return [self._as_now(group, index) for group in groups], stats

@@ -63,8 +63,14 @@ class Shard:
 
     text: ShardIds
     runner: BlockRunner
-    hidden: HiddenStates | None = None
+    states: HiddenStates | None = None
     at: int = 0
+
+    @property
+    def hidden(self) -> HiddenStates:
+        """The hidden states, once the text was read."""
+        assert self.states is not None, "the text was not read yet"
+        return self.states
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,10 @@ class StatsFromRun:
         part = self.model.get_submodule(name) if name else self.model
         blocks = (block.name for block in self.structure.blocks)
         skip = () if name else (*blocks, *self._towers, *self._unfilled)
-        how = {"dtype": self._dtype, "device": self.device}
-        load_tensors_into(part, self.checkpoint, self.names, prefix=name, skip=skip, **how)
+        dtype, device = self._dtype, self.device
+        load_tensors_into(part, self.checkpoint, self.names, prefix=name, skip=skip, dtype=dtype, device=device)
         for tower in () if name else self._towers:
-            leave_empty(self.model.get_submodule(tower), **how)
+            leave_empty(self.model.get_submodule(tower), dtype=dtype, device=device)
 
     def _release(self, name: str) -> None:
         """Take the weights of a part again."""
@@ -164,7 +170,7 @@ class StatsFromRun:
         for shard in self.shards:
             tell = self._tell(0, "reading the text through the embeddings", shard)
             with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
-                shard.hidden = shard.runner.start(shard.text.ids, whole=True, progress=tell)
+                shard.states = shard.runner.start(shard.text.ids, whole=True, progress=tell)
             self._unfilled = ()
             return_freed_memory()
             shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
@@ -194,7 +200,7 @@ class StatsFromRun:
         """Where the hidden states of a shard are saved."""
         return self.work / SAVED.format(shard.text.index)
 
-    def block(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+    def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """Run one block over all tokens; find its groups, prove their folds, collect their statistics."""
         try:
             return self._collect(index)
@@ -207,8 +213,8 @@ class StatsFromRun:
         held = self._block_stats
         return held[1] if held and held[0] == index else None
 
-    def logits(self) -> LogitSample:
-        """Final logits at a sample of positions, after the last block has finished; complete on the lead."""
+    def logits(self) -> LogitSample | None:
+        """Final logits at a sample of positions, after the last block has finished; None on ranks that do not lead."""
         seed, total = self.settings.seed or 0, len(self.tokens.ids)
         try:
             mine = [
@@ -221,7 +227,7 @@ class StatsFromRun:
         parts = [sample for samples in self.ranks.gather(mine) for sample in samples if sample is not None]
         return LogitSample.joined(parts) if self.ranks.lead else None
 
-    def _collect(self, index: int) -> tuple[list[InputGroup], dict[str, InputStats]]:
+    def _collect(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """The block's groups and statistics."""
         if not self._started:
             self.start()
@@ -248,11 +254,11 @@ class StatsFromRun:
             stats = self._combine(some, owners, merging)
             if spilled is not None:
                 spilled.put(stats)
-        stats = stats if spilled is None else spilled
+        collected = stats if spilled is None else spilled
         if not self.sequential and not self._folds:
             self._release(block.name)  # nobody runs it again
         self.notes = [*dict.fromkeys(text for rank in self.ranks.share(said) for text in rank)]
-        self.notes += tokens_note(groups, stats)
+        self.notes += tokens_note(groups, collected)
         if self._passes_over(index):
             self.notes.append(
                 f"{block.name}: the model does not run it for this text, "
@@ -261,7 +267,7 @@ class StatsFromRun:
         if index == 0:
             self.notes += self.tokens.notes
         self._combine_observed(index, observed)
-        return groups, stats
+        return groups, collected
 
     def _find_groups(self, block: Block, module: torch.nn.Module) -> list[InputGroup]:
         """Which sites share an input, and which folds are proved."""

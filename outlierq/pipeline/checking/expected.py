@@ -154,6 +154,8 @@ class _Step:
         shift = before[self.index] - after[self.index] * columns
         self.tensors[bias] = after
         for name, own, is_transposed in self.sites:
+            if own is None:
+                raise ValueError(f"what {name} reads was shifted, and it has no bias")
             self.tensors[own] = self.tensors[own] + _matrix(self.tensors[name], is_transposed) @ shift
 
     def _of_norm(self, weight: str) -> torch.Tensor:

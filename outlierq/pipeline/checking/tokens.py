@@ -53,7 +53,8 @@ def tokens_of(checkpoint: Checkpoint, findings: Findings) -> Tokens | None:
         if stored is None:
             findings.note("there is no tokenizer")
             return None
-        return Tokens(*stored, probe=None)
+        ids, special, template = stored
+        return Tokens(ids, special, template, probe=None)
     if not any(file.name in FILES for file in checkpoint.files):
         findings.note("there is no tokenizer")
         return None
@@ -97,8 +98,9 @@ def _check_ids(config: Mapping[str, Any], rows: int | None, findings: Findings) 
     """Special ids of the config must be rows of the embedding."""
     if rows is None:
         return
-    for part in (config, config.get("text_config")):
-        for key in SPECIAL if isinstance(part, Mapping) else ():
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    for part in parts:
+        for key in SPECIAL:
             said = part.get(key)
             ids = said if isinstance(said, list) else [said]
             if any(isinstance(number, int) and number >= rows for number in ids):

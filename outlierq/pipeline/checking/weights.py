@@ -96,7 +96,7 @@ def relative_error(weight: torch.Tensor, expected: torch.Tensor) -> float:
     size, error = expected.norm(), (weight - expected).norm()
     if size == 0:
         return 0.0 if error == 0 else 1.0
-    return (error / size).item()
+    return float(error / size)
 
 
 def judge_weight(name: str, weight: torch.Tensor, expected: torch.Tensor, grid: Grid, findings: Findings) -> float:
@@ -142,13 +142,13 @@ def _within(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> bool:
 def _wrong_parts(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fault | None:
     """The first of rows, columns and groups of which some are no rounded form of their source."""
     steps = grid.steps
-    views = {
+    views: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]] = {
         "rows": (weight, expected, steps, STEPS_OF_A_ROW),
         "columns": (weight.T, expected.T, None if steps is None else steps.T, STEPS_OF_A_COLUMN),
     }
     if grid.width < weight.shape[1] and weight.shape[1] % grid.width == 0:
-        grouped = [None if x is None else x.reshape(-1, grid.width) for x in (weight, expected, steps)]
-        views["groups"] = (*grouped, STEPS_OF_A_ROW)
+        now, then = weight.reshape(-1, grid.width), expected.reshape(-1, grid.width)
+        views["groups"] = (now, then, None if steps is None else steps.reshape(-1, grid.width), STEPS_OF_A_ROW)
     for what, (now, then, step, limit) in views.items():
         wrong = _foreign(now, then, step, limit)
         if bool(wrong.any()):
@@ -169,10 +169,11 @@ def _foreign(now: torch.Tensor, then: torch.Tensor, steps: torch.Tensor | None, 
     size = then.norm(dim=1)
     error = apart.norm(dim=1) / size.clamp(min=1e-30)
     factor = (now * then).sum(1) / (size * size).clamp(min=1e-30)
-    wrong = (error > FOREIGN_PART) & ~((factor > LEAST_FACTOR) & (factor < LARGEST_FACTOR))
+    wrong: torch.Tensor = (error > FOREIGN_PART) & ~((factor > LEAST_FACTOR) & (factor < LARGEST_FACTOR))
     if steps is None:
         # A row that rounds to nothing beside its neighbours is told by the largest numbers of the whole.
-        return wrong & (apart.norm(dim=1) > 0.1 * size.median().clamp(min=1e-30))
+        beside: torch.Tensor = apart.norm(dim=1) > 0.1 * size.median().clamp(min=1e-30)
+        return wrong & beside
     in_steps = (apart / steps.clamp(min=1e-30)).square().mean(1).sqrt()
     return wrong & (in_steps > limit)
 
@@ -194,6 +195,7 @@ def _wrong_codes(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         limit = f"{most:.0%} of the largest weight beside them"
     else:
         most = FARTHEST_ROUNDED if grid.rounded else FARTHEST
+        assert grid.lowest is not None and grid.highest is not None and grid.half is not None, "they come together"
         allowed = most * grid.steps if grid.rounded else torch.maximum(most * grid.steps, FARTHEST_IN_RANGE * grid.half)
         wrong = apart > allowed + 1e-6 * expected.abs().max()
         wrong &= ~((grid.lowest & (expected < weight)) | (grid.highest & (expected > weight)))

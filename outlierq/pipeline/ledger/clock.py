@@ -12,7 +12,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self._stage, self._since = "", None
+        self._stage = ""
+        self._since: float | None = None
         self._told: Counter[str] = Counter()
 
     def __call__(self, stage: str) -> Clock:
@@ -28,7 +29,7 @@ class Clock:
         """Seconds since this was asked last, those of a stage that is not at its end included."""
         now = Counter(self.seconds)
         if self._since is not None:
-            now[self._stage] += time.perf_counter() - self._since
+            now.update({self._stage: time.perf_counter() - self._since})
         told, self._told = self._told, now
         return {stage: now[stage] - told[stage] for stage in now}
 
@@ -36,5 +37,6 @@ class Clock:
         self._since = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self._stage] += time.perf_counter() - self._since
+        if self._since is not None:
+            self.seconds.update({self._stage: time.perf_counter() - self._since})
         self._since = None

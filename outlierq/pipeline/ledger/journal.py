@@ -56,7 +56,8 @@ class Journal:
         stamps: Mapping[str, list[int]] = MappingProxyType({}),
     ):
         self.folder, self._spent = folder, spent
-        self._first_line = {"identity": identity, "about": dict(about), "files": sorted(files), "stamps": dict(stamps)}
+        known = {"files": sorted(files), "stamps": dict(stamps)}
+        self._first_line: dict[str, Any] = {"identity": identity, "about": dict(about), **known}
         self.path = folder / JOURNAL
         self.entries: dict[str, dict[str, Any]] = {}
         self.read: dict[str, str] = {}

@@ -54,6 +54,12 @@ class Output:
         self.made_of: dict[str, str] = dict(plan.checkpoint.made_of)
         self._digests: Digests = {}
 
+    @property
+    def entries(self) -> Mapping[str, dict[str, Any]]:
+        """What the journal has of every finished unit."""
+        assert self.journal is not None, "what writes for another process has no journal"
+        return self.journal.entries
+
     def write(
         self,
         unit: str,
@@ -126,10 +132,12 @@ class Output:
 
     def copy(self, name: str) -> Digests:
         """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
+        import xxhash
+
         info = self.plan.checkpoint.tensors[name]
         if not self.format.copies_rows or info.nbytes <= PIECE_BYTES or not info.shape[0]:
             return self.put_tensor(name, self.plan.checkpoint.read(name))
-        row, digest = 0, None
+        row, digest = 0, xxhash.xxh3_128()
         for piece in self.plan.checkpoint.read_rows(name, max(1, PIECE_BYTES * info.shape[0] // info.nbytes)):
             self.writer.write(name, piece, row)
             digest = self.writer.confirm(name, piece, row, digest)
@@ -162,6 +170,7 @@ class Output:
             "notes": list(notes),
             "read": read,
         }
+        assert self.journal is not None, "what writes for another process commits nothing"
         self.journal.add(unit, entry)
 
     def newly_read(self) -> dict[str, str]:
@@ -219,7 +228,7 @@ class Output:
         """
         self._check_headers()
         self.format.check_complete(self.work, self.plan.layout)
-        for unit, entry in self.journal.entries.items():
+        for unit, entry in self.entries.items():
             if unit in self.committed:
                 continue
             digests = {name: self.writer.digest(name) for name in self._tensors_of(unit)}
@@ -236,8 +245,7 @@ class Output:
         small = sorted(self.plan.files - sizes.keys() - {REPORT_NAME})
         files = {name: file_entry(self.work / name) for name in small}
         files |= {shard: self._entry_of_shard(shard, size) for shard, size in sizes.items()}
-        entries = self.journal.entries.items()
-        return {"files": files, "units": {unit: entry["xxh3_128"] for unit, entry in entries}}
+        return {"files": files, "units": {unit: entry["xxh3_128"] for unit, entry in self.entries.items()}}
 
     def _entry_of_shard(self, shard: str, size: int) -> dict[str, Any]:
         """The entry of a weight file, of digests that are known; a tensor that belongs to no unit is read for it."""

@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,7 +159,7 @@ def measure(
         shared |= {"tasks": measurement.tasks, "data": data, "backend": measurement.backend}
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
-                result[name] = ask(name, {**shared, "model": side.hash}, lambda side=side: _tasks(side, measurement))
+                result[name] = ask(name, {**shared, "model": side.hash}, partial(_tasks, side, measurement))
     notes = list(dict.fromkeys(filter(None, uncached)))
     return Evaluation(result | {"from_cache": reused} | ({"notes": notes} if notes else {}))
 
@@ -261,7 +261,7 @@ def _windows(side: _Side, original: _Side | None, content: str) -> evaluation.Wi
         window_length=measurement.window_length,
         windows=measurement.windows,
         bos=measurement.bos,
-        reference=original and (original.checkpoint, original.tokenizer),
+        reference=None if original is None else (original.checkpoint, original.tokenizer),
     )
 
 
@@ -281,9 +281,11 @@ def _divergence(
 
 def _tasks(side: _Side, measurement: Measurement) -> dict[str, Any]:
     """The tasks of one side, asked in process or through vLLM."""
-    if measurement.backend == "vllm":
-        from outlierq.evaluate.tasks import Served
+    from outlierq.evaluate.tasks import Served
 
+    model: torch.nn.Module | Served
+    tokenizer: PreTrainedTokenizerBase | None
+    if measurement.backend == "vllm":
         folder = side.checkpoint.path
         if folder.is_file():
             raise OutlierqError(f"{folder} is one file; vLLM is given folders", hint="leave --backend out")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.evaluate.divergence import Divergence
+    from outlierq.evaluate.tasks import Served
 
 
 def load_for_evaluation(
@@ -26,11 +27,12 @@ def load_for_evaluation(
 ) -> torch.nn.Module:
     """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are."""
     if runtime == "packed":
-        from outlierq.pipeline.measuring.packed_model import load_packed_model as load
-    else:
-        from outlierq.load import load_model as load
+        from outlierq.pipeline.measuring.packed_model import load_packed_model
 
-    return load(checkpoint, dtype=dtype, device=device)
+        return load_packed_model(checkpoint, dtype=dtype, device=device)
+    from outlierq.load import load_model
+
+    return load_model(checkpoint, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def evaluation_text(data: str | None) -> tuple[str, str]:
         ) from error
 
 
-def run_tasks(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], **options: Any) -> dict[str, Any]:
+def run_tasks(model: torch.nn.Module | Served, tokenizer: Any, tasks: Sequence[str], **options: Any) -> dict[str, Any]:
     """Named tasks through lm-eval."""
     from outlierq.evaluate.tasks import run_tasks as run
 

@@ -132,7 +132,8 @@ class SeveralRanks(Ranks):
             dist.broadcast(tensor, 0, group=group)
 
         if not self.lead:
-            return self._arrive(move)
+            arrived: Value = self._arrive(move)
+            return arrived
         result = value()
         self._transfer(result, move)
         return result
@@ -279,7 +280,7 @@ class _Pulse(threading.Thread):
 
     def run(self) -> None:
         """Beat, and now and then listen to the others."""
-        heard: dict[int, tuple[str, float]] = {}
+        heard: dict[int, tuple[bytes, float]] = {}
         count = 0
         while not self._ended.wait(BEAT_SECONDS):
             count += 1
@@ -290,7 +291,7 @@ class _Pulse(threading.Thread):
             except RuntimeError:
                 return  # without a store nothing can be heard; the group's own connections tell of the end
 
-    def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
+    def _listen(self, heard: dict[int, tuple[bytes, float]]) -> None:
         """End the process when a rank has said nothing new for long: the main thread may wait for it in vain."""
         now = time.monotonic()
         others = [rank for rank in range(self.size) if rank != self.rank and self.store.check([f"beat/{rank}"])]

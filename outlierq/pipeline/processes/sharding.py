@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import InputGroup, LinearSite
 from outlierq.core.stats import InputStats
@@ -90,10 +90,12 @@ def _merged(one: Statistics, other: Statistics) -> Statistics:
         mine, theirs = one.pop(name, None), other.pop(name, None)
         if mine and theirs:
             # An input without sequences may look as if it had some in one shard and not in the other.
-            odd = dict.fromkeys(mine.tensors().keys() ^ theirs.tensors().keys())
+            odd: dict[str, Any] = dict.fromkeys(mine.tensors().keys() ^ theirs.tensors().keys())
             done[name] = replace(mine, **odd).merge(replace(theirs, **odd))
-        else:
-            done[name] = mine or theirs
+        elif mine:
+            done[name] = mine
+        elif theirs:
+            done[name] = theirs
     return done
 
 
@@ -114,7 +116,7 @@ def dealt(groups: Sequence[InputGroup], ranks: Ranks) -> dict[str, int]:
         costs |= {part.name: cost(part.sites) for part in group.parts}
     load = [0] * ranks.size
     owners: dict[str, int] = {}
-    for name in sorted(costs, key=costs.get, reverse=True):  # stable: equal ones in the order of the block
+    for name in sorted(costs, key=costs.__getitem__, reverse=True):  # stable: equal ones in the order of the block
         rank = load.index(min(load))
         owners[name] = rank
         load[rank] += costs[name]

@@ -25,10 +25,12 @@ from outlierq.calibrate.trace import Trace, trace_block
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, StudiedModel, TensorSource, largest
 from outlierq.core.move import UNCHANGED
+from outlierq.core.windows import embedding_rows
 from outlierq.load import load_tensors_into, release, study
 from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate
 
 # Rows of embeddings and head that take part in proofs; the same code treats every row, and 128 k of them are 4 GB.
+Kind = tuple[type, tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]  # see `kind_of`
 ROWS = 4096
 MIN_CONTROL = 1e-3
 STREAM = "residual stream"
@@ -86,7 +88,7 @@ class Bench:
             part.padding_idx = None  # it may lie beyond the rows that are kept, and counts only in training
         self.tables = [f"{name}.weight" for name in tables if not self.block_of(name)]
         self.head = self._head()
-        rows = min(ROWS, self.model.get_input_embeddings().weight.shape[0])
+        rows = min(ROWS, embedding_rows(self.model) or ROWS)
         self.ids = torch.randint(0, rows, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         self.runner = BlockRunner(
             self.model,
@@ -107,6 +109,7 @@ class Bench:
 
     def fill(self, name: str) -> None:
         """Give a block (or, for the empty name, everything else) its weights."""
+        assert self.weights is not None, "`before`, `block` and `after` say whose weights"
         names = self.weights.names
         tall = frozenset(names[slot] for slot in (*self.tables, f"{self.head}.weight") if slot in names)
         part = self.model.get_submodule(name) if name else self.model
@@ -137,7 +140,8 @@ class Bench:
     def after(self, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [tokens of all sequences, rows of the head]."""
         self.weights = weights
-        states = HiddenStates(tuple(hidden.shape), hidden.dtype, len(self.ids))
+        sequences, tokens, channels = hidden.shape
+        states = HiddenStates((sequences, tokens, channels), hidden.dtype, len(self.ids))
         states.write(0, hidden)
         places = torch.tensor([[row, column] for row in range(len(self.ids)) for column in range(PROBE_TOKENS)])
         with self.runner.tail(self.ids, states) as logits_at:
@@ -181,12 +185,13 @@ def random_weights(model: StudiedModel) -> Weights:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if len(shape) == 1:
             return 1 + 0.4 * noise if name.endswith("weight") else 0.3 * noise
-        return noise * (1.5 / shape[-1] ** 0.5)
+        size: float = 1.5 / shape[-1] ** 0.5
+        return noise * size
 
     return Weights(names, read)
 
 
-def kind_of(model: torch.nn.Module, block: Block) -> tuple:
+def kind_of(model: torch.nn.Module, block: Block) -> Kind:
     """Equal for blocks with the same parts."""
     prefix, module = f"{block.name}.", model.get_submodule(block.name)
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
@@ -205,7 +210,7 @@ class _Search:
 
     def blocks(self) -> Anatomy:
         """What is in the blocks; of those that look alike, one is examined."""
-        known: dict[tuple, tuple[Block, Anatomy]] = {}
+        known: dict[Kind, tuple[Block, Anatomy]] = {}
         norms, writers, values, obstacles, without = [], [], [], [], []
         for block in self.bench.structure.blocks:
             kind = kind_of(self.bench.model, block)
@@ -280,7 +285,8 @@ class _Search:
                 zero = torch.zeros(self.width)
                 part.bias = torch.nn.Parameter(zero if bias is None else bias, requires_grad=False)
             with torch.no_grad():
-                return part(values)
+                normed: torch.Tensor = part(values)
+            return normed
 
         zero, one = torch.zeros(self.width), torch.ones(self.width)
         offset = bool(output(zero, x).abs().max() > 0)
@@ -318,7 +324,8 @@ class _Search:
     def _values(self, block: Block, groups: list[InputGroup]) -> tuple[tuple[ValuePath, ...], str]:
         """Linears between which heads can be rotated; or why there are none."""
         heads = largest(self.bench.model.config.get_text_config(), "num_attention_heads")
-        best, tried = (), "no linear of the blocks feeds another one by heads"
+        best: tuple[ValuePath, ...] = ()
+        tried = "no linear of the blocks feeds another one by heads"
         for group in groups:
             channels = group.sites[0].in_features
             if group.fold is None or group.fold.kind != "linear" or not heads or channels % heads:
@@ -355,9 +362,9 @@ class _Search:
             whole, outer = self._outer(anatomy)
         except SourceError as error:
             return replace(anatomy, residual_obstacle=error.what)
-        error = self._outer_error(outer)
-        if error > UNCHANGED:
-            reason = f"rotating what is outside of the blocks changes it by {error:.1g}"
+        change = self._outer_error(outer)
+        if change > UNCHANGED:
+            reason = f"rotating what is outside of the blocks changes it by {change:.1g}"
             return replace(anatomy, residual_obstacle=reason)
         return whole
 
@@ -384,7 +391,8 @@ class _Search:
 
     def _wide(self, slot: str) -> bool:
         """Whether a table holds vectors of the stream."""
-        return self.bench.model.get_submodule(slot.removesuffix(".weight")).embedding_dim == self.width
+        table = self.bench.model.get_submodule(slot.removesuffix(".weight"))
+        return isinstance(table, torch.nn.Embedding) and table.embedding_dim == self.width
 
     def _head_site(self) -> tuple[LinearSite, tuple[LinearSite, str] | None]:
         """The head as a site; with the table that it shares, when it does."""

@@ -18,7 +18,7 @@ from outlierq.core.errors import NumbersError, SourceError
 from outlierq.core.model import Block, Checkpoint, InputGroup, Structure, StudiedModel, TensorInfo
 from outlierq.core.move import UNCHANGED
 from outlierq.load import build_skeleton, study
-from outlierq.pipeline.remodel.anatomy import Bench, Moved, Weights, kind_of, random_weights, relative_error
+from outlierq.pipeline.remodel.anatomy import Bench, Kind, Moved, Weights, kind_of, random_weights, relative_error
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.transform.add_biases import BiasKey, Openings, Shift
 from outlierq.transform.rotate import Rewrite
@@ -106,7 +106,7 @@ class _Trial:
 
     def shifts(self) -> dict[str, Shift]:
         """By input group, the shifts that need new biases; of blocks that look alike, one is examined."""
-        known: dict[tuple, tuple[Block, list[InputGroup]]] = {}
+        known: dict[Kind, tuple[Block, list[InputGroup]]] = {}
         shifts = {}
         for block in self.bench.structure.blocks:
             kind = kind_of(self.bench.model, block)
@@ -116,10 +116,12 @@ class _Trial:
             like, groups = known[kind]
             moved = Moved(self.names, like, block)
             for group in groups:
-                new = self.new & {group.fold.bias, *(site.bias for site in group.sites)}
+                fold = group.admitted
+                new = self.new & {name for name in (fold.bias, *(site.bias for site in group.sites)) if name}
                 if new:
-                    shift = Shift(moved.tensors[group.fold.bias], frozenset(map(moved.tensors.get, new)), "")
-                    note = group.fold.shift_note.replace(group.fold.bias, shift.bias)
+                    assert fold.bias is not None, "a shift is taken off by the producer's bias"
+                    shift = Shift(moved.tensors[fold.bias], frozenset(moved.tensors[name] for name in new), "")
+                    note = fold.shift_note.replace(fold.bias, shift.bias)
                     shifts[moved.sites[group.sites[0]].module] = replace(shift, note=note)
         return shifts
 

@@ -166,7 +166,8 @@ def _of_block(
     else:
         count = len(_experts(block))
         stats = BlockStats(expert_tokens=torch.ones(count), expert_saliency=torch.ones(count))
-    return method.function(stats, groups, **options)
+    survivors: torch.Tensor = method.function(stats, groups, **options)
+    return survivors
 
 
 def _check_enough(config: Any, remaining: int) -> None:

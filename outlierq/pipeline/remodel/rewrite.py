@@ -196,4 +196,5 @@ def _logits(bench: Any, weights: Any, listen: Listener) -> torch.Tensor:
         hidden = bench.block(weights, block.index, hidden)
         return_freed_memory()
     listen(Event("prove", len(blocks), len(blocks)))
-    return bench.after(weights, hidden)
+    logits: torch.Tensor = bench.after(weights, hidden)
+    return logits
