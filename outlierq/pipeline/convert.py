@@ -71,18 +71,18 @@ class PackedSource(DerivedCheckpoint):
         return tuple(file for file in self._plain.files if file.name not in STALE_FILES)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or decoded to float32."""
+        """The tensor as stored, or decoded to float32; of any shape."""
         return self._plain.read(name)
 
     def quantized(self, name: str) -> QuantTensor:
-        """A packed weight as the format wants it. SourceError when that would change a number."""
+        """A packed weight [out, in] as the format wants it. SourceError when that would change a number."""
         quantized = self._plain.quantized(name)
         quantized = quantized if self.symmetric else as_asymmetric(quantized)
         return with_scale_dtype(quantized, self._format.scale_dtype or quantized.scheme.scale_dtype, name)
 
 
 def as_asymmetric(quantized: QuantTensor) -> QuantTensor:
-    """The same numbers with zero points, all of them 2^(bits - 1)."""
+    """The same numbers [out, in] with zero points, all of them 2^(bits - 1)."""
     import torch
 
     if quantized.zero_point is not None or quantized.scheme.kind != "int":
@@ -94,7 +94,7 @@ def as_asymmetric(quantized: QuantTensor) -> QuantTensor:
 
 
 def with_scale_dtype(quantized: QuantTensor, dtype: str, name: str) -> QuantTensor:
-    """The same numbers with scales in another dtype; SourceError when it cannot hold them."""
+    """The same numbers [out, in] with scales in another dtype; SourceError when it cannot hold them."""
     import torch
 
     if quantized.scheme.scales != "plain":

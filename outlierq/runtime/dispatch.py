@@ -91,7 +91,7 @@ def int8_on_cpu(
     per_token: bool,
     opaque: bool = False,
 ) -> torch.Tensor:
-    """int8 times int8 with torch's product."""
+    """int8 times int8 with torch's product: x [..., in] times codes [out, in] is [..., out]."""
     _check_input(x, codes.shape[0 if opaque else 1], codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1])
     y = cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, per_token, opaque)

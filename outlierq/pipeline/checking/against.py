@@ -93,12 +93,16 @@ class Comparison:
 
     def finish(self) -> None:
         """Everything that was not quantized, and the weights that had to wait for it."""
-        found = Findings()
+        findings = Findings()
         differing = compare_plain(
-            self.plain, self.expected, found, computed=_computed(self.expected.reference), rounded=frozenset(self.dense)
+            self.plain,
+            self.expected,
+            findings,
+            computed=_computed(self.expected.reference),
+            rounded=frozenset(self.dense),
         )
         if self.guess is None:
-            self.findings.faults += found.faults
+            self.findings.faults += findings.faults
             return
         tables = [name for name in differing if len(self.plain.tensors[name].shape) > 1]
         may_be_ordered = any("outlier_columns" in linear.members for linear in self.plain.linears.values())
@@ -111,7 +115,7 @@ class Comparison:
             self.findings.note(
                 f"{len(folded)} unquantized tensors differ from the source, as folds make them: {listed(folded)}"
             )
-        self.findings.faults += [fault for fault in found.faults if fault.tensor not in folded]
+        self.findings.faults += [fault for fault in findings.faults if fault.tensor not in folded]
 
 
 def remade(reference: Checkpoint, report: Report) -> Checkpoint:

@@ -87,9 +87,9 @@ def _compare_generation(checkpoint: Checkpoint, expected: Checkpoint, findings: 
 
 def _file(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     """A JSON file of the checkpoint; None when it is not there or no object."""
-    found = next((file for file in checkpoint.files if file.name == name), None)
+    file = next((each for each in checkpoint.files if each.name == name), None)
     try:
-        value = None if found is None else json.loads(found.read())
+        value = None if file is None else json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

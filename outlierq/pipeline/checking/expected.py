@@ -120,10 +120,10 @@ class _Step:
         """Rows of the producers and columns of the consumers change places."""
         import torch
 
-        found = last_in_runs(torch.tensor(self.trace["columns"], dtype=torch.long), self.index, self.trace["width"])
-        if found is None:
+        orders = last_in_runs(torch.tensor(self.trace["columns"], dtype=torch.long), self.index, self.trace["width"])
+        if orders is None:
             raise ValueError("its runs are not those of the producer")
-        channels, order = found
+        channels, order = orders
         for weight, bias, transposed in self.trace["producers"]:
             matrix = _matrix(self.tensors[weight], transposed)
             rows = torch.cat([order, torch.arange(len(order), len(matrix))])

@@ -26,15 +26,15 @@ class Guess:
 
     def add(self, name: str, weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> float:
         """Look at one weight, float32 [out, in]; gives its relative error."""
-        found = Findings()
-        error = judge_weight(name, weight, expected, grid, found)
-        if found.faults and self.may_be_folded:
+        findings = Findings()
+        error = judge_weight(name, weight, expected, grid, findings)
+        if findings.faults and self.may_be_folded:
             fitted = fitted_to(weight, expected)
             again = Findings()
             after = judge_weight(name, weight, fitted, grid, again)
             if after < error:
-                found, error = again, after
-        self._faults[name] = found.faults
+                findings, error = again, after
+        self._faults[name] = findings.faults
         self.errors[name] = error
         return error
 

@@ -88,8 +88,8 @@ class Output:
         """Write a quantized linear and read it back: the bytes must be those that were written, and decode to what was
         meant, bit for bit.
 
-        pieces: its rows in order, in one or more parts. Where the format keeps rows apart, each is written and read
-        back while it is still in the cache.
+        pieces: its rows [some, in] in order, in one or more parts. Where the format keeps rows apart, each is written
+        and read back while it is still in the cache.
         """
         if not self._by_rows(site):
             pieces = [QuantTensor.stack(list(pieces))]
@@ -125,7 +125,7 @@ class Output:
             compare(site.module, self._decode(site, stored, start, stop), meant.rows(start, stop))
 
     def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
-        """Write a tensor as it is, under the name and in the order of the format, and read it back."""
+        """Write a tensor of any shape as it is, under the name and in the order of the format, and read it back."""
         name, tensor = self.format.plain(name, tensor)
         self.writer.write(name, tensor)
         return {name: self.writer.confirm(name, tensor).digest()}
@@ -211,7 +211,7 @@ class Output:
         return decode_rows(self.format.name, stored, self.schemes[site], shape, start, stop)
 
     def written(self, block: Block) -> dict[str, torch.Tensor]:
-        """The dense tensors of a block that is already on disk, under their source names."""
+        """The dense tensors of a block that is already on disk, by source name, in the shapes of the source."""
         sites = {s.weight: s for s in block.sites if s in self.plan.schemes}
         dense = self._from_disk([name for name in block.tensors if name not in sites])
         return {**dense, **{weight: from_matrix(site, self._whole(site)) for weight, site in sites.items()}}

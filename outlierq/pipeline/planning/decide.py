@@ -110,24 +110,24 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
     quantize = recipe.quantize
     if quantize is None:
         return SitePlan(site, None)
-    wanted = recipe.scheme_for(site.module, format.scale_dtype or dtype, tower=site.tower)
-    if wanted is None:
+    scheme = recipe.scheme_for(site.module, format.scale_dtype or dtype, tower=site.tower)
+    if scheme is None:
         return SitePlan(site, None, _why_kept(site, quantize))
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
-    other = format.instead(site, wanted)
+    other = format.instead(site, scheme)
     if other is not None and not format.obstacle(site, other[0]):
-        return _by_policy(site, wanted, *other, quantize.when_indivisible)
-    obstacle = format.obstacle(site, wanted)
+        return _by_policy(site, scheme, *other, quantize.when_indivisible)
+    obstacle = format.obstacle(site, scheme)
     if obstacle:
         return SitePlan(site, None, f"kept in 16 bits: {obstacle}")
-    if site.block is None and wanted.activations is not None and not wanted.activations.dynamic:
+    if site.block is None and scheme.activations is not None and not scheme.activations.dynamic:
         return SitePlan(site, None, "kept in 16 bits: outside of the blocks nothing is known of its inputs")
-    if wanted.block is not None:
-        return _in_blocks(site, wanted, wanted.block, quantize.when_indivisible)
-    if wanted.group_size is None or site.in_features % wanted.group_size == 0:
-        return SitePlan(site, wanted)
-    return _indivisible(site, wanted, wanted.group_size, quantize.when_indivisible)
+    if scheme.block is not None:
+        return _in_blocks(site, scheme, scheme.block, quantize.when_indivisible)
+    if scheme.group_size is None or site.in_features % scheme.group_size == 0:
+        return SitePlan(site, scheme)
+    return _indivisible(site, scheme, scheme.group_size, quantize.when_indivisible)
 
 
 def _why_kept(site: LinearSite, quantize: Quantize) -> str:
@@ -137,42 +137,42 @@ def _why_kept(site: LinearSite, quantize: Quantize) -> str:
     return HEAD_KEPT if site.tower is None else TOWER_KEPT
 
 
-def _by_policy(site: LinearSite, wanted: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
+def _by_policy(site: LinearSite, scheme: QuantScheme, other: QuantScheme, reason: str, policy: GroupPolicy) -> SitePlan:
     """What the recipe's policy makes of a width that the format can hold with another scheme only."""
     fault = reason.partition(": ")[2]
     if policy == "keep":
         return SitePlan(site, None, f"kept in 16 bits: {fault}")
-    return SitePlan(site, wanted, f"error: {fault}") if policy == "error" else SitePlan(site, other, reason)
+    return SitePlan(site, scheme, f"error: {fault}") if policy == "error" else SitePlan(site, other, reason)
 
 
-def _indivisible(site: LinearSite, wanted: QuantScheme, size: int, policy: GroupPolicy) -> SitePlan:
+def _indivisible(site: LinearSite, scheme: QuantScheme, size: int, policy: GroupPolicy) -> SitePlan:
     """What the recipe's policy makes of a width that the group size does not divide."""
     fault = f"{site.in_features} columns are not a multiple of group_size {size}"
     if policy == "keep":
         return SitePlan(site, None, f"kept in 16 bits: {fault}")
     if policy == "error":
-        return SitePlan(site, wanted, f"error: {fault}")
+        return SitePlan(site, scheme, f"error: {fault}")
     smaller = [g for g in SMALLER_GROUPS if g < size and site.in_features % g == 0]
     group_size = smaller[0] if smaller and policy == "smaller-group" else None
-    scheme = replace(wanted, group_size=group_size)
+    scheme = replace(scheme, group_size=group_size)
     return SitePlan(site, scheme, f"{'per channel' if group_size is None else f'group {group_size}'}: {fault}")
 
 
-def _in_blocks(site: LinearSite, wanted: QuantScheme, block: tuple[int, int], policy: GroupPolicy) -> SitePlan:
+def _in_blocks(site: LinearSite, scheme: QuantScheme, block: tuple[int, int], policy: GroupPolicy) -> SitePlan:
     """What the policy makes of a shape that the blocks do not divide; clients run no ragged blocks.
 
     There are no kernels for other blocks either, so "smaller-group" means one scale per channel, too.
     """
     height, width = block
     if site.out_features % height == 0 and site.in_features % width == 0:
-        return SitePlan(site, wanted)
+        return SitePlan(site, scheme)
     fault = f"{site.out_features} x {site.in_features} weights are not a multiple of blocks {height} x {width}"
     if policy == "keep":
         return SitePlan(site, None, f"kept in 16 bits: {fault}")
     if policy == "error":
-        return SitePlan(site, wanted, f"error: {fault}")
-    inputs = None if wanted.activations is None else replace(wanted.activations, per="token")
-    return SitePlan(site, replace(wanted, block=None, activations=inputs), f"per channel: {fault}")
+        return SitePlan(site, scheme, f"error: {fault}")
+    inputs = None if scheme.activations is None else replace(scheme.activations, per="token")
+    return SitePlan(site, replace(scheme, block=None, activations=inputs), f"per channel: {fault}")
 
 
 def _caches(model: StudiedModel, recipe: Recipe) -> dict[int, CachePlan]:
@@ -191,14 +191,15 @@ def _caches(model: StudiedModel, recipe: Recipe) -> dict[int, CachePlan]:
     shape = (1,) if recipe.kv_cache.per == "tensor" else (heads[0], 1, 1)
     caches = {}
     for block in model.structure.blocks:
-        found = attention_names(model.skeleton.get_submodule(block.name))
-        if len(found) > 1:
+        attentions = attention_names(model.skeleton.get_submodule(block.name))
+        if len(attentions) > 1:
             raise RecipeError(
-                f"{block.name} has {len(found)} attention modules ({', '.join(found)}); cache scales are for one",
+                f"{block.name} has {len(attentions)} attention modules ({', '.join(attentions)}); "
+                "cache scales are for one",
                 hint="leave kv_cache out for this model",
             )
-        if found:
-            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{found[0]}", model.names), shape)
+        if attentions:
+            caches[block.index] = CachePlan(stored_prefix(f"{block.name}.{attentions[0]}", model.names), shape)
     if not caches:
         raise RecipeError(
             f"no block of {type(model.skeleton).__name__} calls transformers' attention interface, so the keys and "

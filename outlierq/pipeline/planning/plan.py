@@ -138,14 +138,14 @@ class Plan(Shown):
     def _patterns_noted(self) -> list[str]:
         """Patterns of the recipe that change nothing, or are not globs; one for the output head may change nothing,
         since many models share its matrix with the embeddings."""
-        chosen = self.recipe.quantize
-        if chosen is None:
+        quantize = self.recipe.quantize
+        if quantize is None:
             return []
         modules = [planned.site.module for planned in (*self.sites, *self.together)]
         said = []
         for kind, pattern in [
-            *(("ignore", p) for p in chosen.ignore),
-            *(("override", o.match) for o in chosen.overrides),
+            *(("ignore", p) for p in quantize.ignore),
+            *(("override", o.match) for o in quantize.overrides),
         ]:
             fitting = [module for module in modules if matches(module, pattern)]
             if fitting and pattern.startswith(EXPRESSION):
@@ -153,7 +153,7 @@ class Plan(Shown):
                 said.append(f"the {kind} {pattern!r} is a regular expression for {count}; as a glob it matches nothing")
             if not fitting and not (kind == "ignore" and matches(HEAD, pattern)):
                 said.append(f"the {kind} {pattern!r} matches no linear")
-            elif fitting and kind == "override" and all(map(chosen.ignores, fitting)):
+            elif fitting and kind == "override" and all(map(quantize.ignores, fitting)):
                 said.append(f"the override {pattern!r} changes nothing: quantize.ignore keeps all that it matches")
         return said
 

@@ -122,7 +122,7 @@ class Bench:
         return self.runner.start(self.ids).values
 
     def block(self, weights: Weights, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states that leave a block."""
+        """The hidden states that leave a block, [sequences, tokens, channels] as `hidden`."""
         with self.filled(weights, index) as module, torch.no_grad():
             return self.runner.forward(module, index, 0, hidden)
 
@@ -149,7 +149,7 @@ class Bench:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |actual - expected| / max |expected|; infinite when there is a NaN."""
+    """max |actual - expected| / max |expected|, both of any shape; infinite when there is a NaN."""
     error = float((actual - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 

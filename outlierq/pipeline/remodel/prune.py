@@ -55,7 +55,7 @@ class PrunedCheckpoint(RemodelledCheckpoint):
         return replace(info, shape=(count, *info.shape[1:]), nbytes=info.nbytes // info.shape[0] * count)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, or the rows of it that stay."""
+        """The tensor of any shape, or the rows of it that stay."""
         if not self._decided:
             raise RecipeError(
                 f"{self.method} needs statistics of this model to say which experts stay, and got none",
