@@ -113,3 +113,160 @@ def fp8_scaled(per: str, *, suffix: str = "weight_scale", inputs: bool = False) 
         return parts | ({f"{stem}input_scale": torch.tensor(0.02)} if inputs else {}), codes.float() * scale
 
     return code
+
+
+# -------------------------------------------------------------------------------------------------------- 4-bit floats
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
+    """The nearest of the 16 codes, uint8."""
+    nearest = (scaled.abs()[..., None] - E2M1).abs().argmin(-1)
+    return (nearest + 8 * (scaled < 0)).to(torch.uint8)
+
+
+def e2m1_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """What codes stand for."""
+    return torch.cat([E2M1, -E2M1])[codes.long()]
+
+
+def in_pairs(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """Two codes a byte along the last dimension, the earlier one in the low half."""
+    first, second = codes[..., ::2], codes[..., 1::2]
+    return first << 4 | second if high_first else first | second << 4
+
+
+def modelopt_nvfp4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """As ModelOpt stores it: E4M3 scales of 16 columns in units of a float32 that multiplies."""
+    grouped = weight.view(len(weight), -1, 16)
+    unit = weight.abs().max() / (6 * 448)
+    scale = (grouped.abs().amax(-1) / 6 / unit).to(torch.float8_e4m3fn)
+    factor = (scale.float() * unit)[..., None]
+    codes = e2m1_codes(grouped / factor)
+    stem = name.removesuffix("weight")
+    parts = {name: in_pairs(codes).flatten(1), f"{stem}weight_scale": scale, f"{stem}weight_scale_2": unit}
+    parts[f"{stem}input_scale"] = torch.tensor(0.01)
+    return parts, (e2m1_numbers(codes) * factor).view_as(weight)
+
+
+def mxfp4_experts(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """As gpt-oss stores experts [E, in, out]: blocks [E, out, groups, 16] and exponents [E, out, groups]."""
+    grouped = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponent = grouped.abs().amax(-1).log2().floor() - 2
+    codes = e2m1_codes(grouped / exponent.exp2()[..., None])
+    values = e2m1_numbers(codes) * exponent.exp2()[..., None]
+    parts = {f"{name}_blocks": in_pairs(codes), f"{name}_scales": (exponent + 127).to(torch.uint8)}
+    return parts, values.flatten(-2).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ integers
+
+
+def in_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [rows, n * bits / 32] of codes [rows, n]: one string of bits, lowest first, by a slow loop over bits."""
+    rows, count = codes.shape
+    string = torch.stack([codes.long() >> bit & 1 for bit in range(bits)], -1).view(rows, count * bits // 32, 32)
+    words = (string << torch.arange(32)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def affine(weight: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(codes, scale, minimum) of groups of columns, numbers in a dtype."""
+    grouped = weight.view(len(weight), -1, size)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale = ((high - low) / ((1 << bits) - 1)).to(dtype)
+    low = low.to(dtype)
+    codes = ((grouped - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, (1 << bits) - 1)
+    return codes.to(torch.uint8), scale, low
+
+
+def mlx(bits: int, size: int, *, biases: str = "biases") -> Coder:
+    """uint32 words, scales and biases."""
+
+    def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        codes, scale, low = affine(weight, bits, size, torch.bfloat16)
+        values = codes.float() * scale.float()[..., None] + low.float()[..., None]
+        stem = name.removesuffix("weight")
+        parts = {name: in_words(codes.flatten(1), bits).view(torch.uint32), f"{stem}scales": scale}
+        return parts | {f"{stem}{biases}": low}, values.view_as(weight)
+
+    return code
+
+
+def gptq_layout(size: int, *, less: int, index: bool = False) -> Coder:
+    """4-bit words down the columns; `less` is taken from the stored zero points (1 in version 1)."""
+
+    def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        grouped = weight.view(len(weight), -1, size)
+        scale = ((grouped.amax(-1) - grouped.amin(-1)) / 15).half()
+        zero = (-grouped.amin(-1) / scale.float()).round().clamp(1, 15)
+        codes = (grouped / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+        values = (codes - zero[..., None]) * scale.float()[..., None]
+        stem = name.removesuffix("weight")
+        parts = {
+            f"{stem}qweight": in_words(codes.flatten(1).byte(), 4).T,
+            f"{stem}qzeros": in_words((zero - less).T.byte(), 4),
+            f"{stem}scales": scale.T,
+        }
+        parts |= {f"{stem}g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // size} if index else {}
+        return parts, values.view_as(weight)
+
+    return code
+
+
+def awq_layout(size: int) -> Coder:
+    """4-bit words along the rows, in AutoAWQ's order of halves."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def words(codes: torch.Tensor) -> torch.Tensor:
+        return in_words(codes.view(len(codes), -1, 8)[..., order].flatten(1).byte(), 4)
+
+    def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        grouped = weight.view(len(weight), -1, size)
+        scale = ((grouped.amax(-1) - grouped.amin(-1)) / 15).half()
+        zero = (-grouped.amin(-1) / scale.float()).round().clamp(0, 15)
+        codes = (grouped / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+        values = (codes - zero[..., None]) * scale.float()[..., None]
+        stem = name.removesuffix("weight")
+        parts = {f"{stem}qweight": words(codes.flatten(1).T), f"{stem}qzeros": words(zero.T), f"{stem}scales": scale.T}
+        return parts, values.view_as(weight)
+
+    return code
+
+
+# -------------------------------------------------------------------------------------------------------- bitsandbytes
+
+NF4 = torch.tensor(
+    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
+     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)  # fmt: skip
+
+
+def four_bit(kind: str = "nf4", *, nested: bool = False, blocksize: int = 64) -> Coder:
+    """bitsandbytes in 4 bits; nested: the scales are bytes of a table, too."""
+
+    def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        blocks = weight.reshape(-1, blocksize)
+        scale, state = blocks.abs().amax(1), {"quant_type": kind, "blocksize": blocksize, "dtype": "bfloat16"}
+        state["shape"] = list(weight.shape)
+        parts: dict[str, torch.Tensor] = {f"{name}.quant_map": NF4.clone(), f"{name}.absmax": scale}
+        if nested:
+            table, offset = torch.linspace(-1, 1, 256), scale.mean().item()
+            outer = torch.stack([part.abs().max() for part in (scale - offset).split(32)])
+            spread = outer.repeat_interleave(32)[: len(scale)]
+            places = ((scale - offset) / spread).sub(table[:, None]).abs().argmin(0).to(torch.uint8)
+            scale = table[places.long()] * spread + torch.tensor(offset)
+            state |= {"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": offset}
+            parts |= {
+                f"{name}.absmax": places,
+                f"{name}.nested_absmax": outer,
+                f"{name}.nested_quant_map": table.clone(),
+            }
+        codes = (blocks / scale[:, None])[..., None].sub(NF4).abs().argmin(-1).to(torch.uint8)
+        parts[name] = in_pairs(codes.flatten(), high_first=True)[:, None]
+        text = json.dumps(state).encode()
+        parts[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return parts, (NF4[codes.long()] * scale[:, None]).view_as(weight)
+
+    return code

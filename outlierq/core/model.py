@@ -169,9 +169,13 @@ class Checkpoint(TensorSource):
         """Some rows of the tensor, [len(rows), ...], in the given order."""
         return self.read(name)[list(rows)]
 
+    def stored_parts(self, name: str) -> Sequence[TensorInfo]:
+        """What a file stores of a tensor: itself; of one that is stored compressed its codes, then its other parts."""
+        return [self.tensors[name]]
+
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor as the file stores it, with the scales of one that is stored compressed."""
-        return self.tensors[name].nbytes
+        return sum(part.nbytes for part in self.stored_parts(name))
 
     def making_bytes(self, name: str) -> int:
         """Upper bound of what reading a tensor holds beside the tensor itself: nothing where it is stored as it is."""

@@ -2,8 +2,8 @@
 
 A quantized weight is stored as several tensors (codes, scales, zero points, ...). They are taken together as one
 logical tensor under the name of the weight, so that a packed checkpoint can be compared with its source.
-Understood: compressed-tensors, GPTQ and AWQ layouts, and every unpacked one. In other packed layouts (bitsandbytes)
-parts count as tensors of their own, and bits per weight is an upper bound.
+A checkpoint that can be decoded is asked; of another one compressed-tensors, GPTQ and AWQ layouts are understood, and
+every unpacked one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,12 @@ def measure_size(tensors: Mapping[str, LogicalTensor]) -> CheckpointSize:
 
 
 def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """Every parameter tensor of a checkpoint by its unpacked name, companions folded into their weight."""
+    """Every parameter tensor of a checkpoint by its unpacked name, companions folded into their weight.
+
+    Of a checkpoint that is presented as a plain one it is known which they are; of others their names tell.
+    """
+    if any(len(checkpoint.stored_parts(name)) > 1 for name in checkpoint.packed):
+        return {name: _presented(checkpoint, info) for name, info in checkpoint.tensors.items()}
     owners = {_split(name)[0]: name for name in checkpoint.tensors if _split(name)[1] in CODES}
     companions: dict[str, list[TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
@@ -130,6 +135,18 @@ def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         if name not in counted
     )
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _presented(checkpoint: Checkpoint, info: TensorInfo) -> LogicalTensor:
+    """The logical tensor of one that is presented as a plain one."""
+    parts = checkpoint.stored_parts(info.name)
+    return LogicalTensor(
+        name=info.name,
+        parameters=math.prod(info.shape),
+        nbytes=sum(part.nbytes for part in parts),
+        quantized=info.name in checkpoint.packed,
+        stored=(_split(parts[0].name)[1], parts[0].dtype, parts[0].shape),
+    )
 
 
 def _logical_tensor(checkpoint: Checkpoint, info: TensorInfo, companions: list[TensorInfo]) -> LogicalTensor:

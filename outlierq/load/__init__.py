@@ -87,6 +87,7 @@ _HOMES = {
     "decode_rows": "decode",
     "described": "packed.described",
     "packed_fault": "model.packed_load",
+    "presented": "decode",
     "read_headers": "decode",
     "served": "decode",
     "changed_files": "record",

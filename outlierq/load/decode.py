@@ -63,6 +63,14 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
     return presentation(checkpoint, config)
 
 
+def presented(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as a plain one to be looked at, or as it is stored where it cannot be decoded."""
+    try:
+        return _decoded(checkpoint)
+    except SourceError:
+        return checkpoint
+
+
 def served(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself when it is plain; otherwise what it serves, a plain one in its own dtype: the source of a
     compression (see `packed/decoded.py`).
@@ -72,7 +80,7 @@ def served(checkpoint: Checkpoint) -> Checkpoint:
     plain = _decoded(checkpoint)
     if not isinstance(plain, DecodedCheckpoint):
         return experts_apart(plain)
-    check_not_mixed(checkpoint, plain.packed, described(checkpoint) or {})
+    check_not_mixed(plain, described(checkpoint) or {})
     return experts_apart(ServedCheckpoint(plain))
 
 

@@ -24,7 +24,9 @@ def compare(
     resources: Resources = USUAL,
 ) -> Comparison:
     """Sizes, bits per weight and changed tensors. quality: also measure b against a, on windows of 512 tokens."""
-    compared = compare_checkpoints(a, b)
+    from outlierq.load import presented
+
+    compared = compare_checkpoints(presented(a), presented(b))
     return replace(compared, divergence=_divergence(a, b, text, windows, resources)) if quality else compared
 
 

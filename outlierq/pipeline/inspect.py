@@ -36,9 +36,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     them).
     """
     from outlierq.evaluate.comparison import logical_tensors, measure_size
-    from outlierq.load import described
+    from outlierq.load import described, presented
 
-    size = measure_size(logical_tensors(checkpoint))
+    size = measure_size(logical_tensors(presented(checkpoint)))
     config = checkpoint.config
     return {
         "source": checkpoint.source,

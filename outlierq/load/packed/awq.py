@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Numbers, Parts, as_array
+from outlierq.load.packed.numbers import Numbers, Parts, Shaped, as_array
 from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
@@ -31,15 +31,20 @@ def awq_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: 
 
     stored: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]. shape: (out, in).
     """
+    _check(stored, scheme, shape)
+    words = slice(start // 8, -(-stop // 8))
+    codes, zero_point = (read_words(stored[role][:, words]) for role in ("qweight", "qzeros"))
+    return finished(codes, zero_point, stored["scales"][:, start:stop], scheme)
+
+
+def _check(stored: Mapping[str, Shaped], scheme: QuantScheme, shape: tuple[int, int]) -> None:
+    """SourceError when a tensor has another shape than the scheme asks for."""
     rows, columns = shape
     groups = scheme.groups(columns)
     expected = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
     for role, needed in expected.items():
         if tuple(stored[role].shape) != needed:
             raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {needed}")
-    words = slice(start // 8, -(-stop // 8))
-    codes, zero_point = (read_words(stored[role][:, words]) for role in ("qweight", "qzeros"))
-    return finished(codes, zero_point, stored["scales"][:, start:stop], scheme)
 
 
 def read_words(words: Numbers) -> np.ndarray:
@@ -76,4 +81,4 @@ def awq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPackedC
     def rows(parts: Parts, linear: WordPacked) -> QuantTensor:
         return awq_rows(parts, linear.scheme, linear.shape, 0, linear.shape[0])
 
-    return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows)
+    return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, _check)

@@ -11,6 +11,8 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.bitsandbytes_4bit import four_bit_checkpoint
+from outlierq.load.packed.decoded import DecodedCheckpoint
 from outlierq.load.packed.numbers import Numbers, Parts
 from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, linears_of
 from outlierq.load.packed.reading import presents, reads_rows
@@ -65,13 +67,12 @@ class Int8Checkpoint(SplitCheckpoint):
 
 
 @presents("bitsandbytes")
-def int8_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> Int8Checkpoint:
-    """The presentation of a bitsandbytes folder. config: its quantization_config. SourceError when it is not 8-bit."""
+def bitsandbytes_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> DecodedCheckpoint:
+    """The presentation of a bitsandbytes folder of 8 or 4 bits. config: its quantization_config."""
+    if config.get("load_in_4bit"):
+        return four_bit_checkpoint(stored)
     if not config.get("load_in_8bit"):
-        raise SourceError(
-            f"{stored.source} is a bitsandbytes checkpoint, but not an 8-bit one",
-            hint="only LLM.int8() is decoded here; evaluate 4-bit ones with transformers",
-        )
+        raise SourceError(f"{stored.source} is a bitsandbytes checkpoint, but neither of 8 bits nor of 4")
     stems = [name.removesuffix(MAXIMA) for name in stored.tensors if name.endswith(MAXIMA)]
     linears = linears_of(stored, stems, ("weight", "SCB", "weight_format"))
     return Int8Checkpoint(stored, linears, float(config.get("llm_int8_threshold", 6.0)))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
 from outlierq.load.packed.bits import decode_pack_quantized, pack_quantized_rows
 from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_quantized
-from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear
-from outlierq.load.packed.described import check_member, fits
-from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_rows
+from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, checked_scales, without_codes
+from outlierq.load.packed.described import check_member, fits, nothing_packed
+from outlierq.load.packed.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ KEY_SCALE, VALUE_SCALE = ".k_scale", ".v_scale"
 # Everything that a format stores for one weight and for its input. The first one holds the codes.
 PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
+GLOBAL = "weight_global_scale"
+NOT_OF_WEIGHTS = ("weight_shape", "input_scale", "input_global_scale")
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 MEMBERS = {
     "pack-quantized": PACKED_MEMBERS,
     "int-quantized": BYTE_MEMBERS,
     "float-quantized": BYTE_MEMBERS,
-    NVFP4: ("weight_packed", "weight_scale", "weight_global_scale"),
+    NVFP4: ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     MXFP4: ("weight_packed", "weight_scale"),
 }
 SCALES = {NVFP4: "two-level", MXFP4: "power-of-two"}
@@ -72,34 +74,58 @@ def compressed_tensors_checkpoint(checkpoint: Checkpoint, config: dict[str, Any]
     SourceError when it cannot be decoded and run here.
     """
     _check_decodable(checkpoint, config)
+    beyond = _beyond(config)
     ends = (SCALE, PACKED)
     modules = list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.tensors if n.endswith(ends)))
     if not modules and _groups(config):
-        raise SourceError(f"{checkpoint.source} says that it is compressed, but holds no compressed weight")
+        raise nothing_packed(checkpoint)
     groups = {module: _group_of(checkpoint, config, module) for module in modules}
     packed = [m for m in modules if _format(groups[m], config) == "pack-quantized"]
     shapes = _shapes(checkpoint, packed)
     weights = {f"{m}.weight": _packed(checkpoint, config, m, groups[m], shapes.get(m)) for m in modules}
-    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, config))
+    return UnpackedCheckpoint(checkpoint, weights, _cache_scales(checkpoint, config), beyond)
 
 
 class UnpackedCheckpoint(DecodedCheckpoint):
     """A checkpoint of compressed-tensors.
 
-    cache: stored prefix of an attention module -> names of its scales for keys and values.
+    cache: stored prefix of an attention module -> names of its scales for keys and values. beyond: what cannot be run
+    here, though the weights can be decoded.
     """
 
     linears: dict[str, PackedWeight]
 
-    def __init__(self, stored: Checkpoint, linears: dict[str, PackedWeight], cache: dict[str, tuple[str, str]]):
+    def __init__(
+        self,
+        stored: Checkpoint,
+        linears: dict[str, PackedWeight],
+        cache: dict[str, tuple[str, str]],
+        beyond: Sequence[str] = (),
+    ):
         super().__init__(stored, linears, aside=[name for names in cache.values() for name in names])
-        self._cache = cache
+        self._cache, self._beyond = cache, beyond
 
     def decoded(self, name: str) -> torch.Tensor:
         """The linear with this weight, float32 [out, in]."""
         import torch
 
-        return torch.from_numpy(_decode(self.linears[name], self.parts(name, ("weight_shape", "input_scale"))))
+        return torch.from_numpy(_decode(self.linears[name], self.parts(name, NOT_OF_WEIGHTS)))
+
+    def check_scales(self, name: str) -> None:
+        """SourceError when a scale is no number, or 0 over codes that are not; small scales of NVFP4 may be 0."""
+        weight = self.linears[name]
+        scale = self.original.read(weight.members["weight_scale"])
+        if weight.format in SCALES:
+            whole = self.original.read(weight.members[GLOBAL]) if GLOBAL in weight.members else None
+            check_small_scales(scale, whole)
+            if whole is not None:
+                checked_scales(name, scale.float(), without_codes, signed=True)
+            return
+
+        def decode(empty: torch.Tensor) -> np.ndarray:
+            return _decode(weight, {**self.parts(name, NOT_OF_WEIGHTS), "weight_scale": empty})
+
+        checked_scales(name, scale, decode, signed=weight.format != "float-quantized")
 
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in], scales and zero points of a weight. SourceError when they are not in groups of columns."""
@@ -134,8 +160,11 @@ class UnpackedCheckpoint(DecodedCheckpoint):
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """Let a model with the decoded weights round inputs and cache as the checkpoint says.
 
-        names: parameter -> stored tensor. SourceError when the cache scales fit no attention module.
+        names: parameter -> stored tensor. SourceError when that cannot be run here, or the cache scales fit no
+        attention module.
         """
+        if self._beyond:
+            raise _beyond_us(self.original, "run here as it is served", self._beyond)
         super().install(model, names)
         if self._cache:
             attention = {stored_prefix(name, names): name for name in attention_names(model)}
@@ -166,28 +195,38 @@ def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def _check_decodable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Refuse what could not be evaluated faithfully, in one message."""
+    """Refuse weights that cannot be decoded, in one message."""
     faults = []
     groups = _groups(config)
     formats = sorted({_format(group, config) for group in groups} - MEMBERS.keys())
     if formats or not (groups or config.get("kv_cache_scheme")):
         faults.append(f"format {', '.join(formats) or 'none'}")
-    inputs = [input_scheme(group.get("input_activations")) for group in groups]
-    faults += sorted({fault for fault in inputs if isinstance(fault, str)})
-    if any(group.get("output_activations") for group in groups):
-        faults.append("quantized outputs")
     if any(
         _format(g, config) != "pack-quantized" and not (g.get("weights") or {}).get("symmetric", True) for g in groups
     ):
         faults.append("unpacked weights with zero points")
-    faults += _cache_faults(config.get("kv_cache_scheme"))
     if _online_transforms(config):
         faults.append("rotations that run with the model")
     if faults:
-        raise SourceError(
-            f"{checkpoint.source} cannot be decoded to a plain model: it has {' and '.join(faults)}",
-            hint="evaluate it with a runtime that executes it, e.g. vLLM",
-        )
+        raise _beyond_us(checkpoint, "decoded to a plain model", faults)
+
+
+def _beyond(config: dict[str, Any]) -> list[str]:
+    """What could not be evaluated faithfully, though its weights can be decoded."""
+    groups = _groups(config)
+    inputs = [input_scheme(group.get("input_activations")) for group in groups]
+    faults = sorted({fault for fault in inputs if isinstance(fault, str)})
+    if any(group.get("output_activations") for group in groups):
+        faults.append("quantized outputs")
+    return faults + _cache_faults(config.get("kv_cache_scheme"))
+
+
+def _beyond_us(checkpoint: Checkpoint, what: str, faults: Sequence[str]) -> SourceError:
+    """Why something cannot be done with a checkpoint."""
+    return SourceError(
+        f"{checkpoint.source} cannot be {what}: it has {' and '.join(faults)}",
+        hint="evaluate it with a runtime that executes it, e.g. vLLM",
+    )
 
 
 def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -247,7 +286,7 @@ def _packed(
         raise SourceError(f"{checkpoint.source} holds a packed {module}, but its config group says nothing of weights")
     if weights.get("strategy") == "block" and not weights.get("block_structure"):
         raise SourceError(f"{checkpoint.source} has no block_structure for the blocks of {module}")
-    inputs = input_scheme(group.get("input_activations"))
+    inputs = _runnable(group)
     stored = {role: f"{module}.{role}" for role in MEMBERS[layout]}
     members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
     needed = [MEMBERS[layout][0], "weight_scale"]
@@ -279,6 +318,12 @@ def _packed(
         inputs=inputs,
         symmetric=weights.get("symmetric", True),
     )
+
+
+def _runnable(group: dict[str, Any]) -> ActivationScheme | None:
+    """How inputs are rounded, where that can be run here."""
+    inputs = input_scheme(group.get("input_activations"))
+    return None if isinstance(inputs, str) else inputs
 
 
 def _group_of(checkpoint: Checkpoint, config: dict[str, Any], module: str) -> dict[str, Any]:

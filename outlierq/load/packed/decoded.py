@@ -9,7 +9,7 @@ is compressed anew is `ServedCheckpoint`: the same product rounded once to the c
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,9 @@ class DecodedCheckpoint(DerivedCheckpoint):
     def decoded(self, name: str) -> torch.Tensor:
         """The linear with this weight, float32 [out, in]."""
 
+    def check_shapes(self, name: str) -> None:
+        """SourceError when the parts of a packed weight do not fit together, by their headers."""
+
     def check_scales(self, name: str) -> None:
         """SourceError when the scales of a packed weight are none; its codes are read only where they matter."""
 
@@ -119,11 +122,11 @@ class DecodedCheckpoint(DerivedCheckpoint):
         members = self.linears[name].members
         return {role: self.original.read(stored) for role, stored in members.items() if role not in without}
 
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of a tensor as it is stored, with the scales of a packed weight."""
+    def stored_parts(self, name: str) -> Sequence[TensorInfo]:
+        """What is stored of a tensor, the codes of a packed weight first."""
         if name not in self.linears and name not in self.stacks:
-            return self.original.stored_bytes(name)
-        return sum(self.original.tensors[member].nbytes for member in self.members(name).values())
+            return self.original.stored_parts(name)
+        return [self.original.tensors[member] for member in self.members(name).values()]
 
     def making_bytes(self, name: str) -> int:
         """Upper bound of what decoding holds beside the result: what is stored, and scales spread over the weight."""
@@ -143,16 +146,19 @@ class DecodedCheckpoint(DerivedCheckpoint):
         round_inputs(model, inputs)
 
 
-def checked_scales(name: str, scale: torch.Tensor, decode: Callable[[torch.Tensor], np.ndarray]) -> torch.Tensor:
-    """Scales of a weight that must be positive, as they are. decode: the weight, by its scales.
+def checked_scales(
+    name: str, scale: torch.Tensor, decode: Callable[[torch.Tensor], np.ndarray], *, signed: bool = False
+) -> torch.Tensor:
+    """Scales of a weight, as they are. decode: the weight, by its scales. signed: some programs turn groups round.
 
     SourceError when one is NaN, infinite or negative, or 0 over codes that are not: a weight of nothing but zeros has
     scales of 0 in some files.
     """
-    wrong = scale[~(scale.isfinite() & (scale >= 0))]
+    wrong = scale[~(scale.isfinite() & (signed | (scale >= 0)))]
     if wrong.numel():
+        kind = "finite" if signed else "positive"
         raise SourceError(
-            f"{wrong.numel()} of {scale.numel()} scales of {name} are no positive numbers, first {wrong[0].item():g}",
+            f"{wrong.numel()} of {scale.numel()} scales of {name} are no {kind} numbers, first {wrong[0].item():g}",
             hint=DAMAGED,
         )
     empty = scale == 0
@@ -163,6 +169,13 @@ def checked_scales(name: str, scale: torch.Tensor, decode: Callable[[torch.Tenso
     return scale
 
 
+def without_codes(empty: torch.Tensor) -> np.ndarray:
+    """For scales that may be 0 over any codes: a group of tiny weights has one of those in NVFP4."""
+    import numpy as np
+
+    return np.zeros(1)
+
+
 class ServedCheckpoint(DerivedCheckpoint):
     """What a compressed checkpoint serves, as a plain one in its own dtype: the source of a compression."""
 
@@ -170,6 +183,8 @@ class ServedCheckpoint(DerivedCheckpoint):
 
     def __init__(self, decoded: DecodedCheckpoint):
         super().__init__(decoded)
+        for name in decoded.packed:
+            decoded.check_shapes(name)
         self.config, self.linears = decoded.config, decoded.linears
         self.reads_rows = decoded.original.reads_rows
         dtype = STORED_AS[self.dtype]
@@ -227,9 +242,9 @@ class ServedCheckpoint(DerivedCheckpoint):
         """Codes and scales of a packed weight as they are stored."""
         return self.original.quantized(name)
 
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of a tensor as it is stored."""
-        return self.original.stored_bytes(name)
+    def stored_parts(self, name: str) -> Sequence[TensorInfo]:
+        """What is stored of a tensor."""
+        return self.original.stored_parts(name)
 
     def making_bytes(self, name: str) -> int:
         """Upper bound of what decoding holds beside the result: also the float32 numbers."""

@@ -6,7 +6,7 @@ Only what the decoders read is described; other keys are let through as they are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,6 +114,24 @@ class _Fp8(_Part):
     ignored_layers: list[str] | None = None
 
 
+class _Modelopt(_Part):
+    quant_algo: str | None = None
+    group_size: GroupSize | None = None
+    ignore: list[str] | None = None
+
+
+class _AutoRound(_GptqPart):
+    packing_format: str | None = None
+    data_type: str | None = None
+    extra_config: dict[str, _GptqPart | None] | None = None
+
+
+class _Affine(_Part):
+    bits: int | None = None
+    group_size: GroupSize | None = None
+    mode: str | None = None
+
+
 FLOATS, WHOLE, CODES = ("F32", "F16", "BF16"), ("I32", "I64"), ("I8", "U8", "F8_E4M3")
 # What a stored part of a linear may be: its dtypes, and its least and most dimensions.
 ROLES: dict[str, tuple[tuple[str, ...], int, int]] = {
@@ -128,10 +146,21 @@ ROLES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "weight_shape": (WHOLE, 1, 1),
     "weight_g_idx": (WHOLE, 1, 1),
     "input_scale": (FLOATS, 0, 1),
+    "input_global_scale": (("F32",), 0, 1),
     "qweight": (("I32",), 2, 2),
     "qzeros": (("I32",), 2, 2),
     "scales": (FLOATS, 2, 2),
     "g_idx": (WHOLE, 1, 1),
+    "blocks of mxfp4": (("U8",), 4, 4),
+    "scales of mxfp4": (("U8",), 3, 3),
+    "mlx weight": (("U32",), 2, 2),
+    "quant_state": (("U8",), 1, 1),
+    "weight of 4 bits": (("U8",), 1, 2),
+    "absmax of 4 bits": (("F32",), 1, 1),
+    "absmax in bytes": (("U8",), 1, 1),
+    "quant_map of 4 bits": (("F32",), 1, 1),
+    "nested_absmax of 4 bits": (("F32",), 1, 1),
+    "nested_quant_map of 4 bits": (("F32",), 1, 1),
     "fp8 weight": (("F8_E4M3",), 2, 3),
     "fp8 scale": ((*FLOATS, "F8_E8M0", "U8"), 0, 3),
     "SCB": (("F32",), 1, 1),
@@ -142,12 +171,13 @@ ROLES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "v_scale": (FLOATS, 0, 3),
 }
 MAY_BE_EMPTY = ("outlier_columns", "outlier_weight")
+SINGLE = ("weight_format", "weight_global_scale")
 
 
 def check_member(info: TensorInfo, role: str) -> None:
     """SourceError when a stored part of a linear has a dtype or a number of dimensions that its role does not have."""
     dtypes, least, most = ROLES[role]
-    single = role == "weight_format" and prod(info.shape) != 1
+    single = role in SINGLE and prod(info.shape) != 1
     empty = 0 in info.shape and role not in MAY_BE_EMPTY
     if info.dtype not in dtypes or not least <= len(info.shape) <= most or empty or single:
         raise SourceError(
@@ -163,6 +193,13 @@ KINDS: dict[str, type[_Part]] = {
     "bitsandbytes": _Bitsandbytes,
     "fp8": _Fp8,
     "fbgemm_fp8": _Fp8,
+    "mxfp4": _Fp8,
+    "modelopt": _Modelopt,
+    "modelopt_fp4": _Modelopt,
+    "auto-round": _AutoRound,
+    "intel/auto-round": _AutoRound,
+    "mlx": _Affine,
+    "metal": _Affine,
 }
 
 
@@ -178,6 +215,15 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
             if place.get(key):
                 return _with_method(checkpoint.source, place[key])
     return _of_modelopt(checkpoint)
+
+
+def nothing_packed(stored: Checkpoint) -> SourceError:
+    """The refusal of a checkpoint that calls itself compressed and is not."""
+    method = (described(stored) or {}).get("quant_method")
+    return SourceError(
+        f"{stored.source} says that it is compressed with {method}, but holds no compressed weight",
+        hint="if its weights are plain, remove the description of the compression from config.json",
+    )
 
 
 def without_description(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,23 +288,38 @@ def fits(pattern: str, name: str) -> bool:
         raise SourceError(f"the pattern {brief(pattern)!r} of the quantization_config takes without end") from error
 
 
-def check_not_mixed(checkpoint: Checkpoint, packed: Collection[str], config: Mapping[str, Any]) -> None:
-    """SourceError when a weight is stored plain, though it is compressed in other blocks and nothing says otherwise.
+def check_not_mixed(plain: Checkpoint, config: Mapping[str, Any]) -> None:
+    """SourceError when a weight is stored plain, though it is compressed in other blocks and nothing says otherwise,
+    and when it is codes without scales. plain: the decoded checkpoint.
 
-    packed: names of the weights that are stored compressed. Then the file, or its config.json, is not what was written.
+    Then the file, or its config.json, is not what was written.
     """
-    kinds = {_kind(name) for name in packed}
-    for name, info in checkpoint.tensors.items():
-        is_matrix = name.endswith(".weight") and len(info.shape) == 2 and info.dtype in (*FLOATS, "F64")
-        if is_matrix and name not in packed and _kind(name) in kinds:
-            module = name.removesuffix(".weight")
-            if not is_excluded(config, module):
-                raise SourceError(
-                    f"{checkpoint.source} is mixed: {name} is stored plain, but the same weight of other blocks is "
-                    f"compressed, and its quantization_config does not leave it out",
-                    hint=f"if it is meant, add {module} to {EXCLUDED_BY.get(str(config['quant_method']), SKIPPED)} of "
-                    "the quantization_config; else get the file again",
-                )
+    kinds = {_kind(name) for name in plain.packed}
+    for name, info in plain.tensors.items():
+        if name in plain.packed or not name.endswith(".weight") or len(info.shape) != 2:
+            continue
+        if info.dtype not in (*FLOATS, "F64"):
+            raise SourceError(
+                f"{plain.source} is mixed: {name} is stored as {info.dtype} {list(info.shape)}, without its scales",
+                hint="get the file again; without its scales nobody knows what the weight is",
+            )
+        module = name.removesuffix(".weight")
+        if _kind(name) in kinds and not is_excluded(config, module):
+            raise SourceError(
+                f"{plain.source} is mixed: {name} is stored plain, but the same weight of other blocks is compressed, "
+                "and its quantization_config does not leave it out",
+                hint=f"if it is meant, {_way_out(config, module)}; else get the file again",
+            )
+
+
+def _way_out(config: Mapping[str, Any], module: str) -> str:
+    """How a quantization_config says that a module is plain."""
+    method = str(config.get("quant_method"))
+    if method == "gptq":
+        return f'add "-:{module}": {{}} to `dynamic` of the quantization_config'
+    if method == "mlx":
+        return f'add "{module}": false to the quantization_config'
+    return f"add {module} to {EXCLUDED_BY.get(method, SKIPPED)} of the quantization_config"
 
 
 def _kind(name: str) -> str:
@@ -268,7 +329,12 @@ def _kind(name: str) -> str:
 
 # The key that lists what stays plain, by method.
 SKIPPED = "modules_to_not_convert"
-EXCLUDED_BY = {"compressed-tensors": "ignore", "modelopt": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
+EXCLUDED_BY = {
+    "compressed-tensors": "ignore",
+    "modelopt": "ignore",
+    "modelopt_fp4": "ignore",
+    "bitsandbytes": "llm_int8_skip_modules",
+}
 
 
 def is_excluded(config: Mapping[str, Any], module: str) -> bool:
@@ -276,6 +342,9 @@ def is_excluded(config: Mapping[str, Any], module: str) -> bool:
     method = str(config.get("quant_method"))
     if method == "gptq":
         return _is_outside(config, module)
+    own = (config if method == "mlx" else config.get("extra_config") or {}).get(module)
+    if own is False or (isinstance(own, Mapping) and own.get("bits", 0) >= 16):
+        return True
     keys = (EXCLUDED_BY.get(method, SKIPPED), SKIPPED, "ignored_layers")
     entries = next((config[key] for key in keys if config.get(key)), [])
     rule = RULES.get(method, _names_by_pattern)
@@ -323,6 +392,7 @@ def _names_by_glob(entry: str, module: str) -> bool:
 RULES: dict[str, Callable[[str, str], bool]] = {
     "compressed-tensors": _names_exactly,
     "modelopt": _names_by_glob,
+    "modelopt_fp4": _names_by_glob,
     "awq": _names_by_part,
     "bitsandbytes": _names_by_part,
 }

@@ -38,7 +38,7 @@ def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
             f"{scheme} of {shape[0]} x {shape[1]} has bytes {list(byte_shape)} and {small} scales {list(groups)} in "
             f"these rows, found {list(packed.shape)} and {scale.dtype} {list(scale.shape)}"
         )
-    _check_scales(as_bytes_array(scale), whole)
+    check_small_scales(scale, whole)
     halves, byte_of = np.arange(256), e4m3_of_e2m1()
     pairs = np.stack([byte_of[halves & 15], byte_of[halves >> 4]], -1).view("<u2")[:, 0]  # two codes at a time
     codes = pairs[packed].view(np.uint8).reshape(stop - start, -1)
@@ -57,7 +57,7 @@ def decode_e2m1(
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if scale.ndim != 2 or len(scale) != rows or not scale.shape[1] or columns % scale.shape[1]:
         raise SourceError(f"scales {list(scale.shape)} do not fit weights {rows} x {columns}")
-    _check_scales(scale, weight_global_scale)
+    check_small_scales(weight_scale, weight_global_scale)
     if weight_global_scale is not None:
         factor = e4m3_values()[scale] / np.float32(weight_global_scale.reshape(-1)[0])
     else:
@@ -68,9 +68,12 @@ def decode_e2m1(
     return weight.reshape(rows, columns)
 
 
-def _check_scales(scale: np.ndarray, whole: Numbers | None) -> None:
-    """SourceError for a divisor that is not positive, and for exponents that are NaN. E4M3 scales may be anything."""
-    if whole is not None and not float(whole.reshape(-1)[0]) > 0:
+def check_small_scales(small: Numbers, whole: Numbers | None) -> None:
+    """SourceError for a divisor that is no positive number, and for exponents that are NaN. E4M3 scales may be
+    anything.
+    """
+    scale = as_bytes_array(small)
+    if whole is not None and not 0 < float(whole.reshape(-1)[0]) < float("inf"):
         raise SourceError(f"the global scale is {float(whole.reshape(-1)[0]):g}; scales are divided by it")
     if whole is None and (scale == 255).any():
         raise SourceError(f"{int((scale == 255).sum())} scales are NaN (255)")

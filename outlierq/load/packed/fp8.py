@@ -7,7 +7,7 @@ may be powers of two, stored as E8M0. Fused experts are stacks [experts, ...] of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.packed.byte_codes import decode_float_quantized
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, StoredStack, checked_scales
-from outlierq.load.packed.described import check_member
+from outlierq.load.packed.described import check_member, nothing_packed
 from outlierq.load.packed.numbers import as_floats
 from outlierq.load.packed.reading import presents
 
@@ -115,33 +115,41 @@ def fp8_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> Fp8Checkpoi
     """The presentation of an FP8 folder. config: its quantization_config. SourceError when weights and scales do not
     belong together.
     """
-    scales = scale_names(stored)
-    if not scales:
-        raise SourceError(f"{stored.source} says that it is compressed, but holds no compressed weight")
-    static = config.get("activation_scheme") == "static"
-    linears: dict[str, Fp8Linear] = {}
-    stacks: dict[str, StoredStack] = {}
-    for name, scale in scales.items():
-        members = {"weight": name, "scale": scale}
-        if len(stored.tensors[name].shape) == 3:
-            stacks[name] = StoredStack(_stack_shape(stored, name, scale), members)
-        else:
-            linears[name] = _linear(stored, members, config, static=static)
+    linears, stacks = fp8_linears(stored, config)
+    if not linears and not stacks:
+        raise nothing_packed(stored)
     aside = [name for name in stored.tensors if name.endswith((*OF_INPUTS, *OF_CACHE))]
     return Fp8Checkpoint(stored, linears, aside, stacks)
 
 
-def scale_names(stored: Checkpoint) -> dict[str, str]:
-    """The scales of every E4M3 tensor by its name. SourceError when one has none, or when they stand beside a plain
-    weight.
+def fp8_linears(
+    stored: Checkpoint, config: Mapping[str, Any], without: Collection[str] = ()
+) -> tuple[dict[str, Fp8Linear], dict[str, StoredStack]]:
+    """Every E4M3 weight with its scales: linears, and stacks of experts. without: tensors of another kind."""
+    linears: dict[str, Fp8Linear] = {}
+    stacks: dict[str, StoredStack] = {}
+    for name, scale in scale_names(stored, without).items():
+        members = {"weight": name, "scale": scale}
+        if len(stored.tensors[name].shape) == 3:
+            stacks[name] = StoredStack(_stack_shape(stored, name, scale), members)
+        else:
+            linears[name] = _linear(stored, members, config)
+    return linears, stacks
+
+
+def scale_names(stored: Checkpoint, without: Collection[str] = ()) -> dict[str, str]:
+    """The scales of every E4M3 tensor by its name. without: tensors of another kind.
+
+    SourceError when one has none, or when they stand beside a plain weight.
     """
     scales: dict[str, str] = {}
-    for name in stored.tensors:
+    tensors = {name: info for name, info in stored.tensors.items() if name not in without}
+    for name in tensors:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         owner = name.removesuffix(suffix) if suffix else ""
-        if owner in stored.tensors and not name.endswith((*OF_INPUTS, *OF_CACHE)):
+        if owner in tensors and not name.endswith((*OF_INPUTS, *OF_CACHE)):
             scales[owner] = name
-    for name, info in stored.tensors.items():
+    for name, info in tensors.items():
         is_fp8 = info.dtype.startswith("F8_E")
         if is_fp8 and name not in scales and info.dtype != "F8_E8M0":
             raise SourceError(
@@ -156,24 +164,39 @@ def scale_names(stored: Checkpoint) -> dict[str, str]:
     return scales
 
 
-def _linear(stored: Checkpoint, members: dict[str, str], config: Mapping[str, Any], *, static: bool) -> Fp8Linear:
+def _linear(stored: Checkpoint, members: dict[str, str], config: Mapping[str, Any]) -> Fp8Linear:
     """How one weight is stored. SourceError for scales of another shape than the config says."""
     weight, scale = stored.tensors[members["weight"]], stored.tensors[members["scale"]]
     check_member(weight, "fp8 weight")
     check_member(scale, "fp8 scale")
     rows, columns = weight.shape
     block = _block(weight, scale, config)
-    module = weight.name.rpartition(".")[0]
-    if static:
-        of_input = next((f"{module}{end}" for end in OF_INPUTS if f"{module}{end}" in stored.tensors), None)
-        if of_input is None:
-            raise SourceError(f"{stored.source} says that inputs have fixed scales, but has no {module}.input_scale")
-        check_member(stored.tensors[of_input], "input_scale")
+    of_input = _input_scale(stored, weight.name, config)
+    if of_input is not None:
         members = {**members, "input_scale": of_input}
-    inputs = ActivationScheme("float", 8, not static, "tensor" if static else "token" if block is None else "group")
-    if inputs.per == "group" and block is not None:
-        inputs = ActivationScheme("float", 8, not static, "group", block[1])
+    inputs = _inputs(config, block, static=of_input is not None)
     return Fp8Linear((rows, columns), members, symmetric=True, inputs=inputs, block=block)
+
+
+def _input_scale(stored: Checkpoint, name: str, config: Mapping[str, Any]) -> str | None:
+    """The fixed scale of a linear's input; None where it is found at run time. SourceError when it is lost."""
+    module, scheme = name.rpartition(".")[0], config.get("activation_scheme")
+    found = next((f"{module}{end}" for end in OF_INPUTS if f"{module}{end}" in stored.tensors), None)
+    if scheme == "dynamic" or (found is None and scheme != "static"):
+        return None
+    if found is None:
+        raise SourceError(f"{stored.source} says that inputs have fixed scales, but has no {module}.input_scale")
+    check_member(stored.tensors[found], "input_scale")
+    return found
+
+
+def _inputs(config: Mapping[str, Any], block: tuple[int, int] | None, *, static: bool) -> ActivationScheme | None:
+    """How the input of a linear is rounded: as the config says, and as fine as its weight."""
+    if static:
+        return ActivationScheme("float", 8, False, "tensor")
+    if str(config.get("quant_algo") or "").upper().endswith("WO"):  # ModelOpt: weights only
+        return None
+    return ActivationScheme("float", 8) if block is None else ActivationScheme("float", 8, True, "group", block[1])
 
 
 def _block(weight: TensorInfo, scale: TensorInfo, config: Mapping[str, Any]) -> tuple[int, int] | None:

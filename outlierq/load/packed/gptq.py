@@ -7,7 +7,7 @@ points less one; it is added to all fields of a word at once, so that a borrow o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
@@ -15,7 +15,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.bits import unpack
 from outlierq.load.packed.described import fits
-from outlierq.load.packed.numbers import Parts, as_array
+from outlierq.load.packed.numbers import Parts, Shaped, as_array
 from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
@@ -50,7 +50,7 @@ def gptq_rows(
     _check(stored, scheme, shape)
     columns = shape[1]
     width = scheme.columns_per_group(columns)
-    if not np.array_equal(as_array(stored["g_idx"]), np.arange(columns) // width):
+    if "g_idx" in stored and not np.array_equal(as_array(stored["g_idx"]), np.arange(columns) // width):
         raise SourceError(f"g_idx does not say that {width} neighbouring columns form a group (activation order)")
     return _rows(stored, scheme, shape, start, stop, version)
 
@@ -68,7 +68,8 @@ def gptq_dense(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], versi
     import numpy as np
 
     _check(stored, scheme, shape)
-    groups = as_array(stored["g_idx"])
+    width = scheme.columns_per_group(shape[1])
+    groups = as_array(stored["g_idx"]) if "g_idx" in stored else np.arange(shape[1]) // width
     if groups.min() < 0 or groups.max() >= scheme.groups(shape[1]):
         raise SourceError(f"g_idx names groups from {groups.min()} to {groups.max()}, of {scheme.groups(shape[1])}")
     quantized = _rows(stored, scheme, shape, 0, shape[0], version)
@@ -78,7 +79,7 @@ def gptq_dense(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], versi
     return dense * quantized.scale.float().numpy()[:, groups]
 
 
-def _check(stored: Parts, scheme: QuantScheme, shape: tuple[int, int]) -> None:
+def _check(stored: Mapping[str, Shaped], scheme: QuantScheme, shape: tuple[int, int]) -> None:
     """SourceError when a tensor has another shape than the scheme asks for."""
     (rows, columns), groups, bits = shape, scheme.groups(shape[1]), scheme.bits
     expected = {
@@ -88,7 +89,7 @@ def _check(stored: Parts, scheme: QuantScheme, shape: tuple[int, int]) -> None:
         "g_idx": (columns,),
     }
     for role, needed in expected.items():
-        if tuple(stored[role].shape) != needed:
+        if role in stored and tuple(stored[role].shape) != needed:
             raise SourceError(f"{role} is {list(stored[role].shape)}; {scheme} of {rows} x {columns} needs {needed}")
 
 
@@ -137,11 +138,19 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
             f"{stored.source} is a GPTQ checkpoint in the layout {name} of {config.get('pack_dtype', 'int32')} words",
             hint="gptq and gptq_v2 with int32 words are decoded here",
         )
-    version = VERSIONS[name]
+    return gptq_presentation(stored, lambda stem: {**config, **_override(config, stem)}, VERSIONS[name])
+
+
+def gptq_presentation(
+    stored: Checkpoint, said_of: Callable[[str], Mapping[str, Any]], version: int, *, in_order: bool = False
+) -> WordPackedCheckpoint:
+    """A checkpoint of this layout. said_of: bits and group_size of a module. version: 1 or 2, of the zero points.
+    in_order: g_idx may be left out, where neighbouring columns form a group.
+    """
 
     def linear(stem: str) -> WordPacked:
-        members = members_of(stored, stem, ROLES)
-        own = {**config, **_override(config, stem)}
+        members = members_of(stored, stem, ROLES[:3] if in_order and f"{stem}.g_idx" not in stored.tensors else ROLES)
+        own = said_of(stem)
         if own.get("bits") not in WIDTHS:
             raise SourceError(f"{stored.source} stores {stem} in {own.get('bits')} bits; 2, 3, 4 and 8 are decoded")
         words, rows = stored.tensors[f"{stem}.qweight"].shape
@@ -157,7 +166,9 @@ def gptq_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> WordPacked
     def dense(parts: Parts, linear: WordPacked) -> np.ndarray:
         return gptq_dense(parts, linear.scheme, linear.shape, version)
 
-    return WordPackedCheckpoint(stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, dense)
+    return WordPackedCheckpoint(
+        stored, {f"{stem}.weight": linear(stem) for stem in stems_of(stored)}, rows, _check, dense
+    )
 
 
 def _override(config: Mapping[str, Any], stem: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # The tensors of one stored linear, by the last part of their names ("weight_packed", "weight_scale", ...).
 Parts = Mapping[str, "torch.Tensor"]
+# What has a shape: a tensor, or its header.
+Shaped = Union["torch.Tensor", TensorInfo]
 # Decoders take both alike.
 Numbers = Union["np.ndarray", "torch.Tensor"]
 

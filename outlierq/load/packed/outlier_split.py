@@ -14,8 +14,8 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.decoded import DecodedCheckpoint
-from outlierq.load.packed.described import check_member
+from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
+from outlierq.load.packed.described import check_member, nothing_packed
 from outlierq.load.packed.numbers import Numbers, Parts, as_floats
 from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
@@ -70,6 +70,15 @@ class SplitCheckpoint(DecodedCheckpoint):
     def decode(self, parts: Parts) -> np.ndarray:
         """Float32 [out, in]."""
         return decode_split(**parts)
+
+    def check_scales(self, name: str) -> None:
+        """SourceError when a scale is no finite number, or 0 over codes that are not."""
+        role = next(role for role in ("weight_scale", "SCB") if role in self.linears[name].members)
+        parts = self.parts(name, (role, "outlier_weight"))
+        if "outlier_columns" in parts:
+            parts["outlier_weight"] = torch.zeros(len(parts["weight"]), len(parts["outlier_columns"]))
+        scale = self.original.read(self.linears[name].members[role])
+        checked_scales(name, scale, lambda empty: self.decode({**parts, role: empty}), signed=role != "SCB")
 
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in], scales [out, 1] and outlier columns [k] of a linear, by the name of its weight."""
@@ -163,7 +172,7 @@ def split_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> SplitChec
 def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> dict[str, StoredLinear]:
     """The stored linears by the name of their weight; SourceError when one lacks a tensor or there is none."""
     if not stems:
-        raise SourceError(f"{stored.source} says it is compressed, but holds no compressed linear")
+        raise nothing_packed(stored)
     linears = {}
     for stem in stems:
         members = {role: f"{stem}.{role}" for role in roles}

@@ -11,9 +11,9 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.decoded import DecodedCheckpoint
-from outlierq.load.packed.described import check_member
-from outlierq.load.packed.numbers import Parts
+from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
+from outlierq.load.packed.described import check_member, nothing_packed
+from outlierq.load.packed.numbers import Parts, Shaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,8 @@ class WordPacked(StoredLinear):
 class WordPackedCheckpoint(DecodedCheckpoint):
     """A checkpoint with packed codes.
 
-    codes: stored tensors -> `QuantTensor`. dense: stored tensors -> float32 [out, in]; left out, what the codes mean.
+    codes: stored tensors -> `QuantTensor`. check: SourceError when headers, or tensors, have other shapes than the
+    scheme asks for. dense: stored tensors -> float32 [out, in]; left out, what the codes mean.
     """
 
     linears: dict[str, WordPacked]
@@ -44,10 +45,11 @@ class WordPackedCheckpoint(DecodedCheckpoint):
         stored: Checkpoint,
         linears: Mapping[str, WordPacked],
         codes: Callable[[Parts, WordPacked], QuantTensor],
+        check: Callable[[Mapping[str, Shaped], QuantScheme, tuple[int, int]], None],
         dense: Callable[[Parts, WordPacked], np.ndarray] | None = None,
     ):
         super().__init__(stored, linears)
-        self._codes, self._dense = codes, dense
+        self._codes, self._check, self._dense = codes, check, dense
 
     def decoded(self, name: str) -> torch.Tensor:
         """The linear with this weight, float32 [out, in]."""
@@ -58,6 +60,25 @@ class WordPackedCheckpoint(DecodedCheckpoint):
             return torch.from_numpy(self._dense(parts, linear))
         return self._codes(parts, linear).dequantize()
 
+    def check_shapes(self, name: str) -> None:
+        """SourceError when a stored tensor has another shape than the scheme asks for."""
+        linear = self.linears[name]
+        headers = {role: self.original.tensors[member] for role, member in linear.members.items()}
+        self._check(headers, linear.scheme, linear.shape)
+
+    def check_scales(self, name: str) -> None:
+        """SourceError when a scale is no finite number, or 0 over codes that are not."""
+        linear = self.linears[name]
+        scale = self.original.read(linear.members["scales"])
+
+        def decode(empty: torch.Tensor) -> np.ndarray:
+            parts = {**self.parts(name, ("scales",)), "scales": empty}
+            if self._dense is not None:
+                return self._dense(parts, linear)
+            return self._codes(parts, linear).dequantize().numpy()
+
+        checked_scales(name, scale, decode, signed=True)
+
     def quantized(self, name: str) -> QuantTensor:
         """Codes, scales and zero points of a packed weight; symmetric when every zero point is the middle one."""
         return as_symmetric(self._codes(self.parts(name), self.linears[name]))
@@ -67,7 +88,7 @@ def stems_of(stored: Checkpoint) -> list[str]:
     """Every module that is stored packed; SourceError when there is none."""
     stems = [name.removesuffix(CODES) for name in stored.tensors if name.endswith(CODES)]
     if not stems:
-        raise SourceError(f"{stored.source} says that it is compressed, but holds no compressed weight")
+        raise nothing_packed(stored)
     return stems
 
 
