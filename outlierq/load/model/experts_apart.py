@@ -120,6 +120,9 @@ class ExpertsApart(DerivedCheckpoint):
         self.linears: Mapping[str, StoredLinear] = original.linears
         self.reads_rows = original.reads_rows
         self.tensors: dict[str, TensorInfo] = dict(self._infos())
+        fused = {piece.tensor for piece in pieces.values()}
+        parts = (name for name, piece in pieces.items() if piece.tensor in original.packed)
+        self._packed = dict.fromkeys([*(name for name in original.packed if name not in fused), *parts])
 
     def _infos(self) -> Iterator[tuple[str, TensorInfo]]:
         """The headers; parts stand where their fused tensors were."""
@@ -135,8 +138,8 @@ class ExpertsApart(DerivedCheckpoint):
 
     @property
     def packed(self) -> Collection[str]:
-        """Those of the original."""
-        return self.original.packed
+        """Those of the original, the parts of a fused tensor in place of it."""
+        return self._packed.keys()
 
     @property
     def weight_files(self) -> list[Path]:
