@@ -213,6 +213,11 @@ def experts_together(checkpoint: Checkpoint, modules: Collection[str]) -> Checkp
     return ExpertsTogether(checkpoint, pieces, apart.original.tensors)
 
 
+def as_stored(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its experts as the file has them, when all that was done is to cut them out."""
+    return checkpoint.original if isinstance(checkpoint, ExpertsApart) else checkpoint
+
+
 def with_parts(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint before some of its experts were put together."""
     return checkpoint.original if isinstance(checkpoint, ExpertsTogether) else checkpoint

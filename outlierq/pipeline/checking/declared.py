@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.export.declared import plain_modules
+from outlierq.load.model.experts_apart import as_stored
 from outlierq.load.packed.described import fits, is_excluded
 from outlierq.pipeline.checking.finding import Findings, listed
 
@@ -46,7 +47,7 @@ def check_class(plain: Checkpoint, config: Mapping[str, Any], findings: Findings
     from outlierq.load import declared_class
 
     try:
-        built = declared_class(plain)
+        built = declared_class(as_stored(plain))
     except SourceError as error:
         findings.fault(CHECK, "", error.what)
         return
