@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
-from outlierq.export.clients import _properties, cache_facts, client_facts, expert_facts, table
+from outlierq.export.clients import Mixture, _properties, cache_facts, client_facts, expert_facts, table
 
-TOGETHER = {"several", "some_asymmetric", "count"}
+TOGETHER = {"several", "some_asymmetric", "count", "merged", "read"}
 FLOAT = QuantScheme(8, None, kind="float")
 INT8, FP8 = ActivationScheme(), ActivationScheme("float")
 BLOCKS = QuantScheme(8, None, kind="float", block=(64, 128), activations=FP8)
@@ -53,9 +53,19 @@ def test_the_first_fact_that_fits_is_said(schemes, said):
     assert said in "\n".join(client_facts("compressed-tensors", schemes))
 
 
+MERGED = Mixture("Qwen3MoeForCausalLM", is_merged=True)
+
+
+def test_experts_that_a_class_takes_in_one_tensor_only_are_said_not_to_load():
+    lines = expert_facts([QuantScheme(4, 128)], Mixture("GptOssForCausalLM", is_merged=False))
+    assert len(lines) == 2 and all("does not load them" in line for line in lines)
+    read = expert_facts([QuantScheme(4, 128)], Mixture("GraniteMoeForCausalLM", is_merged=False))
+    assert "does not load them" in read[0] and read[1].endswith(": loads")
+
+
 def test_experts_and_the_cache_have_facts_of_their_own():
-    assert "of different schemes" in expert_facts([QuantScheme(4), None])[0]
-    assert "with zero points" in expert_facts([QuantScheme(4, 64, False)])[0]
-    assert "stay in 16 bits" in expert_facts([QuantScheme(8, None, kind="float", activations=FP8)])[0]
+    assert "of different schemes" in expert_facts([QuantScheme(4), None], MERGED)[0]
+    assert "with zero points" in expert_facts([QuantScheme(4, 64, False)], MERGED)[0]
+    assert "stay in 16 bits" in expert_facts([QuantScheme(8, None, kind="float", activations=FP8)], MERGED)[0]
     assert "Flash-Attention" in cache_facts(CacheScheme("head"))[0]
     assert "Flash-Attention" not in cache_facts(CacheScheme())[0]

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from test_moe import CALIBRATION, logits, our_logits, write_mixture
+from test_moe import CALIBRATION, SMALL, logits, our_logits, write_mixture
 
-from outlierq.load import open_checkpoint, unpacked
+from outlierq.load import experts_together, fused_pieces, open_checkpoint, unpacked
+from outlierq.load.model.expert_layout import Layout
+from outlierq.load.model.fused_experts import router_names
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.recipe import load
 
@@ -115,3 +118,122 @@ def test_experts_of_a_block_share_one_group_size(tools, tmp_path, outlierq):
     assert done.code == 0, done.err
     few = torch.arange(3, 20)[None]
     assert torch.allclose(logits(tmp_path / "out", few), our_logits(tmp_path / "out", few), atol=0.05)
+
+
+# Layouts that classes declare, and one that has to be proved (Llama 4); all stored in one tensor by transformers, too.
+LAYOUTS = {
+    "GptOss": ("GptOssConfig", {"num_local_experts": 8, "head_dim": 16, "sliding_window": 32}),
+    "GraniteMoe": ("GraniteMoeConfig", {"num_local_experts": 8}),
+    "AriaText": ("AriaTextConfig", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "Llama4": ("Llama4TextConfig", {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, tools):
+    """A function from a family of `LAYOUTS` to its folder. Read-only."""
+    written: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in written:
+            torch.manual_seed(0)
+            kind, own = LAYOUTS[family]
+            config = getattr(transformers, kind)(**{**SMALL, **own}, pad_token_id=0)
+            model = getattr(transformers, f"{family}ForCausalLM")(config)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() == 1 and "norm" not in name:
+                        parameter.normal_(std=0.1)
+            written[family] = tmp_path_factory.mktemp("layouts") / family
+            model.save_pretrained(written[family])
+            tools.write_tokenizer(written[family])
+        return written[family]
+
+    return folder
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_separate_experts_of_every_layout_compute_what_the_class_computes(layouts, ids, family):
+    folder = layouts(family)
+    presented = unpacked(open_checkpoint(str(folder)))
+    assert any(".experts.3." in name and len(info.shape) == 2 for name, info in presented.tensors.items())
+    assert torch.allclose(our_logits(folder, ids), logits(folder, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_experts_of_every_layout_are_put_together_bit_for_bit(layouts, family):
+    presented = unpacked(open_checkpoint(str(layouts(family))))
+    source = load_file(layouts(family) / "model.safetensors")
+    again = experts_together(presented, {piece.module for piece in fused_pieces(presented).values()})
+    assert set(again.tensors) == set(source)
+    for name, tensor in source.items():
+        assert torch.equal(again.read(name), tensor) and again.tensors[name].nbytes == tensor.nbytes
+
+
+def test_experts_that_no_program_loads_apart_stay_in_16_bits_unless_they_are_named(outlierq, layouts, tmp_path, ids):
+    source = layouts("GptOss")
+    kept = outlierq("quantize", source, "-r", "rtn-w8", "-o", tmp_path / "kept")
+    assert kept.code == 0, kept.err
+    said = " ".join((kept.out + kept.err).split())
+    assert "of the weights of the linear layers are quantized" in said and "GptOssForCausalLM from one tensor" in said
+    assert torch.allclose(logits(tmp_path / "kept", ids), our_logits(tmp_path / "kept", ids), atol=1e-3)
+    named = ("--set", "quantize.overrides=[{match: '*.experts.*', bits: 8}]")
+    done = outlierq("quantize", source, "-r", "rtn-w8", *named, "-o", tmp_path / "named")
+    assert done.code == 0, done.err
+    assert "does not load them" in done.out + done.err and "are quantized; the rest" not in done.out + done.err
+    assert torch.allclose(our_logits(tmp_path / "named", ids), our_logits(source, ids), atol=0.1)
+
+
+@pytest.mark.parametrize("settings", [(), ("--set", 'quantize.ignore=["*lm_head", "*experts.*"]')])
+def test_llama_4_loads_with_its_experts_quantized_and_with_its_experts_kept(outlierq, layouts, tmp_path, ids, settings):
+    done = outlierq("quantize", layouts("Llama4"), "-r", "rtn-w8", *settings, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), atol=1e-3)
+
+
+def test_the_proof_refuses_a_module_that_computes_something_else(layouts):
+    from outlierq.load.model.expert_proof import proved_layout
+
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.empty(4, 64, 16, device="meta"))
+            self.down_proj = torch.nn.Parameter(torch.empty(4, 16, 32, device="meta"))
+            self.act_fn = torch.nn.SiLU()
+            self.turned = False
+
+        def forward(self, x, chosen, weights):
+            output = torch.zeros_like(x)
+            for token, (experts, gains) in enumerate(zip(chosen, weights, strict=True)):
+                for expert, gain in zip(experts, gains, strict=True):
+                    gate, up = (self.gate_up_proj[expert] @ x[token]).chunk(2)
+                    gate, up = (up, gate) if self.turned else (gate, up)
+                    output[token] += gain * (self.down_proj[expert] @ (self.act_fn(gate) * up))
+            return output
+
+    module = Other()
+    assert proved_layout(module) == Layout()
+    module.turned = True
+    assert proved_layout(module) is None
+
+
+def test_routers_inside_of_parts_are_known_by_their_rows():
+    class Router(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.proj = torch.nn.Linear(64, 16), torch.nn.Linear(16, 9)
+
+    class Mlp(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(12, 32), torch.nn.Linear(32, 12)
+
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts, self.weight = 8, torch.nn.Parameter(torch.empty(8, 32, 64))
+
+    block = torch.nn.ModuleDict(
+        {"router": Router(), "shared": Mlp(), "experts": Fused(), "one": torch.nn.Linear(64, 1)}
+    )
+    assert router_names(torch.nn.ModuleDict({"mlp": block})) == {"mlp.router.inner", "mlp.router.proj", "mlp.one"}

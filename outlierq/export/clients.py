@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutputError
@@ -38,9 +40,25 @@ def client_facts(format: str, schemes: Collection[QuantScheme]) -> list[str]:
     return [f"no client was tried with {format}"] if facts is None else _lines(facts, schemes)
 
 
-def expert_facts(schemes: Collection[QuantScheme | None]) -> list[str]:
+def expert_facts(schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
     """The same for the experts of a mixture in compressed-tensors. schemes: of all their linears, None for 16 bits."""
-    return _lines(table()["experts"], schemes)
+    return _lines(table()["experts"], schemes, {"merged": experts.is_merged, "read": experts.is_read})
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A model with experts, as other programs see it. architecture: its class, as config.json names it.
+
+    is_merged: whether transformers makes the fused module of that class out of experts that are stored apart.
+    """
+
+    architecture: str
+    is_merged: bool
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any program is known to read its experts when they are packed apart."""
+        return self.is_merged or any(self.architecture in classes for classes in table()["experts_apart"].values())
 
 
 def cache_facts(cache: CacheScheme) -> list[str]:
@@ -98,10 +116,18 @@ def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantSch
     return faults
 
 
-def _lines(clients: Mapping[str, Sequence[Fact]], schemes: Collection[QuantScheme | None]) -> list[str]:
-    """One line per client with what it does with each scheme, without repetition; "loads" only where that is all."""
+def _lines(
+    clients: Mapping[str, Sequence[Fact]],
+    schemes: Collection[QuantScheme | None],
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> list[str]:
+    """One line per client with what it does with each scheme, without repetition; "loads" only where that is all.
+
+    known: what else a fact may ask of.
+    """
     quantized = [scheme for scheme in schemes if scheme is not None]
     together = {
+        **known,
         "count": len(schemes),
         "several": len(schemes) > 1,
         "some_asymmetric": any(not scheme.symmetric for scheme in quantized),

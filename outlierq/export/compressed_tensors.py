@@ -15,7 +15,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export import ct_config
-from outlierq.export.clients import byte_codes, cache_facts, expert_facts
+from outlierq.export.clients import Mixture, byte_codes, cache_facts, expert_facts
 from outlierq.export.ct_config import format_of
 from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import pack, pack_down, pack_e2m1, words_for
@@ -42,9 +42,9 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         return None
 
     @classmethod
-    def expert_clients(cls, schemes: Collection[QuantScheme | None]) -> list[str]:
+    def expert_clients(cls, schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
         """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
-        return expert_facts(schemes)
+        return expert_facts(schemes, experts)
 
     @classmethod
     def cache_clients(cls, cache: CacheScheme) -> list[str]:

@@ -16,7 +16,7 @@ from outlierq.core.errors import OutputError
 from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
-from outlierq.export.clients import client_facts
+from outlierq.export.clients import Mixture, client_facts
 from outlierq.export.layout import Layout, OutputTensor, make_layout
 from outlierq.export.writer import check_complete
 from outlierq.registry import FormatLimits, format_limits
@@ -89,7 +89,7 @@ class Format(FormatLimits, ABC):
         return client_facts(cls.name, schemes)
 
     @classmethod
-    def expert_clients(cls, schemes: Collection[QuantScheme | None]) -> list[str]:
+    def expert_clients(cls, schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
         """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
         return [f"experts: no client was tried with {cls.name}; compressed-tensors loads"]
 

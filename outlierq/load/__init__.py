@@ -97,6 +97,8 @@ _HOMES = {
     "load_model": "whole",
     "load_tokenizer": "whole",
     "stored_tokens": "gguf.tokenizer",
+    "replaced_experts": "model.fused_experts",
+    "unmerged_experts": "model.fused_experts",
     "unpacked": "decode",
 }
 

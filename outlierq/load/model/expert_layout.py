@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,17 @@ class Leaves:
 
 @dataclass(frozen=True)
 class Layout:
-    """What transformers' decorator for experts was told, or what a proof has shown."""
+    """What transformers' decorator for experts was told, or what a proof has shown.
+
+    is_sorted: the module is given each expert's tokens behind each other, weighted already, and not who is chosen.
+    """
 
     has_gate: bool = True
     has_bias: bool = False
     is_transposed: bool = False
     is_concatenated: bool = True
     has_post_expert_norm: bool = False
+    is_sorted: bool = False
 
     @property
     def up(self) -> str:
@@ -75,10 +79,11 @@ def rows_of(which: str, count: int) -> slice:
 
 def layout_of(part: torch.nn.Module) -> Layout | None:
     """The layout of a module that holds weights of all experts and nothing else; None for any other module."""
-    if not hasattr(part, "_apply_gate"):
-        return None
-    usual = Layout()
-    layout = Layout(**{name: getattr(part, name, getattr(usual, name)) for name in vars(usual)})
+    from outlierq.load.model.expert_proof import proved_layout
+
+    if not hasattr(part, "is_concatenated"):
+        return proved_layout(part)
+    layout = Layout(**{name: getattr(part, name, value) for name, value in vars(Layout()).items()})
     own = {name for name, parameter in part._parameters.items() if parameter is not None}
     if own != set(layout.slots) or part._parameters[DOWN].dim() != 3:
         return None
@@ -88,12 +93,26 @@ def layout_of(part: torch.nn.Module) -> Layout | None:
 
 def fused_modules(model: torch.nn.Module) -> dict[str, Layout]:
     """Every module of the model that holds its experts in fused tensors, by name."""
-    layouts = ((name, layout_of(part)) for name, part in model.named_modules())
-    return {name: layout for name, layout in layouts if layout is not None}
+    known: dict[Any, Layout | None] = {}
+    layouts = {}
+    for name, part in model.named_modules():
+        shapes = {slot: tuple(parameter.shape) for slot, parameter in part._parameters.items() if parameter is not None}
+        if not any(len(shape) == 3 for shape in shapes.values()):
+            continue
+        key = type(part), tuple(shapes.items())
+        known[key] = known[key] if key in known else layout_of(part)
+        if known[key] is not None:
+            layouts[name] = known[key]
+    return layouts
 
 
-def leaves_of(model: torch.nn.Module, name: str, layout: Layout) -> Leaves:
-    """The names of the parts of the module called `name`: those that transformers merges into it, else the usual."""
+def usual_leaves(layout: Layout) -> Leaves:
+    """The names of parts for which there is no table."""
+    return Leaves("gate_proj" if layout.has_gate else None, "up_proj", "down_proj")
+
+
+def merged_leaves(model: torch.nn.Module, name: str, layout: Layout) -> Leaves | None:
+    """The names of the parts that transformers merges into the module called `name`; None when it merges none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -108,7 +127,7 @@ def leaves_of(model: torch.nn.Module, name: str, layout: Layout) -> Leaves:
     parts = [*patterns.get(layout.up, []), *patterns.get(DOWN, [])]
     count = 3 if layout.has_gate else 2
     if len(parts) != count or not all(parts):
-        parts = ["gate_proj", "up_proj", "down_proj"][-count:]
+        return None
     return Leaves(*parts) if layout.has_gate else Leaves(None, *parts)
 
 

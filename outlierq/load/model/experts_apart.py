@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.model import DerivedCheckpoint, StoredLinear, TensorInfo
-from outlierq.load.model.expert_layout import Layout, fused_modules, leaves_of, rows_of
+from outlierq.load.model.expert_layout import Layout, Leaves, fused_modules, merged_leaves, rows_of, usual_leaves
 from outlierq.load.model.names import stored_names
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _of_module(
 ) -> Iterator[tuple[str, Piece]]:
     """The parts of one module. stored: the tensor of each of its parameters."""
     part, prefix = skeleton.get_submodule(name), _prefix(name, layout, stored)
-    of_one = list(layout.pieces(leaves_of(skeleton, name.rpartition(".")[2], layout)))
+    of_one = list(layout.pieces(_leaves(skeleton, name, layout)))
     ways = {slot: _transposed(checkpoint.tensors[stored[slot]], part, slot, layout) for slot in layout.slots}
     if None in ways.values():
         return  # another shape than the class has: the names say so
@@ -91,6 +91,11 @@ def _of_module(
             shape = checkpoint.tensors[stored[slot]].shape
             rows = rows_of(which, shape[-1] if ways[slot] else shape[1])
             yield f"{prefix}.{expert}.{leaf}", Piece(stored[slot], prefix, expert, rows, bool(ways[slot]))
+
+
+def _leaves(skeleton: torch.nn.Module, name: str, layout: Layout) -> Leaves:
+    """What the parts of a module are called."""
+    return merged_leaves(skeleton, name.rpartition(".")[2], layout) or usual_leaves(layout)
 
 
 def _prefix(name: str, layout: Layout, stored: Mapping[str, str]) -> str:

@@ -11,9 +11,9 @@ from outlierq.recipe import GroupPolicy
 SMALLER_GROUPS = (128, 64, 32)
 
 
-def alike_experts(sites: list[SitePlan], policy: GroupPolicy) -> tuple[SitePlan, ...]:
+def alike_experts(sites: list[SitePlan], policy: GroupPolicy) -> list[SitePlan]:
     """The plan with one group size for all experts of a block where the policy on odd widths gave them several."""
-    blocks: dict[str, list[int]] = {}
+    sites, blocks = list(sites), dict[str, list[int]]()
     for place, planned in enumerate(sites):
         if planned.site.expert is not None and planned.scheme is not None:
             blocks.setdefault(planned.site.expert.rpartition(".")[0], []).append(place)
@@ -29,7 +29,7 @@ def alike_experts(sites: list[SitePlan], policy: GroupPolicy) -> tuple[SitePlan,
                 sites[place] = replace(
                     planned, scheme=planned.scheme and replace(planned.scheme, group_size=size), reason=reason
                 )
-    return tuple(sites)
+    return sites
 
 
 def _common_group(members: list[SitePlan], policy: GroupPolicy) -> int | None:

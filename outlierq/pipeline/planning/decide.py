@@ -20,6 +20,7 @@ from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts
+from outlierq.pipeline.planning.loadable import loadable_experts
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
@@ -55,7 +56,10 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
 
     model, format = study(checkpoint), format_type(recipe.export.format)(checkpoint.config)
     sites = [plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites]
-    return model, alike_experts(sites, recipe.quantize.when_indivisible) if recipe.quantize else tuple(sites)
+    if recipe.quantize is not None:
+        sites = loadable_experts(sites, model, recipe.quantize)
+        sites = alike_experts(sites, recipe.quantize.when_indivisible)
+    return model, tuple(sites)
 
 
 def _as_stored(
@@ -65,14 +69,17 @@ def _as_stored(
 
     Those are given, too.
     """
-    from outlierq.load import experts_together, fused_pieces
+    from outlierq.load import experts_together, fused_pieces, replaced_experts
 
     pieces = fused_pieces(model.checkpoint)
-    quantized = {pieces[p.site.weight].module for p in sites if p.scheme is not None and p.site.weight in pieces}
-    kept = {piece.module for piece in pieces.values()} - quantized
-    if not kept:
+    is_plain = recipe.export.format == "dense" or all(p.scheme is None for p in sites)
+    apart = () if is_plain else replaced_experts(model.skeleton)
+    of = [(p, pieces[p.site.weight].module) for p in sites if p.site.expert is not None and p.site.weight in pieces]
+    staying = {module for p, module in of if p.scheme or str(p.site.expert).rpartition(".")[0] in apart}
+    together = tuple(p for p, module in of if module not in staying)
+    if not together:
         return model, sites, ()
-    together = tuple(p for p in sites if p.site.weight in pieces and pieces[p.site.weight].module in kept)
+    kept = {module for _, module in of} - staying
     return *_decided(experts_together(model.checkpoint, kept), recipe), together
 
 

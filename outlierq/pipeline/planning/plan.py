@@ -15,6 +15,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import with_fault, with_layers
 from outlierq.export.layout import INDEX_NAME, Layout
+from outlierq.pipeline.planning.mixture import mixture
 from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
 from outlierq.recipe import Recipe
@@ -255,7 +256,7 @@ class Plan(Shown):
         said = with_fault(said, *self.load_fault) if self.load_fault else said
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
-        return said + (self.format.expert_clients(set(experts)) if any(experts) else [])
+        return said + (self.format.expert_clients(set(experts), mixture(self.model)) if any(experts) else [])
 
     @property
     def rows(self) -> list[PlanRow]:
