@@ -181,7 +181,8 @@ def test_experts_that_no_program_loads_apart_stay_in_16_bits_unless_they_are_nam
     done = outlierq("quantize", source, "-r", "rtn-w8", *named, "-o", tmp_path / "named")
     assert done.code == 0, done.err
     assert "does not load them" in done.out + done.err and "are quantized; the rest" not in done.out + done.err
-    assert torch.allclose(our_logits(tmp_path / "named", ids), our_logits(source, ids), atol=0.1)
+    apart = (our_logits(tmp_path / "named", ids) - our_logits(source, ids)).abs()
+    assert 1e-4 < apart.mean() < 0.05  # some tokens change their experts
 
 
 @pytest.mark.parametrize("settings", [(), ("--set", 'quantize.ignore=["*lm_head", "*experts.*"]')])

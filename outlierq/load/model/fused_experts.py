@@ -156,7 +156,7 @@ def unmerged_experts(model: torch.nn.Module) -> list[str]:
 
 
 def replaced_experts(model: torch.nn.Module) -> list[str]:
-    """Modules of separate experts that transformers has apart in compressed checkpoints, where it loads no fused ones."""
+    """Modules of separate experts that transformers has apart in compressed checkpoints, and loads in no other way."""
     return [name for name, part in model.named_modules() if isinstance(part, SeparateExperts) and part.is_replaced]
 
 
