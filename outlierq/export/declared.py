@@ -8,9 +8,13 @@ further tokens, and a reader that builds them looks for codes that are not there
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from outlierq.core.model import LinearSite, StudiedModel, TensorInfo
 from outlierq.core.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT = ".weight"
 # Matrices that no linear has, by a part of their names.
@@ -22,13 +26,26 @@ def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantSch
 
     sites: every linear with its scheme, None when kept. First the kept linears of the class, each by its name in
     transformers and where that differs by that on disk, as other runtimes build their models by it; then those that
-    share a tensor (a tied head), then what the class does not know.
+    share a tensor (a tied head), then what is no linear of the class, which may be one in another program.
     """
     plain = [name for site, scheme in sites if scheme is None for name in names_of(site)]
     tied = [slot.removesuffix(WEIGHT) for slot, _ in model.structure.tied]
     packed = [site.weight for site, scheme in sites if scheme is not None]
-    unknown = plain_modules(model.checkpoint.tensors, packed, model.names.values())
-    return list(dict.fromkeys([*plain, *tied, *unknown]))
+    spoken_for = {site.weight for site, _ in sites} | tables(model.skeleton, model.names)
+    others = plain_modules(model.checkpoint.tensors, packed, spoken_for)
+    return list(dict.fromkeys([*plain, *tied, *others]))
+
+
+def tables(model: torch.nn.Module, names: Mapping[str, str]) -> set[str]:
+    """Stored names of the weights that no reader takes for a linear's: of embeddings and of Conv1D (GPT-2).
+
+    names: parameter -> stored tensor.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    modules = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding | Conv1D))
+    return {names[f"{name}{WEIGHT}"] for name in modules if f"{name}{WEIGHT}" in names}
 
 
 def names_of(site: LinearSite) -> list[str]:
@@ -36,21 +53,22 @@ def names_of(site: LinearSite) -> list[str]:
     return list(dict.fromkeys([site.module, site.weight.removesuffix(WEIGHT)]))
 
 
-def plain_modules(tensors: Mapping[str, TensorInfo], packed: Collection[str], known: Collection[str]) -> list[str]:
-    """Modules that hold a matrix without codes which the model class does not know as a parameter, in file order.
+def plain_modules(tensors: Mapping[str, TensorInfo], packed: Collection[str], spoken_for: Collection[str]) -> list[str]:
+    """Modules that hold a matrix without codes which is neither a linear of the model class nor an embedding.
 
-    tensors: what is stored, with a plain header for each quantized weight. packed: names of quantized weights. known:
-    stored names of the class's parameters; its linears are listed by whoever asks. Matrices of three dimensions are
-    the experts of a mixture, stored together: readers decide for their module.
+    In file order: what the class does not know, and what it computes with in another way (a router's parameter).
+    tensors: what is stored, with a plain header for each quantized weight. packed: names of quantized weights.
+    spoken_for: stored names of the class's linears, which whoever asks lists, and of its embeddings. Matrices of three
+    dimensions are the experts of a mixture, stored together: readers decide for their module.
     """
-    packed, known = set(packed), set(known)
+    packed, spoken_for = set(packed), set(spoken_for)
     modules = []
     for name, info in tensors.items():
         if name in packed or name.endswith((".bias", "_bias")):
             continue
         if len(info.shape) == 3 and ".experts." in name:
             modules.append(name.removesuffix(WEIGHT).rpartition(".")[0])
-        elif name not in known and len(info.shape) == 2 and name.endswith(WEIGHT) and not is_table(name):
+        elif name not in spoken_for and len(info.shape) == 2 and name.endswith(WEIGHT) and not is_table(name):
             modules.append(name.removesuffix(WEIGHT))
     return list(dict.fromkeys(modules))
 

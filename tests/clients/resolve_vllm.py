@@ -109,7 +109,7 @@ def modules(folder: Path) -> dict[str, bool]:
 
 def is_table(module: str) -> bool:
     """Whether a matrix is an embedding, which no resolver is asked for, by its name."""
-    leaf = module.rpartition(".")[2]
+    leaf = module.rpartition(".")[2] if "embedding" not in module else "embed"
     return any(part in leaf for part in ("embed", "wte", "wpe", "norm"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.export.declared import plain_modules
+from outlierq.export.declared import plain_modules, tables
 from outlierq.load.model.experts_apart import as_stored
 from outlierq.load.packed.described import fits, is_excluded
 from outlierq.pipeline.checking.finding import Findings, listed
@@ -31,9 +31,10 @@ def check_declared(
     linears = _linears(skeleton, names)
     for module, tensor in linears.items():
         _check_linear(module, tensor, plain.packed, config, findings)
-    for stem in plain_modules(plain.tensors, plain.packed, names.values()):
+    spoken_for = {*linears.values(), *(() if skeleton is None else tables(skeleton, names))}
+    for stem in plain_modules(plain.tensors, plain.packed, spoken_for):
         if _is_target(config, stem) and not _is_kept(config, stem):
-            what = "is stored plain and unknown to the model class, but config.json does not say so"
+            what = "is stored plain and is no linear of the model class, but config.json does not say so"
             findings.fault(CHECK, stem, what)
     for name, linear in plain.linears.items():
         if linear.symmetric and "weight_zero_point" in linear.members:
