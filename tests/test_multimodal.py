@@ -11,8 +11,9 @@ import transformers
 from multimodal import MODELS, inputs_of, write_model
 from safetensors.torch import load_file
 
-from outlierq.core.errors import SourceError
-from outlierq.load import build_skeleton, load_model, open_checkpoint, study
+from outlierq.calibrate.runner import BlockRunner, PartWeights
+from outlierq.core.errors import RecipeError, SourceError, StatsError
+from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint, study
 from outlierq.load.model.decoder import block_list
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
@@ -24,6 +25,10 @@ SETTINGS = {
     "awq-gptq-w4": ["quantize.group_size=32", "calibration.samples=4", "calibration.sequence_length=32"],
 }
 FAST = ("qwen2.5-vl", "qwen3.5", "gemma3", "qwen2-audio")
+CHAT = (
+    "{% for m in messages %}<s>{% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}</s>{% endfor %}"
+)
 NOT_YET = ("gemma4", "llama4")
 LATER = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in (*FAST, *NOT_YET)]
 
@@ -116,3 +121,100 @@ def test_what_is_no_decoder_is_refused_in_one_sentence(changed, said, tiny_llama
         build_skeleton(checkpoint)
     assert said in refused.value.what and len(refused.value.what) < 250
     assert "also those inside models that see or hear" in refused.value.hint
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "mllama", "gemma3", *LATER])
+def test_blocks_run_one_by_one_on_images_give_the_hidden_states_of_the_whole_model(name, made):
+    checkpoint = open_checkpoint(str(made(name)))
+    model = load_model(checkpoint)
+    structure = find_structure(checkpoint, model)
+    given = inputs_of(name, model)
+    ids = given.pop("input_ids")
+    nothing = PartWeights(lambda part: None, lambda part: None)
+    runner = BlockRunner(model, structure, nothing, dtype=torch.float32, batch_size=1)
+    hidden = runner.start(torch.cat([ids, ids]), inputs=[given, {}], whole=True)
+    outputs = []
+    handle = model.get_submodule(structure.blocks[-1].name).register_forward_hook(lambda *a: outputs.append(a[2]))
+    with torch.no_grad():
+        model(input_ids=ids, **given)
+        model(input_ids=ids)
+    handle.remove()
+    for block in structure.blocks:
+        runner.run(model.get_submodule(block.name), block.index, hidden)
+    for batch, output in enumerate(outputs):
+        whole = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(hidden[batch], whole, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(hidden[0], hidden[1])
+
+
+class TestImages:
+    """Calibration with images, through a processor that needs Pillow alone."""
+
+    @pytest.fixture(scope="class")
+    def llava(self, made, tmp_path_factory, tools) -> Path:
+        """A LLaVA with its processor, and a folder of three images beside it. Read-only."""
+        image = pytest.importorskip("PIL.Image")
+        pil = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
+        folder = tmp_path_factory.mktemp("images") / "source"
+        write_model("llava", folder, tools.write_tokenizer)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        resized = pil.LlavaImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        processor = transformers.LlavaProcessor(
+            image_processor=resized, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="full",
+            image_token="<image>", chat_template=CHAT,
+        )  # fmt: skip
+        processor.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
+        (folder / "config.json").write_text(json.dumps(config))
+        photos = folder.parent / "photos"
+        photos.mkdir()
+        for number, colour in enumerate(["red", "green", "blue"]):
+            image.new("RGB", (40, 30), colour).save(photos / f"{colour}.png")
+            if number:
+                (photos / f"{colour}.txt").write_text(f"all {colour}")
+        return folder
+
+    def settings(self, folder: Path, **more: object) -> list[str]:
+        given = {"images": folder, "samples": 5, "sequence_length": 64, **more}
+        return ["quantize.group_size=32", *(f"calibration.{key}={value}" for key, value in given.items())]
+
+    def test_the_statistics_are_those_of_text_and_images(self, llava, tmp_path):
+        source = open_checkpoint(str(llava))
+        recipe = load("awq-gptq-w4", self.settings(llava.parent / "photos"))
+        quantize(make_plan(source, recipe), tmp_path / "out")
+        said = json.loads((tmp_path / "out" / "outlierq.json").read_text())
+        assert "3 of 5 calibration windows begin with an image of photos" in said["notes"]
+        assert verify(str(tmp_path / "out"), original=str(llava)).faults == []
+        carried = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"processor_config.json", "chat_template.jinja"} <= carried
+
+    @pytest.mark.parametrize("broken", ["no folder", "no image", "broken", "long"])
+    def test_images_that_cannot_be_used_are_refused_in_one_sentence_and_nothing_is_written(
+        self, broken, llava, tmp_path
+    ):
+        folder, more = tmp_path / "photos", {}
+        if broken != "no folder":
+            folder.mkdir()
+        if broken == "broken":
+            whole = (llava.parent / "photos" / "red.png").read_bytes()
+            (folder / "red.png").write_bytes(whole[: len(whole) // 2])
+        if broken == "long":
+            folder, more = llava.parent / "photos", {"sequence_length": 16}
+        recipe = load("awq-gptq-w4", self.settings(folder, **more))
+        with pytest.raises(StatsError) as refused:
+            quantize(make_plan(open_checkpoint(str(llava)), recipe), tmp_path / "out")
+        expected = {
+            "no folder": "cannot read the folder of images",
+            "no image": "photos holds no image",
+            "broken": "red.png cannot be read as an image",
+            "long": "but windows have 16",
+        }
+        assert expected[broken] in refused.value.what and refused.value.hint
+        assert not (tmp_path / "out").exists()
+
+    def test_a_model_without_eyes_takes_no_images(self, tiny_llama, tmp_path):
+        recipe = load("awq-gptq-w4", self.settings(tmp_path))
+        with pytest.raises(RecipeError, match="LlamaForCausalLM has no part that sees images"):
+            quantize(make_plan(open_checkpoint(str(tiny_llama)), recipe), tmp_path / "out")

@@ -407,6 +407,7 @@ CHANGES = {
         "batch_size": "calibration.batch_size=1",
         "all_experts": "calibration.all_experts=true",
         "min_expert_tokens": "calibration.min_expert_tokens=8",
+        "images": "calibration.images=photos",
     },
     TextSource: {
         "path": "calibration.text.0.path=x",

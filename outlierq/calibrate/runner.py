@@ -13,9 +13,9 @@ import mmap
 import os
 import tempfile
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -39,6 +39,7 @@ PROBE_TOKENS = 32
 PLAIN = (bool, int, float, str, bytes)
 
 Progress = Callable[[float], None]
+Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
 
 
 class StopForward(Exception):
@@ -49,12 +50,14 @@ class StopForward(Exception):
 class Call:
     """What a block is called with beside the hidden states: positional arguments after them, and keyword arguments.
 
-    name: the keyword of the hidden states, None when they are the first positional argument.
+    name: the keyword of the hidden states, None when they are the first positional argument. added: what the model
+    adds to the hidden states before the block, [sequences, tokens, H]: features of images that enter late.
     """
 
     after: tuple[Any, ...]
     keyword: dict[str, Any]
     name: str | None
+    added: torch.Tensor | None = None
 
     @property
     def shared(self) -> list[UserDict[Any, Any]]:
@@ -73,6 +76,8 @@ class Call:
         for shared in self.shared:
             shared.update({key: _map_tensors(value, cast) for key, value in shared.items()})
         after, keyword = _map_tensors((self.after, self.keyword), cast)
+        if self.added is not None:
+            hidden = hidden + self.added.to(hidden)
         if self.name is None:
             output = module(hidden, *after, **keyword)
         else:
@@ -235,12 +240,22 @@ class BlockRunner:
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._probe_tokens = PROBE_TOKENS
         self._wrap = Wrap()
+        self._given: Inputs = {}  # what the model gets beside the tokens of the batch at hand
 
-    def start(self, ids: torch.Tensor, *, progress: Progress | None = None, whole: bool = False) -> HiddenStates:
+    def start(
+        self,
+        ids: torch.Tensor,
+        *,
+        inputs: Sequence[Inputs] = (),
+        progress: Progress | None = None,
+        whole: bool = False,
+    ) -> HiddenStates:
         """Record what every block receives and return the hidden states that enter the first one.
 
-        ids: LongTensor [sequences, tokens]. whole: run the model past its last block, too, to see whether it comes back
-        to the first. SourceError when the model does not hand hidden states from block to block, or does come back.
+        ids: LongTensor [sequences, tokens]. inputs: what the model gets beside the tokens of each sequence (its
+        images), by argument; then a batch must be one sequence. whole: run the model past its last block, too, to see
+        whether it comes back to the first. SourceError when the model does not hand hidden states from block to block,
+        or does come back.
         """
         import torch
 
@@ -253,10 +268,13 @@ class BlockRunner:
         try:
             # Not inference_mode: recorded arguments may later take part in a forward with gradients.
             with torch.no_grad(), self._stubs() as stubs:
-                self._wrap = self._probe(ids[:1, :PROBE_TOKENS], stubs)
+                self._given = inputs[0] if inputs else {}
+                probed = ids[:1] if inputs else ids[:1, :PROBE_TOKENS]  # no image is cut
+                self._wrap = self._probe(probed, stubs)
                 if whole:
-                    self._check_called_once(ids[:1, :PROBE_TOKENS], stubs)
+                    self._check_called_once(probed, stubs)
                 for number, batch in enumerate(batches):
+                    self._given = inputs[number] if inputs else {}
                     first = self._record(batch, stubs, self._wrap)
                     if hidden is None:
                         hidden = self._hidden_states((*ids.shape, first.shape[-1]))
@@ -265,6 +283,7 @@ class BlockRunner:
                     if progress:
                         progress((number + 1) / len(batches))
         finally:
+            self._given = {}
             self.weights.release("")
         assert hidden is not None, "there are no sequences"
         return hidden
@@ -402,9 +421,14 @@ class BlockRunner:
         """Run the model until a stub stops it."""
         try:
             with forward_of(self.model, "calibrate"):
-                self.model(input_ids=ids.to(self.device), use_cache=False)
+                given = {name: self._placed(value) for name, value in self._given.items()}
+                self.model(input_ids=ids.to(self.device), use_cache=False, **given)
         except StopForward:
             return
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """An input on the device, in the dtype of the weights if it is one of numbers."""
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def _probe(self, ids: torch.Tensor, stubs: list[_Stub]) -> Wrap:
         """What blocks put around the hidden states they return, seen by running the first one.
@@ -444,7 +468,7 @@ class BlockRunner:
     def _record(self, ids: torch.Tensor, stubs: list[_Stub], wrap: Wrap, *, probe: bool = False) -> torch.Tensor:
         """One forward of the model with stubs; notes every block's call and returns the first hidden states."""
         for stub in stubs:
-            stub.reset(wrap)
+            stub.reset(wrap, copies=bool(self._given))
         self._forward_model(ids)
         first = stubs[0].received
         if first is None:
@@ -458,15 +482,42 @@ class BlockRunner:
         if called[-1] + 1 < len(stubs):
             raise SourceError(f"the model does not call its block {self.structure.blocks[called[-1] + 1].name}")
         met: dict[int, torch.Tensor] = {}
-        for block, stub, record in zip(self.structure.blocks, stubs, self._records, strict=True):
-            if stub.received is not None and stub.received is not first and not _equal(stub.received, first):
-                raise SourceError(f"the model changes the hidden states between its blocks, before {block.name}")
-            call = None if stub.call is None else self._intern(stub.call, met)
+        calls = [stub.call for stub in stubs]
+        for record, call, added in zip(self._records, calls, self._added(ids, stubs, first), strict=True):
+            call = None if call is None else self._intern(replace(call, added=added), met)
             if probe:
                 record.probe = call
             else:
                 record.add(call)
         return first.to(self.dtype)
+
+    def _added(self, ids: torch.Tensor, stubs: list[_Stub], first: torch.Tensor) -> list[torch.Tensor | None]:
+        """What the model adds to the hidden states before each block; `stubs` hold what one forward noted.
+
+        Features of images may enter late. SourceError when the hidden states change in another way.
+        """
+        received = [stub.received for stub in stubs]
+        added: list[torch.Tensor | None] = [None] * len(stubs)
+        if self._given and not all(part is None or _equal(part, first) for part in received):
+            added = self._received_after_zeros(ids, stubs)
+        before = first
+        for block, part, more in zip(self.structure.blocks, received, added, strict=True):
+            if part is None:
+                continue
+            if part is not before and not _equal(part, before if more is None else before + more):
+                raise SourceError(f"the model changes the hidden states between its blocks, before {block.name}")
+            before = part
+        return [None if more is None or not more.any() else more for more in added]
+
+    def _received_after_zeros(self, ids: torch.Tensor, stubs: list[_Stub]) -> list[torch.Tensor | None]:
+        """What each block but the first receives where those before it return zeros: what was added in between."""
+        for stub in stubs:
+            stub.reset(stub.wrap, copies=True)
+            stub.zeros = True
+        self._forward_model(ids)
+        for stub in stubs:
+            stub.zeros = False
+        return [None, *(stub.received for stub in stubs[1:])]
 
     def _intern(self, call: Call, met: dict[int, torch.Tensor]) -> Call:
         """The call with every tensor replaced by an equal one that is known, so that each is kept once.
@@ -483,8 +534,8 @@ class BlockRunner:
                 met[id(tensor)] = tensor if equal is None else equal
             return met[id(tensor)]
 
-        after, keyword = _map_tensors((call.after, call.keyword), known)
-        return Call(after, keyword, call.name)
+        after, keyword, added = _map_tensors((call.after, call.keyword, call.added), known)
+        return Call(after, keyword, call.name, added)
 
 
 @dataclass(frozen=True)
@@ -505,19 +556,23 @@ class Wrap:
 
 
 class _Stub:
-    """Stands for a block's forward: notes its arguments and returns the hidden states it got, or those in `given`."""
+    """Stands for a block's forward: notes its arguments and returns the hidden states it got, or those in `given`.
+
+    zeros: returns zeros instead.
+    """
 
     def __init__(self, module: torch.nn.Module):
         self.forward = module.forward
-        self.is_last = self.run_real = False
+        self.is_last = self.run_real = self.copies = self.zeros = False
         self.calls = 0
         self.wrap = Wrap()
         self.received: torch.Tensor | None = None
         self.given: torch.Tensor | None = None
         self.call: Call | None = None
 
-    def reset(self, wrap: Wrap) -> None:
-        """Forget what was noted."""
+    def reset(self, wrap: Wrap, *, copies: bool = False) -> None:
+        """Forget what was noted. copies: hand on a copy, for models that write into what a block returned."""
+        self.copies = copies
         self.wrap, self.received, self.call, self.calls = wrap, None, None, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Returned:
@@ -529,7 +584,10 @@ class _Stub:
             raise StopForward
         if self.is_last:
             raise StopForward
-        return self.wrap.put(self.received if self.given is None else self.given)
+        hidden = self.received if self.given is None else self.given
+        if self.zeros:
+            hidden = hidden.new_zeros(hidden.shape)
+        return self.wrap.put(hidden.clone() if self.copies else hidden)
 
 
 def _head(model: Any) -> torch.nn.Module | None:
@@ -621,7 +679,8 @@ def _same(one: Any, other: Any) -> bool:
     import torch
 
     if isinstance(one, Call) and isinstance(other, Call):
-        return one.name == other.name and _same(one.after, other.after) and _same(one.keyword, other.keyword)
+        same = one.name == other.name and one.added is other.added
+        return same and _same(one.after, other.after) and _same(one.keyword, other.keyword)
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):

@@ -44,13 +44,15 @@ FEW_JUDGED = 1024
 class TokenSet:
     """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings.
 
-    notes: what was left out of the text, or is unusual about it.
+    notes: what was left out of the text, or is unusual about it. inputs: what the model gets beside the tokens of each
+    window, by argument (`calibrate/images.py`); empty where no window has an image.
     """
 
     ids: torch.Tensor
     fingerprint: str
     description: str
     notes: tuple[str, ...] = ()
+    inputs: tuple[Mapping[str, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ _HOMES = {
     "check_recorded": "record",
     "report_beside": "record",
     "load_model": "whole",
+    "load_processor": "whole",
     "load_tokenizer": "whole",
     "stored_tokens": "gguf.tokenizer",
     "replaced_experts": "model.fused_experts",

@@ -6,17 +6,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.load.decode import unpacked
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
-from outlierq.load.model.foreign import tokenizer_faults
+from outlierq.load.model.foreign import USUAL, tokenizer_faults
 from outlierq.load.model.names import checkpoint_names
 from outlierq.load.model.skeleton import build_skeleton, load_tensors_into
 from outlierq.load.record import check_recorded
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from outlierq.core.model import Checkpoint
 
@@ -52,6 +53,27 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     _need_reader_of_pieces(checkpoint)
     with tokenizer_faults(checkpoint.source), utf8_path(checkpoint.path) as path:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def load_processor(checkpoint: Checkpoint) -> ProcessorMixin:
+    """What makes a model's inputs of text and images, from the checkpoint's folder. SourceError when it has none."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        with utf8_path(checkpoint.path) as path:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=checkpoint.trust_remote_code)
+    except USUAL as error:
+        raise SourceError(
+            f"the processor of {checkpoint.source} cannot be loaded: {brief(error, 300)}",
+            hint="the source must hold preprocessor_config.json or processor_config.json; many need "
+            "pip install 'outlierq[vision]'",
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise SourceError(
+            f"{checkpoint.source} holds no processor for images, only a tokenizer",
+            hint="put the preprocessor_config.json of the same model beside its weights",
+        )
+    return processor
 
 
 def _need_reader_of_pieces(checkpoint: Checkpoint) -> None:

@@ -42,13 +42,32 @@ class TextSource(Section):
         return self
 
 
+class ImageSource(Section):
+    """Where calibration images come from: a folder (`path`), or a `column` of a `dataset` of the Hub."""
+
+    path: str | None = None
+    dataset: str | None = None
+    column: str = "image"
+    caption: str | None = None
+    split: str = "train"
+    config: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        return self
+
+
 class Calibration(Section):
     """Which tokens the statistics are made of, and how.
 
+    images: put before the first windows of text, one each, as the model's processor does it.
     shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
     """
 
     text: tuple[TextSource, ...] = Field((TextSource(path="embedded"),), min_length=1)
+    images: ImageSource | None = None
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=2)
     seed: int | None = 0
@@ -67,6 +86,12 @@ class Calibration(Section):
         """`text: embedded` and `text: notes.txt` are short for a list with one source."""
         entries = value if isinstance(value, list | tuple) else [value]
         return [{"path": e} if isinstance(e, str) else e for e in entries]
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _images_in_short(cls, value: T) -> T | dict[str, Any]:
+        """`images: folder` is short for its path."""
+        return {"path": value} if isinstance(value, str) else value
 
 
 def _columns(value: Any) -> int | Literal["channel"] | None:

@@ -12,6 +12,7 @@ from outlierq.core.errors import OutlierqError
 
 # What may be missing -> the extra that brings it.
 EXTRAS = {
+    "PIL": "vision",
     "datasets": "datasets",
     "gguf": "gguf",
     "lm_eval": "eval",

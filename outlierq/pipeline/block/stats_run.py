@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from outlierq.calibrate.text import TokenSet
     from outlierq.recipe import Calibration
+    from outlierq.recipe.sections import Section
 
 ROWS = 512  # whole tokens that are kept of an input, in all shards together
 # How much work a crash may cost: hidden states are saved when the last save is this old.
@@ -113,7 +114,7 @@ class StatsFromRun:
         self.work, self.device, self.listen = work, resources.device, resources.listen
         self.ranks, self._owners, self._count = resources.ranks, asked.owners, settings.shards or 1
         self._savings, self._folds = savings, asked.folds
-        self._towers = self.structure.towers
+        self._towers = () if tokens.inputs else self.structure.towers  # which text does not run through
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
         several = {"shards": self._count} if self._count > 1 else {}
@@ -138,7 +139,7 @@ class StatsFromRun:
             PartWeights(self._materialise, self._release),
             device=self.device,
             dtype=self._dtype,
-            batch_size=self._savings.batch_size or self.settings.batch_size,
+            batch_size=1 if self.tokens.inputs else self._savings.batch_size or self.settings.batch_size,
             spill=Spill(self._scratch, self._savings.spill_bytes),
         )
 
@@ -170,7 +171,9 @@ class StatsFromRun:
         for shard in self.shards:
             tell = self._tell(0, "reading the text through the embeddings", shard)
             with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
-                shard.states = shard.runner.start(shard.text.ids, whole=True, progress=tell)
+                mine = slice(shard.text.first, shard.text.first + len(shard.text.ids))
+                inputs = self.tokens.inputs[mine]
+                shard.states = shard.runner.start(shard.text.ids, inputs=inputs, whole=True, progress=tell)
             self._unfilled = ()
             return_freed_memory()
             shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
@@ -471,8 +474,25 @@ def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
         seed=settings.seed,
         chat_template=settings.chat_template,
     )
+    if settings.images is not None:
+        tokens = _with_images(model, tokens, settings.images, tokenizer)
     check_ids(model.skeleton, tokens.ids, len(tokenizer))
     return tokens
+
+
+def _with_images(model: StudiedModel, tokens: TokenSet, images: Section, tokenizer: Any) -> TokenSet:
+    """The windows with the recipe's images. RecipeError when the model has nothing to see them with."""
+    from outlierq.calibrate.images import ImageSource, with_images
+    from outlierq.core.windows import opening_tokens
+    from outlierq.load import load_processor
+
+    if not model.structure.towers:
+        raise RecipeError(
+            f"calibration.images is set, but {type(model.skeleton).__name__} has no part that sees images",
+            hint="leave calibration.images out for this model",
+        )
+    source = ImageSource(**images.model_dump())
+    return with_images(tokens, source, lambda: load_processor(model.checkpoint), len(opening_tokens(tokenizer)))
 
 
 def _torch_dtype(name: str) -> torch.dtype:

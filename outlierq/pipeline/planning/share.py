@@ -46,7 +46,7 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 def _is_aside(site: LinearSite) -> bool:
     """Whether a linear is a router, the output head, or a part of a tower."""
-    return site.kind == "Router" or _is_outside(site.weight) or _is_outside(site.module)
+    return site.kind == "Router" or site.tower is not None or _is_outside(site.weight) or _is_outside(site.module)
 
 
 def _is_outside(name: str) -> bool:

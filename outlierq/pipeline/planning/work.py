@@ -179,7 +179,7 @@ def _known(model: StudiedModel, settings: Calibration | None, device: str) -> di
         "structure": structure,
         "stored": {name: info.nbytes for name, info in checkpoint.tensors.items()},
         "elements": {name: info.nbytes // DTYPES[info.dtype][1] for name, info in checkpoint.tensors.items()},
-        "unread": _unread(model),
+        "unread": _unread(model, sees=settings is not None and settings.images is not None),
         "looked_up": frozenset(tables(skeleton, checkpoint, model.names).values()),
         "itemsize": 4 if checkpoint.dtype == "float32" else 2,
         "hidden": largest(config, "hidden_size") or max(s.in_features for s in structure.sites),
@@ -192,9 +192,9 @@ def _known(model: StudiedModel, settings: Calibration | None, device: str) -> di
     }
 
 
-def _unread(model: StudiedModel) -> frozenset[str]:
-    """Tensors of towers, and of parts that the class does not know."""
-    towers = tuple(f"{tower}." for tower in model.structure.towers)
+def _unread(model: StudiedModel, *, sees: bool) -> frozenset[str]:
+    """Tensors of parts that the class does not know, and of towers where there are no images for them (`sees`)."""
+    towers = () if sees else tuple(f"{tower}." for tower in model.structure.towers)
     inside = {tensor for slot, tensor in model.names.items() if not slot.startswith(towers)}
     outside = {*model.structure.outside_tensors, *(site.weight for site in model.structure.outside_sites)}
     return frozenset(outside - inside)
