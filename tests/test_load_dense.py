@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,27 @@ def test_a_tokenizer_of_pieces_names_the_packages_that_read_it(tmp_path, monkeyp
     with pytest.raises(SourceError, match=r"tokenizer\.model alone, and sentencepiece is not installed") as caught:
         load_tokenizer(open_checkpoint(str(tmp_path)))
     assert caught.value.hint.startswith("pip install sentencepiece,")
+
+
+def test_a_protobuf_too_old_for_sentencepiece_is_named_with_the_remedy(tiny_llama, tmp_path, monkeypatch):
+    source = shutil.copytree(tiny_llama, tmp_path / "pieces")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(b"\n\x00")
+
+    class TooOld:
+        """The import of code that was made with a newer protobuf."""
+
+        def find_spec(self, name, path=None, target=None):
+            if name == "sentencepiece.sentencepiece_model_pb2":
+                raise ImportError("gencode 7.36.1 runtime 5.29.1. Runtime version cannot be older")
+
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [TooOld(), *sys.meta_path])
+    with pytest.raises(
+        SourceError, match=r"sentencepiece [\d.]+, protobuf [\d.]+ do not read together: gencode"
+    ) as told:
+        load_tokenizer(open_checkpoint(str(source)))
+    assert "pip install --upgrade protobuf" in told.value.hint
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

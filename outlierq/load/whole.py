@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,21 @@ def _need_reader_of_pieces(checkpoint: Checkpoint) -> None:
         return
     with pieces.open("rb") as file:
         is_message = file.read(1) == b"\n"  # tag of the first piece; tiktoken's files are lines of text
+    if not is_message:
+        return
     missing = [name for name, module in PIECE_READERS.items() if find_spec(module) is None]
-    if is_message and missing:
+    if missing:
         raise SourceError(
             f"{checkpoint.source} has its tokenizer as tokenizer.model alone, and {' and '.join(missing)} "
             f"{'are' if len(missing) > 1 else 'is'} not installed, which transformers needs to read it",
             hint=f"pip install {' '.join(missing)}, or put the tokenizer.json of the same model beside it",
         )
+    try:
+        import sentencepiece.sentencepiece_model_pb2  # noqa: F401, code that asks for the protobuf it was made with
+    except Exception as error:  # protobuf raises several kinds, not all of them its own
+        versions = ", ".join(f"{name} {version(name)}" for name in PIECE_READERS)
+        raise SourceError(
+            f"{checkpoint.source} has its tokenizer as tokenizer.model alone, which {versions} do not read together: "
+            f"{brief(error, 200)}",
+            hint="pip install --upgrade protobuf, or put the tokenizer.json of the same model beside it",
+        ) from error
