@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.decode import decode_rows as decode_rows
+    from outlierq.load.decode import presented as presented
     from outlierq.load.decode import read_headers as read_headers
     from outlierq.load.decode import served as served
     from outlierq.load.decode import unpacked as unpacked
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.experts_apart import experts_together as experts_together
     from outlierq.load.model.experts_apart import fused_pieces as fused_pieces
     from outlierq.load.model.fused_experts import fused_experts as fused_experts
+    from outlierq.load.model.fused_experts import replaced_experts as replaced_experts
+    from outlierq.load.model.fused_experts import unmerged_experts as unmerged_experts
     from outlierq.load.model.lookup import looking_up as looking_up
     from outlierq.load.model.names import checkpoint_names as checkpoint_names
     from outlierq.load.model.packed_load import packed_fault as packed_fault
@@ -51,6 +54,7 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.sources import open_checkpoint as open_checkpoint
     from outlierq.load.sources import stream_checkpoint as stream_checkpoint
     from outlierq.load.whole import load_model as load_model
+    from outlierq.load.whole import load_processor as load_processor
     from outlierq.load.whole import load_tokenizer as load_tokenizer
 
 _HOMES = {
