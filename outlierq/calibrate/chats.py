@@ -91,13 +91,32 @@ def messages_of(row: Mapping[str, Any], where: str, left_out: Counter[str]) -> l
 
 
 def rendered(tokenizer: Any, messages: list[Message], where: str) -> str:
-    """One chat in the tokenizer's own template; StatsError when it cannot be rendered, or nothing of it is there."""
-    from jinja2 import TemplateError
+    """One chat in the tokenizer's own template; StatsError when it cannot be rendered, or nothing of it is there.
 
+    Templates of models that see want the content of a message as a list of parts, others as text.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise StatsError("the tokenizer has no chat template", hint="leave chat_template out")
     try:
-        text = within(SECONDS_PER_CHAT, lambda: tokenizer.apply_chat_template(messages, tokenize=False))
+        return _rendered(tokenizer, messages, messages, where)
+    except StatsError as error:
+        try:
+            return _rendered(tokenizer, [_in_parts(message) for message in messages], messages, where)
+        except StatsError:
+            raise error from None
+
+
+def _in_parts(message: Message) -> Message:
+    """A message whose content is a list of one part, its text."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _rendered(tokenizer: Any, shaped: list[Message], messages: list[Message], where: str) -> str:
+    """The messages in the form of `shaped`, rendered."""
+    from jinja2 import TemplateError
+
+    try:
+        text = within(SECONDS_PER_CHAT, lambda: tokenizer.apply_chat_template(shaped, tokenize=False))
     except (TemplateError, *TEMPLATE_FAULTS) as error:
         raise StatsError(f"the chat template does not accept the messages of {where}: {error}") from error
     said = [message["content"] for message in messages if message["content"]]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
-from outlierq.core.machine.untrusted import brief
+from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.load.decode import unpacked
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from outlierq.core.model import Checkpoint
 
+PROCESSOR_TEMPLATE = "chat_template.json"
 PIECE_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google"}  # package -> what is imported of it
 
 
@@ -53,7 +54,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     _need_reader_of_pieces(checkpoint)
     with tokenizer_faults(checkpoint.source), utf8_path(checkpoint.path) as path:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=checkpoint.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=checkpoint.trust_remote_code)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_of_processor(checkpoint)
+    return tokenizer
+
+
+def _template_of_processor(checkpoint: Checkpoint) -> str | None:
+    """The chat template that older models that see keep for their processor alone; None where there is none."""
+    path = checkpoint.path / PROCESSOR_TEMPLATE
+    if not path.is_file():
+        return None
+    with tokenizer_faults(checkpoint.source):
+        template = json_object(path.read_bytes(), PROCESSOR_TEMPLATE, SourceError).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def load_processor(checkpoint: Checkpoint) -> ProcessorMixin:

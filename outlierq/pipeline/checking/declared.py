@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 CHECK = "config"
+# Tensors of experts that are stored one by one, whatever their class does: readers of packed weights take them apart.
+APART = re.compile(r"(.*\.experts)\.\d+\.")
 # Methods that mean the output head, too, unless they name it.
 ALL_LINEARS = ("bitsandbytes", "outlierq")
 
@@ -57,7 +60,9 @@ def check_class(plain: Checkpoint, config: Mapping[str, Any], findings: Findings
     skeleton, names = built
     for module, tensor in _linears(skeleton, names).items():
         _check_linear(module, tensor, plain.packed, config, findings)
-    lost = [name for name, _ in skeleton.named_parameters(remove_duplicate=False) if name not in names]
+    apart = {name[: found.end(1)] for name in plain.tensors if (found := APART.match(name))}
+    needed = (name for name, _ in skeleton.named_parameters(remove_duplicate=False) if name not in names)
+    lost = [name for name in needed if name.rpartition(".")[0] not in apart]
     if lost and len(lost) < len(names):
         findings.fault("tensors", "", f"{type(skeleton).__name__} has parameters that are not stored: {listed(lost)}")
 
