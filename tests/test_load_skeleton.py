@@ -332,3 +332,12 @@ def test_mixtures_that_their_class_merges_in_an_unknown_way_are_refused_by_name(
     with pytest.raises(SourceError, match="experts") as caught:
         opened(tmp_path)
     assert "mixtures are not supported" in caught.value.hint
+
+
+def test_weights_of_any_size_are_no_tables_that_a_config_asks_for():
+    from outlierq.core.machine.building import MOST_TABLE_BYTES, building
+
+    with building("a large model"):
+        large = torch.nn.ModuleList([torch.nn.Linear(1 << 14, 1 << 14) for _ in range(5)])
+    assert sum(part.weight.nbytes for part in large) > MOST_TABLE_BYTES
+    assert all(part.weight.is_meta for part in large)

@@ -42,7 +42,11 @@ class _Bounded(TorchFunctionMode):
 
 
 def _size(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Bytes of what a torch function would make of nothing, or of something large; 0 for all else."""
+    """Bytes of what a torch function would make of nothing, or of something large; 0 for all else, such as a weight
+    that goes to the meta device.
+    """
+    if any(str(value) == "meta" for value in (*args, *kwargs.values()) if isinstance(value, str | torch.device)):
+        return 0
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if func in FILLING:
         made = func(*args, **{**kwargs, "device": "meta"})

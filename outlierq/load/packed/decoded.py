@@ -65,6 +65,7 @@ class DecodedCheckpoint(DerivedCheckpoint):
     ):
         super().__init__(stored)
         self.linears, self.stacks = dict(linears), dict(stacks or {})
+        self._packed = dict.fromkeys([*self.linears, *self.stacks])
         self.config: dict[str, Any] = without_description(stored.config)
         shapes: dict[str, tuple[int, ...]] = {name: linear.shape for name, linear in self.linears.items()}
         shapes |= {name: stack.shape for name, stack in self.stacks.items()}
@@ -76,7 +77,7 @@ class DecodedCheckpoint(DerivedCheckpoint):
     @property
     def packed(self) -> Collection[str]:
         """Names of the weights that are stored quantized."""
-        return self.linears.keys() | self.stacks.keys()
+        return self._packed.keys()
 
     def members(self, name: str) -> Mapping[str, str]:
         """The stored tensors of a packed weight, by role."""

@@ -106,7 +106,7 @@ class Plan(Shown):
         """Blocks, linears and other tensors of the model."""
         return self.model.structure
 
-    @property
+    @cached_property
     def schemes(self) -> dict[LinearSite, QuantScheme]:
         """The scheme of every linear that is quantized."""
         return {p.site: p.scheme for p in self.sites if p.scheme is not None}
