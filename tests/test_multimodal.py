@@ -149,6 +149,33 @@ def test_blocks_run_one_by_one_on_images_give_the_hidden_states_of_the_whole_mod
     assert not torch.equal(hidden[0], hidden[1])
 
 
+def test_the_stream_that_images_enter_is_not_rotated(made, tmp_path):
+    source, out = made("qwen2.5-vl"), tmp_path / "out"
+    settings = ["calibration.samples=4", "calibration.sequence_length=32"]
+    plan = make_plan(open_checkpoint(str(source)), load("rotate-w4a8", settings))
+    assert [note for note in plan.notes if "residual stream is left as it is: features of images" in note]
+    quantize(plan, out)
+    dense = tmp_path / "dense"
+    rotated = load("dense", ["transform=[{method: rotate}]"])
+    quantize(make_plan(open_checkpoint(str(source)), rotated), dense)
+    before, after = (load_model(open_checkpoint(str(folder))) for folder in (source, dense))
+    with torch.no_grad():
+        logits = [model(**inputs_of("qwen2.5-vl", model)).logits for model in (before, after)]
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [("w8a8-static", "got no tokens"), ("kv-fp8", "does not run its block for the calibration text")],
+)
+def test_what_needs_the_inputs_of_blocks_that_text_passes_over_asks_for_images(recipe, said, made, tmp_path):
+    settings = ["calibration.samples=4", "calibration.sequence_length=32"]
+    plan = make_plan(open_checkpoint(str(made("mllama"))), load(recipe, settings))
+    with pytest.raises(StatsError, match=said) as refused:
+        quantize(plan, tmp_path / "out")
+    assert "calibration.images" in refused.value.hint
+
+
 class TestImages:
     """Calibration with images, through a processor that needs Pillow alone."""
 

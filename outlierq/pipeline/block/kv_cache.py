@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from outlierq.calibrate.groups import NOT_RUN
 from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
 from outlierq.core.model import Fold, InputGroup
@@ -31,6 +32,11 @@ def cache_tensors(
     before, after: the block's tensors without and with its transforms. A transform may scale the values (the fold of
     the input of the output projection); it leaves keys as they are.
     """
+    if groups and all(group.fold_note == NOT_RUN for group in groups):
+        raise StatsError(
+            f"nothing is known of the keys and values of {cache.prefix}: {NOT_RUN}",
+            hint="set calibration.images, or leave kv_cache out for this model",
+        )
     if stats is None:
         raise StatsError(
             "the statistics hold nothing of the keys and values of this block", hint="calibrate again with this version"

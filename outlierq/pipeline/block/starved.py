@@ -108,5 +108,5 @@ def check_static(share: Share, schemes: Mapping[LinearSite, QuantScheme]) -> Non
                 f"{site.expert or UNSEEN} got no tokens, so nothing is known of the input of {site.module}",
                 hint="calibrate on more text, or set calibration.all_experts: true"
                 if site.expert
-                else "use a recipe whose inputs are rounded dynamically, or add these linears to quantize.ignore",
+                else "set calibration.images, or use a recipe whose inputs are rounded at run time",
             )

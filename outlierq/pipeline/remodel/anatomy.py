@@ -154,6 +154,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
+BESIDE_TEXT = "features of images or sound enter it beside the embeddings, and would have to be rotated with it"
+
+
 def find_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """The anatomy of a checkpoint's model; parts that cannot be rotated are named in its obstacles."""
     model = study(checkpoint)
@@ -163,7 +166,7 @@ def find_anatomy(checkpoint: Checkpoint) -> Anatomy:
     if anatomy.tied and anatomy.norms:
         *others, last = anatomy.norms
         anatomy = replace(anatomy, norms=(*others, replace(last, uniform=_uniform(checkpoint, last))))
-    return anatomy
+    return replace(anatomy, residual_obstacle=BESIDE_TEXT) if model.structure.towers else anatomy
 
 
 def _uniform(checkpoint: Checkpoint, norm: Norm) -> bool:
