@@ -127,8 +127,12 @@ def faults_of(kind: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
 
 
 def _plant(folder: Path, change: planted.Change) -> None:
-    copy = planted.Copy.of(folder)
+    """NoFaultError when the change leaves everything as it was: gains of ones are already ones after a rotation."""
+    before, copy = planted.Copy.of(folder), planted.Copy.of(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     change(copy)
+    if copy.is_like(before) and files == {path.name: path.read_bytes() for path in folder.iterdir()}:
+        raise planted.NoFaultError
     copy.save()
 
 
@@ -150,7 +154,10 @@ def sign_again(folder: Path) -> None:
 
 
 def found_in(folder: Path, source: Path) -> dict[str, list[str]]:
-    """What `verify` says of the folder in each state, without and with the source: the checks that found a fault."""
+    """What `verify` says of the folder in each state, without and with the source: the checks that found a fault.
+
+    With the source everything is looked at as without it, and more: where that found a fault, it is not done again.
+    """
     from outlierq.core.errors import OutlierqError
     from outlierq.core.report import REPORT_NAME
     from outlierq.pipeline.verify import verify
@@ -165,6 +172,9 @@ def found_in(folder: Path, source: Path) -> dict[str, list[str]]:
         if state == "no report":
             (folder / REPORT_NAME).unlink()
         for original in (None, str(source)):
+            if original and said[state]:
+                said[f"{state}, with --source"] = said[state]
+                continue
             gguf = list(folder.glob("*.gguf"))
             result = verify(str(gguf[0] if gguf else folder), original)
             said[f"{state}, with --source" if original else state] = sorted({f.check for f in result.faults})
@@ -182,6 +192,8 @@ def plant(source: Path, work: Path, kinds: list[str]) -> list[dict[str, Any]]:
             try:
                 change(copy)
                 rows.append({"export": kind, "fault": name, "found": found_in(copy, origin)})
+            except planted.NoFaultError:
+                print(f"{kind}: {name}: changes nothing")
             except Exception as error:
                 raise RuntimeError(f"{kind}: {name}: {error}") from error
             finally:

@@ -22,6 +22,10 @@ SCALES = ("weight_scale", "scales", "SCB")
 ZEROS = ("weight_zero_point", "qzeros")
 
 
+class NoFaultError(Exception):
+    """A change that leaves the export as it was."""
+
+
 @dataclass
 class Copy:
     """A copy of an export. written: names of the JSON files that were changed."""
@@ -45,6 +49,11 @@ class Copy:
         for name, content in self.json.items():
             (self.folder / name).write_text(json.dumps(content, indent=2))
 
+    def is_like(self, other: Copy) -> bool:
+        """Whether tensors and JSON files are the same, bit for bit."""
+        same = self.tensors.keys() == other.tensors.keys() and self.json == other.json
+        return same and all(_bytes(t).equal(_bytes(other.tensors[name])) for name, t in self.tensors.items())
+
     @property
     def config(self) -> dict[str, Any]:
         """config.json."""
@@ -67,6 +76,10 @@ class Copy:
     def roles(self, site: str = SITE) -> list[str]:
         """All tensors of a linear, by the last part of their names."""
         return [name.removeprefix(f"{site}.") for name in self.tensors if name.startswith(f"{site}.")]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 Change = Callable[[Copy], Any]
@@ -219,6 +232,11 @@ def of_config() -> Iterator[tuple[str, Change]]:
     yield "said to be tied", _set(("tie_word_embeddings",), True)
     yield "a layer fewer", _set(("num_hidden_layers",), 1)
     yield "model_type of another model", _set(("model_type",), "mistral")
+    yield "vocabulary x2", _set(("vocab_size",), 640)
+    yield "inner width half", _set(("intermediate_size",), 256)
+    yield "heads of half the width", _set(("head_dim",), 32)
+    yield "rope theta 1", _set(("rope_parameters", "rope_theta"), 1.0)
+    yield "eps negative", _set(("rms_norm_eps",), -1e-5)
     yield "no biases", _set(("attention_bias",), False)
     yield "generation: another eos", _set(("eos_token_id",), 9, "generation_config.json")
     yield "generation: temperature 5", _set(("temperature",), 5.0, "generation_config.json")
@@ -246,6 +264,13 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 def of_tokens() -> Iterator[tuple[str, Change]]:
     """Tokenizer and chat template."""
     yield "vocabulary reversed", _vocabulary(_reversed)
+    yield "two tokens with one id", _vocabulary(lambda ids: {**ids, "a": ids["b"]})
+    yield "two tokens exchanged", _vocabulary(lambda ids: {**ids, "a": ids["b"], "b": ids["a"]})
+    yield (
+        "a template that does not end",
+        _file("chat_template.jinja", lambda path: path.write_text("{% for m in messages %}")),
+    )
+    yield "no decoder of bytes", _set(("decoder",), None, "tokenizer.json")
     yield "an id beyond the embedding", _vocabulary(_beyond)
     yield (
         "no tokenizer",

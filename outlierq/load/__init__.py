@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.decode import read_headers as read_headers
     from outlierq.load.decode import served as served
     from outlierq.load.decode import unpacked as unpacked
+    from outlierq.load.gguf.file import read_gguf_header as read_gguf_header
+    from outlierq.load.gguf.tokenizer import stored_token_types as stored_token_types
     from outlierq.load.gguf.tokenizer import stored_tokens as stored_tokens
     from outlierq.load.model.architecture import declared_class as declared_class
     from outlierq.load.model.attention import attention_names as attention_names
@@ -94,6 +96,7 @@ _HOMES = {
     "presented": "decode",
     "read_headers": "decode",
     "served": "decode",
+    "read_gguf_header": "gguf.file",
     "changed_files": "record",
     "changed_since_run": "record",
     "check_recorded": "record",
@@ -104,6 +107,7 @@ _HOMES = {
     "stored_tokens": "gguf.tokenizer",
     "replaced_experts": "model.fused_experts",
     "unmerged_experts": "model.fused_experts",
+    "stored_token_types": "gguf.tokenizer",
     "unpacked": "decode",
 }
 

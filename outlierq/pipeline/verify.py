@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.checking.alone.whole import Kin, check_files, check_tensors
+from outlierq.pipeline.checking.codes import codes_of_rows
 from outlierq.pipeline.checking.config import compare_config
 from outlierq.pipeline.checking.declared import check_class, check_declared
 from outlierq.pipeline.checking.finding import Fault, Findings
@@ -81,10 +83,12 @@ def verify(
     verification.tensors = len(checkpoint.tensors)
     plain = _decoded(checkpoint, verification)
     _check_stored(checkpoint, verification)
+    check_files(checkpoint, verification)
     if plain is not None:
         verification.linears = len(plain.packed)
         studied = _check_places(plain, verification)
         _check_config(checkpoint, plain, config, studied, verification)
+        check_tensors(checkpoint, plain, config, report, studied, verification)
         tokens = _check_tokens(checkpoint, studied, verification)
         comparison = None if reference is None else _comparison(plain, reference, report, studied, verification)
         _check_weights(plain, comparison, config, verification, listen)
@@ -217,6 +221,7 @@ def _check_weights(
     from outlierq.pipeline.checking.scales import check_codes, check_values
 
     unsaid: list[str] = []
+    kin = Kin()
     packed = list(plain.packed)
     names = packed + ([] if comparison is None else comparison.dense)
     for number, name in enumerate(names):
@@ -228,10 +233,12 @@ def _check_weights(
             if quantized is not None:
                 check_codes(name, quantized, config, findings)
             check_values(name, weight, findings)
+            kin.add(name, weight, quantized, findings)
             if comparison is not None:
                 comparison.weight(name, weight, quantized)
         except SourceError as error:
             findings.fault("layout", name, error.what)
+    kin.judge(plain, findings)
     if unsaid:
         findings.note(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
 
@@ -263,6 +270,8 @@ def _decode(plain: Checkpoint, name: str, unsaid: list[str]) -> tuple[torch.Tens
         except SourceError as error:
             reason = error.what
         weight = plain.read(name).float()  # raises when the layout is wrong, and not only the codes out of reach
-        unsaid.append(reason)
-        return weight, None
+        codes = codes_of_rows(plain, name)
+        if codes is None:
+            unsaid.append(reason)
+        return weight, codes
     return plain.read(name).float(), None

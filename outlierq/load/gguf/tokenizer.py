@@ -80,3 +80,11 @@ def stored_tokens(path: Path) -> tuple[dict[str, int], dict[str, int | None], st
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
     special = {name: fields.get(f"tokenizer.ggml.{short}_token_id") for name, short in names.items()}
     return {str(token): number for number, token in enumerate(tokens)}, special, fields.get("tokenizer.chat_template")
+
+
+def stored_token_types(path: Path) -> list[int]:
+    """Type of each token, as ggml numbers them: 1 is text, 3 is control; empty where the file says nothing."""
+    from gguf import GGUFReader
+
+    listed = GGUFReader(path).fields.get("tokenizer.ggml.token_type")
+    return [] if listed is None else [int(number) for number in listed.contents()]

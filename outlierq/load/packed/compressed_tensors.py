@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
@@ -58,13 +58,14 @@ class PackedWeight(ServedLinear):
     """How one weight is stored.
 
     group_size: columns that share a scale, None for a whole row. format: name of the compressed-tensors format. block:
-    rows and columns that share a scale.
+    rows and columns that share a scale. said: its config group, as it stands in config.json.
     """
 
     bits: int
     group_size: int | None
     format: str = "pack-quantized"
     block: tuple[int, int] | None = None
+    said: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 @presents("compressed-tensors")
@@ -317,6 +318,7 @@ def _packed(
         tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
         inputs=inputs,
         symmetric=weights.get("symmetric", True),
+        said=group,
     )
 
 

@@ -60,6 +60,11 @@ class Expected:
         """Whether a fold or an order changed the tensor."""
         return name in self._block_of
 
+    @property
+    def moved(self) -> list[str]:
+        """Every tensor that a fold or an order changed."""
+        return list(self._block_of)
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the shape of its header, as stored, or in float32 where it was moved.
 
@@ -181,11 +186,11 @@ class _Step:
         import torch
 
         before = _matrix(self.tensors[weight], transposed)
-        row, row_is_clear = _fitted(_matrix(self.result.read(weight).float(), transposed).T, before.T)
+        row, row_is_clear = fitted(_matrix(self.result.read(weight).float(), transposed).T, before.T)
         stacks = [(self.result.read(name).float(), self.tensors[name], flag) for name, _, flag in self.sites]
         now = torch.cat([_matrix(stored, flag) for stored, _, flag in stacks])
         then = torch.cat([_matrix(source, flag) for _, source, flag in stacks])
-        column, column_is_clear = _fitted(now, then, self.index, len(before))
+        column, column_is_clear = fitted(now, then, self.index, len(before))
         both = row_is_clear & column_is_clear
         product = torch.where(both, row * column, torch.ones_like(row))
         apart = both & ~((product > 1 / LARGEST_PRODUCT) & (product < LARGEST_PRODUCT))
@@ -203,7 +208,7 @@ class _Step:
         return scale
 
 
-def _fitted(
+def fitted(
     now: torch.Tensor, then: torch.Tensor, index: torch.Tensor | None = None, count: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor of each column of `then` [n, k] that brings it nearest to `now`, and whether it is told well by it.

@@ -11,31 +11,35 @@ from outlierq.pipeline.checking.weights import FOREIGN, Grid, judge_weight
 if TYPE_CHECKING:
     import torch
 
+# Part of all weights that need fitted scales to be told, from which folds are taken for unknown.
+MOST_RESCUED = 0.3
+# The same of those that are foreign, from which the order of channels is taken for unknown.
+MOST_FOREIGN = 0.3
+
 
 class Guess:
-    """Judges weights whose folds are not known: as they are, else after positive scales per column and row.
+    """Judges weights whose folds are not known: as inferred folds leave them, else after any positive scales.
 
     may_be_folded: whether anything else in the checkpoint shows that there were folds: gains that differ from the
-    source's. Without that no scale is fitted. findings: get the faults once all weights were seen (`judge`).
+    source's. Without that no scale is fitted. findings: get the faults once all weights were seen (`judge`). is_fitted:
+    whether scales per column and row had to be fitted, since the folds could not be inferred.
     """
 
     def __init__(self, findings: Findings, *, may_be_folded: bool):
-        self.findings, self.may_be_folded = findings, may_be_folded
+        self.findings, self.may_be_folded, self.is_fitted = findings, may_be_folded, False
         self.errors: dict[str, float] = {}
-        self._faults: dict[str, list[Fault]] = {}
+        self._strict: dict[str, list[Fault]] = {}
+        self._fitted: dict[str, tuple[float, list[Fault]]] = {}
 
     def add(self, name: str, weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> float:
         """Look at one weight, float32 [out, in]; gives its relative error."""
-        findings = Findings()
-        error = judge_weight(name, weight, expected, grid, findings)
-        if findings.faults and self.may_be_folded:
-            fitted = fitted_to(weight, expected)
+        strict = Findings()
+        self.errors[name] = error = judge_weight(name, weight, expected, grid, strict)
+        self._strict[name] = strict.faults
+        if strict.faults and self.may_be_folded:
             again = Findings()
-            after = judge_weight(name, weight, fitted, grid, again)
-            if after < error:
-                findings, error = again, after
-        self._faults[name] = findings.faults
-        self.errors[name] = error
+            after = judge_weight(name, weight, fitted_to(weight, expected), grid, again)
+            self._fitted[name] = after, again.faults
         return error
 
     def judge(self, *, other_tables: bool, may_be_ordered: bool) -> bool:
@@ -45,8 +49,13 @@ class Guess:
         """
         if not self.errors:
             return True
+        rescued = [name for name, (_, faults) in self._fitted.items() if not faults]
+        if len(rescued) > MOST_RESCUED * len(self.errors):
+            self.is_fitted = True
+            self.errors |= {name: error for name, (error, _) in self._fitted.items()}
         usual = median(self.errors.values())
-        if may_be_ordered and any(error > FOREIGN for error in self.errors.values()):
+        foreign = sum(error > FOREIGN for error in self.errors.values())
+        if may_be_ordered and foreign > MOST_FOREIGN * len(self.errors):
             self.findings.note("the order of channels is not known without the report; the weights were not judged")
             return False
         if usual > FOREIGN and other_tables:
@@ -55,8 +64,8 @@ class Guess:
                 "another model; they were not judged"
             )
             return False
-        for faults in self._faults.values():
-            self.findings.faults += faults
+        for name, faults in self._strict.items():
+            self.findings.faults += self._fitted[name][1] if self.is_fitted and name in self._fitted else faults
         return True
 
 

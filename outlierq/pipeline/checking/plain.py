@@ -32,11 +32,11 @@ def check_plain(plain: Checkpoint, skeleton: Any, names: Mapping[str, str], find
         dtype = plain.tensors[name].dtype
         if slots[slot].is_floating_point() and not dtype.startswith(("F", "BF")):
             findings.fault("tensors", name, f"is stored as {dtype}; the model has floating-point numbers there")
-        elif len(plain.tensors[name].shape) == 1 and slot.endswith(".weight") and _is_norm(slot):
+        elif len(plain.tensors[name].shape) == 1 and slot.endswith(".weight") and is_norm(slot):
             _check_gain(plain, skeleton, slot, name, findings)
 
 
-def _is_norm(slot: str) -> bool:
+def is_norm(slot: str) -> bool:
     """Whether a parameter is the gain of a norm, by its name."""
     module = slot.removesuffix(".weight").rpartition(".")[2].lower()
     return "norm" in module or module.startswith("ln")
@@ -44,14 +44,14 @@ def _is_norm(slot: str) -> bool:
 
 def _check_gain(plain: Checkpoint, skeleton: Any, slot: str, name: str, findings: Findings) -> None:
     """A norm that lets nothing through, or turns every channel round."""
-    gain = plain.read(name).float() + _offset(skeleton.get_submodule(slot.removesuffix(".weight")))
+    gain = plain.read(name).float() + offset_of(skeleton.get_submodule(slot.removesuffix(".weight")))
     if not bool(gain.any()):
         findings.fault("numbers", name, "is the gain of a norm, and 0 in every channel")
     elif bool((gain <= 0).all()):
         findings.fault("numbers", name, "is the gain of a norm, and negative in every channel")
 
 
-def _offset(norm: torch.nn.Module) -> float:
+def offset_of(norm: torch.nn.Module) -> float:
     """1 for a class whose gain is 1 + weight, which begins with weights of 0; else 0."""
     try:
         fresh = type(norm)(4)

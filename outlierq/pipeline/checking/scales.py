@@ -37,7 +37,7 @@ LEAST_CORRELATION = 0.45
 # Median distance of mean code and zero point: 0.03 and less there.
 USUAL_SHIFT = 0.5
 # Too few groups, or zero points that are nearly all alike, say nothing.
-FEWEST_GROUPS, LEAST_SPREAD = 16, 0.3
+FEWEST_GROUPS, LEAST_SPREAD, FEWEST_SIZES = 16, 0.3, 6
 
 
 class Signs:
@@ -56,8 +56,9 @@ class Signs:
 
     def judge(self, findings: Findings) -> None:
         """Tell linears whose signs are not those of the checkpoint's other linears."""
-        share = sum(count for count, _ in self._negative.values()) / max(1, sum(n for _, n in self._negative.values()))
+        negative, everything = (sum(pair[i] for pair in self._negative.values()) for i in range(2))
         for name, (count, total) in self._negative.items():
+            share = (negative - count) / max(1, everything - total)
             if count and (share < FEWEST_TURNED or (count == total >= FEWEST_GROUPS)):
                 findings.fault(CHECK, name, f"{count} of {total} scales are negative")
 
@@ -70,12 +71,13 @@ def check_stored(name: str, tensor: torch.Tensor, signs: Signs, findings: Findin
     values = tensor.float()
     if role in MAY_BE_TURNED and tensor.dtype != torch.float8_e4m3fn:
         signs.add(name, values)
-        if values.numel() > FEWEST_GROUPS:
-            _check_sizes(name, values.abs(), findings)
+        _check_sizes(name, values.abs(), findings)
     elif bool((values < 0).any()):
         findings.fault(CHECK, name, f"{int((values < 0).sum())} of {values.numel()} scales are negative")
     elif role in RANGES:
         _check_single(name, role, values, findings)
+    else:
+        _check_sizes(name, values, findings)
 
 
 def _check_single(name: str, role: str, values: torch.Tensor, findings: Findings) -> None:
@@ -90,6 +92,8 @@ def _check_single(name: str, role: str, values: torch.Tensor, findings: Findings
 
 def _check_sizes(name: str, values: torch.Tensor, findings: Findings) -> None:
     """Scales of groups: one far above all others."""
+    if values.numel() < FEWEST_SIZES:
+        return
     ordered = values.flatten().sort().values
     middle, last, before = ordered[len(ordered) // 2], ordered[-1], ordered[-2]
     if middle > 0 and last > LONELY * before and last > FAR_FROM_MEDIAN * middle:
@@ -103,6 +107,9 @@ def check_codes(name: str, quantized: QuantTensor, config: Mapping[str, Any], fi
     """A decoded weight [out, in] by itself: scales of zero under codes that are not, zero points, nothing but zeros."""
     if quantized.scheme.scales != "power-of-two":
         _check_zero_scales(name, quantized, findings)
+    outliers = quantized.outlier_weight
+    if outliers is not None and outliers.numel() and not bool(outliers.any()):
+        findings.fault(CHECK, name, f"its {outliers.shape[1]} outlier columns are zero, so they are none")
     check_zero_points(name, quantized, config, findings)
 
 
@@ -116,15 +123,18 @@ def _check_zero_scales(name: str, quantized: QuantTensor, findings: Findings) ->
     """A scale of 0 makes its group vanish; a group that is zero needs no codes but those of zero."""
     scale, codes = quantized.float_scale, quantized.codes.float()
     empty = scale == 0
-    if not bool(empty.any()) or quantized.scheme.block is not None:
+    if not bool(empty.any()):
         return
-    grouped = codes.view(len(codes), scale.shape[1], -1)
-    busy = empty & (grouped.amax(-1) != grouped.amin(-1))
+    if quantized.scheme.block is not None:
+        height, width = quantized.scheme.block
+        spread = empty.repeat_interleave(height, 0)[: len(codes)].repeat_interleave(width, 1)[:, : codes.shape[1]]
+        busy = spread & (codes != 0)
+    else:
+        grouped = codes.view(len(codes), scale.shape[1], -1)
+        busy = empty & (grouped.amax(-1) != grouped.amin(-1))
     if bool(busy.any()):
-        row, group = (int(i) for i in busy.nonzero()[0])
-        what = (
-            f"{int(busy.sum())} of {scale.numel()} scales are 0 over codes that are not, first row {row} group {group}"
-        )
+        row = int(busy.nonzero()[0, 0])
+        what = f"{int(empty.sum())} of {scale.numel()} scales are 0 over codes that are not, first in row {row}"
         findings.fault(CHECK, name, what)
 
 

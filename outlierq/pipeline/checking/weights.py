@@ -27,6 +27,14 @@ LEAST_FACTOR, LARGEST_FACTOR = 0.4, 1.6
 STEPS_OF_A_ROW, STEPS_OF_A_COLUMN = 0.8, 1.6
 # Largest distance of one weight from its source in steps, unless its code is at an end of the range: 0.5 of rounding.
 FARTHEST_ROUNDED, FARTHEST = 0.75, 12.0
+# Where this part of all weights lies this near, all went to the nearest code, but for a search that moves some by one.
+MOST_OF_ALL, NEAR, FARTHEST_SEARCHED = 0.99, 0.65, 2.5
+# Root mean square of a row's error in steps beside that of the usual row, as a factor and in robust deviations.
+BEYOND_ROWS, BEYOND_COMPENSATED, STRAY_ROW, FEWEST_ROWS, FEWEST_WEIGHTS = 1.5, 3.0, 14.0, 16, 1000
+# Part of the columns that error compensation may leave without likeness to their source: few tokens tell of them.
+LEAST_COLUMNS = 0.05
+# Its least size, in steps: without folds and with them.
+LEAST_STRAY = (0.1, 1.0)
 # The same as a part of half the range, where that is more: error compensation and fitted scales move whole columns.
 FARTHEST_IN_RANGE = 0.25
 # Parts of half the range: where a weight is taken for clipped, and where it is put then.
@@ -44,7 +52,7 @@ class Grid:
 
     lowest, highest: [out, in] whether a code is the first or the last of its range, to which all beyond goes. width:
     columns of a group. rounded: each weight went to the nearest code. has_zero_points: by group. half:
-    [out, in] half of the range.
+    [out, in] half of the range. moved: folds came before, whose scales are told from the rounded weights.
     """
 
     steps: torch.Tensor | None
@@ -54,9 +62,10 @@ class Grid:
     rounded: bool
     has_zero_points: bool = False
     half: torch.Tensor | None = None
+    moved: bool = False
 
 
-def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool) -> Grid:
+def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool, moved: bool = False) -> Grid:
     """The grid of a decoded weight [out, columns]; without codes only neighbours are known."""
     if quantized is None:
         return Grid(None, None, None, NEIGHBOURS if columns % NEIGHBOURS == 0 else columns, rounded)
@@ -65,8 +74,9 @@ def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool) -> Gr
     spread = _spread(quantized)
     scale = spread.abs()
     if scheme.kind == "float":
-        # E2M1: neighbours are up to 2 apart. E4M3: an eighth of the number, 2^-9 near zero.
-        apart = torch.full_like(codes, 2.0) if scheme.bits == 4 else (codes.abs() / 8).clamp(min=2.0**-9)
+        # E2M1: neighbours are 0.5 apart below 2, then 1, from 4 on 2. E4M3: an eighth of the number, 2^-9 near zero.
+        coarse = torch.where(codes.abs() < 2, 0.5, torch.where(codes.abs() < 4, 1.0, 2.0))
+        apart = coarse if scheme.bits == 4 else (codes.abs() / 8).clamp(min=2.0**-9)
         steps = scale * apart
     else:
         steps = scale
@@ -78,7 +88,7 @@ def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool) -> Gr
     has_zero_points = quantized.zero_point is not None and quantized.super_scale is None
     half = scale * ((scheme.code_max - scheme.code_min) / 2)
     width = width if scheme.block is None else columns
-    return Grid(steps, lowest, highest, width, rounded, has_zero_points, half)
+    return Grid(steps, lowest, highest, width, rounded, has_zero_points, half, moved)
 
 
 def _spread(quantized: QuantTensor) -> torch.Tensor:
@@ -105,7 +115,7 @@ def judge_weight(name: str, weight: torch.Tensor, expected: torch.Tensor, grid: 
     if not error <= FOREIGN and not _within(weight, expected, grid):
         findings.fault(CHECK, name, f"is not a rounded form of its source: relative error {error:.2f}")
         return error
-    for look in (_wrong_shift, _wrong_parts, _wrong_codes):
+    for look in (_wrong_shift, _wrong_parts, _wrong_codes, _stray_rows):
         fault = look(weight, expected, grid)
         if fault is not None:
             findings.fault(fault.check, name, fault.what)
@@ -149,9 +159,11 @@ def _wrong_parts(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
     if grid.width < weight.shape[1] and weight.shape[1] % grid.width == 0:
         now, then = weight.reshape(-1, grid.width), expected.reshape(-1, grid.width)
         views["groups"] = (now, then, None if steps is None else steps.reshape(-1, grid.width), STEPS_OF_A_ROW)
+    compensated = not (grid.rounded or grid.steps is None) and not _is_nearest(weight, expected, grid)
     for what, (now, then, step, limit) in views.items():
         wrong = _foreign(now, then, step, limit)
-        if bool(wrong.any()):
+        least = LEAST_COLUMNS * len(wrong) if what == "columns" and compensated else 0
+        if int(wrong.sum()) > least:
             first = int(wrong.nonzero()[0])
             factor = (now[first] @ then[first] / (then[first] @ then[first]).clamp(min=1e-30)).item()
             return Fault(
@@ -194,14 +206,18 @@ def _wrong_codes(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         wrong = apart > most * beside.view(len(expected), columns) + 1e-30
         limit = f"{most:.0%} of the largest weight beside them"
     else:
-        most = FARTHEST_ROUNDED if grid.rounded else FARTHEST
-        assert grid.lowest is not None and grid.highest is not None and grid.half is not None, "they come together"
-        allowed = most * grid.steps if grid.rounded else torch.maximum(most * grid.steps, FARTHEST_IN_RANGE * grid.half)
-        wrong = apart > allowed + 1e-6 * expected.abs().max()
-        wrong &= ~((grid.lowest & (expected < weight)) | (grid.highest & (expected > weight)))
+        assert grid.half is not None, "a grid without codes"
+        ends = _ends(weight, expected, grid)
+        most = FARTHEST_ROUNDED
         if not grid.rounded:
-            wrong &= ~_clipped(weight, expected, grid.half)
-        limit = f"{most:g} steps"
+            most = FARTHEST_SEARCHED if _is_nearest(weight, expected, grid) else FARTHEST
+        allowed = most * grid.steps
+        if most >= FARTHEST:
+            allowed = torch.maximum(allowed, FARTHEST_IN_RANGE * grid.half)
+            # Error compensation moves columns that hardly count as far as others need it.
+            ends = ends | ((apart / grid.steps.clamp(min=1e-30)).square().mean(0).sqrt() > STEPS_OF_A_COLUMN / 2)
+        wrong = (apart > allowed + 1e-6 * expected.abs().max()) & ~ends
+        limit = f"{most:.3g} steps"
     if not bool(wrong.any()):
         return None
     row, column = (int(i) for i in wrong.nonzero()[0])
@@ -211,3 +227,40 @@ def _wrong_codes(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         f"{int(wrong.sum())} of {wrong.numel()} weights lie more than {limit} from their source, first row {row} "
         f"column {column}: {weight[row, column]:.4g}, in the source {expected[row, column]:.4g}",
     )
+
+
+def _ends(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """[out, in] weights whose source lies beyond the range, so that no distance from it says anything."""
+    assert grid.lowest is not None and grid.highest is not None and grid.half is not None, "a grid without codes"
+    ends = (grid.lowest & (expected < weight)) | (grid.highest & (expected > weight))
+    return ends if grid.rounded else ends | _clipped(weight, expected, grid.half)
+
+
+def _is_nearest(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> bool:
+    """Whether nearly all weights went to the nearest code: no error compensation came between."""
+    assert grid.steps is not None, "a grid without codes"
+    usual = ((weight - expected).abs() / grid.steps.clamp(min=1e-30))[~_ends(weight, expected, grid)]
+    if usual.numel() < FEWEST_WEIGHTS:
+        return False
+    return usual.kthvalue(int(MOST_OF_ALL * usual.numel())).values.item() <= NEAR
+
+
+def _stray_rows(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fault | None:
+    """Rows with another error than all others, in steps: each row is rounded by the same method."""
+    if grid.steps is None or len(weight) < FEWEST_ROWS:
+        return None
+    ends = _ends(weight, expected, grid)
+    in_steps = torch.where(ends, 0.0, (weight - expected) / grid.steps.clamp(min=1e-30))
+    rows = in_steps.square().mean(1).sqrt()
+    usual = rows.median()
+    limit = usual + STRAY_ROW * 1.4826 * (rows - usual).abs().median()
+    beyond = BEYOND_ROWS if grid.rounded or _is_nearest(weight, expected, grid) else BEYOND_COMPENSATED
+    wrong = rows > torch.maximum(limit, beyond * usual).clamp(min=LEAST_STRAY[grid.moved])
+    if not bool(wrong.any()):
+        return None
+    first = int(wrong.nonzero()[0])
+    what = (
+        f"{int(wrong.sum())} of {len(rows)} rows have another error than all others, first row {first}: "
+        f"{rows[first]:.2f} steps, usually {usual:.2f}"
+    )
+    return Fault(CHECK, "", what)

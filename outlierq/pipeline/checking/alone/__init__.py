@@ -1,0 +1,1 @@
+"""What contradicts itself in a checkpoint, told without its source: one question a file."""

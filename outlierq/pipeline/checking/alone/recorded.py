@@ -1,0 +1,45 @@
+"""Does config.json say what the report's recipe and rows say? The report is of the run, config.json for the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.pipeline.checking.finding import Findings
+
+if TYPE_CHECKING:
+    from outlierq.core.model import Checkpoint
+    from outlierq.core.report import Report
+
+CHECK = "report"
+
+
+def check_recorded(
+    plain: Checkpoint, config: Mapping[str, Any], names: Mapping[str, str], report: Report, findings: Findings
+) -> None:
+    """plain: the decoded checkpoint. names: parameter -> stored tensor."""
+    lost = [
+        row.site for row in report.rows if names.get(f"{row.site}.weight", f"{row.site}.weight") not in plain.packed
+    ]
+    lost = [] if config.get("quant_method") is None and not plain.packed else lost
+    if lost and len(lost) < len(report.rows):
+        findings.fault(CHECK, lost[0], f"was quantized by the run, but is stored plain ({len(lost)} such linears)")
+    said = report.settings.get("quantize") or {}
+    if config.get("quant_method") == "compressed-tensors" and not said.get("overrides"):
+        for what in _of_inputs(said.get("activations"), config):
+            findings.fault(CHECK, "", what)
+    if bool(report.settings.get("kv_cache")) != bool(config.get("kv_cache_scheme")) and config:
+        findings.fault(CHECK, "", "the recipe and config.json differ in whether the KV cache is quantized")
+
+
+def _of_inputs(recipe: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Iterator[str]:
+    """How inputs are rounded, in every config group."""
+    for group in (config.get("config_groups") or {}).values():
+        said = (group or {}).get("input_activations")
+        if bool(said) != bool(recipe):
+            yield f"the recipe quantizes {'inputs' if recipe else 'no inputs'}, but config.json says otherwise"
+        elif said and recipe:
+            pairs = {"num_bits": "bits", "type": "kind", "dynamic": "dynamic", "strategy": "per"}
+            for key, own in pairs.items():
+                if key in said and said[key] != recipe.get(own):
+                    yield f"config.json says of inputs {key} {said[key]}, the recipe {recipe.get(own)}"

@@ -1,0 +1,179 @@
+"""Folds that no report tells of, found in what they left: gains that changed, rows and columns that undo each other.
+
+Each becomes a trace like those of a report (`core/move.py`), to be repeated by `Expected`. A fold is inferred where it
+brings a linear nearer to the result than its source is; what is wrong with the result beside it stays to be judged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.errors import SourceError
+from outlierq.core.move import runs
+from outlierq.pipeline.checking.expected import fitted
+from outlierq.pipeline.checking.ordered import inferred_orders
+from outlierq.pipeline.checking.plain import is_norm
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.model import Checkpoint
+
+# A norm's consumers come nearer by more than rounding would.
+NEARER = 0.98
+# Spread of log(row x column) beside that of log column, from which one undoes the other; least spread of a fold;
+# median of what is left, since searched scales make weights smaller; part of the channels that need not be told.
+UNDONE, LEAST_MOVED, SHRUNK, MOST_UNCLEAR = 0.5, 0.005, 0.2, 0.2
+
+
+def inferred_folds(plain: Checkpoint, reference: Checkpoint) -> list[dict[str, Any]]:
+    """Rows with block and trace, like those of a report. plain: the decoded result. reference: its source."""
+    blocks: dict[str, list[str]] = {}
+    for name in plain.tensors:
+        match = re.match(r"(.*?\.\d+)\.", name)
+        if match and name in reference.tensors and plain.tensors[name].shape == reference.tensors[name].shape:
+            blocks.setdefault(match.group(1), []).append(name)
+    rows = []
+    for number, names in enumerate(blocks.values()):
+        try:
+            rows += [{"block": number, "trace": trace} for trace in _Block(plain, reference, names).traces()]
+        except SourceError:
+            continue  # said where the tensor was read first
+    return rows
+
+
+class _Block:
+    """now, then: weights [out, in] of its linears as they are, and as the source has them after folds found so far."""
+
+    def __init__(self, plain: Checkpoint, reference: Checkpoint, names: list[str]):
+        self.plain, self.reference, self.names = plain, reference, set(names)
+        linears = [name for name in names if name in plain.packed and len(plain.tensors[name].shape) == 2]
+        self.now = {name: plain.read(name).float() for name in linears}
+        self.then = {name: reference.read(name).float() for name in linears}
+
+    def traces(self) -> Iterator[dict[str, Any]]:
+        """Norms first: a linear may be a consumer of one and a producer for another."""
+        yield from self._of_norms()
+        linears = self.plain.linears
+        split = [name for name in self.now if name in linears and "outlier_columns" in linears[name].members]
+        if split:
+            for trace in inferred_orders(self.now, self.then, split, _heads(self.plain.config)):
+                sides = {
+                    side: [[name, self._bias(name), flag] for name, _, flag in trace[side]]
+                    for side in ("producers", "sites")
+                }
+                yield {**trace, **sides}
+        else:
+            yield from self._of_linears()
+
+    def _of_norms(self) -> Iterator[dict[str, Any]]:
+        import torch
+
+        for name in sorted(self.names):
+            if len(self.plain.tensors[name].shape) != 1 or not is_norm(name) or not name.endswith(".weight"):
+                continue
+            before, after = self.reference.read(name).float(), self.plain.read(name).float()
+            if torch.equal(before, after):
+                continue
+            best: tuple[str, torch.Tensor, list[str]] = "", before, []
+            for kind, offset in (("norm", 0.0), ("offset-norm", 1.0)):
+                quotient = _quotient(before + offset, after + offset)
+                behind = [linear for linear in self.then if self._is_behind(linear, quotient)]
+                if len(behind) > len(best[2]):
+                    best = kind, quotient, behind
+            kind, quotient, behind = best
+            if behind:
+                for linear in behind:
+                    self.then[linear] = self.then[linear] * quotient
+                yield self._trace(kind, name, behind, list(range(len(quotient))))
+
+    def _is_behind(self, linear: str, quotient: torch.Tensor) -> bool:
+        """Whether a linear's columns were multiplied by the quotient of the gains."""
+        now, then = self.now[linear], self.then[linear]
+        if now.shape[1] != len(quotient):
+            return False
+        return bool(_cosine(now, then * quotient) > _cosine(now, then)) and bool(
+            (now - then * quotient).norm() < NEARER * (now - then).norm()
+        )
+
+    def _of_linears(self) -> Iterator[dict[str, Any]]:
+        for consumer in sorted(self.then):
+            for producer in sorted(self.then):
+                index = self._index(producer, consumer)
+                if index is not None:
+                    yield self._trace("linear", producer, [consumer], index)
+                    break
+
+    def _index(self, producer: str, consumer: str) -> list[int] | None:
+        """Producer row of each of the consumer's columns where rows undo columns; None where they do not."""
+        import torch
+
+        from outlierq.calibrate.folds import index_maps
+
+        if producer == consumer:
+            return None
+        rows, columns = len(self.now[producer]), self.now[consumer].shape[1]
+        for candidate in index_maps(rows, columns, _heads(self.plain.config)):
+            index = torch.tensor(candidate)
+            column, is_clear = fitted(self.now[consumer], self.then[consumer], index, rows)
+            row, row_is_clear = fitted(self.now[producer].T, self.then[producer].T)
+            both = is_clear & row_is_clear & (column > 0) & (row > 0)
+            if both.float().mean() < 1 - MOST_UNCLEAR:
+                continue
+            moved, left = column[both].log(), (row * column)[both].log()
+            if (
+                _spread(moved) > LEAST_MOVED
+                and _spread(left) < UNDONE * _spread(moved)
+                and left.median().abs() < SHRUNK
+            ):
+                self._move(producer, consumer, index, column.where(both, torch.ones_like(column)))
+                return list(candidate)
+        return None
+
+    def _move(self, producer: str, consumer: str, index: torch.Tensor, scale: torch.Tensor) -> None:
+        """Both as the fold leaves them."""
+        self.then[consumer] = self.then[consumer] * scale[index]
+        self.then[producer] = self.then[producer] / scale[:, None]
+
+    def _trace(self, kind: str, producer: str, sites: list[str], index: list[int]) -> dict[str, Any]:
+        """As `core.move.trace_of_fold` writes it."""
+        return {
+            "kind": kind,
+            "producers": [[producer, self._bias(producer), False]],
+            "sites": [[site, self._bias(site), False] for site in sites],
+            "index": runs(index),
+            "shift": False,
+        }
+
+    def _bias(self, weight: str) -> str | None:
+        bias = f"{weight.removesuffix('weight')}bias"
+        return bias if bias in self.names else None
+
+
+def _quotient(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """[channels] before / after, 1 where a sign was lost."""
+    import torch
+
+    usable = (before.sign() == after.sign()) & (after != 0) & after.isfinite()
+    return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(after))
+
+
+def _spread(logs: torch.Tensor) -> float:
+    """Median distance from the median: searched scales make all weights a little smaller."""
+    return float((logs - logs.median()).abs().median())
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-30))
+
+
+def _heads(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(attention heads, key-value heads), where config.json tells both."""
+    for part in (config, config.get("text_config") or {}):
+        heads = part.get("num_attention_heads")
+        groups = part.get("num_key_value_heads", heads)
+        if isinstance(heads, int) and isinstance(groups, int) and heads > 0 and groups > 0 and heads % groups == 0:
+            return [(heads, groups)]
+    return []
