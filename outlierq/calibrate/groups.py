@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Block
 
 NOT_RUN = "the model does not run its block for the calibration text"
+# A module whose weight is used past its forward (`dt_proj` of Mamba), or that another block calls.
 NOT_CALLED = "this site was not called in the traced forward; nothing is known of its input"
 
 
@@ -28,8 +29,10 @@ def find_groups(block_module: torch.nn.Module, block: Block, run_once: RunOnce) 
         members.setdefault(trace.inputs.get(site.module, site.module), []).append(site)
     groups = []
     for sites in members.values():
-        note = "" if sites[0].module in trace.inputs else NOT_CALLED
-        groups.append(with_parts(InputGroup(sites[0].module, tuple(sites), fold_note=note)))
+        if sites[0].module in trace.inputs:
+            groups.append(with_parts(InputGroup(sites[0].module, tuple(sites))))
+        else:
+            groups.append(InputGroup(sites[0].module, tuple(sites), fold_note=NOT_CALLED, routed=True))
     return groups
 
 

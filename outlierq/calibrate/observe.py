@@ -121,7 +121,7 @@ class BlockObserver:
     def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The block returns one batch of hidden states."""
         hidden = hidden_of(output, module)
-        if self._fields & RESIDUAL:
+        if self._fields & RESIDUAL and hidden.dim() == 3:
             self._residual.add(hidden, self._sequences)
         self._attention.pending.clear()
         self._sequences += hidden.shape[0]

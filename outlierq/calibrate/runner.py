@@ -16,6 +16,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -65,7 +66,7 @@ class Call:
         return [value for value in (*self.after, *self.keyword.values()) if isinstance(value, UserDict)]
 
     def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The hidden states that the module returns, [sequences, tokens, H] as `hidden`.
+        """The hidden states that the module returns, in the shape of `hidden`.
 
         Floating-point arguments are given in `dtype`.
         """
@@ -93,24 +94,27 @@ class Spill(NamedTuple):
 
 
 class HiddenStates:
-    """Hidden states of all sequences between two blocks, [sequences, tokens, channels], read and replaced by batch.
+    """Hidden states of all sequences between two blocks, read and replaced by batch.
 
+    They are kept as [sequences, ...] and given in the model's own shape, mostly [sequences, tokens, channels]: in some
+    models there are several streams, before the sequences or behind the tokens.
     They are in memory, or in a mapped file of which only the batch in use is resident; see `Spill`.
     The file has no name any more once it is mapped, so nothing is left behind by a run that was killed.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         batch_size: int,
         *,
         spill: Spill | None = None,
+        sequence_axis: int = 0,
     ):
         import torch
 
-        size = shape[0] * shape[1] * shape[2]
-        self.batch_size = batch_size
+        size = prod(shape)
+        self.batch_size, self.sequence_axis = batch_size, sequence_axis
         self.spilled = spill is not None and size * dtype.itemsize > spill.above
         self._map = _mapped(Path(spill.folder), size * dtype.itemsize) if spill and self.spilled else None
         if self._map is None:
@@ -123,7 +127,11 @@ class HiddenStates:
         return -(-self.values.shape[0] // self.batch_size)
 
     def __getitem__(self, batch: int) -> torch.Tensor:
-        """A view of batch number `batch`, [sequences, tokens, channels]; the last batch may be smaller."""
+        """A view of batch number `batch`, in the model's shape; the last batch may be smaller."""
+        return self._kept(batch).movedim(0, self.sequence_axis)
+
+    def _kept(self, batch: int) -> torch.Tensor:
+        """The memory of one batch, [sequences, ...]."""
         if not 0 <= batch < len(self):
             raise IndexError(f"batch {batch} of {len(self)}")
         return self.values[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -171,7 +179,7 @@ class HiddenStates:
         """The memory of one batch."""
         import torch
 
-        return self[batch].view(-1).view(torch.uint8).numpy().data
+        return self._kept(batch).view(-1).view(torch.uint8).numpy().data
 
 
 def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
@@ -238,7 +246,8 @@ class BlockRunner:
         self.spill = spill
         self._records: list[_Record] = []
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-        self._probe_tokens = PROBE_TOKENS
+        self._probe_shape: tuple[int, ...] = ()  # of the hidden states of one short sequence
+        self._sequence_axis = 0
         self._wrap = Wrap()
         self._given: Inputs = {}  # what the model gets beside the tokens of the batch at hand
 
@@ -271,13 +280,14 @@ class BlockRunner:
                 self._given = inputs[0] if inputs else {}
                 probed = ids[:1] if inputs else ids[:1, :PROBE_TOKENS]  # no image is cut
                 self._wrap = self._probe(probed, stubs)
+                self._sequence_axis = self._find_sequences(probed, stubs)
                 if whole:
                     self._check_called_once(probed, stubs)
                 for number, batch in enumerate(batches):
                     self._given = inputs[number] if inputs else {}
                     first = self._record(batch, stubs, self._wrap)
                     if hidden is None:
-                        hidden = self._hidden_states((*ids.shape, first.shape[-1]))
+                        hidden = self._hidden_states(len(ids), first.shape)
                     hidden.write(number, first)
                     hidden.done_with(number)
                     if progress:
@@ -324,7 +334,7 @@ class BlockRunner:
     def forward(self, block_module: torch.nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output hidden states of block `index` for one batch of the token set; gradients flow if they are enabled.
 
-        hidden: [sequences, tokens, channels] of that batch. It is copied: some blocks add to their input in place.
+        hidden: of that batch, in the model's shape. It is copied: some blocks add to their input in place.
         """
         record = self._records[index]
         call = record.calls[record.of_batch[batch]]
@@ -351,10 +361,9 @@ class BlockRunner:
 
         call = self._records[index].probe
         assert call is not None, "`start` must have run"
-        sample = hidden[0][:1].float()
+        sample = hidden[0].float()
         spread = sample.abs().median().clamp_min(1e-3) / 0.6745  # the median of |x| of a standard normal
-        shape = (1, self._probe_tokens, sample.shape[-1])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
+        noise = torch.randn(self._probe_shape, generator=torch.Generator().manual_seed(seed)) * spread
 
         def run(module: torch.nn.Module) -> torch.Tensor:
             dtype = next(module.parameters()).dtype
@@ -399,9 +408,11 @@ class BlockRunner:
         finally:
             self.weights.release("")
 
-    def _hidden_states(self, shape: tuple[int, int, int]) -> HiddenStates:
-        """Room for the hidden states of the whole token set."""
-        return HiddenStates(shape, self.dtype, self.batch_size, spill=self.spill)
+    def _hidden_states(self, sequences: int, shape: Sequence[int]) -> HiddenStates:
+        """Room for the hidden states of the whole token set. shape: those of a batch."""
+        axis = self._sequence_axis
+        rest = (size for number, size in enumerate(shape) if number != axis)
+        return HiddenStates((sequences, *rest), self.dtype, self.batch_size, spill=self.spill, sequence_axis=axis)
 
     @contextmanager
     def _stubs(self) -> Iterator[list[_Stub]]:
@@ -443,9 +454,29 @@ class BlockRunner:
         finally:
             stubs[0].run_real = False
             self.weights.release(name)
-        self._record(ids, stubs, stubs[0].wrap, probe=True)
-        self._probe_tokens = ids.shape[1]
+        self._probe_shape = tuple(self._record(ids, stubs, stubs[0].wrap, probe=True).shape)
         return stubs[0].wrap
+
+    def _find_sequences(self, ids: torch.Tensor, stubs: list[_Stub]) -> int:
+        """Along which axis of the hidden states sequences lie: that which is twice as long for two of them.
+
+        ids: of one short sequence, whose hidden states were seen. SourceError when there is no such axis.
+        """
+        if self._probe_shape[:2] == tuple(ids.shape):
+            return 0
+        for stub in stubs:
+            stub.reset(self._wrap)
+        self._forward_model(ids.repeat(2, 1))
+        one, two = self._probe_shape, tuple(stubs[0].received.shape)
+        axes = [axis for axis, sizes in enumerate(zip(one, two, strict=False)) if sizes == (1, 2)]
+        changed = [axis for axis, sizes in enumerate(zip(one, two, strict=False)) if sizes[0] != sizes[1]]
+        if len(one) != len(two) or axes != changed or len(axes) != 1 or one[-1] < 2:
+            raise SourceError(
+                f"the blocks of the model take hidden states {list(one)} for tokens {list(ids.shape)}, and {list(two)} "
+                "for twice as many sequences: which belongs to which sequence is not known",
+                hint="use a recipe that needs no calibration, such as rtn-w4 or rtn-w8",
+            )
+        return axes[0]
 
     def _check_called_once(self, ids: torch.Tensor, stubs: list[_Stub]) -> None:
         """SourceError when a block runs more than once in a forward: statistics would be of its first round only."""
@@ -473,11 +504,6 @@ class BlockRunner:
         first = stubs[0].received
         if first is None:
             raise SourceError(f"the model does not call its block {self.structure.blocks[0].name}")
-        if first.shape[:-1] != ids.shape:
-            raise SourceError(
-                f"the blocks of the model take hidden states {list(first.shape)} for tokens {list(ids.shape)}",
-                hint="only models with hidden states [sequences, tokens, channels] can be calibrated",
-            )
         called = [number for number, stub in enumerate(stubs) if stub.call is not None]
         if called[-1] + 1 < len(stubs):
             raise SourceError(f"the model does not call its block {self.structure.blocks[called[-1] + 1].name}")

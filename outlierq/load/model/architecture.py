@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.load.model.classes import named_class
-from outlierq.load.model.names import stored_names, tied_parameters
+from outlierq.load.model.names import made_names, stored_names, tied_parameters
 from outlierq.load.model.skeleton import config_errors, skeleton_config
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
             model = kind._from_config(config, dtype=getattr(torch, checkpoint.dtype))
     except (*config_errors(), ImportError, AssertionError) as error:
         raise SourceError(f"transformers cannot build {kind.__name__}, which config.json names: {error}") from error
-    names = stored_names(checkpoint.tensors, model)
+    names = made_names(checkpoint.tensors, model) | stored_names(checkpoint.tensors, model)
     for target, source in tied_parameters(checkpoint, model, names).items():
         names[target] = names[source]
     return model, names

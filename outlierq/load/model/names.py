@@ -113,20 +113,20 @@ def _stored_names(
 def stored_names(tensors: Collection[str], skeleton: torch.nn.Module) -> dict[str, str]:
     """Name of the stored tensor of every parameter of a class that has one, without ties; what is lost is not said.
 
-    Of a parameter that transformers makes of several stored tensors, the first. tensors: names of those to look at.
+    tensors: names of those to look at.
     """
-    slots = _slots(skeleton)
-    return _made_of(tensors, skeleton, slots) | _stored_names(tensors, skeleton, slots)
+    return _stored_names(tensors, skeleton, _slots(skeleton))
 
 
-def _made_of(tensors: Collection[str], skeleton: torch.nn.Module, slots: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Slot name -> the first stored tensor that transformers makes it of, for what its conversions make."""
+def made_names(tensors: Collection[str], skeleton: torch.nn.Module) -> dict[str, str]:
+    """Name of a stored tensor of every parameter that transformers makes of others as it loads them: of the first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     steps = get_model_conversion_mapping(skeleton)
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    slots = _slots(skeleton)
     names: dict[str, str] = {}
     for tensor in tensors:
         slot, pattern = rename_source_key(tensor, renamings, converters, skeleton.base_model_prefix or None, slots)

@@ -11,7 +11,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.recipe import Calibration
 
-STARVED, UNSEEN = "its expert", "its block"
+STARVED = "its expert"
 # Tokens below which statistics of an expert are not trusted: a hessian needs many, a scale per channel fewer.
 LEAST_FOR_HESSIAN, LEAST_FOR_SCALES = 256, 64
 
@@ -21,7 +21,7 @@ class Share:
     """Sites of a group that are quantized with the same statistics. starved: how many tokens were too few, or None.
 
     name: of the group, or of the expert in it, whose statistics they are. rounded: their hessian says nothing, so they
-    are rounded to the grid with the least weight error.
+    are rounded to the grid with the least weight error. unknown: why nothing is known of an input outside of experts.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Share:
     stats: InputStats | None
     starved: int | None = None
     rounded: bool = False
+    unknown: str = ""
 
     def note(self, least: int) -> str:
         """What was done about too few tokens, for the site's row; empty when they sufficed."""
@@ -36,7 +37,7 @@ class Share:
             return ""
         instead = "rounded to nearest without statistics" if self.rounded else "with the statistics of all tokens"
         if self.sites[0].expert is None:
-            return f"{UNSEEN} does not run for the calibration text: {instead}"
+            return f"{self.unknown}: {instead}"
         return f"{STARVED} got {self.starved} of the {least} tokens it needs: {instead}"
 
 
@@ -63,7 +64,7 @@ def shares(group: InputGroup, stats: Mapping[str, InputStats], least: int) -> li
         tokens = tokens_of(group, stats)
         enough = tokens >= max(least, 1)
         starved = None if enough else tokens
-        return [Share(group.name, group.sites, common, starved, rounded=not enough)]
+        return [Share(group.name, group.sites, common, starved, rounded=not enough, unknown=group.fold_note)]
     apart = {site for part in group.parts for site in part.sites}
     rest = tuple(site for site in group.sites if site not in apart)
     done = [Share(group.name, rest, common)] if rest else []
@@ -105,7 +106,7 @@ def check_static(share: Share, schemes: Mapping[LinearSite, QuantScheme]) -> Non
         inputs = schemes[site].activations if site in schemes else None
         if share.stats is None and inputs is not None and not inputs.dynamic:
             raise StatsError(
-                f"{site.expert or UNSEEN} got no tokens, so nothing is known of the input of {site.module}",
+                f"{site.expert or site.module} got no tokens, so nothing is known of the input of {site.module}",
                 hint="calibrate on more text, or set calibration.all_experts: true"
                 if site.expert
                 else "set calibration.images, or use a recipe whose inputs are rounded at run time",
