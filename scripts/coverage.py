@@ -148,7 +148,7 @@ class Original:
     def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path) -> Original:
         """As the checkpoint is loaded again."""
         ids = tokens(torch.Generator().manual_seed(1))
-        loaded = auto_class(kind, name).from_pretrained(source, dtype=torch.bfloat16).eval()
+        loaded = auto_class(kind, name).from_pretrained(source, dtype="auto").eval()
         logits = _logits(loaded, ids)
         return cls(name, kind, source, loaded, ids, logits, _kl(logits, _logits(_shuffled(model), ids)))
 
@@ -182,9 +182,7 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
 def _compare(original: Original, out: Path, result: Result) -> None:
     """Everything that can be seen in what was written."""
     result.share = _share(original.source, out)
-    loaded, info = auto_class(original.kind, original.name).from_pretrained(
-        out, dtype=torch.bfloat16, output_loading_info=True
-    )
+    loaded, info = auto_class(original.kind, original.name).from_pretrained(out, dtype="auto", output_loading_info=True)
     loaded.eval()
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
               for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]]  # fmt: skip
@@ -222,8 +220,9 @@ def _errors(original: torch.nn.Module, loaded: torch.nn.Module) -> Iterator[tupl
 def _read_off(linear: torch.nn.Linear) -> torch.Tensor:
     """The weight [out, in] by which a linear layer acts, however it is stored."""
     with torch.no_grad():
-        bias = linear(torch.zeros(1, linear.in_features, dtype=torch.bfloat16))
-        return (linear(torch.eye(linear.in_features, dtype=torch.bfloat16)).float() - bias.float()).T
+        dtype = next((p.dtype for p in linear.parameters() if p.dtype.itemsize > 1), torch.bfloat16)
+        bias = linear(torch.zeros(1, linear.in_features, dtype=dtype))
+        return (linear(torch.eye(linear.in_features, dtype=dtype)).float() - bias.float()).T
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -263,7 +262,7 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
         or "conv" in name
     ):
         return False
-    return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and (len(shape) == 3 or name.endswith("weight"))
+    return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and not name.endswith("A_log")
 
 
 def _brief(error: Exception) -> str:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto import modeling_auto
 
 # A vocabulary as large as no other dimension, so that embeddings and heads are told from linears by their shape.
@@ -60,7 +61,8 @@ TEXT = {
     ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"): 1,
     ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"): 8,
     ("mamba_d_head", "mamba_head_dim", "adapter_rank"): 32,
-    ("index_topk", "index_n_heads"): 4,
+    ("index_n_heads",): 4,
+    ("index_topk",): 40,  # of some 48 tokens: another choice of few would be another model
     ("hidden_size_per_layer_input", "router_hidden_size"): 32,
     ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_kv_shared_layers", "num_mtp_layers"): 1,
     ("num_nextn_predict_layers",): 0,
@@ -94,7 +96,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "cosmos3_edge": {"text_config": MROPE},
     "dots3_note": {"text_config": {"per_layer_config": {}}},
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note_text": {"num_key_value_heads": HEADS, "layer_types": ["indexed_attention"] * BLOCKS},
     "ernie4_5_vl_moe": {"text_config": {**MROPE, "moe_intermediate_size": [HIDDEN, HIDDEN]}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN}},
     "gemma4_text": GEMMA4,
@@ -238,7 +240,26 @@ def tiny_model(model_type: str, kind: str, seed: int = 0) -> PreTrainedModel:
         for part in model.modules():
             _randomise(part, generator)
         _spread(model, generator)
-    return model.bfloat16()
+    return _in_16_bits(model, generator)
+
+
+def _in_16_bits(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedModel:
+    """The model in bfloat16, or in float32 where its class cannot run in 16 bits."""
+    model.bfloat16()
+    strict = list(model._keep_in_fp32_modules_strict or ())
+    wide = build_glob_alternation(strict)[0] if strict else None
+    for name, parameter in model.named_parameters():
+        if wide is not None and wide.search(name):
+            parameter.data = parameter.data.float()
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens(generator), use_cache=False)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        model.config.dtype = "float32"
+        return model.float()
+    return model
 
 
 def _randomise(part: torch.nn.Module, generator: torch.Generator) -> None:

@@ -102,8 +102,8 @@ def test_spilling_and_several_passes_leave_every_byte_as_it_is(
     hidden, runs = [], []
     make, run = BlockRunner._hidden_states, BlockRunner.run
 
-    def watched_make(self, shape):
-        hidden.append(make(self, shape))
+    def watched_make(self, sequences, shape):
+        hidden.append(make(self, sequences, shape))
         return hidden[-1]
 
     def watched_run(self, module, index, states, collect=None, **options):

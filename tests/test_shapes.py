@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import outlierq
+from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.core.errors import SourceError
 from outlierq.core.model import largest, sizes
-from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault
+from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault, study
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
@@ -115,4 +117,74 @@ def test_the_plan_says_whether_the_class_can_hold_packed_weights_and_the_config_
 
 
 def test_weights_that_keep_their_names_load_everywhere(made):
-    assert packed_fault(open_checkpoint(str(made("nanochat"))), []) is None
+    assert packed_fault(study(open_checkpoint(str(made("nanochat")))), ["model.layers.0.mlp.fc1.weight"], []) is None
+
+
+SMALL = {"calibration.samples": 4, "calibration.sequence_length": 48}
+
+
+def quantized(source: Path, out: Path, recipe: str = "awq-gptq-w4", **settings) -> tuple[dict, dict]:
+    """The report and the config of a run with little text."""
+    outlierq.quantize(source, recipe, out=out, settings=SMALL | settings, device="cpu")
+    return json.loads((out / "outlierq.json").read_text()), json.loads((out / "config.json").read_text())
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the model in a folder, as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        return model.eval()(ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "deepseek_v4"])
+def test_hidden_states_in_several_streams_are_carried_from_block_to_block(name, made):
+    """Four streams, before the sequences or behind the tokens; batches of two and of one give the same."""
+    checkpoint = open_checkpoint(str(made(name)))
+    model = study(checkpoint)
+    load_tensors_into(model.skeleton, checkpoint, model.names, dtype="float32")
+    ids = tokens(torch.Generator().manual_seed(3), sequences=3)
+    ends = []
+    for batch_size in (1, 2):
+        nothing = PartWeights(lambda name: None, lambda name: None)
+        runner = BlockRunner(model.skeleton, model.structure, nothing, dtype=torch.float32, batch_size=batch_size)
+        hidden = runner.start(ids)
+        assert len(hidden.values) == 3 and hidden.values.numel() == 3 * 48 * 4 * 128
+        for block in model.structure.blocks:
+            runner.run(model.skeleton.get_submodule(block.name), block.index, hidden)
+        ends.append(hidden.values.clone())
+    assert torch.allclose(ends[0], ends[1], atol=1e-4) and ends[0].std() > 0
+
+
+def test_a_weight_whose_module_is_never_called_is_rounded_and_says_so_and_may_be_ignored(made, tmp_path):
+    report, _ = quantized(made("jamba"), tmp_path / "out")
+    notes = [row["note"] for row in report["rows"] if row["site"].endswith("dt_proj")]
+    assert notes and all("not called" in note and "rounded to nearest" in note for note in notes)
+    ignoring = {"quantize.ignore": ["*dt_proj", "lm_head"]}
+    report, _ = quantized(made("jamba"), tmp_path / "ignored", **ignoring)
+    assert not [row for row in report["rows"] if row["site"].endswith("dt_proj")]
+
+
+def test_blocks_that_share_weights_are_written_once_and_loaded_by_all(made, tmp_path):
+    _, config = quantized(made("zamba2"), tmp_path / "out", "rtn-w8")
+    stored = open_checkpoint(str(tmp_path / "out")).tensors
+    shared = [name for name in stored if "shared_transformer.feed_forward.down_proj.weight_packed" in name]
+    assert len(shared) == 1 and config["quantization_config"]["dequantize"] is True
+    ids = tokens(torch.Generator().manual_seed(4))
+    before, after = logits(made("zamba2"), ids), logits(tmp_path / "out", ids)
+    assert (before.exp() * (before - after)).sum(-1).mean() < 0.05
+
+
+def test_nothing_is_folded_into_what_other_blocks_use(made, tmp_path):
+    report, _ = quantized(made("zamba2"), tmp_path / "out")
+    folded = [name for row in report["transforms"] for name in row.get("folded", ())]
+    assert folded and not [name for name in folded if "shared_transformer" in name and "adapter" not in name]
+
+
+def test_a_linear_of_the_models_own_is_one_when_it_computes_the_same(made):
+    sites = study(open_checkpoint(str(made("falcon")))).structure.sites
+    assert {site.kind for site in sites} == {"Linear"}
+    grouped = study(open_checkpoint(str(made("deepseek_v4")))).structure.sites
+    assert {site.kind for site in grouped if site.module.endswith("o_a_proj")} == {"DeepseekV4GroupedLinear"}

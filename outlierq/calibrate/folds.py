@@ -9,7 +9,7 @@ of the proof. It is a proof by random numbers: a coincidence could fool it, a st
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,18 @@ def prove_folds(
             group = _first_admitted(trial, group, candidates)
         proved.append(group)
     return proved
+
+
+def without_shared(groups: list[InputGroup], shared: Collection[str]) -> list[InputGroup]:
+    """The groups without folds that would change a tensor of several blocks: the proof saw only one of them."""
+    kept = []
+    for group in groups:
+        changed = [site.weight for site in group.sites] + ([group.fold.weight] if group.fold else [])
+        common = next((name for name in changed if name in shared), None)
+        if group.fold is not None and common is not None:
+            group = replace(group, fold=None, fold_note=f"nothing is folded: other blocks use {common}, too")
+        kept.append(group)
+    return kept
 
 
 def _first_admitted(trial: Trial, group: InputGroup, candidates: list[tuple[str, Fold]]) -> InputGroup:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from outlierq.core.quant_tensor import QuantTensor
 
+FLOAT32 = "Float32"
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -260,7 +261,8 @@ class LinearSite:
     module: full module name ("model.layers.0.self_attn.q_proj"). weight, bias: tensor names in the checkpoint
     (bias None when there is none). transposed: the checkpoint stores [in, out] (GPT-2's Conv1D).
     out_features, in_features: of the logical [out, in] weight. block: index of its block, None outside of all blocks.
-    kind: class name of the module ("Linear", "Conv1D"), or "Router" for what weighs experts: that is never quantized.
+    kind: "Linear" for what computes as one, else the module's class name ("Conv1D"); "Router" for what weighs experts
+    and FLOAT32 for what its class computes in float32: those are never quantized.
     expert: full name of the expert that it is a part of ("model.layers.0.mlp.experts.3"), None outside of mixtures.
     tower: name of the part beside the text decoder that it belongs to ("model.vision_tower"), None in the decoder.
     """

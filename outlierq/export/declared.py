@@ -29,8 +29,8 @@ def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantSch
     share a tensor (a tied head), then what is no linear of the class, which may be one in another program.
     """
     plain = [name for site, scheme in sites if scheme is None for name in names_of(site)]
-    tied = [slot.removesuffix(WEIGHT) for slot, _ in model.structure.tied]
     packed = [site.weight for site, scheme in sites if scheme is not None]
+    tied = [slot.removesuffix(WEIGHT) for slot, tensor in model.structure.tied if tensor not in packed]
     spoken_for = {site.weight for site, _ in sites} | tables(model.skeleton, model.names)
     others = plain_modules(model.checkpoint.tensors, packed, spoken_for)
     return list(dict.fromkeys([*plain, *tied, *others]))

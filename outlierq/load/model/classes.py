@@ -61,6 +61,14 @@ def _auto_class(checkpoint: Checkpoint, config: PreTrainedConfig) -> type[_BaseA
     return next((auto for auto in autos if auto.__name__ in (own or {}) or type(config) in auto._model_mapping), None)
 
 
+def own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class by which transformers makes a language model of a config; some share that of another model_type."""
+    import transformers
+
+    kind: type[PreTrainedModel] | None = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return kind
+
+
 def _unsupported(checkpoint: Checkpoint, why: str) -> SourceError:
     """The error for a model that is not compressed here."""
     return SourceError(

@@ -1,9 +1,9 @@
 """Whether transformers can load a checkpoint whose weights are packed: tried on its class, without a weight.
 
-Two things go wrong, each in some classes: the code that initialises what a checkpoint lacks reads the weight of a
-linear, which a packed one has under another name; and a parameter that is joined of several stored tensors is expected
-packed in all of them, so that plain ones are dropped. Both are asked of the class and of transformers' own conversion
-table, never of a list of models.
+Three things go wrong, each in some classes: modules share a weight, but not its scales; the code that initialises what
+a checkpoint lacks reads the weight of a linear, which a packed one has under another name; and a parameter that is
+joined of several stored tensors is expected packed in all of them, so that plain ones are dropped. All are asked of the
+class and of transformers' own conversion table, never of a list of models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from outlierq.load.model.architecture import declared_class
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.core.model import Checkpoint
+    from outlierq.core.model import Checkpoint, StudiedModel
 
 WEIGHT = "weight"
 
@@ -31,11 +31,15 @@ class LoadFault:
     loads_dense: bool
 
 
-def packed_fault(checkpoint: Checkpoint, packed: Collection[str]) -> LoadFault | None:
+def packed_fault(studied: StudiedModel, quantized: Collection[str], packed: Collection[str]) -> LoadFault | None:
     """What keeps transformers from loading the result; None where nothing is known to.
 
-    packed: stored names of the weights that the result holds under other names.
+    quantized: stored names of the weights that have scales. packed: of those that the result holds under other names.
     """
+    checkpoint = studied.checkpoint
+    shared = next((tensor for _, tensor in studied.structure.tied if tensor in set(quantized)), None)
+    if shared is not None:
+        return LoadFault(f"several of its modules share {shared}, and it has them share no scales", True)
     try:
         built = declared_class(checkpoint) if packed else None
     except SourceError:  # said by whoever verifies the result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from outlierq.core.errors import SourceError, nearest
 from outlierq.core.machine.installed import check_versions
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
-from outlierq.core.model import EXPERT_COUNTS, Block, LinearSite, Structure, largest
+from outlierq.core.model import EXPERT_COUNTS, FLOAT32, Block, LinearSite, Structure, largest
 from outlierq.load.model.decoder import block_list, towers
 from outlierq.load.model.names import checkpoint_names
 
@@ -148,11 +148,12 @@ def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structu
     """
     names = checkpoint_names(checkpoint, skeleton)
     list_name, modules = block_list(skeleton)
-    blocks = tuple(_block(f"{list_name}.{index}", index, module, names) for index, module in enumerate(modules))
+    wide = _float32_modules(skeleton)
+    blocks = _once(_block(f"{list_name}.{index}", index, module, names, wide) for index, module in enumerate(modules))
     inside = {tensor for block in blocks for tensor in block.tensors}
     tied = _ties(names)
     shared = {tensor for _, tensor in tied}
-    sites = _sites(skeleton, "", names, None)
+    sites = _sites(skeleton, "", names, None, wide)
     outside = [site for site in sites if site.weight not in inside and site.weight not in shared]
     beside = towers(skeleton, [site.module for site in outside])
     outside = tuple(replace(site, tower=beside.get(site.module)) for site in outside)
@@ -160,14 +161,42 @@ def find_structure(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> Structu
     return Structure(blocks, outside, tuple(name for name in checkpoint.tensors if name not in covered), tied)
 
 
-def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, str]) -> Block:
+def _once(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks, tensors that several share in the first of them only."""
+    seen: set[str] = set()
+    own = []
+    for block in blocks:
+        sites = tuple(site for site in block.sites if site.weight not in seen)
+        own.append(replace(block, sites=sites, tensors=tuple(name for name in block.tensors if name not in seen)))
+        seen |= set(block.tensors)
+    return tuple(own)
+
+
+def _float32_modules(skeleton: torch.nn.Module) -> Collection[str]:
+    """Modules that their class computes in float32, whatever the dtype of the model: a decoded weight would not fit."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    strict = list(getattr(skeleton, "_keep_in_fp32_modules_strict", None) or ())
+    if not strict:
+        return ()
+    pattern = build_glob_alternation(strict)[0]
+    names = (name.removesuffix(".weight") for name, _ in skeleton.named_parameters() if name.endswith(".weight"))
+    return frozenset(name for name in names if pattern.search(f"{name}.weight"))
+
+
+def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, str], wide: Collection[str]) -> Block:
     """One block with its sites and its tensors."""
     tensors = dict.fromkeys(tensor for slot, tensor in names.items() if slot.startswith(f"{name}."))
-    return Block(index, name, tuple(_sites(block, f"{name}.", names, index)), tuple(tensors))
+    return Block(index, name, tuple(_sites(block, f"{name}.", names, index, wide)), tuple(tensors))
 
 
-def _sites(module: torch.nn.Module, prefix: str, names: Mapping[str, str], block: int | None) -> list[LinearSite]:
-    """Every linear layer in the module, and the routers of its experts, in the order of definition."""
+def _sites(
+    module: torch.nn.Module, prefix: str, names: Mapping[str, str], block: int | None, wide: Collection[str]
+) -> list[LinearSite]:
+    """Every linear layer in the module, and the routers of its experts, in the order of definition.
+
+    wide: names of what is computed in float32.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -189,12 +218,31 @@ def _sites(module: torch.nn.Module, prefix: str, names: Mapping[str, str], block
                     out_features=rows,
                     in_features=columns,
                     block=block,
-                    kind="Router" if name in routers else type(part).__name__,
+                    kind="Router" if name in routers else FLOAT32 if full in wide else _kind(part),
                     transposed=transposed,
                     expert=f"{prefix}{owner}" if owner in experts else None,
                 )
             )
     return sites
+
+
+def _kind(part: torch.nn.Module) -> str:
+    """ "Linear" for a linear layer, also of a class of the model's own that computes the same; else its class name."""
+    import torch
+
+    if type(part) is torch.nn.Linear or not isinstance(part, torch.nn.Linear):
+        return type(part).__name__
+    made = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 2, generator=made), torch.randn(5, 2, generator=made)
+    bias = None if part.bias is None else torch.randn(3, generator=made)
+    tensors = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    try:
+        y = torch.func.functional_call(part, tensors, (x,))
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it does something else with its weight
+        return type(part).__name__
+    same = isinstance(y, torch.Tensor) and y.shape == (5, 3)
+    plain = torch.nn.functional.linear(x, weight, bias)
+    return "Linear" if same and torch.allclose(y, plain, atol=1e-5) else type(part).__name__
 
 
 def _ties(names: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from outlierq import __version__
+from outlierq.calibrate.groups import NOT_RUN
 from outlierq.core.machine.heap import peak_bytes
 from outlierq.core.report import Report
 from outlierq.pipeline.asked.resources import USUAL, Resources
-from outlierq.pipeline.block.starved import STARVED, UNSEEN
+from outlierq.pipeline.block.starved import STARVED
 from outlierq.pipeline.block.stats import StatsSource
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.journal import Journal
@@ -40,7 +41,7 @@ def make_report(
     calibration = None if source.calibration is None else dict(source.calibration)
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
     # What is said of a starved expert's linears is said once for the block, too.
-    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith((STARVED, UNSEEN))]
+    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith((STARVED, NOT_RUN))]
     if rewrite_error is not None:
         noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
     return Report(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
-from outlierq.calibrate.folds import prove_folds, tensor_parameters
+from outlierq.calibrate.folds import prove_folds, tensor_parameters, without_shared
 from outlierq.calibrate.groups import find_groups, unseen_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
@@ -280,6 +280,7 @@ class StatsFromRun:
         groups = find_groups(module, block, run_once)
         if self._folds:
             groups = prove_folds(module, block, groups, run_once, self.model.config)
+            groups = without_shared(groups, {tensor for _, tensor in self.structure.tied})
         return seeing_all(groups) if self.settings.all_experts else groups
 
     def _passes_over(self, index: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.core.model import Checkpoint, LinearSite, StudiedModel, sizes
+from outlierq.core.model import FLOAT32, Checkpoint, LinearSite, StudiedModel, sizes
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
@@ -47,7 +47,23 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     refuse_other_model(model)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
-    return assembled(model, sites, recipe, _caches(model, recipe), together)
+    return _with_one_scheme(assembled(model, sites, recipe, _caches(model, recipe), together))
+
+
+def _with_one_scheme(plan: Plan) -> Plan:
+    """The plan with linears of odd widths kept, where transformers can load the rest then: it decodes with one scheme.
+
+    The plan itself where that is not needed, or does not help.
+    """
+    odd = {p.site: p.reason.partition(": ")[2] for p in plan.sites if p.scheme is not None and p.reason}
+    if plan.load_fault is None or plan.load_fault[1] or not odd:
+        return plan
+    because = "and transformers, which decodes the weights of this class as it loads them, does so with one scheme"
+    sites = tuple(
+        SitePlan(p.site, None, f"kept in 16 bits: {odd[p.site]}, {because}") if p.site in odd else p for p in plan.sites
+    )
+    other = assembled(plan.model, sites, plan.recipe, plan.caches, plan.together)
+    return other if other.load_fault is not None and other.load_fault[1] else plan
 
 
 def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tuple[SitePlan, ...]]:
@@ -100,7 +116,7 @@ def assembled(
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
     layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
     written = layout.places.keys()
-    fault = packed_fault(checkpoint, [site.weight for site in schemes if site.weight not in written])
+    fault = packed_fault(model, [s.weight for s in schemes], [s.weight for s in schemes if s.weight not in written])
     dense_key = format.dense_key(set(schemes.values())) if fault is not None and fault.loads_dense else None
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
     small = {file.name: file.held() for file in carried}
@@ -122,6 +138,8 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
         return SitePlan(site, None, _why_kept(site, quantize))
     if site.kind == "Router":
         return SitePlan(site, None, "kept in 16 bits: it decides which experts see a token")
+    if site.kind == FLOAT32:
+        return SitePlan(site, None, "kept: its class computes it in float32")
     other = format.instead(site, scheme)
     if other is not None and not format.obstacle(site, other[0]):
         return _by_policy(site, scheme, *other, quantize.when_indivisible)
