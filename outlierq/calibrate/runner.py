@@ -467,7 +467,8 @@ class BlockRunner:
         for stub in stubs:
             stub.reset(self._wrap)
         self._forward_model(ids.repeat(2, 1))
-        one, two = self._probe_shape, tuple(stubs[0].received.shape)
+        twice = stubs[0].received
+        one, two = self._probe_shape, () if twice is None else tuple(twice.shape)
         axes = [axis for axis, sizes in enumerate(zip(one, two, strict=False)) if sizes == (1, 2)]
         changed = [axis for axis, sizes in enumerate(zip(one, two, strict=False)) if sizes[0] != sizes[1]]
         if len(one) != len(two) or axes != changed or len(axes) != 1 or one[-1] < 2:
