@@ -311,10 +311,8 @@ class _Run:
             if not any(site in self.schemes for site in group.sites):
                 continue
             if group.routed and tokens_of(group, stats) < least:
-                note = (
-                    group.fold_note
-                    or f"{STARVED} got {tokens_of(group, stats)} of the {least} tokens that a scale needs"
-                )
+                few = f"{STARVED} got {tokens_of(group, stats)} of the {least} tokens that a scale needs"
+                note = few if group.sites[0].expert else group.fold_note
                 rows[group.name] = {"group": group.name, "method": "", "note": note, "fold": None, "folded": []}
             elif group.name in stats:
                 moved.append(group)
