@@ -179,6 +179,9 @@ def test_zero_points_of_other_rows_and_of_one_value_are_told():
     assert "row" in judged(moved.judge)[0]
     one = quantized(torch.randn(16, 256), symmetric=False)
     assert one.zero_point is not None
+    lost = quantized(torch.randn(128, 64), symmetric=False)
+    lost.codes.fill_(0)
+    assert judged(lambda found: sound.add("lost", lost, found)) == judged(sound.judge) == []
     one.zero_point.fill_(0)
     assert "every zero point is 0" in judged(lambda found: alike.add("x", one, found))[0]
 

@@ -30,11 +30,15 @@ FARTHEST_ROUNDED, FARTHEST = 0.75, 12.0
 # Where this part of all weights lies this near, all went to the nearest code, but for a search that moves some by one.
 MOST_OF_ALL, NEAR, FARTHEST_SEARCHED = 0.99, 0.65, 2.5
 # Root mean square of a row's error in steps beside that of the usual row, as a factor and in robust deviations.
-BEYOND_ROWS, BEYOND_COMPENSATED, STRAY_ROW, FEWEST_ROWS, FEWEST_WEIGHTS = 1.5, 3.0, 14.0, 16, 1000
+BEYOND_ROWS, STRAY_ROW, FEWEST_ROWS, FEWEST_WEIGHTS = 1.5, 14.0, 16, 1000
+# Root mean square of a group's error in steps where error compensation moved its columns; one with a turned sign has 7.
+STEPS_OF_A_GROUP = 4.0
 # Part of the columns that error compensation may leave without likeness to their source: few tokens tell of them.
 LEAST_COLUMNS = 0.05
-# Its least size, in steps: without folds and with them.
-LEAST_STRAY = (0.1, 1.0)
+# Its least size, in steps.
+LEAST_STRAY = 0.1
+# Part of half the range by which a weight may be off after folds: their scales are told from rounded weights.
+MOVED_PART = 0.08
 # The same as a part of half the range, where that is more: error compensation and fitted scales move whole columns.
 FARTHEST_IN_RANGE = 0.25
 # Parts of half the range: where a weight is taken for clipped, and where it is put then.
@@ -161,7 +165,7 @@ def _wrong_parts(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         views["groups"] = (now, then, None if steps is None else steps.reshape(-1, grid.width), STEPS_OF_A_ROW)
     compensated = not (grid.rounded or grid.steps is None) and not _is_nearest(weight, expected, grid)
     for what, (now, then, step, limit) in views.items():
-        wrong = _foreign(now, then, step, limit)
+        wrong = _foreign(now, then, step, STEPS_OF_A_GROUP if what == "groups" and compensated else limit)
         least = LEAST_COLUMNS * len(wrong) if what == "columns" and compensated else 0
         if int(wrong.sum()) > least:
             first = int(wrong.nonzero()[0])
@@ -212,6 +216,8 @@ def _wrong_codes(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fa
         if not grid.rounded:
             most = FARTHEST_SEARCHED if _is_nearest(weight, expected, grid) else FARTHEST
         allowed = most * grid.steps
+        if grid.moved:
+            allowed = torch.maximum(allowed, MOVED_PART * grid.half)
         if most >= FARTHEST:
             allowed = torch.maximum(allowed, FARTHEST_IN_RANGE * grid.half)
             # Error compensation moves columns that hardly count as far as others need it.
@@ -247,15 +253,16 @@ def _is_nearest(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> boo
 
 def _stray_rows(weight: torch.Tensor, expected: torch.Tensor, grid: Grid) -> Fault | None:
     """Rows with another error than all others, in steps: each row is rounded by the same method."""
-    if grid.steps is None or len(weight) < FEWEST_ROWS:
-        return None
+    if grid.steps is None or grid.moved or len(weight) < FEWEST_ROWS:
+        return None  # after folds, rows differ by how well their scales are told
+    if not (grid.rounded or _is_nearest(weight, expected, grid)):
+        return None  # error compensation leaves to some rows four times what it leaves to others
     ends = _ends(weight, expected, grid)
     in_steps = torch.where(ends, 0.0, (weight - expected) / grid.steps.clamp(min=1e-30))
     rows = in_steps.square().mean(1).sqrt()
     usual = rows.median()
     limit = usual + STRAY_ROW * 1.4826 * (rows - usual).abs().median()
-    beyond = BEYOND_ROWS if grid.rounded or _is_nearest(weight, expected, grid) else BEYOND_COMPENSATED
-    wrong = rows > torch.maximum(limit, beyond * usual).clamp(min=LEAST_STRAY[grid.moved])
+    wrong = rows > torch.maximum(limit, BEYOND_ROWS * usual).clamp(min=LEAST_STRAY)
     if not bool(wrong.any()):
         return None
     first = int(wrong.nonzero()[0])

@@ -68,7 +68,7 @@ def _farthest_row(apart: torch.Tensor) -> tuple[str, float, float]:
     rows = apart.square().sum(1)
     rows = (rows - rows.median()) / (1.4826 * (rows - rows.median()).abs().median()).clamp(min=apart.shape[1] ** 0.5)
     strays = rows > rows.max() / BEYOND_OTHERS
-    if int(strays.sum()) > len(rows) / 8:
+    if not 0 < int(strays.sum()) <= len(rows) / 8:
         return "no row", float(rows.max()), float(rows.max())
     where = f"{int(strays.sum())} rows, first {int(strays.nonzero()[0])}"
     return where, float(rows.max()), float(rows[~strays].max())
