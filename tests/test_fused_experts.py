@@ -192,6 +192,19 @@ def test_llama_4_loads_with_its_experts_quantized_and_with_its_experts_kept(outl
     assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), atol=1e-3)
 
 
+def test_experts_that_stay_are_declared_by_the_names_of_the_class_where_the_file_has_others(
+    outlierq, layouts, tmp_path, ids
+):
+    source = layouts("GraniteMoe")
+    assert any(
+        name.endswith("block_sparse_moe.input_linear.weight") for name in load_file(source / "model.safetensors")
+    )
+    ignoring = ("--set", 'quantize.ignore=["*lm_head", "*experts.*"]')
+    done = outlierq("quantize", source, "-r", "rtn-w8", *ignoring, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), atol=1e-3)
+
+
 def test_the_proof_refuses_a_module_that_computes_something_else(layouts):
     from outlierq.load.model.expert_proof import proved_layout
 

@@ -33,7 +33,23 @@ def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantSch
     tied = [slot.removesuffix(WEIGHT) for slot, tensor in model.structure.tied if tensor not in packed]
     spoken_for = {site.weight for site, _ in sites} | tables(model.skeleton, model.names)
     others = plain_modules(model.checkpoint.tensors, packed, spoken_for)
-    return list(dict.fromkeys([*plain, *tied, *others]))
+    return list(dict.fromkeys([*plain, *tied, *others, *stacks(model.skeleton, model.names)]))
+
+
+def stacks(model: torch.nn.Module, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Module -> its stored tensors that hold a matrix of every expert at once. names: parameter -> stored tensor.
+
+    Every parameter of three dimensions is one but the kernels of convolutions, whatever its class is called.
+    """
+    from torch.nn.modules.conv import _ConvNd
+
+    held: dict[str, list[str]] = {}
+    for name, part in model.named_modules():
+        for slot, parameter in part._parameters.items():
+            tensor = names.get(f"{name}.{slot}")
+            if tensor and parameter is not None and parameter.dim() == 3 and not isinstance(part, _ConvNd):
+                held.setdefault(name, []).append(tensor)
+    return held
 
 
 def tables(model: torch.nn.Module, names: Mapping[str, str]) -> set[str]:

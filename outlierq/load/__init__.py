@@ -77,7 +77,6 @@ _HOMES = {
     "find_structure": "model.skeleton",
     "experts_apart": "model.experts_apart",
     "experts_together": "model.experts_apart",
-    "fused_experts": "model.fused_experts",
     "fused_pieces": "model.experts_apart",
     "leave_empty": "model.skeleton",
     "load_tensors_into": "model.skeleton",

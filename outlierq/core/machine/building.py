@@ -50,6 +50,8 @@ def _size(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if func in FILLING:
         made = func(*args, **{**kwargs, "device": "meta"})
+    elif func is torch.Tensor.to and any(str(value) == "meta" for value in (*args[1:], *kwargs.values())):
+        return 0  # a parameter that gives up its memory
     elif any(tensor.numel() >= LARGE and tensor.device.type != "meta" for tensor in tensors):
         try:
             made = func(*map(_to_meta, args), **{key: _to_meta(value) for key, value in kwargs.items()})

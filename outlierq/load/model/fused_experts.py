@@ -8,7 +8,8 @@ names on disk) knows experts, too. What a fused module computes is not guessed: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,8 +75,9 @@ class SeparateExperts(torch.nn.Module):
             del fused._parameters[name]
         if layout.has_post_expert_norm:  # one for all experts; it is called by the shell, and gets its weights here
             self.post_expert_norm = fused.post_expert_norm
-        for number in range(self.num_experts):
-            self.add_module(str(number), Expert(layout, leaves, fused, dtype))
+        first = Expert(layout, leaves, fused, dtype)
+        for number in range(self.num_experts):  # copies: a linear fills its weights when it is made, even on meta
+            self.add_module(str(number), copy.deepcopy(first, {id(fused): fused}))
         self.routing = "chosen"
 
     def forward(
@@ -163,20 +165,6 @@ def replaced_experts(model: torch.nn.Module) -> list[str]:
 def _is_apart(checkpoint: Checkpoint, name: str, leaves: Leaves) -> bool:
     """Whether the checkpoint has a tensor of the first expert alone."""
     return any(tensor.endswith(f"{name}.0.{leaves.up}.weight") for tensor in checkpoint.tensors)
-
-
-def fused_experts(model: torch.nn.Module, names: Mapping[str, str]) -> dict[str, list[str]]:
-    """Module -> stored tensors of it that hold the matrices of all experts at once. names: parameter -> stored tensor.
-
-    Every parameter of three dimensions is one but the kernels of convolutions, whatever its class is called.
-    """
-    held: dict[str, list[str]] = {}
-    for name, part in model.named_modules():
-        for slot, parameter in part._parameters.items():
-            tensor = names.get(f"{name}.{slot}")
-            if tensor and parameter.dim() == 3 and not isinstance(part, torch.nn.modules.conv._ConvNd):
-                held.setdefault(name, []).append(tensor)
-    return held
 
 
 def expert_names(model: torch.nn.Module) -> list[str]:

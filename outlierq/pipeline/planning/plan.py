@@ -14,6 +14,7 @@ from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import with_fault, with_layers
+from outlierq.export.declared import stacks
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.planning.mixture import mixture
 from outlierq.pipeline.planning.share import quantized_share, share_note
@@ -194,14 +195,12 @@ class Plan(Shown):
     @property
     def _fused_noted(self) -> list[str]:
         """Which experts stay in one tensor, and why."""
-        from outlierq.load import fused_experts
-
         if self.recipe.quantize is None:
             return []
         modules = {planned.site.expert and planned.site.expert.rpartition(".")[0]: planned for planned in self.together}
         said = [f"{module} stays in one tensor: {planned.reason}" for module, planned in list(modules.items())[:1]]
         said = [f"{each} ({len(modules)} such mixtures)" if len(modules) > 1 else each for each in said]
-        held = fused_experts(self.model.skeleton, self.model.names)
+        held = stacks(self.model.skeleton, self.model.names)
         fused = [tensor for module, tensors in held.items() if module not in modules for tensor in tensors]
         if fused:
             more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
