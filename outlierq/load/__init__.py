@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.experts_apart import experts_apart as experts_apart
     from outlierq.load.model.experts_apart import experts_together as experts_together
     from outlierq.load.model.experts_apart import fused_pieces as fused_pieces
-    from outlierq.load.model.fused_experts import fused_experts as fused_experts
     from outlierq.load.model.fused_experts import replaced_experts as replaced_experts
     from outlierq.load.model.fused_experts import unmerged_experts as unmerged_experts
     from outlierq.load.model.lookup import looking_up as looking_up
