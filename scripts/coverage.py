@@ -187,27 +187,30 @@ def _compare(original: Original, out: Path, result: Result) -> None:
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
               for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]]  # fmt: skip
     result.kl = _kl(original.logits, _logits(loaded, original.ids))  # first: packed weights are decoded by it
-    errors = dict(_errors(original.model, loaded))
+    errors = dict(_errors(original.model, loaded, vectors="awq" not in result.recipe))
     result.error = max(errors.values(), default=0.0)
     if not result.error <= LARGEST_ERROR[result.recipe]:
         worst = max(errors, key=lambda key: errors[key])
         faults.append(f"{worst} differs by {errors[worst]:.3g}")
     if not result.kl <= LARGEST_KL[result.recipe] * original.shuffled + 1e-3:
         faults.append(f"KL {result.kl:.3g}, {original.shuffled:.3g} with shuffled weights")
-    faults += [f"verify: {fault}" for fault in outlierq.verify(out, source=original.source).faults[:1]]
+    faults += [f"verify: {fault}" for fault in outlierq.verify(out).faults[:1]]
     if faults:
         result.state, result.sentence = WRONG, "; ".join(faults)
     elif result.share < ENOUGH:
         result.state = PART
 
 
-def _errors(original: torch.nn.Module, loaded: torch.nn.Module) -> Iterator[tuple[str, float]]:
-    """Relative error of every parameter that both models have; a linear's weight is read off its outputs."""
+def _errors(original: torch.nn.Module, loaded: torch.nn.Module, *, vectors: bool) -> Iterator[tuple[str, float]]:
+    """Relative error of every parameter that both models have; a linear's weight is read off its outputs.
+
+    vectors: also of gains and biases, into which a recipe may fold scales.
+    """
     parts = dict(loaded.named_modules())
     for name, parameter in original.named_parameters():
         owner, _, leaf = name.rpartition(".")
         part = parts.get(owner)
-        if part is None or parameter.numel() == 0:
+        if part is None or parameter.numel() == 0 or (parameter.dim() < 2 and not vectors):
             continue
         value = part._parameters.get(leaf)
         if isinstance(part, torch.nn.Linear) and leaf == "weight" and (value is None or value.dtype.itemsize == 1):
