@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from coverage_models import architectures
+from coverage_models import architectures  # noqa: E402
 
 # By its path: a package that measures tests has the same name.
 spec = importlib.util.spec_from_file_location("coverage_script", SCRIPTS / "coverage.py")
@@ -75,11 +76,8 @@ def test_the_table_has_the_worst_of_the_recipes_and_names_no_folder(tmp_path, mo
     monkeypatch.setattr(coverage, "ROOT", tmp_path)
     told = dict.fromkeys(("share", "error", "kl", "shuffled"), 1.0) | {"architecture": "llama", "kind": "text"}
     good = told | {"recipe": "rtn-w8", "state": coverage.RIGHT, "sentence": ""}
-    bad = told | {
-        "recipe": "fp8-dynamic",
-        "state": coverage.WRONG,
-        "sentence": f"{coverage.tempfile.gettempdir()}/x | y",
-    }
+    here = tempfile.gettempdir()
+    bad = told | {"recipe": "fp8-dynamic", "state": coverage.WRONG, "sentence": f"{here}/x | y"}
     coverage._write({("llama", "rtn-w8"): good, ("llama", "fp8-dynamic"): bad})
     page = (tmp_path / "docs/models.md").read_text()
     assert "| llama | text | WRONG |" in page and here not in page
