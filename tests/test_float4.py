@@ -21,8 +21,8 @@ from outlierq.core.stats import InputStats
 from outlierq.export import format_type
 from outlierq.export.writer import compare
 from outlierq.load import decode_rows, open_checkpoint, unpacked
-from outlierq.load.packed.e2m1 import decode_e2m1
-from outlierq.load.packed.numbers import e2m1_values
+from outlierq.load.packed.codes.e2m1 import decode_e2m1
+from outlierq.load.packed.codes.numbers import e2m1_values
 from outlierq.ops.grid import nearest_code, power_of_two
 from outlierq.pipeline.convert import convert, make_conversion
 from outlierq.pipeline.planning.decide import make_plan

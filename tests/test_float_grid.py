@@ -10,8 +10,8 @@ from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_quantized
-from outlierq.load.packed.numbers import e4m3_values
+from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized
+from outlierq.load.packed.codes.numbers import e4m3_values
 from outlierq.ops.grid import from_groups, in_groups, minmax_grid, nearest_code, to_quant_tensor
 from outlierq.ops.search.scale_search import search_grid
 from outlierq.registry import method

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_moe import CALIBRATION, SMALL, logits, our_logits, write_mixture
 
 from outlierq.load import experts_together, fused_pieces, open_checkpoint, unpacked
-from outlierq.load.model.expert_layout import Layout
-from outlierq.load.model.fused_experts import router_names
+from outlierq.load.model.experts.fused import router_names
+from outlierq.load.model.experts.layout import Layout
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.recipe import load
 
@@ -206,7 +206,7 @@ def test_experts_that_stay_are_declared_by_the_names_of_the_class_where_the_file
 
 
 def test_the_proof_refuses_a_module_that_computes_something_else(layouts):
-    from outlierq.load.model.expert_proof import proved_layout
+    from outlierq.load.model.experts.proof import proved_layout
 
     class Other(torch.nn.Module):
         def __init__(self):

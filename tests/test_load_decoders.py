@@ -8,7 +8,7 @@ import torch
 
 from outlierq.core.errors import SourceError
 from outlierq.load import decode_codes, decode_pack_quantized
-from outlierq.load.packed.bits import decode_zero_points
+from outlierq.load.packed.codes.bits import decode_zero_points
 
 BITS = range(2, 9)
 
@@ -78,7 +78,7 @@ def test_rows_decoded_in_runs_equal_rows_decoded_at_once(monkeypatch):
     codes, scale = random_codes(5, 11, 64), np.random.default_rng(0).random((11, 4), np.float32)
     packed = packed_bit_by_bit(codes, 5)
     whole = decode_pack_quantized(packed, scale, None, (11, 64), 5)
-    monkeypatch.setattr("outlierq.load.packed.bits.VALUES_PER_RUN", 200)
+    monkeypatch.setattr("outlierq.load.packed.codes.bits.VALUES_PER_RUN", 200)
     assert np.array_equal(decode_pack_quantized(packed, scale, None, (11, 64), 5), whole)
 
 

@@ -328,7 +328,7 @@ def test_mixtures_that_their_class_merges_in_an_unknown_way_are_refused_by_name(
         num_local_experts=2,
     )
     MixtralForCausalLM(config).save_pretrained(tmp_path)
-    monkeypatch.setattr("outlierq.load.model.fused_experts.fused_modules", lambda model: {})
+    monkeypatch.setattr("outlierq.load.model.experts.fused.fused_modules", lambda model: {})
     with pytest.raises(SourceError, match="experts") as caught:
         opened(tmp_path)
     assert "mixtures are not supported" in caught.value.hint

@@ -8,7 +8,7 @@ import torch
 from reference.statistics import random_weight
 
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.bits import decode_codes, decode_pack_quantized
+from outlierq.load.packed.codes.bits import decode_codes, decode_pack_quantized
 from outlierq.ops.packing import pack, words_for
 from outlierq.quantize.rtn import rtn
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.architecture import declared_class as declared_class
     from outlierq.load.model.attention import attention_names as attention_names
     from outlierq.load.model.attention import stored_prefix as stored_prefix
-    from outlierq.load.model.experts_apart import experts_apart as experts_apart
-    from outlierq.load.model.experts_apart import experts_together as experts_together
-    from outlierq.load.model.experts_apart import fused_pieces as fused_pieces
-    from outlierq.load.model.fused_experts import replaced_experts as replaced_experts
-    from outlierq.load.model.fused_experts import unmerged_experts as unmerged_experts
+    from outlierq.load.model.experts.apart import experts_apart as experts_apart
+    from outlierq.load.model.experts.apart import experts_together as experts_together
+    from outlierq.load.model.experts.apart import fused_pieces as fused_pieces
+    from outlierq.load.model.experts.fused import replaced_experts as replaced_experts
+    from outlierq.load.model.experts.fused import unmerged_experts as unmerged_experts
     from outlierq.load.model.lookup import looking_up as looking_up
     from outlierq.load.model.names import checkpoint_names as checkpoint_names
     from outlierq.load.model.packed_load import packed_fault as packed_fault
@@ -37,10 +37,10 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.skeleton import release as release
     from outlierq.load.model.skeleton import skeleton_config as skeleton_config
     from outlierq.load.model.study import study as study
-    from outlierq.load.packed.bits import decode_codes as decode_codes
-    from outlierq.load.packed.bits import decode_pack_quantized as decode_pack_quantized
-    from outlierq.load.packed.byte_codes import decode_float_quantized as decode_float_quantized
-    from outlierq.load.packed.byte_codes import decode_int_quantized as decode_int_quantized
+    from outlierq.load.packed.codes.bits import decode_codes as decode_codes
+    from outlierq.load.packed.codes.bits import decode_pack_quantized as decode_pack_quantized
+    from outlierq.load.packed.codes.byte_codes import decode_float_quantized as decode_float_quantized
+    from outlierq.load.packed.codes.byte_codes import decode_int_quantized as decode_int_quantized
     from outlierq.load.packed.described import described as described
     from outlierq.load.record import changed_files as changed_files
     from outlierq.load.record import changed_since_run as changed_since_run
@@ -74,19 +74,19 @@ _HOMES = {
     "tokenizer_digest": "source.tokenizer_files",
     "checkpoint_names": "model.names",
     "find_structure": "model.skeleton",
-    "experts_apart": "model.experts_apart",
-    "experts_together": "model.experts_apart",
-    "fused_pieces": "model.experts_apart",
+    "experts_apart": "model.experts.apart",
+    "experts_together": "model.experts.apart",
+    "fused_pieces": "model.experts.apart",
     "leave_empty": "model.skeleton",
     "load_tensors_into": "model.skeleton",
     "looking_up": "model.lookup",
     "reading_ahead": "source.read_ahead",
     "release": "model.skeleton",
     "skeleton_config": "model.skeleton",
-    "decode_codes": "packed.bits",
-    "decode_float_quantized": "packed.byte_codes",
-    "decode_int_quantized": "packed.byte_codes",
-    "decode_pack_quantized": "packed.bits",
+    "decode_codes": "packed.codes.bits",
+    "decode_float_quantized": "packed.codes.byte_codes",
+    "decode_int_quantized": "packed.codes.byte_codes",
+    "decode_pack_quantized": "packed.codes.bits",
     "declared_class": "model.architecture",
     "decode_rows": "decode",
     "described": "packed.described",
@@ -103,8 +103,8 @@ _HOMES = {
     "load_processor": "whole",
     "load_tokenizer": "whole",
     "stored_tokens": "gguf.tokenizer",
-    "replaced_experts": "model.fused_experts",
-    "unmerged_experts": "model.fused_experts",
+    "replaced_experts": "model.experts.fused",
+    "unmerged_experts": "model.experts.fused",
     "stored_token_types": "gguf.tokenizer",
     "unpacked": "decode",
 }

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.model.experts_apart import experts_apart
+from outlierq.load.model.experts.apart import experts_apart
 from outlierq.load.model.other_tools import compressor
+from outlierq.load.packed.codes.numbers import Parts
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedCheckpoint
 from outlierq.load.packed.described import check_described, check_not_mixed, described
-from outlierq.load.packed.numbers import Parts
 from outlierq.load.packed.reading import HEADERS, PRESENTATIONS, ROWS, reads_rows
 from outlierq.load.source.shards import StoredTensor
 from outlierq.registry import import_folder, import_installed_formats

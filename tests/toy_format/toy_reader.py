@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.numbers import Parts, as_array
 from outlierq.load.packed.decoded import DecodedCheckpoint
-from outlierq.load.packed.numbers import Parts, as_array
 from outlierq.load.packed.reading import presents, reads_rows
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from outlierq.core.model import TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
-from outlierq.load.packed.numbers import Parts, as_array, e4m3_of_e2m1
+from outlierq.load.packed.codes.numbers import Parts, as_array, e4m3_of_e2m1
 from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
 

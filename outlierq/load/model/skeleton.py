@@ -40,7 +40,7 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     checkpoint gives the plain model. SourceError when transformers cannot build the model.
     """
     check_versions()
-    from outlierq.load.model.fused_experts import separate_experts
+    from outlierq.load.model.experts.fused import separate_experts
     from outlierq.load.model.pieces import separate_pieces
 
     model = empty_model(checkpoint)
@@ -200,7 +200,7 @@ def _sites(
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from outlierq.load.model.fused_experts import expert_names, router_names
+    from outlierq.load.model.experts.fused import expert_names, router_names
 
     routers, experts = router_names(module), set(expert_names(module))
     sites = []

@@ -16,7 +16,7 @@ from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
-    from outlierq.load.packed.word_packed import WordPackedCheckpoint
+    from outlierq.load.packed.codes.word_packed import WordPackedCheckpoint
 
 # Kernels that read the layout of "auto_round" itself, as older versions name them.
 PLAIN = ("", "exllamav2", "triton", "gptq_v2")

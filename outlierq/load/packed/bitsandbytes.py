@@ -12,8 +12,8 @@ from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.bitsandbytes_4bit import four_bit_checkpoint
+from outlierq.load.packed.codes.numbers import Numbers, Parts
 from outlierq.load.packed.decoded import DecodedCheckpoint
-from outlierq.load.packed.numbers import Numbers, Parts
 from outlierq.load.packed.outlier_split import DynamicSplitLinear, SplitCheckpoint, linears_of
 from outlierq.load.packed.reading import presents, reads_rows
 

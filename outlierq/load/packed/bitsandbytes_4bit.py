@@ -18,16 +18,16 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
+from outlierq.load.packed.codes.numbers import as_array, as_floats
 from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
 from outlierq.load.packed.described import Size, check_member, nothing_packed
-from outlierq.load.packed.numbers import as_array, as_floats
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from outlierq.core.model import Checkpoint
-    from outlierq.load.packed.numbers import Parts
+    from outlierq.load.packed.codes.numbers import Parts
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")

@@ -11,11 +11,11 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
-from outlierq.load.packed.bits import decode_pack_quantized, pack_quantized_rows
-from outlierq.load.packed.byte_codes import decode_float_quantized, decode_int_quantized
+from outlierq.load.packed.codes.bits import decode_pack_quantized, pack_quantized_rows
+from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized
+from outlierq.load.packed.codes.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, checked_scales, without_codes
 from outlierq.load.packed.described import check_member, fits, nothing_packed
-from outlierq.load.packed.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:

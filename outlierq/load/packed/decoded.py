@@ -98,14 +98,14 @@ class DecodedCheckpoint(DerivedCheckpoint):
         raise SourceError(f"{name} of {self.source} holds no experts")
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or a weight decoded to float32."""
+        """The tensor as stored, or a weight decoded to float32 [out, in]."""
         lookup(self.tensors, name)
         if name in self.stacks:
             return self.decoded_experts(name, range(self.stacks[name].shape[0]))
         return self.decoded(name) if name in self.linears else self.original.read(name)
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The tensor `count` rows at a time; a linear is decoded whole, of a stack only those experts."""
+        """The tensor `count` rows at a time, [count, ...]; a linear is decoded whole, of a stack only those experts."""
         if name in self.stacks:
             total = self.stacks[name].shape[0]
             parts = (range(first, min(first + count, total)) for first in range(0, total, count))
@@ -113,7 +113,7 @@ class DecodedCheckpoint(DerivedCheckpoint):
         return super().read_rows(name, count) if name in self.linears else self.original.read_rows(name, count)
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of the tensor, or some experts of a stack, in the given order."""
+        """Some rows of the tensor, or some experts of a stack, in the given order, [len(rows), ...]."""
         if name in self.stacks:
             return self.decoded_experts(name, rows)
         return super().read_some_rows(name, rows) if name in self.linears else self.original.read_some_rows(name, rows)
@@ -209,11 +209,11 @@ class ServedCheckpoint(DerivedCheckpoint):
         return self._served(name, self.original.read(name))
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The same, `count` rows or experts at a time."""
+        """The same, `count` rows or experts at a time, [count, ...]."""
         return (self._served(name, rows) for rows in self.original.read_rows(name, count))
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """The same, of some rows or experts."""
+        """The same, of some rows or experts, [len(rows), ...]."""
         return self._served(name, self.original.read_some_rows(name, rows))
 
     def _served(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ class ServedCheckpoint(DerivedCheckpoint):
         return [f"the source is compressed with {method}: {how}"]
 
     def quantized(self, name: str) -> QuantTensor:
-        """Codes and scales of a packed weight as they are stored."""
+        """Codes [out, in] and scales of a packed weight as they are stored."""
         return self.original.quantized(name)
 
     def stored_parts(self, name: str) -> Sequence[TensorInfo]:

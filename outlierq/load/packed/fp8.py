@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
-from outlierq.load.packed.byte_codes import decode_float_quantized
+from outlierq.load.packed.codes.byte_codes import decode_float_quantized
+from outlierq.load.packed.codes.numbers import as_floats
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, StoredStack, checked_scales
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.numbers import as_floats
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:

@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.bits import unpack
+from outlierq.load.packed.codes.bits import unpack
+from outlierq.load.packed.codes.numbers import Parts, Shaped, as_array
+from outlierq.load.packed.codes.word_packed import (
+    WordPacked,
+    WordPackedCheckpoint,
+    finished,
+    members_of,
+    scheme_of,
+    stems_of,
+)
 from outlierq.load.packed.described import fits
-from outlierq.load.packed.numbers import Parts, Shaped, as_array
 from outlierq.load.packed.reading import presents, reads_rows
-from outlierq.load.packed.word_packed import WordPacked, WordPackedCheckpoint, finished, members_of, scheme_of, stems_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.load.packed.bits import unpack
+from outlierq.load.packed.codes.bits import unpack
+from outlierq.load.packed.codes.numbers import as_array, as_floats
 from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.numbers import as_array, as_floats
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.core.model import Checkpoint
-    from outlierq.load.packed.numbers import Parts
+    from outlierq.load.packed.codes.numbers import Parts
 
 SCALES, BIASES = ".scales", ("biases", "qbiases")
 WIDTHS = (2, 3, 4, 5, 6, 8)

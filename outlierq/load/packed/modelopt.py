@@ -15,9 +15,9 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.e2m1 import decode_e2m1, e2m1_rows
 from outlierq.load.packed.decoded import checked_scales, without_codes
 from outlierq.load.packed.described import check_member
-from outlierq.load.packed.e2m1 import decode_e2m1, e2m1_rows
 from outlierq.load.packed.fp8 import OF_CACHE, OF_INPUTS, Fp8Checkpoint, fp8_linears
 from outlierq.load.packed.reading import presents
 

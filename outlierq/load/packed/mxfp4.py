@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.load.packed.codes.e2m1 import decode_e2m1
 from outlierq.load.packed.decoded import DAMAGED, DecodedCheckpoint, StoredStack
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.e2m1 import decode_e2m1
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:

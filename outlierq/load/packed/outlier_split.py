@@ -14,9 +14,9 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.numbers import Numbers, Parts, as_floats
 from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.numbers import Numbers, Parts, as_floats
 from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 

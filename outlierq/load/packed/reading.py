@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Parts
+from outlierq.load.packed.codes.numbers import Parts
 from outlierq.load.source.shards import StoredTensor, read_header
 
 if TYPE_CHECKING:

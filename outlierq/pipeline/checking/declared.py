@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.export.declared import plain_modules, tables
-from outlierq.load.model.experts_apart import as_stored
+from outlierq.load.model.experts.apart import as_stored
 from outlierq.load.packed.described import fits, is_excluded
 from outlierq.pipeline.checking.finding import Findings, listed
 

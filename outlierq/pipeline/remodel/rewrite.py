@@ -15,7 +15,7 @@ from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
-from outlierq.load.model.experts_apart import with_parts
+from outlierq.load.model.experts.apart import with_parts
 from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
+from outlierq.load.packed.codes.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
 from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Numbers, Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
+from outlierq.load.packed.codes.numbers import Numbers, Parts, as_bytes_array, e2m1_values, e4m3_of_e2m1, e4m3_values
 from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from outlierq.core.errors import SourceError
 from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.numbers import Parts, Shaped
 from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.numbers import Parts, Shaped
 
 if TYPE_CHECKING:
     import numpy as np

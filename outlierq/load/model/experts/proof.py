@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
-from outlierq.load.model.expert_layout import DOWN, GATE_UP, Layout, Leaves, rows_of
+from outlierq.load.model.experts.layout import DOWN, GATE_UP, Layout, Leaves, rows_of
+from outlierq.load.model.experts.separate import SeparateExperts
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,6 @@ def _fitting(up: tuple[int, ...], down: tuple[int, ...]) -> list[Layout]:
 def _computes_the_same(part: torch.nn.Module, layout: Layout) -> bool:
     """Whether the class with random weights, and separate experts with the same, give one output."""
     import torch
-
-    from outlierq.load.model.fused_experts import SeparateExperts
 
     fused = copy.deepcopy(part)
     shapes = {name: fused._parameters[name].shape for name in (GATE_UP, DOWN)}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.model import DerivedCheckpoint, StoredLinear, TensorInfo
-from outlierq.load.model.expert_layout import Layout, Leaves, fused_modules, merged_leaves, rows_of, usual_leaves
+from outlierq.load.model.experts.finding import fused_modules
+from outlierq.load.model.experts.layout import Layout, Leaves, merged_leaves, rows_of, usual_leaves
 from outlierq.load.model.names import stored_names
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class ExpertsApart(DerivedCheckpoint):
         return self.read_many([name])[name]
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors; an expert that several parts are cut from is read once."""
+        """Several tensors, each in the shape of its header; an expert that several parts are cut from is read once."""
         names = list(names)
         found = self.original.read_many([name for name in names if name not in self.pieces])
         at: tuple[str, int] | None = None
@@ -173,11 +174,11 @@ class ExpertsApart(DerivedCheckpoint):
         return self.pieces[name].tensor, self.pieces[name].expert
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The tensor `count` rows at a time; an expert's part is small enough to be read at once."""
+        """The tensor `count` rows at a time, [count, ...]; an expert's part is small enough to be read at once."""
         return super().read_rows(name, count) if name in self.pieces else self.original.read_rows(name, count)
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of the tensor."""
+        """Some rows of the tensor, [len(rows), ...]."""
         return super().read_some_rows(name, rows) if name in self.pieces else self.original.read_some_rows(name, rows)
 
     def stored_bytes(self, name: str) -> int:
@@ -195,7 +196,7 @@ class ExpertsApart(DerivedCheckpoint):
         return (fused.nbytes + self.original.making_bytes(fused.name)) // fused.shape[0]
 
     def quantized(self, name: str) -> QuantTensor:
-        """Codes of the original."""
+        """Codes [out, in] of the original."""
         return self.original.quantized(name)
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
@@ -266,7 +267,7 @@ class ExpertsTogether(DerivedCheckpoint):
         return replace(info, shape=(count, *info.shape[1:]), nbytes=size * count * prod(info.shape[1:]))
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor; a fused one is put together expert by expert."""
+        """The tensor; a fused one, [experts, ...], is put together expert by expert."""
         import torch
 
         if name not in self._parts:
@@ -278,11 +279,11 @@ class ExpertsTogether(DerivedCheckpoint):
         return fused
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The tensor `count` rows at a time."""
+        """The tensor `count` rows at a time, [count, ...]."""
         return super().read_rows(name, count) if name in self._parts else self.original.read_rows(name, count)
 
     def read_some_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of the tensor."""
+        """Some rows of the tensor, [len(rows), ...]."""
         return super().read_some_rows(name, rows) if name in self._parts else self.original.read_some_rows(name, rows)
 
     def stored_bytes(self, name: str) -> int:

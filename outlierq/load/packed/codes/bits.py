@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.numbers import Numbers, Parts, as_array, as_floats
+from outlierq.load.packed.codes.numbers import Numbers, Parts, as_array, as_floats
 from outlierq.load.packed.reading import reads_rows
 
 if TYPE_CHECKING:
