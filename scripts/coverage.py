@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -290,7 +291,8 @@ def _write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
     rows = [[results[name, recipe] for recipe in RECIPES if (name, recipe) in results] for name in names]
     about = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "compressed-tensors")}
     states = {kind: _totals([row for row in rows if row[0]["kind"] == kind]) for kind in ("text", "multimodal")}
-    content = {"versions": about, "totals": states, "results": [result for row in rows for result in row]}
+    every = [result | {"sentence": _cell(result["sentence"])} for row in rows for result in row]
+    content = {"versions": about, "totals": states, "results": every}
     (ROOT / "benchmarks/results/coverage.json").write_text(json.dumps(content, indent=1) + "\n")
     (ROOT / "docs/models.md").write_text("\n".join(_page(rows, states, about)) + "\n")
 
@@ -316,7 +318,8 @@ def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], a
         yield f"| {kind} | " + " | ".join(map(str, counts.values())) + " |"
     yield STATES
     counts = ", ".join(f"{sum(r['recipe'] == recipe for row in rows for r in row)} with {recipe}" for recipe in RECIPES)
-    yield f"Measured: {counts}. The state is the worst of those that were measured.\n"
+    kinds = " and ".join(f"{sum(row[0]['kind'] == kind for row in rows)} {kind}" for kind in totals)
+    yield f"Measured: {kinds} architectures; {counts}. The state is the worst of those that were measured.\n"
     yield "| architecture | kind | state | share quantized | KL, of that of shuffled weights | |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
@@ -330,7 +333,8 @@ def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], a
 
 def _cell(sentence: str) -> str:
     """A sentence that fits into a cell and names no folder of this machine."""
-    return sentence.replace("|", "/").replace(tempfile.gettempdir(), "")[:200]
+    words = re.sub(re.escape(tempfile.gettempdir()) + r"/\w+/", "", sentence)
+    return words.replace("|", "/").replace(tempfile.gettempdir(), "")[:200]
 
 
 if __name__ == "__main__":
