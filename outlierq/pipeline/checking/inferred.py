@@ -69,34 +69,41 @@ class _Block:
             yield from self._of_linears()
 
     def _of_norms(self) -> Iterator[dict[str, Any]]:
+        """Each linear is behind the norm whose quotient brings it nearest, if any does."""
+        quotients = dict(self._quotients())
+        behind: dict[tuple[str, str], list[str]] = {}
+        for linear, then in self.then.items():
+            fitting = {key: q for key, q in quotients.items() if len(q) == then.shape[1]}
+            best = min(fitting, key=lambda key: _left(self.now[linear], then * fitting[key]), default=None)
+            if best is not None and self._is_nearer(linear, fitting[best]):
+                behind.setdefault(best, []).append(linear)
+        for (name, kind), linears in behind.items():
+            other = behind.get((name, "norm" if kind == "offset-norm" else "offset-norm"), [])
+            if (len(linears), kind) < (len(other), "norm" if kind == "offset-norm" else "offset-norm"):
+                continue  # a gain is of one kind
+            for linear in linears:
+                self.then[linear] = self.then[linear] * quotients[name, kind]
+            yield self._trace(kind, name, linears, list(range(len(quotients[name, kind]))))
+
+    def _quotients(self) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+        """By name and kind of each norm that changed: [channels] its gains before over those after."""
         import torch
 
         for name in sorted(self.names):
             if len(self.plain.tensors[name].shape) != 1 or not is_norm(name) or not name.endswith(".weight"):
                 continue
             before, after = self.reference.read(name).float(), self.plain.read(name).float()
-            if torch.equal(before, after):
-                continue
-            best: tuple[str, torch.Tensor, list[str]] = "", before, []
-            for kind, offset in (("norm", 0.0), ("offset-norm", 1.0)):
-                quotient = _quotient(before + offset, after + offset)
-                behind = [linear for linear in self.then if self._is_behind(linear, quotient)]
-                if len(behind) > len(best[2]):
-                    best = kind, quotient, behind
-            kind, quotient, behind = best
-            if behind:
-                for linear in behind:
-                    self.then[linear] = self.then[linear] * quotient
-                yield self._trace(kind, name, behind, list(range(len(quotient))))
+            if not torch.equal(before, after):
+                yield (name, "norm"), _quotient(before, after)
+                yield (name, "offset-norm"), _quotient(before + 1, after + 1)
 
-    def _is_behind(self, linear: str, quotient: torch.Tensor) -> bool:
-        """Whether a linear's columns were multiplied by the quotient of the gains."""
+    def _is_nearer(self, linear: str, quotient: torch.Tensor) -> bool:
+        """Whether a quotient brings a linear nearer. Rows are fitted for one that is a producer, too; not fitted for a
+        quotient that is nearly even, which rows could stand for.
+        """
         now, then = self.now[linear], self.then[linear]
-        if now.shape[1] != len(quotient):
-            return False
-        return bool(_cosine(now, then * quotient) > _cosine(now, then)) and bool(
-            (now - then * quotient).norm() < NEARER * (now - then).norm()
-        )
+        plain = float((now - then * quotient).norm()) < NEARER * float((now - then).norm())
+        return plain or _left(now, then * quotient) < NEARER * _left(now, then)
 
     def _of_linears(self) -> Iterator[dict[str, Any]]:
         for consumer in sorted(self.then):
@@ -165,8 +172,10 @@ def _spread(logs: torch.Tensor) -> float:
     return float((logs - logs.median()).abs().median())
 
 
-def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-30))
+def _left(now: torch.Tensor, then: torch.Tensor) -> float:
+    """What is left of `now` [out, in] beside the multiple of each row of `then` that comes nearest, as a length."""
+    factor = (now * then).sum(1, keepdim=True) / then.square().sum(1, keepdim=True).clamp(min=1e-30)
+    return float((now - factor * then).norm())
 
 
 def _heads(config: Mapping[str, Any]) -> list[tuple[int, int]]:
