@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from outlierq.core.quant_tensor import QuantTensor
+    from outlierq.core.scheme import QuantScheme
 
 FLOAT32 = "Float32"
 # What configs, and modules of experts, call the number of experts in a block.
@@ -185,6 +186,10 @@ class Checkpoint(TensorSource):
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in], scales and zero points of a weight in `linears`. SourceError when they cannot be told."""
         raise SourceError(f"{name} of {self.source} is not stored as codes in groups of columns")
+
+    def code_scheme(self, name: str) -> QuantScheme | None:
+        """The scheme of what `quantized` gives, from headers alone; None where they do not tell it."""
+        return None
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """Let a model with the weights of `read` compute what the checkpoint means: rounded inputs, a rounded cache.

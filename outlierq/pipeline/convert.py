@@ -8,7 +8,6 @@ zero points are all in the middle, and the other way round.
 from __future__ import annotations
 
 import json
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.machine.record import signed
 from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.report import REPORT_NAME, STORED, Report, SiteRow
+from outlierq.core.report import REPORT_NAME, STORED, Report
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import format_type
 from outlierq.export.writer import write_small
 from outlierq.load import lasting_stamps
 from outlierq.load.packed.described import STALE_FILES
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.block.taken_over import taken_over
 from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.folder import finish, working
 from outlierq.pipeline.ledger.journal import Journal
@@ -194,24 +194,6 @@ def _units(plan: Plan, output: Output, listen: Listener) -> None:
     for number, (unit, names, sites) in enumerate(units):
         listen(Event("convert", number, len(units), unit))
         if unit not in output.entries:
-            output.write(unit, names, {site: _converted(plan, site) for site in sites if site in output.schemes})
-
-
-def _converted(plan: Plan, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
-    """One weight in the new format, and its row of the report: no error, as nothing was rounded."""
-    started = time.perf_counter()
-    quantized = plan.checkpoint.quantized(site.weight)
-    scheme, seconds = quantized.scheme, time.perf_counter() - started
-    row = SiteRow(
-        site.module,
-        STORED,
-        scheme.bits,
-        scheme.group_size,
-        scheme.symmetric,
-        None,
-        0.0,
-        quantized.bits_per_weight,
-        seconds,
-        numbers=scheme.numbers,
-    )
-    return quantized, row
+            output.write(
+                unit, names, {site: taken_over(plan.checkpoint, site) for site in sites if site in output.schemes}
+            )

@@ -39,6 +39,7 @@ from outlierq.pipeline.block.starved import (
     tokens_of,
 )
 from outlierq.pipeline.block.stats import StatsSource
+from outlierq.pipeline.block.taken_over import taken_over
 from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.folder import finish, work_folder, working
@@ -148,6 +149,7 @@ class _Run:
         self.plan, self.source, self.work, self.output = plan, source, work, output
         self.clock, self.device, self.listen, self.ranks = clock, resources.device, resources.listen, resources.ranks
         self.schemes = plan.schemes
+        self._rounded = {site: scheme for site, scheme in plan.schemes.items() if site not in plan.taken_over}
         calibration = plan.recipe.calibration
         self.sink_weight = calibration.sink_weight if calibration else 1.0
         self.error: float | None = None
@@ -378,6 +380,8 @@ class _Run:
         everything = {site: result for made in self.ranks.gather(own) for site, result in made.items()}
         if not self.ranks.lead:
             return {}
+        as_stored = [site for site in block.sites if site in self.plan.taken_over]
+        everything |= {site: taken_over(self.plan.checkpoint, site) for site in as_stored}
         ordered = [site for group in groups for site in in_order_of_shares(group)]
         results = {site: everything[site] for site in ordered if site in everything}
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
@@ -399,11 +403,11 @@ class _Run:
         for share in shares(group, stats, least):
             if share.name not in mine:
                 continue
-            check_static(share, self.schemes)
+            check_static(share, self._rounded)
             by, options = (method("quantize", "rtn"), UNKNOWN_INPUT) if share.rounded else (usual, rounding.options)
             done = quantize_group(
                 {s: as_matrix(s, tensors[s.weight]) for s in share.sites},
-                self.schemes,
+                self._rounded,
                 share.stats,
                 by,
                 options,
@@ -433,6 +437,8 @@ class _Run:
 
     def _round(self, site: LinearSite) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
         """A linear outside of the blocks has no statistics: round it to nearest, and say so."""
+        if site in self.plan.taken_over:
+            return {site: taken_over(self.plan.checkpoint, site)}
         weight = as_matrix(site, self.plan.checkpoint.read(site.weight).to(self.device))
         options = {} if not self.plan.recipe.needs else UNKNOWN_INPUT
         done = quantize_group({site: weight}, self.schemes, None, method("quantize", "rtn"), options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
@@ -133,18 +134,7 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         weight = self.linears[name]
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
-        parts = self.parts(name)
-        scale_dtype = self.dtype if weight.format in SCALES else str(parts["weight_scale"].dtype).removeprefix("torch.")
-        scheme = QuantScheme(
-            weight.bits,
-            weight.group_size,
-            weight.symmetric,
-            scale_dtype,
-            kind="int" if weight.format in ("pack-quantized", "int-quantized") else "float",
-            block=weight.block,
-            activations=weight.inputs,
-            scales=SCALES.get(weight.format, "plain"),
-        )
+        parts, scheme = self.parts(name), self._scheme(weight)
         if weight.format in SCALES:
             return e2m1_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         scale, scale_shape = parts["weight_scale"], scheme.scale_shape(*weight.shape)
@@ -157,6 +147,25 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         if weight.format == "pack-quantized":
             return pack_quantized_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
+
+    def code_scheme(self, name: str) -> QuantScheme | None:
+        """The scheme of these codes; None where groups are in activation order, or inputs cannot be declared."""
+        weight = self.linears[name]
+        return None if self._beyond or "weight_g_idx" in weight.members else self._scheme(weight)
+
+    def _scheme(self, weight: PackedWeight) -> QuantScheme:
+        """How a weight is stored."""
+        stored = DTYPES[self.original.tensors[weight.members["weight_scale"]].dtype][0]
+        return QuantScheme(
+            weight.bits,
+            weight.group_size,
+            weight.symmetric,
+            self.dtype if weight.format in SCALES else stored,
+            kind="int" if weight.format in ("pack-quantized", "int-quantized") else "float",
+            block=weight.block,
+            activations=weight.inputs,
+            scales=SCALES.get(weight.format, "plain"),
+        )
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """Let a model with the decoded weights round inputs and cache as the checkpoint says.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.dtypes import DTYPES, STORED_AS
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, DerivedCheckpoint, StoredLinear, TensorInfo
-from outlierq.core.scheme import ActivationScheme
+from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import round_inputs
 from outlierq.load.model.other_tools import compressor
 from outlierq.load.packed.described import STALE_FILES, described, without_description
@@ -242,6 +242,10 @@ class ServedCheckpoint(DerivedCheckpoint):
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in] and scales of a packed weight as they are stored."""
         return self.original.quantized(name)
+
+    def code_scheme(self, name: str) -> QuantScheme | None:
+        """The scheme of these codes, None where headers do not tell it."""
+        return self.original.code_scheme(name) if name in self.linears else None
 
     def stored_parts(self, name: str) -> Sequence[TensorInfo]:
         """What is stored of a tensor."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.packed.codes.byte_codes import decode_float_quantized
 from outlierq.load.packed.codes.numbers import as_floats
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, StoredStack, checked_scales
-from outlierq.load.packed.described import check_member, nothing_packed
+from outlierq.load.packed.described import FLOATS, check_member, nothing_packed
 from outlierq.load.packed.reading import presents
 
 if TYPE_CHECKING:
@@ -90,6 +91,14 @@ class Fp8Checkpoint(DecodedCheckpoint):
         static = linear.inputs is not None and not linear.inputs.dynamic
         inputs = parts["input_scale"].reshape(1).to(scale.dtype) if static else None
         return QuantTensor(parts["weight"], scale, None, scheme, inputs)
+
+    def code_scheme(self, name: str) -> QuantScheme | None:
+        """The scheme of these codes."""
+        linear = self.linears[name]
+        if type(linear) is not Fp8Linear:
+            return None
+        dtype = self.original.tensors[linear.members["scale"]].dtype
+        return scheme_of(linear, DTYPES[dtype][0] if dtype in FLOATS else "float32")
 
 
 def scheme_of(linear: Fp8Linear, scale_dtype: str) -> QuantScheme:

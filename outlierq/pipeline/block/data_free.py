@@ -23,6 +23,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
 from outlierq.pipeline.asked.resources import Resources
+from outlierq.pipeline.block.taken_over import taken_over
 from outlierq.pipeline.ledger.journal import JOURNAL
 from outlierq.pipeline.ledger.output import Digests, Output
 from outlierq.pipeline.planning.plan import Plan
@@ -177,6 +178,8 @@ def rounder(plan: Plan, device: str) -> Callable[[LinearSite], QuantizedRows]:
 
     def quantized(site: LinearSite) -> QuantizedRows:
         assert section is not None, "the recipe rounds nothing"
+        if site in plan.taken_over:
+            return QuantizedRows.whole(*taken_over(plan.checkpoint, site))
         pieces = (piece.to(device) for piece in _pieces(plan.checkpoint, site, schemes[site]))
         return quantize_rows(site, pieces, schemes[site], method("quantize", section.method), section.options)
 

@@ -31,6 +31,7 @@ TOWER_KEPT = (
     "quantizes it"
 )
 
+CODES_KEPT = "left alone: it keeps the codes and scales of the source, bit for bit"
 CONFIG_NAME = "config.json"
 
 
@@ -75,7 +76,21 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     if recipe.quantize is not None:
         sites = loadable_experts(sites, model, recipe.quantize)
         sites = alike_experts(sites, recipe.quantize.when_indivisible)
+        sites = [_taken_over(p, recipe, format, checkpoint) for p in sites]
     return model, tuple(sites)
+
+
+def _taken_over(planned: SitePlan, recipe: Recipe, format: Format, checkpoint: Checkpoint) -> SitePlan:
+    """A linear that the recipe leaves alone, with the codes that the source has, where the format declares all of them
+    and nothing else in the recipe changes weights.
+    """
+    site, scheme = planned.site, checkpoint.code_scheme(planned.site.weight)
+    meant = recipe.scheme_for(site.module, checkpoint.dtype, tower=site.tower)
+    if scheme is None or meant is not None or recipe.transform or format.name != "compressed-tensors":
+        return planned
+    if site.tower is not None or format.obstacle(site, scheme):
+        return planned
+    return SitePlan(site, scheme, CODES_KEPT, is_taken_over=True)
 
 
 def _as_stored(

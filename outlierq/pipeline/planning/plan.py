@@ -30,11 +30,14 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one linear becomes. scheme None: kept as it is. reason: why it is kept, or why its scheme was adjusted."""
+    """What one linear becomes. scheme None: kept as it is. reason: why it is kept, or why its scheme was adjusted.
+    is_taken_over: the codes and scales of the source stay as they are.
+    """
 
     site: LinearSite
     scheme: QuantScheme | None
     reason: str = ""
+    is_taken_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ class Plan(Shown):
     def schemes(self) -> dict[LinearSite, QuantScheme]:
         """The scheme of every linear that is quantized."""
         return {p.site: p.scheme for p in self.sites if p.scheme is not None}
+
+    @cached_property
+    def taken_over(self) -> frozenset[LinearSite]:
+        """Linears whose codes are those of the source."""
+        return frozenset(p.site for p in self.sites if p.is_taken_over)
 
     @property
     def files(self) -> frozenset[str]:

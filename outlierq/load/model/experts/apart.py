@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from outlierq.core.model import Checkpoint
     from outlierq.core.quant_tensor import QuantTensor
+    from outlierq.core.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,10 @@ class ExpertsApart(DerivedCheckpoint):
     def quantized(self, name: str) -> QuantTensor:
         """Codes [out, in] of the original."""
         return self.original.quantized(name)
+
+    def code_scheme(self, name: str) -> QuantScheme | None:
+        """Their scheme."""
+        return self.original.code_scheme(name) if name not in self.pieces else None
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """What the original asks for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from outlierq.core.report import STORED
 from outlierq.pipeline.checking.finding import Findings
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def check_recorded(
     if lost and len(lost) < len(report.rows):
         findings.fault(CHECK, lost[0], f"was quantized by the run, but is stored plain ({len(lost)} such linears)")
     said = report.settings.get("quantize") or {}
-    if config.get("quant_method") == "compressed-tensors" and not said.get("overrides"):
+    # Linears that kept the codes of the source have inputs of their own.
+    is_of_recipe = not said.get("overrides") and all(row.method != STORED for row in report.rows)
+    if config.get("quant_method") == "compressed-tensors" and is_of_recipe:
         for what in _of_inputs(said.get("activations"), config):
             findings.fault(CHECK, "", what)
     if bool(report.settings.get("kv_cache")) != bool(config.get("kv_cache_scheme")) and config:
