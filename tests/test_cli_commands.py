@@ -195,7 +195,7 @@ class TestPlan:
             "mlp.down_proj",
             "int4 symmetric g32",
             "embeddings, norms",
-            "vLLM 0.32: loads",
+            "vLLM 0.32 (CPU build): loads",
         ):
             assert part in " ".join(answer.out.split())
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from outlierq.core.model import LinearSite
 from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
-from outlierq.export.clients import Mixture, _properties, cache_facts, client_facts, expert_facts, table
+from outlierq.export.clients import (
+    Mixture,
+    _properties,
+    cache_facts,
+    client_facts,
+    expert_facts,
+    table,
+    with_class,
+    with_layers,
+)
 
-TOGETHER = {"several", "some_asymmetric", "count", "merged", "read"}
+TOGETHER = {"several", "some_asymmetric", "count", "merged", "read", "mixed", "biased"}
 FLOAT = QuantScheme(8, None, kind="float")
 INT8, FP8 = ActivationScheme(), ActivationScheme("float")
 BLOCKS = QuantScheme(8, None, kind="float", block=(64, 128), activations=FP8)
@@ -38,13 +50,13 @@ def test_a_fact_without_conditions_is_the_last_of_its_client():
 @pytest.mark.parametrize(
     ("schemes", "said"),
     [
-        ([], "vLLM 0.32: loads"),
-        ([QuantScheme(4), QuantScheme(4, 64)], "vLLM 0.32: loads"),
-        ([QuantScheme(4), QuantScheme(3)], "vLLM 0.32: has no kernel for 3-bit weights; use 4 or 8 bits"),
-        ([QuantScheme(8, None, activations=INT8)], "vLLM 0.32: loads"),
+        ([], "vLLM 0.32 (CPU build): loads"),
+        ([QuantScheme(4), QuantScheme(4, 64)], "vLLM 0.32 (CPU build): loads"),
+        ([QuantScheme(4), QuantScheme(3)], "vLLM 0.32 (CPU build): has no kernel for 3-bit weights; use 4 bits"),
+        ([QuantScheme(8, None, activations=INT8)], "vLLM 0.32 (CPU build): loads"),
         ([QuantScheme(8, 64, activations=INT8)], "int8 symmetric g64, inputs int8 per token dynamic: not tried"),
         ([BLOCKS], "has no kernel for blocks of 64 x 128"),
-        ([FLOAT], "vLLM 0.32: fp8 weights with 16-bit inputs: not tried"),
+        ([FLOAT], "vLLM 0.32 (CPU build): fp8 weights with 16-bit inputs: not tried"),
         ([QuantScheme(4, 64, False), QuantScheme(4)], "does not load 2 schemes of which some are asymmetric"),
         ([QuantScheme(4, 64, False)], "loads (dequantized at load, as its config asks)"),
     ],
@@ -58,9 +70,61 @@ MERGED = Mixture("Qwen3MoeForCausalLM", is_merged=True)
 
 def test_experts_that_a_class_takes_in_one_tensor_only_are_said_not_to_load():
     lines = expert_facts([QuantScheme(4, 128)], Mixture("GptOssForCausalLM", is_merged=False))
-    assert len(lines) == 2 and all("does not load them" in line for line in lines)
+    assert len(lines) == 3 and all("does not load them" in line for line in lines)
     read = expert_facts([QuantScheme(4, 128)], Mixture("GraniteMoeForCausalLM", is_merged=False))
-    assert "does not load them" in read[0] and "its loader takes them" in read[1]
+    assert "does not load them" in read[0] and "its loader takes them" in read[1] and "not tried" in read[2]
+
+
+def test_experts_of_a_block_that_differ_and_experts_with_biases_are_told():
+    mixed = expert_facts([QuantScheme(4, 64), QuantScheme(4, 32)], replace(MERGED, is_mixed=True))
+    assert all("does not load experts" in line for line in mixed)
+    apart = expert_facts([QuantScheme(4, 64), QuantScheme(4, 32)], MERGED)  # each block has one scheme
+    assert "does not load" in apart[0] and all(": loads" in line for line in apart[1:])
+    biased = expert_facts([QuantScheme(4, 64)], replace(MERGED, is_biased=True))
+    assert "with biases: not tried" in biased[1] and "does not load biases" in biased[2]
+
+
+LINE = ["transformers 5.23: loads", "vLLM 0.32 (CPU build): loads", "vLLM 0.33 (GPU, as documented): loads"]
+
+
+def linears(columns: int, **rows: int) -> list[LinearSite]:
+    """Linears of one parent by name, with so many rows."""
+    return [LinearSite(f"a.{name}", f"a.{name}.weight", None, out, columns, 0) for name, out in rows.items()]
+
+
+@pytest.mark.parametrize(
+    ("sites", "schemes", "cpu", "gpu"),
+    [
+        (linears(64, q_proj=64, k_proj=32, v_proj=32), [4, 4, 4], "loads", "loads"),
+        (linears(64, q_proj=64, k_proj=32), [4, 8], "must share one scheme", "must share one scheme"),
+        (linears(64, q_a_proj=64, kv_a_proj_with_mqa=32), [4, None], "must share one scheme", "must share one scheme"),
+        (linears(64, in_proj_qkv=64, in_proj_z=32), [4, 8], "must share one scheme", "must share one scheme"),
+        (linears(64, k_proj=32, v_proj=32), [4, 8], "must share one scheme", "must share one scheme"),
+        (linears(64, in_proj_b=4, in_proj_a=4), [4, 4], "have 8 rows, no multiple of 32", "loads"),
+        (linears(64, in_proj_b=16, in_proj_a=16), [4, 4], "loads", "loads"),
+        (linears(72, down_proj=64), [4], "has 72 columns, no multiple of 32", "loads"),
+        (linears(68, down_proj=64), [4], "no multiple of 8, which fill a word", "no multiple of 8, which fill a word"),
+    ],
+)
+def test_layers_that_a_client_merges_or_has_no_kernel_for_are_told(sites, schemes, cpu, gpu):
+    of = {site: bits and QuantScheme(bits, None) for site, bits in zip(sites, schemes, strict=True)}
+    transformers, tried, documented = with_layers(LINE, of)
+    assert transformers.endswith(": loads") and cpu in tried and gpu in documented
+
+
+def test_what_a_client_unpacks_it_cannot_with_quantized_inputs():
+    [site] = linears(64, kv_b_proj=64)
+    _, tried, documented = with_layers(LINE, {site: QuantScheme(8, None, activations=INT8)})
+    assert "it unpacks a.kv_b_proj" in tried and "ignore '*.kv_b_proj'" in tried and documented == LINE[2]
+    assert with_layers(LINE, {site: QuantScheme(4, 32)}) == LINE
+
+
+def test_a_class_that_was_not_tried_or_that_a_client_has_not_is_told():
+    assert with_class(LINE, "LlamaForCausalLM") == LINE
+    untried = with_class(LINE, "OlmoForCausalLM")
+    assert untried[1].endswith("loads; OlmoForCausalLM was not tried") and untried[2] == LINE[2]
+    unknown = with_class(LINE, "NobodyForCausalLM")
+    assert unknown[0] == LINE[0] and all("not tried: it has no class NobodyForCausalLM" in line for line in unknown[1:])
 
 
 def test_experts_and_the_cache_have_facts_of_their_own():

@@ -149,7 +149,7 @@ def test_two_group_sizes_in_one_checkpoint_are_refused_with_the_size_that_fits(t
 
 def test_the_plan_says_which_clients_load_it(tiny_llama):
     plan = make_plan(open_checkpoint(str(tiny_llama)), load("rtn-w4", list(SETTINGS)))
-    assert "vLLM 0.32: loads" in plan.clients and any("transformers" in line for line in plan.clients)
+    assert "vLLM 0.32 (CPU build): loads" in plan.clients and any("transformers" in line for line in plan.clients)
     assert {p.scheme.scale_dtype for p in plan.sites if p.scheme} == {"float16"}
 
 

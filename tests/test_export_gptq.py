@@ -184,7 +184,7 @@ def test_a_run_writes_the_config_that_clients_read(tiny_llama, tmp_path):
     found = unpacked(open_checkpoint(str(out)))
     assert len(found.linears) == 13 and found.quantized("model.layers.0.mlp.up_proj.weight").scheme.symmetric
     plan = make_plan(open_checkpoint(str(tiny_llama)), load("rtn-w4", ["export.format=gptq", "quantize.group_size=32"]))
-    assert "vLLM 0.32: loads" in plan.clients
+    assert "vLLM 0.32 (CPU build): loads" in plan.clients
 
 
 def test_mixed_widths_are_refused_by_the_plan(tiny_llama):
@@ -211,5 +211,5 @@ def test_the_table_of_clients_names_known_formats_and_says_what_was_not_tried():
     assert table()["formats"].keys() == formats().keys() - written_alike
     assert table()["checked"].startswith("20")
     said = client_facts("gptq", [QuantScheme(3, 32), QuantScheme(4, 32)])
-    assert "vLLM 0.32: int3 symmetric g32: not tried" in said
+    assert "vLLM 0.32 (CPU build): int3 symmetric g32: not tried" in said
     assert any("use awq" in line for line in client_facts("gptq", [QuantScheme(4, 32, False)]))

@@ -345,6 +345,7 @@ def test_a_width_that_the_groups_do_not_divide_stays_in_16_bits(tools, tmp_path)
     assert "72 are no multiple" in kept["model.layers.0.mlp.down_proj"] and len(plan.schemes) == 12
     assert plan.clients == [
         "transformers 5.23 with compressed-tensors 0.20: loads (decoded to 16 bits when it first runs)",
-        "vLLM 0.32: its CPU build has no kernel for nvfp4; GPU not tried",
+        "vLLM 0.32 (CPU build): has no kernel for nvfp4",
+        "vLLM 0.33 (GPU, as documented): loads",
     ]
     assert replace(NVFP4, scale_dtype="bfloat16") in set(plan.schemes.values())

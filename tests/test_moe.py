@@ -493,7 +493,7 @@ def test_a_threshold_of_the_recipe_decides_who_is_starved(outlierq, mixtures, tm
     ("settings", "said"),
     [
         ((), "transformers 5.23, experts: loads (decoded"),
-        ((), "vLLM 0.32, experts: loads"),
+        ((), "vLLM 0.32 (CPU build), experts: loads"),
         (("quantize.symmetric=false",), "does not load experts with zero points"),
         (("quantize.overrides=[{match: '*w2', group_size: 16}]",), "does not load experts of different schemes"),
     ],

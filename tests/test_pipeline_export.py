@@ -201,8 +201,8 @@ def clients(source: Path, *settings: str) -> str:
 
 
 def test_the_plan_says_which_clients_load_it(tiny_llama):
-    assert "vLLM 0.32: loads" in clients(tiny_llama)
-    assert "vLLM 0.32: has no kernel for 3-bit weights" in clients(tiny_llama, "quantize.bits=3")
+    assert "vLLM 0.32 (CPU build): loads" in clients(tiny_llama)
+    assert "vLLM 0.32 (CPU build): has no kernel for 3-bit weights" in clients(tiny_llama, "quantize.bits=3")
     assert "dequantized at load" in clients(tiny_llama, ASYMMETRIC, "quantize.group_size=32")
     assert "every client" in clients(tiny_llama, "export.format=dense")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -42,7 +42,13 @@ def client_facts(format: str, schemes: Collection[QuantScheme]) -> list[str]:
 
 def expert_facts(schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
     """The same for the experts of a mixture in compressed-tensors. schemes: of all their linears, None for 16 bits."""
-    return _lines(table()["experts"], schemes, {"merged": experts.is_merged, "read": experts.is_read})
+    known = {
+        "merged": experts.is_merged,
+        "read": experts.is_read,
+        "mixed": experts.is_mixed,
+        "biased": experts.is_biased,
+    }
+    return _lines(table()["experts"], schemes, known)
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,13 @@ class Mixture:
     """A model with experts, as other programs see it. architecture: its class, as config.json names it.
 
     is_merged: whether transformers makes the fused module of that class out of experts that are stored apart.
+    is_mixed: the experts of one block have several schemes. is_biased: their linears have biases.
     """
 
     architecture: str
     is_merged: bool
+    is_mixed: bool = False
+    is_biased: bool = False
 
     @property
     def is_read(self) -> bool:
@@ -82,6 +91,24 @@ def with_layers(lines: Sequence[str], sites: Mapping[LinearSite, QuantScheme | N
     return said
 
 
+def with_class(lines: Sequence[str], architecture: str) -> list[str]:
+    """The lines of clients that say "loads", changed where a client has no such class or was not tried with it.
+
+    architecture: the class that config.json names.
+    """
+    tried, known = table()["classes"]["tried"], table()["classes"]["known"]
+    said = []
+    for line in lines:
+        name, _, what = line.partition(": ")
+        if what.startswith("loads"):
+            if architecture not in known.get(name.partition(" ")[0], [architecture]):
+                line = f"{name}: not tried: it has no class {architecture} of its own"
+            elif architecture not in tried.get(name.partition(",")[0], [architecture]):
+                line = f"{line}; {architecture} was not tried"
+        said.append(line)
+    return said
+
+
 def with_fault(lines: Sequence[str], why: str, decoded: bool) -> list[str]:
     """The lines of clients, that of transformers changed where its class cannot hold packed weights.
 
@@ -98,22 +125,54 @@ def with_fault(lines: Sequence[str], why: str, decoded: bool) -> list[str]:
 
 def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:
     """Why a client that merges linears into one layer cannot load these."""
-    by_module = {site.module: scheme for site, scheme in sites.items()}
+    layers = list(_merged_layers(merged["layers"], sites))
     faults = []
-    for module in by_module:
-        parent, _, leaf = module.rpartition(".")
-        together = next((group for group in merged["layers"] if group[0] == leaf), None)
-        members = {part: by_module[f"{parent}.{part}"] for part in together or () if f"{parent}.{part}" in by_module}
-        if len(set(members.values())) > 1:
-            which = ", ".join(f"{part} {scheme or '16 bits'}" for part, scheme in members.items())
-            faults.append(f"it merges {' and '.join(members)} of {parent}, which must share one scheme ({which})")
-    for site, scheme in sites.items():
-        if scheme is None or scheme.numbers not in merged["columns"] or scheme.activations is not None:
-            continue
-        columns = merged["columns"][scheme.numbers]
-        if site.in_features % columns:
-            faults.append(f"{site.module} has {site.in_features} columns, no multiple of {columns}, which fill a word")
+    for layer in layers:
+        if len({sites[site] for site in layer}) > 1:
+            which = ", ".join(f"{_leaf(site)} {sites[site] or '16 bits'}" for site in layer)
+            faults.append(f"it merges {_named(layer)}, which must share one scheme ({which})")
+    for layer in layers:
+        scheme = sites[layer[0]]
+        if scheme is not None and scheme.activations is None:
+            faults += _width_faults(merged, layer, scheme.numbers)
+        elif scheme is not None and _leaf(layer[0]) in merged.get("unpacked", {}).get(scheme.numbers, ()):
+            leaf = _leaf(layer[0])
+            faults.append(f"it unpacks {layer[0].module}, and cannot with quantized inputs; ignore '*.{leaf}'")
     return faults
+
+
+def _merged_layers(
+    groups: Sequence[Sequence[str]], sites: Mapping[LinearSite, QuantScheme | None]
+) -> Iterator[list[LinearSite]]:
+    """Every linear with those that a client merges it with. groups: of the names of such linears."""
+    by_module = {site.module: site for site in sites}
+    for module, site in by_module.items():
+        parent, _, leaf = module.rpartition(".")
+        group = next((group for group in groups if leaf in group), [leaf])
+        layer = [by_module[name] for part in group if (name := f"{parent}.{part}" if parent else part) in by_module]
+        if layer[0] is site:
+            yield layer
+
+
+def _width_faults(merged: Mapping[str, Any], layer: Sequence[LinearSite], numbers: str) -> list[str]:
+    """Columns that fill no words, and widths of a whole layer that a client's only kernel does not take."""
+    columns, rows = layer[0].in_features, sum(site.out_features for site in layer)
+    word, kernel = (merged.get(key, {}).get(numbers, 1) for key in ("columns", "kernel"))
+    have = f"{_named(layer)} ha{'s' if len(layer) == 1 else 've'}"
+    if columns % word:
+        return [f"{have} {columns} columns, no multiple of {word}, which fill a word"]
+    wrong = next(((size, name) for size, name in ((columns, "columns"), (rows, "rows")) if size % kernel), None)
+    return [f"{have} {wrong[0]} {wrong[1]}, no multiple of {kernel}, which its kernel takes"] if wrong else []
+
+
+def _named(layer: Sequence[LinearSite]) -> str:
+    """The linears of a layer in words."""
+    parent = layer[0].module.rpartition(".")[0]
+    return f"{' and '.join(map(_leaf, layer))} of {parent}" if len(layer) > 1 else layer[0].module
+
+
+def _leaf(site: LinearSite) -> str:
+    return site.module.rpartition(".")[2]
 
 
 def _lines(
@@ -163,6 +222,7 @@ def _properties(scheme: QuantScheme) -> dict[str, Any]:
         "bits": scheme.bits,
         "symmetric": scheme.symmetric,
         "per_channel": scheme.group_size is None,
+        "group_size": scheme.group_size,
         "block": kinds.get(block, "other"),
         "block_rows": block and block[0],
         "block_columns": block and block[1],

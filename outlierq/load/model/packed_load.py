@@ -41,21 +41,21 @@ def packed_fault(studied: StudiedModel, quantized: Collection[str], packed: Coll
     if shared is not None:
         return LoadFault(f"several of its modules share {shared}, and it has them share no scales", True)
     try:
-        built = declared_class(checkpoint) if packed else None
+        built = declared_class(checkpoint) if quantized else None
     except SourceError:  # said by whoever verifies the result
         return None
     if built is None:
         return None
     model, names = built
-    dropped = _dropped(model, checkpoint, set(packed))
+    dropped = _dropped(model, checkpoint, set(quantized))
     if dropped is not None:
         return LoadFault(f"it drops {dropped}, which it joins with others, from packed checkpoints", False)
-    if _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
+    if packed and _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
         return LoadFault(f"{type(model).__name__} initialises weights by a name that packed ones do not have", True)
     return None
 
 
-def _dropped(model: torch.nn.Module, checkpoint: Checkpoint, packed: Collection[str]) -> str | None:
+def _dropped(model: torch.nn.Module, checkpoint: Checkpoint, quantized: Collection[str]) -> str | None:
     """A plain tensor that transformers would look for in packed form, because a conversion of its class takes it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -65,7 +65,7 @@ def _dropped(model: torch.nn.Module, checkpoint: Checkpoint, packed: Collection[
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     slots = model.state_dict(keep_vars=True)
     for tensor in checkpoint.tensors if converters else ():
-        if tensor in packed or tensor in slots:
+        if tensor in quantized or tensor in slots:
             continue
         slot, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix or None, slots)
         if pattern is not None and slot in slots:

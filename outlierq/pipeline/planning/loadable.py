@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def loadable_experts(sites: list[SitePlan], model: StudiedModel, quantize: Quantize) -> list[SitePlan]:
     """The plan with experts kept that no program is known to load apart, and that no override names."""
-    experts = mixture(model)
+    experts = mixture(model, {})
     if experts.is_read:
         return sites
     reason = (

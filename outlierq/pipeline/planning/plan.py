@@ -13,10 +13,10 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
-from outlierq.export.clients import with_fault, with_layers
+from outlierq.export.clients import with_class, with_fault, with_layers
 from outlierq.export.declared import stacks
 from outlierq.export.layout import INDEX_NAME, Layout
-from outlierq.pipeline.planning.mixture import mixture
+from outlierq.pipeline.planning.mixture import architecture, mixture
 from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
 from outlierq.recipe import Recipe
@@ -262,8 +262,10 @@ class Plan(Shown):
         said += self.format.cache_clients(cache.scheme) if cache else []
         said = with_fault(said, *self.load_fault) if self.load_fault else said
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
-        experts = [self.schemes.get(site) for site in self.structure.sites if site.expert]
-        return said + (self.format.expert_clients(set(experts), mixture(self.model)) if any(experts) else [])
+        experts = {site: self.schemes.get(site) for site in self.structure.sites if site.expert}
+        if any(experts.values()):
+            said += self.format.expert_clients(set(experts.values()), mixture(self.model, experts))
+        return with_class(said, architecture(self.model))
 
     @property
     def rows(self) -> list[PlanRow]:
