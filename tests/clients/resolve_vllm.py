@@ -5,46 +5,21 @@ file holds] for every module where the two differ, and how many were asked. Noth
 are mapped as the model class says, merged layers are asked for as the class merges them.
 """
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import re
 import sys
-import types
 from pathlib import Path
+
+from absent import stand_in
 
 CODES = ("weight_scale", "weight_packed")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """torchvision, which has no build for CPUs here: what classes import of it at their top is there in name only."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        def named(name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = named
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
 def main() -> None:
     from vllm.model_executor.models.registry import ModelRegistry  # noqa: F401, before transformers could find it
 
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(Absent())
+    stand_in()
     with open(sys.argv[1]) as file:
         job = json.load(file)
     with open(sys.argv[2], "w") as file:

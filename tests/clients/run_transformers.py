@@ -18,7 +18,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     options = {"dtype": torch.bfloat16, **job["options"]}
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], **options).eval()
+    model = auto_class(job["folder"], options).from_pretrained(job["folder"], **options).eval()
     loaded = time.perf_counter()
     kinds = collections.Counter(type(part).__name__ for name, part in model.named_modules() if name.endswith("_proj"))
     prompt = torch.tensor([job["prompt"]])
@@ -41,6 +41,17 @@ def main() -> None:
     }
     with open(sys.argv[2], "w") as file:
         json.dump(said, file)
+
+
+def auto_class(folder: str, options: dict) -> type:
+    """The class of transformers in which a checkpoint is loaded: another one for models that see."""
+    import transformers
+
+    if "gguf_file" in options:
+        return transformers.AutoModelForCausalLM
+    with open(os.path.join(folder, "config.json")) as file:
+        sees = json.load(file)["architectures"][0].endswith("ForConditionalGeneration")
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 if __name__ == "__main__":
