@@ -63,7 +63,8 @@ class Comparison:
         the rewrites of the report's recipe do not fit the source.
         """
         made_of = rotated_like(plain, reference) if report is None else remade(reference, report)
-        if report is not None and report.fingerprint != original_of(made_of).fingerprint:
+        is_other = report is not None and report.fingerprint != original_of(made_of).fingerprint
+        if is_other:
             findings.note("the report names another source than this one (its fingerprint is another)")
         transforms = () if report is None else report.transforms
         known = report is not None and all("trace" in row for row in transforms if row.get("fold"))
@@ -76,7 +77,7 @@ class Comparison:
         rows = () if report is None else report.rows
         by_name = {names.get(f"{row.site}.weight", f"{row.site}.weight"): row for row in rows}
         methods = {name: row.method for name, row in by_name.items()}
-        recorded = {name: row.weight_error for name, row in by_name.items()} if known else {}
+        recorded = {name: row.weight_error for name, row in by_name.items()} if known and not is_other else {}
         dense = [name for name in methods if name in plain.tensors and name not in plain.packed]
         guess = None if known else Guess(findings, may_be_folded=is_folded)
         return cls(plain, expected, findings, dense, methods, recorded, guess, aside)
