@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from outlierq.recipe import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from coverage_models import tiny_config, tiny_model, tokens, write_checkpoint
+from coverage_models import architectures, auto_class, tiny_config, tiny_model, tokens, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def made(tmp_path_factory):
     def folder(name: str) -> Path:
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name) / "source"
-            write_checkpoint(tiny_model(name, "text"), folders[name])
+            write_checkpoint(tiny_model(name, architectures()[name]), folders[name])
         return folders[name]
 
     return folder
@@ -98,10 +99,55 @@ def test_a_parameter_that_is_joined_of_stored_tensors_is_filled_and_written_by_t
     assert sorted(pieces) == sorted(n for n in checkpoint.tensors if "conv1d" in n) and len(pieces) == 6
 
 
+@pytest.mark.parametrize("name", ["kimi_k25", "mistral_large4", "minimax_m3_vl", "step3p7"])
+def test_parameters_that_transformers_splits_permutes_or_joins_are_made_as_it_makes_them(name, made, tmp_path):
+    checkpoint = open_checkpoint(str(made(name)))
+    skeleton = build_skeleton(checkpoint)
+    load_tensors_into(skeleton, checkpoint, checkpoint_names(checkpoint, skeleton))
+    model = auto_class("multimodal", name).from_pretrained(made(name), dtype=torch.bfloat16).eval()
+    own = dict(skeleton.named_parameters())
+    parts = [(key, value) for key, value in model.named_parameters() if key not in own and ".experts." not in key]
+    assert parts
+    for key, value in parts:
+        owner, _, leaf = key.rpartition(".")
+        assert torch.equal(getattr(skeleton.get_submodule(owner), leaf), value)
+    ids = tokens(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (each.float()(input_ids=ids, use_cache=False).logits for each in (skeleton, model))
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    quantize(make_plan(checkpoint, load("fp8-dynamic")), tmp_path / "out")
+    after = open_checkpoint(str(tmp_path / "out")).tensors
+    assert {key for key in checkpoint.tensors if key not in after} == set()
+    assert not outlierq.verify(tmp_path / "out").faults
+
+
+def test_a_linear_that_is_joined_of_linears_is_quantized_piece_by_piece_and_copied_with_them(made):
+    plan = make_plan(open_checkpoint(str(made("minimax_m3_vl"))), load("fp8-dynamic"))
+    shared = [p for p in plan.sites if "shared_experts" in p.site.module]
+    assert len(shared) == 3 * 4 and all(p.scheme is not None and "gate_up" not in p.site.module for p in shared)
+    mlp = plan.model.skeleton.get_submodule(plan.model.structure.blocks[0].name).mlp.shared_experts
+    copied = copy.deepcopy(mlp).to_empty(device="cpu")
+    with torch.no_grad():
+        for number, parameter in enumerate(copied.parameters()):
+            parameter.fill_(number + 1.0)
+        x = torch.ones(1, copied.gate_proj.in_features, dtype=torch.bfloat16)
+        given = copied.gate_up_proj(x)
+    assert torch.equal(given, torch.cat([copied.gate_proj(x), copied.up_proj(x)], -1)) and given.unique().numel() == 2
+    assert copied.gate_up_proj.weight.shape == (2 * copied.gate_proj.out_features, copied.gate_proj.in_features)
+
+
+def test_a_model_type_that_shares_its_class_with_another_one_is_no_fault(made, tmp_path):
+    outlierq.quantize(made("pp_chart2table"), "rtn-w8", out=tmp_path / "out")
+    assert not outlierq.verify(tmp_path / "out").faults
+
+
 @pytest.mark.parametrize(
     ("name", "why", "dense"),
     [
         ("llama", None, False),
+        ("kimi_k25", None, False),
+        ("minimax_m3_vl", "cannot join packed weights", False),
+        ("qianfan_ocr", "it splits attn.qkv.weight as it loads", False),
         ("nanochat", "initialises weights by a name that packed ones do not have", True),
         ("kimi_linear", "which it joins with others", False),
     ],

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from outlierq.core.scheme import QuantScheme
 
 FLOAT32 = "Float32"
+# Where a module of the skeleton that has no weight of its own keeps the pieces which it is made of: parameter -> name
+# of each piece -> the module that holds it.
+MADE_OF = "_made_of"
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

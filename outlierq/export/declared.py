@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from outlierq.core.model import LinearSite, StudiedModel, TensorInfo
+from outlierq.core.model import MADE_OF, LinearSite, StudiedModel, TensorInfo
 from outlierq.core.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -26,14 +26,32 @@ def kept_modules(model: StudiedModel, sites: Sequence[tuple[LinearSite, QuantSch
 
     sites: every linear with its scheme, None when kept. First the kept linears of the class, each by its name in
     transformers and where that differs by that on disk, as other runtimes build their models by it; then those that
-    share a tensor (a tied head), then what is no linear of the class, which may be one in another program.
+    share a tensor (a tied head) or are made of parts of others, then what is no linear of the class, which may be one
+    in another program.
     """
     plain = [name for site, scheme in sites if scheme is None for name in names_of(site)]
     packed = [site.weight for site, scheme in sites if scheme is not None]
     tied = [slot.removesuffix(WEIGHT) for slot, tensor in model.structure.tied if tensor not in packed]
     spoken_for = {site.weight for site, _ in sites} | tables(model.skeleton, model.names)
     others = plain_modules(model.checkpoint.tensors, packed, spoken_for)
-    return list(dict.fromkeys([*plain, *tied, *others, *stacks(model.skeleton, model.names)]))
+    made = made_linears(model.skeleton, model.names, packed)
+    return list(dict.fromkeys([*plain, *tied, *made, *others, *stacks(model.skeleton, model.names)]))
+
+
+def made_linears(model: torch.nn.Module, names: Mapping[str, str], packed: Collection[str]) -> list[str]:
+    """Linears of a class whose weights are made of other tensors as they are loaded, none of which is quantized.
+
+    names: parameter -> stored tensor. packed: stored names of the quantized weights.
+    """
+    import torch
+
+    packed, made = set(packed), []
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and f"{name}{WEIGHT}" not in names:
+            pieces = getattr(part, MADE_OF, {}).get(WEIGHT.removeprefix("."), ())
+            if not packed & {names.get(piece) for piece in pieces}:
+                made.append(name)
+    return made
 
 
 def stacks(model: torch.nn.Module, names: Mapping[str, str]) -> dict[str, list[str]]:

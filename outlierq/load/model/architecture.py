@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
-from outlierq.load.model.classes import named_class, own_class
+from outlierq.load.model.classes import named_class, own_classes
 from outlierq.load.model.names import made_names, stored_names, tied_parameters
 from outlierq.load.model.skeleton import config_errors, skeleton_config
 
@@ -29,7 +29,7 @@ def declared_class(checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, s
     if kind is None:
         return None
     config = skeleton_config(checkpoint)
-    if not isinstance(config, kind.config_class) and kind is not own_class(config):
+    if not isinstance(config, kind.config_class) and kind not in own_classes(config):
         raise SourceError(
             f"config.json of {checkpoint.source} names {kind.__name__} in architectures, a class for "
             f"{kind.config_class.__name__}, but its model_type is {config.model_type}"

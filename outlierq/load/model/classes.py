@@ -61,12 +61,12 @@ def _auto_class(checkpoint: Checkpoint, config: PreTrainedConfig) -> type[_BaseA
     return next((auto for auto in autos if auto.__name__ in (own or {}) or type(config) in auto._model_mapping), None)
 
 
-def own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class by which transformers makes a language model of a config; some share that of another model_type."""
+def own_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """The classes by which transformers makes language models of a config; some are those of another model_type."""
     import transformers
 
-    kind: type[PreTrainedModel] | None = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return kind
+    mappings = [getattr(transformers, name)._model_mapping for name in AUTO_CLASSES]
+    return [mapping[type(config)] for mapping in mappings if type(config) in mapping]
 
 
 def _unsupported(checkpoint: Checkpoint, why: str) -> SourceError:

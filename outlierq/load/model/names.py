@@ -132,7 +132,7 @@ def made_names(tensors: Collection[str], skeleton: torch.nn.Module) -> dict[str,
         slot, pattern = rename_source_key(tensor, renamings, converters, skeleton.base_model_prefix or None, slots)
         step = next((step for step in converters if pattern in step.source_patterns), None)
         for target in step.target_patterns if step else ():
-            other = slot.removesuffix(step.target_patterns[0]) + target
+            other = slot.replace(step.target_patterns[0], target, 1)
             if other in slots:
                 names.setdefault(other, tensor)
     return names

@@ -1,9 +1,10 @@
 """Whether transformers can load a checkpoint whose weights are packed: tried on its class, without a weight.
 
-Three things go wrong, each in some classes: modules share a weight, but not its scales; the code that initialises what
-a checkpoint lacks reads the weight of a linear, which a packed one has under another name; and a parameter that is
-joined of several stored tensors is expected packed in all of them, so that plain ones are dropped. All are asked of the
-class and of transformers' own conversion table, never of a list of models.
+Some things go wrong, each in some classes: modules share a weight, but not its scales; the code that initialises what
+a checkpoint lacks reads the weight of a linear, which a packed one has under another name; a parameter that is joined
+of several stored tensors is expected packed in all of them, so that plain ones are dropped; packed ones are joined as
+if words were weights; and no table is made that splits one. All are asked of the class and of transformers' own
+conversion table, never of a list of models.
 """
 
 from __future__ import annotations
@@ -47,30 +48,45 @@ def packed_fault(studied: StudiedModel, quantized: Collection[str], packed: Coll
     if built is None:
         return None
     model, names = built
-    dropped = _dropped(model, checkpoint, set(quantized))
-    if dropped is not None:
-        return LoadFault(f"it drops {dropped}, which it joins with others, from packed checkpoints", False)
+    fault = _conversion_fault(model, checkpoint, set(quantized), set(packed))
+    if fault is not None:
+        return fault
     if packed and _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
         return LoadFault(f"{type(model).__name__} initialises weights by a name that packed ones do not have", True)
     return None
 
 
-def _dropped(model: torch.nn.Module, checkpoint: Checkpoint, quantized: Collection[str]) -> str | None:
-    """A plain tensor that transformers would look for in packed form, because a conversion of its class takes it."""
+def _conversion_fault(
+    model: torch.nn.Module, checkpoint: Checkpoint, quantized: Collection[str], packed: Collection[str]
+) -> LoadFault | None:
+    """What transformers cannot convert in a compressed checkpoint of a class. Names are those of `packed_fault`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     steps = get_model_conversion_mapping(model)
     converters = [step for step in steps if isinstance(step, WeightConverter) and _takes_packed(step)]
+    splits = next((step.source_patterns[0] for step in converters if len(step.target_patterns) > 1), None)
+    if splits is not None:
+        return LoadFault(f"it splits {splits} as it loads, which it cannot do in compressed checkpoints", False)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     slots = model.state_dict(keep_vars=True)
     for tensor in checkpoint.tensors if converters else ():
-        if tensor in quantized or tensor in slots:
-            continue
         slot, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix or None, slots)
-        if pattern is not None and slot in slots:
-            return tensor
+        if pattern is None or slot not in slots or tensor in slots:
+            continue
+        if tensor not in quantized:
+            return LoadFault(f"it drops {tensor}, which it joins with others, from packed checkpoints", False)
+        # Asked to decode them while it loads, it stacks each instead.
+        if tensor in packed and _is_linear(model, slot):
+            return LoadFault(f"it joins {tensor} with others, and cannot join packed weights", False)
     return None
+
+
+def _is_linear(model: torch.nn.Module, slot: str) -> bool:
+    """Whether a parameter belongs to a linear layer, which is packed itself in a packed checkpoint."""
+    import torch
+
+    return isinstance(model.get_submodule(slot.rpartition(".")[0]), torch.nn.Linear)
 
 
 def _takes_packed(step: Any) -> bool:

@@ -207,6 +207,8 @@ def _sites(
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Linear | Conv1D) or name in routers:
             full = f"{prefix}{name}".removesuffix(".")
+            if f"{full}.weight" not in names:  # it is made of other tensors (`pieces.py`)
+                continue
             transposed = isinstance(part, Conv1D)
             owner = name.rpartition(".")[0]
             rows, columns = reversed(part.weight.shape) if transposed else part.weight.shape
