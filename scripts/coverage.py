@@ -40,7 +40,20 @@ LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
 ENOUGH = 0.99  # of the linear weights quantized
-TOWERS = ("vision", "visual", "audio", "image", "tower", "projector", "speech", "merger", "aligner", "qformer")
+TOWERS = (
+    "vision",
+    "visual",
+    "audio",
+    "image",
+    "tower",
+    "projector",
+    "speech",
+    "merger",
+    "aligner",
+    "qformer",
+    "connector",
+    "mlp_AR",
+)
 ROOT = Path(__file__).parents[1]
 
 RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE = "right", "part left", "refused", "WRONG", "CRASH", "not built"
@@ -150,7 +163,10 @@ class Original:
     def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path) -> Original:
         """As the checkpoint is loaded again."""
         ids = tokens(torch.Generator().manual_seed(1))
-        loaded = auto_class(kind, name).from_pretrained(source, dtype="auto").eval()
+        loaded, info = auto_class(kind, name).from_pretrained(source, dtype="auto", output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"transformers does not find {min(info['missing_keys'])} in what it saved")
+        loaded.eval()
         logits = _logits(loaded, ids)
         return cls(name, kind, source, loaded, ids, logits, _kl(logits, _logits(_shuffled(model), ids)))
 

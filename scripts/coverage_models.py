@@ -68,7 +68,7 @@ TEXT = {
     ("num_nextn_predict_layers",): 0,
 }  # fmt: skip
 TOWER = {
-    ("hidden_size", "d_model", "embed_dim", "dim"): 64,
+    ("hidden_size", "d_model", "embed_dim", "dim", "hidden_dim", "upsample_groups"): 64,
     ("intermediate_size", "encoder_ffn_dim", "mlp_dim"): 128,
     ("num_hidden_layers", "depth", "encoder_layers", "num_layers", "layers", "n_layers", "num_blocks"): 2,
     ("num_attention_heads", "num_heads", "encoder_attention_heads", "attention_heads", "n_heads"): 2,
@@ -76,7 +76,8 @@ TOWER = {
     ("head_dim",): 32,
     ("image_size",): 56,
     ("patch_size",): 14,
-    ("out_hidden_size", "output_dim", "projection_dim", "text_hidden_size"): HIDDEN,
+    ("out_hidden_size", "output_dim", "projection_dim", "text_hidden_size", "vision_output_dim"): HIDDEN,
+    ("projector_input_dim", "projector_output_dim"): HIDDEN,
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2}
 
@@ -84,6 +85,8 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 HYBRID = ["linear_attention", "full_attention"] * 2
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
 HALF_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}}
+EQUAL_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [6, 6, 4]}}
+MROPE_4 = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 4, 4, 4]}}
 GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0, "global_head_dim": 64}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
@@ -94,32 +97,45 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             for name in ("full_attention", "sliding_attention")
         }
     },
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
     "cosmos3_edge": {"text_config": MROPE},
-    "dots3_note": {"text_config": {"per_layer_config": {}}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 3]}},
+    "dots3_note": {"text_config": {"per_layer_config": {}}, "vision_config": {"per_layer_config": {}}},
     "dots3_note_text": {"num_key_value_heads": HEADS, "layer_types": ["indexed_attention"] * BLOCKS},
-    "ernie4_5_vl_moe": {"text_config": {**MROPE, "moe_intermediate_size": [HIDDEN, HIDDEN]}},
-    "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN}},
+    "emu3": {"vocabulary_map": {"<image>": 3}},
+    "ernie4_5_vl_moe": {"text_config": {**EQUAL_MROPE, "moe_intermediate_size": [HIDDEN, HIDDEN]}},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN, "intermediate_size": HIDDEN // 4}},
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": GEMMA4,
     "glm46v": {"text_config": HALF_MROPE},
     "glm4v": {"text_config": HALF_MROPE},
     "glm4v_moe": {"text_config": HALF_MROPE},
-    "glm5_next": {"text_config": {"index_kpool": 2}},
+    "glm5_next": {"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}},
     "glm_ocr": {"text_config": HALF_MROPE},
     "glmga": {"text_config": HALF_MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": HYBRID},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [2, 3, 0, 1]},
+    "hunyuan_vl": {"text_config": MROPE_4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32}},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "head_dim": 16, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "molmo2": {"vision_config": {"image_size": [56, 56]}},
+    "muse_glimmer": {"out_hidden_size": 256, "projector_hidden_size": HIDDEN},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256, "projector_hidden_size": HIDDEN},
+    "nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     "paddleocr_vl": {"text_config": MROPE},
+    "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_5_omni_thinker": {"text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "rwkv": {"attention_hidden_size": HIDDEN},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": HEADS, "n_mamba_heads": 2,
@@ -128,6 +144,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": HEADS,
         "use_shared_attention_adapter": True,
+    },
+    "vibevoice_asr": {
+        name: {"num_filters": 4, "depths": [1] * 7, "hidden_size": 16}
+        for name in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
     },
     "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {
@@ -150,6 +170,7 @@ NOT_BUILT = {
     "dbrx": "transformers gives its parts no rotary settings",
     "gemma4_assistant": "drafts for another model, whose hidden states it reads",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states it reads",
+    "evolla": "reads proteins, and transformers has no Auto class for it",
     "moshi": "speaks and listens",
     "musicgen": "writes sound",
     "musicgen_melody": "writes sound",
