@@ -32,10 +32,13 @@ class LoadFault:
     loads_dense: bool
 
 
-def packed_fault(studied: StudiedModel, quantized: Collection[str], packed: Collection[str]) -> LoadFault | None:
+def packed_fault(
+    studied: StudiedModel, quantized: Collection[str], packed: Collection[str], *, is_fp8: bool = False
+) -> LoadFault | None:
     """What keeps transformers from loading the result; None where nothing is known to.
 
     quantized: stored names of the weights that have scales. packed: of those that the result holds under other names.
+    is_fp8: all of them are; then it joins plain tensors, too, instead of dropping them.
     """
     checkpoint = studied.checkpoint
     shared = next((tensor for _, tensor in studied.structure.tied if tensor in set(quantized)), None)
@@ -48,7 +51,7 @@ def packed_fault(studied: StudiedModel, quantized: Collection[str], packed: Coll
     if built is None:
         return None
     model, names = built
-    fault = _conversion_fault(model, checkpoint, set(quantized), set(packed))
+    fault = _conversion_fault(model, checkpoint, set(checkpoint.tensors if is_fp8 else quantized), set(packed))
     if fault is not None:
         return fault
     if packed and _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):

@@ -131,7 +131,9 @@ def assembled(
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
     layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
     written = layout.places.keys()
-    fault = packed_fault(model, [s.weight for s in schemes], [s.weight for s in schemes if s.weight not in written])
+    packed = [site.weight for site in schemes if site.weight not in written]
+    is_fp8 = all(scheme.kind == "float" and scheme.bits == 8 for scheme in schemes.values())
+    fault = packed_fault(model, [site.weight for site in schemes], packed, is_fp8=is_fp8)
     dense_key = format.dense_key(set(schemes.values())) if fault is not None and fault.loads_dense else None
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
     small = {file.name: file.held() for file in carried}
