@@ -236,3 +236,9 @@ def test_a_linear_of_the_models_own_is_one_when_it_computes_the_same(made):
     assert {site.kind for site in sites} == {"Linear"}
     grouped = study(open_checkpoint(str(made("deepseek_v4")))).structure.sites
     assert {site.kind for site in grouped if site.module.endswith("o_a_proj")} == {"DeepseekV4GroupedLinear"}
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "inkling_text"])
+def test_models_that_ask_where_their_embedding_is_or_norm_what_it_gives_are_calibrated(name, made, tmp_path):
+    report, config = quantized(made(name), tmp_path / "out", "gptq-w4")
+    assert not report.get("faults") and config["quantization_config"]["config_groups"]

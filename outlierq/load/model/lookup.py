@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 def tables(model: torch.nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, str]:
-    """Module name -> tensor, of the embeddings that can do without: in and out; none when rows cannot be read alone."""
+    """Module name -> tensor, of the embeddings that can do without: in and out; none when rows cannot be read alone,
+    or the input embedding has parts of its own (a norm), which need their weights.
+    """
     import torch
 
     inside = model.get_input_embeddings()
-    if not checkpoint.reads_rows or not isinstance(inside, torch.nn.Embedding):
+    if not checkpoint.reads_rows or not isinstance(inside, torch.nn.Embedding) or [*inside.children()]:
         return {}
     ends = [inside, model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None]
     slots = {name: f"{name}.weight" for name, part in model.named_modules() if any(part is end for end in ends)}
@@ -37,6 +39,8 @@ def looking_up(
     The output head, if there is one, has none at all inside. Nothing changes where rows cannot be read alone.
     """
     import torch
+
+    from outlierq.load.model.skeleton import leave_empty
 
     ends = tables(model, checkpoint, names)
     inside = model.get_input_embeddings()
@@ -54,6 +58,7 @@ def looking_up(
 
     handle = inside.register_forward_pre_hook(rows)
     inside.padding_idx = None  # it would be looked for among the few rows
+    leave_empty(inside, dtype, device)  # models send the tokens to where it is
     try:
         yield tuple(ends)
     finally:
