@@ -12,7 +12,7 @@ import torch
 
 import outlierq
 from outlierq.calibrate.runner import BlockRunner, PartWeights
-from outlierq.core.errors import SourceError
+from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import largest, sizes
 from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault, study
 from outlierq.pipeline.planning.decide import make_plan
@@ -242,3 +242,17 @@ def test_a_linear_of_the_models_own_is_one_when_it_computes_the_same(made):
 def test_models_that_ask_where_their_embedding_is_or_norm_what_it_gives_are_calibrated(name, made, tmp_path):
     report, config = quantized(made(name), tmp_path / "out", "gptq-w4")
     assert not report.get("faults") and config["quantization_config"]["config_groups"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4", "fp8-dynamic", "gguf-q4_k"])
+def test_a_model_of_layers_that_no_packed_format_holds_is_refused_with_a_hint_that_works(recipe, made):
+    with pytest.raises(RecipeError, match=r"quantizes none of the 16 linears: .*Conv1D") as refused:
+        make_plan(open_checkpoint(str(made("gpt2"))), load(recipe))
+    assert "`-r rtn-w8 --set export.format=dense`" in refused.value.hint and "ignore" not in refused.value.hint
+    plan = make_plan(open_checkpoint(str(made("gpt2"))), load("rtn-w8", ["export.format=dense"]))
+    assert len(plan.schemes) == 16
+
+
+def test_a_weight_of_three_dimensions_that_no_linear_holds_is_not_said_to_be_of_experts(made):
+    note = next(n for n in make_plan(open_checkpoint(str(made("zamba"))), load("rtn-w8")).notes if "x_proj_weight" in n)
+    assert "three dimensions that no linear layer holds" in note and "expert" not in note

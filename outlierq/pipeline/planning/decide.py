@@ -26,6 +26,7 @@ from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
 
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
+IGNORED = "ignored by the recipe"
 TOWER_KEPT = (
     "kept in 16 bits: it is no part of the language model; an override that names it, or an empty quantize.ignore, "
     "quantizes it"
@@ -175,7 +176,7 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
 def _why_kept(site: LinearSite, quantize: Quantize) -> str:
     """Why the recipe keeps a linear."""
     if not quantize.protects(site.module, site.tower):
-        return "ignored by the recipe"
+        return IGNORED
     return HEAD_KEPT if site.tower is None else TOWER_KEPT
 
 
@@ -264,7 +265,9 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
         reasons = sorted({p.reason for p in sites})
         raise RecipeError(
             f"the recipe quantizes none of the {len(sites)} linears: {'; '.join(reasons)}",
-            hint="look at quantize.ignore and quantize.overrides, or write export.format: dense",
+            hint="look at quantize.ignore and quantize.overrides, or write export.format: dense"
+            if IGNORED in reasons
+            else "`-r rtn-w8 --set export.format=dense` writes rounded weights of any layer, in 16 bits",
         )
 
 

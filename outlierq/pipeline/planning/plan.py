@@ -213,8 +213,8 @@ class Plan(Shown):
         if fused:
             more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
             said.append(
-                f"{fused[0]}{more}: kept in 16 bits: the matrices of all experts in one tensor, and nothing declares "
-                "how they are used"
+                f"{fused[0]}{more}: kept in 16 bits: a weight of three dimensions that no linear layer holds, and "
+                "nothing declares how it is used"
             )
         return said
 
