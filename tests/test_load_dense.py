@@ -174,7 +174,7 @@ def change_quantization(folder: Path, **changes) -> None:
         ({"quant_method": "hqq"}, "compressed with hqq, which is not decoded here"),
         (
             {"kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
-            "a KV cache of 8-bit int numbers per tensor",
+            "a quantized KV cache, but no k_scale",
         ),
         (
             {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
@@ -190,6 +190,7 @@ def change_quantization(folder: Path, **changes) -> None:
                     "g": {
                         "format": "pack-quantized",
                         "targets": ["Linear"],
+                        "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16},
                         "input_activations": {"num_bits": 5, "type": "int", "strategy": "token", "dynamic": True},
                     }
                 }

@@ -91,7 +91,8 @@ def verify(
         check_tensors(checkpoint, plain, config, report, studied, verification)
         tokens = _check_tokens(checkpoint, studied, verification)
         comparison = None if reference is None else _comparison(plain, reference, report, studied, verification)
-        _check_weights(plain, comparison, config, verification, listen)
+        is_vouched = report is not None and report.record is not None and not verification.of("record")
+        _check_weights(plain, comparison, config, verification, listen, is_vouched=is_vouched)
         if comparison is not None and reference is not None:
             _compare(plain, comparison, reference, tokens, verification)
     return verification
@@ -215,9 +216,19 @@ def _comparison(
 
 
 def _check_weights(
-    plain: Checkpoint, comparison: Comparison | None, config: Mapping[str, Any], findings: Findings, listen: Listener
+    plain: Checkpoint,
+    comparison: Comparison | None,
+    config: Mapping[str, Any],
+    findings: Findings,
+    listen: Listener,
+    *,
+    is_vouched: bool,
 ) -> None:
-    """Decode every quantized weight, look at its codes, and hold it against the source."""
+    """Decode every quantized weight, look at its codes, and hold it against the source.
+
+    is_vouched: the record says that the files are those that a run wrote. Without a record and a source, a size that
+    strays among its kin is all that tells of a scaled weight; it may also be the model's own.
+    """
     from outlierq.pipeline.checking.scales import check_codes, check_values
 
     unsaid: list[str] = []
@@ -238,7 +249,12 @@ def _check_weights(
                 comparison.weight(name, weight, quantized)
         except SourceError as error:
             findings.fault("layout", name, error.what)
-    kin.judge(plain, findings)
+    strays = Findings()
+    kin.judge(plain, findings, strays)
+    if is_vouched:
+        findings.notes += [f"{stray.tensor} {stray.what}; it is as the run wrote it" for stray in strays.faults]
+    elif comparison is None:
+        findings.faults += strays.faults
     if unsaid:
         findings.note(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
 

@@ -29,6 +29,8 @@ NEAREST = ("rtn", "stored", "int8_split")
 # Largest difference of a weight's relative error from the recorded one, as a part of it: sums in another order give
 # 4e-5, units in float16 2e-4; scales that are told from rounded weights 9 %, and 0.01.
 SAME_ERROR, MOVED_ERROR, LEAST_ERROR = 8e-4, 0.25, 0.03
+# The same where a format stores scales in another dtype than they were chosen in.
+SAME_BUT_FOR_SCALES = 4e-3
 
 
 @dataclass
@@ -98,12 +100,13 @@ class Comparison:
             return
         before, recorded = len(self.findings.faults), self.recorded.get(name)
         error = relative_error(weight, source)
-        if recorded is not None and not moved and abs(error - recorded) <= SAME_ERROR * recorded:
+        same = SAME_BUT_FOR_SCALES if self.plain.kind == "gguf" else SAME_ERROR
+        if recorded is not None and not moved and abs(error - recorded) <= same * recorded:
             self.errors[name] = error  # as the run rounded it, however its method did that
             return
         self.errors[name] = error = judge_weight(name, weight, source, grid, self.findings)
         if recorded is not None and len(self.findings.faults) == before:
-            check_error(name, error, recorded, MOVED_ERROR if moved else SAME_ERROR, self.findings)
+            check_error(name, error, recorded, MOVED_ERROR if moved else same, self.findings)
 
     def _source(self, name: str) -> torch.Tensor:
         """What a weight came from, float32: where its codes were taken over, all that they stand for, not what a

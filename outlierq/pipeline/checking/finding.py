@@ -28,6 +28,10 @@ class Findings:
         """Add a fault."""
         self.faults.append(Fault(check, tensor, what))
 
+    def of(self, check: str) -> list[Fault]:
+        """The faults that a check has found."""
+        return [fault for fault in self.faults if fault.check == check]
+
     def note(self, text: str) -> None:
         """Add a note."""
         self.notes.append(text)

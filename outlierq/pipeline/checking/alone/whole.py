@@ -77,8 +77,8 @@ class Kin:
             self.reach.add(name, quantized, findings)
             self.zero_points.add(name, quantized, findings)
 
-    def judge(self, plain: Checkpoint, findings: Findings) -> None:
-        """Everything, once the tensors that are not quantized were added, too."""
+    def judge(self, plain: Checkpoint, findings: Findings, strays: Findings) -> None:
+        """Everything, once the tensors that are not quantized were added, too. strays: gets what is said of sizes."""
         for name, info in plain.tensors.items():
             if name not in plain.packed and info.dtype in ("F32", "F16", "BF16") and 0 < len(info.shape) < 3:
                 try:
@@ -87,7 +87,7 @@ class Kin:
                     continue  # said where it was read first
                 if bool(tensor.isfinite().all()):
                     self.sizes.add(name, tensor)
-        self.sizes.judge(plain.packed, findings)
+        self.sizes.judge(plain.packed, strays)
         self.reach.judge(findings)
         self.zero_points.judge(findings)
 
