@@ -136,6 +136,11 @@ def test_a_linear_that_is_joined_of_linears_is_quantized_piece_by_piece_and_copi
     assert copied.gate_up_proj.weight.shape == (2 * copied.gate_proj.out_features, copied.gate_proj.in_features)
 
 
+def test_parts_that_share_their_experts_are_refused_in_one_sentence(made):
+    with pytest.raises(SourceError, match="shares the experts of several parts as whole tensors"):
+        make_plan(open_checkpoint(str(made("diffusion_gemma"))), load("rtn-w8"))
+
+
 def test_a_model_type_that_shares_its_class_with_another_one_is_no_fault(made, tmp_path):
     outlierq.quantize(made("pp_chart2table"), "rtn-w8", out=tmp_path / "out")
     assert not outlierq.verify(tmp_path / "out").faults

@@ -44,7 +44,7 @@ def tied_parameters(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: di
     twice: shared when the config says so and the values are equal (both are read for that); a file whose values differ
     is believed, not the config.
     """
-    said = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    said = shared_parameters(skeleton)
     tied: dict[str, str] = {}
     for target, source in _possible_ties(checkpoint, skeleton).items():
         if source in names and target in names:
@@ -57,14 +57,30 @@ def tied_parameters(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: di
     return tied
 
 
+def shared_parameters(skeleton: torch.nn.Module) -> dict[str, str]:
+    """Parameter -> parameter whose weight it shares, by transformers' table and the config.
+
+    SourceError where the table does not fit what is stored: experts apart that the class shares as one tensor.
+    """
+    try:
+        pairs: dict[str, str] = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    except ValueError as error:
+        raise SourceError(
+            f"{type(skeleton).__name__} shares the experts of several parts as whole tensors, and the checkpoint has "
+            "each apart: which share a weight is not known",
+            hint="such models are not supported",
+        ) from error
+    return pairs
+
+
 def _possible_ties(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> dict[str, str]:
     """Pairs (parameter, parameter it shares) of the model class; none when the config says that none are tied."""
     if any("tie_word_embeddings" in place for place in _configs(checkpoint.config)):
-        return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        return shared_parameters(skeleton)
     said = skeleton.config.__dict__.get("tie_word_embeddings")
     skeleton.config.tie_word_embeddings = True
     try:
-        return skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        return shared_parameters(skeleton)
     finally:
         if said is None:  # some classes know no such key
             del skeleton.config.tie_word_embeddings

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
 from outlierq.load.model.decoder import block_list
+from outlierq.load.model.names import shared_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Misplaced:
 
 def misplaced(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[str, str]) -> list[Misplaced]:
     """Every such tensor. names: of `checkpoint_names`."""
-    shared = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    shared = shared_parameters(skeleton)
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or []
     known, beyond = set(names.values()), _beyond(skeleton)
     found = []
