@@ -136,6 +136,12 @@ def test_a_linear_that_is_joined_of_linears_is_quantized_piece_by_piece_and_copi
     assert copied.gate_up_proj.weight.shape == (2 * copied.gate_proj.out_features, copied.gate_proj.in_features)
 
 
+def test_experts_of_a_tower_that_are_called_otherwise_do_not_name_those_of_the_decoder(made):
+    plan = make_plan(open_checkpoint(str(made("dots3_note"))), load("rtn-w8"))
+    experts = [p for p in plan.sites if p.site.expert is not None]
+    assert len(experts) == 3 * 4 * 3 and all(p.scheme is not None for p in experts)
+
+
 def test_parts_that_share_their_experts_are_refused_in_one_sentence(made):
     with pytest.raises(SourceError, match="shares the experts of several parts as whole tensors"):
         make_plan(open_checkpoint(str(made("diffusion_gemma"))), load("rtn-w8"))

@@ -97,7 +97,7 @@ def _of_module(
 
 def _leaves(skeleton: torch.nn.Module, name: str, layout: Layout) -> Leaves:
     """What the parts of a module are called."""
-    return merged_leaves(skeleton, name.rpartition(".")[2], layout) or usual_leaves(layout)
+    return merged_leaves(skeleton, name, layout) or usual_leaves(layout)
 
 
 def _prefix(name: str, layout: Layout, stored: Mapping[str, str]) -> str:

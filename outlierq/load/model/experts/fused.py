@@ -8,6 +8,7 @@ names on disk) knows experts, too. What a fused module computes is not guessed: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,10 @@ def separate_experts(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     tables: dict[tuple[str, Layout], Leaves | None] = {}
     for name, layout in layouts.items():
         short, part = name.rpartition(".")[2], model.get_submodule(name)
-        if (short, layout) not in tables:
-            tables[short, layout] = merged_leaves(model, short, layout)
-        merged = tables[short, layout]
+        kind = re.sub(r"\d+", "", name)  # the same in every block
+        if (kind, layout) not in tables:
+            tables[kind, layout] = merged_leaves(model, name, layout)
+        merged = tables[kind, layout]
         leaves = merged or usual_leaves(layout)
         if f"{name}.{layout.up}" not in held and _is_apart(checkpoint, short, leaves):
             ways = {"is_merged": merged is not None, "is_replaced": _is_replaced(part)}

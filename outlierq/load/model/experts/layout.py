@@ -83,7 +83,10 @@ def usual_leaves(layout: Layout) -> Leaves:
 
 
 def merged_leaves(model: torch.nn.Module, name: str, layout: Layout) -> Leaves | None:
-    """The names of the parts that transformers merges into the module called `name`; None when it merges none."""
+    """The names of the parts that transformers merges into the module called `name`; None when it merges none.
+
+    name: in full, as some conversions are of a part of the model only.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -91,10 +94,10 @@ def merged_leaves(model: torch.nn.Module, name: str, layout: Layout) -> Leaves |
     merging[DOWN] = ["MergeModulelist"]
     patterns: dict[str, list[str]] = {}
     for step in get_model_conversion_mapping(model):
-        if isinstance(step, WeightConverter):
+        if isinstance(step, WeightConverter) and f".{step.scope_prefix or ''}.".replace("..", ".") in f".{name}.":
             target = step.target_patterns[0].rpartition(".")[2]
             if [type(operation).__name__ for operation in step.operations] == merging.get(target):
-                patterns[target] = [_leaf(pattern, name) for pattern in step.source_patterns]
+                patterns[target] = [_leaf(pattern, name.rpartition(".")[2]) for pattern in step.source_patterns]
     parts = [*patterns.get(layout.up, []), *patterns.get(DOWN, [])]
     count = 3 if layout.has_gate else 2
     if len(parts) != count or not all(parts):
