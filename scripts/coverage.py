@@ -53,6 +53,11 @@ TOWERS = (
     "qformer",
     "connector",
     "mlp_AR",
+    "encoder",
+    "vit.layers",
+    "vit.perceive",
+    "vqmodel",
+    "generation_head",
 )
 ROOT = Path(__file__).parents[1]
 

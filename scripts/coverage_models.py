@@ -87,6 +87,7 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 HALF_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}}
 EQUAL_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [6, 6, 4]}}
 MROPE_4 = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 4, 4, 4]}}
+VQ = {"base_channels": 32, "latent_channels": 32, "embed_dim": 32, "num_embeddings": 64, "codebook_size": 64}
 GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0, "global_head_dim": 64}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
@@ -97,12 +98,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             for name in ("full_attention", "sliding_attention")
         }
     },
-    "chameleon": {"vocabulary_map": {"<image>": 3}},
+    "chameleon": {"vocabulary_map": {"<image>": 3}, "vq_config": VQ},
     "cosmos3_edge": {"text_config": MROPE},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 3]}},
-    "dots3_note": {"text_config": {"per_layer_config": {}}, "vision_config": {"per_layer_config": {}}},
+    "dots3_note": {
+        "text_config": {"per_layer_config": {}},
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": HIDDEN},
+    },
     "dots3_note_text": {"num_key_value_heads": HEADS, "layer_types": ["indexed_attention"] * BLOCKS},
-    "emu3": {"vocabulary_map": {"<image>": 3}},
+    "emu3": {"vocabulary_map": {"<image>": 3}, "vq_config": VQ | {"embed_dim": 4, "latent_channels": 4}},
     "ernie4_5_vl_moe": {"text_config": {**EQUAL_MROPE, "moe_intermediate_size": [HIDDEN, HIDDEN]}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN, "intermediate_size": HIDDEN // 4}},
     "gemma4_text": GEMMA4,
@@ -115,7 +120,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glmga": {"text_config": HALF_MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": HYBRID},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [2, 3, 0, 1]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [2, 3, 0, 1], "downsample_rate": "1/2",
+    },
     "hunyuan_vl": {"text_config": MROPE_4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32}},
@@ -124,18 +131,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "head_dim": 16, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
-    "molmo2": {"vision_config": {"image_size": [56, 56]}},
+    "molmo2": {"vision_config": {"image_size": [56, 56]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256, "projector_hidden_size": HIDDEN},
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256, "projector_hidden_size": HIDDEN},
-    "nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}},
+    "muse_spark": {
+        "text_config": {"moe_hidden_size": HIDDEN, "qk_scale_factor": 1.0},
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 32, 64, 64]},
+        "out_hidden_size": 256, "projector_hidden_size": HIDDEN,
+    },
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 112},
+        "vision_hidden_size": 64, "projector_hidden_size": HIDDEN,
+    },
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     "paddleocr_vl": {"text_config": MROPE},
-    "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_5_omni_thinker": {"text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE},
-    "qwen3_omni_moe": {"enable_audio_output": False},
     "rwkv": {"attention_hidden_size": HIDDEN},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": HEADS, "n_mamba_heads": 2,
@@ -171,9 +183,12 @@ NOT_BUILT = {
     "gemma4_assistant": "drafts for another model, whose hidden states it reads",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states it reads",
     "evolla": "reads proteins, and transformers has no Auto class for it",
+    "kyutai_speech_to_text": "reads text and codes of sound at once",
     "moshi": "speaks and listens",
     "musicgen": "writes sound",
     "musicgen_melody": "writes sound",
+    "qwen2_5_omni": "speaks, too: what writes text in it is qwen2_5_omni_thinker",
+    "qwen3_omni_moe": "speaks, too: what writes text in it is qwen3_omni_moe_thinker",
     "trocr": "is the decoder of another model",
 }
 
