@@ -9,9 +9,9 @@ from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Shown
 from outlierq.load import report_beside
 from outlierq.pipeline.asked.events import Event, Listener, silent
-from outlierq.pipeline.checking.against import remade
-from outlierq.pipeline.checking.expected import Expected
 from outlierq.pipeline.checking.finding import Findings
+from outlierq.pipeline.checking.source.against import remade
+from outlierq.pipeline.checking.source.expected import Expected
 from outlierq.pipeline.remodel.rewrite import original_of
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.core.quant_tensor import QuantTensor
     from outlierq.core.report import Report
-    from outlierq.pipeline.checking.against import Comparison
+    from outlierq.pipeline.checking.source.against import Comparison
     from outlierq.pipeline.checking.tokens import Tokens
 
 __all__ = ["Fault", "Verification", "verify"]
@@ -206,7 +206,7 @@ def _comparison(
     findings: Findings,
 ) -> Comparison | None:
     """How the checkpoint is held against its source; None when a recipe's rewrites cannot be repeated on it."""
-    from outlierq.pipeline.checking.against import Comparison
+    from outlierq.pipeline.checking.source.against import Comparison
 
     try:
         return Comparison.of(plain, reference, report, studied[1] if studied else {}, findings)

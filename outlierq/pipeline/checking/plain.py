@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.core.model import Checkpoint
-    from outlierq.pipeline.checking.expected import Expected
+    from outlierq.pipeline.checking.source.expected import Expected
 
 CHECK = "source"
 # Largest difference of a tensor that was computed again, beside its largest value: a step of its dtype, and some.

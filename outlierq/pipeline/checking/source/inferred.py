@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.move import runs
-from outlierq.pipeline.checking.expected import fitted
-from outlierq.pipeline.checking.ordered import inferred_orders
 from outlierq.pipeline.checking.plain import is_norm
+from outlierq.pipeline.checking.source.expected import fitted
+from outlierq.pipeline.checking.source.ordered import inferred_orders
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.report import STORED
-from outlierq.pipeline.checking.expected import Expected
 from outlierq.pipeline.checking.finding import Findings, listed
-from outlierq.pipeline.checking.guessed import Guess
-from outlierq.pipeline.checking.inferred import inferred_folds
 from outlierq.pipeline.checking.plain import compare_plain
-from outlierq.pipeline.checking.rotated import rotated_like
+from outlierq.pipeline.checking.source.expected import Expected
+from outlierq.pipeline.checking.source.guessed import Guess
+from outlierq.pipeline.checking.source.inferred import inferred_folds
+from outlierq.pipeline.checking.source.rotated import rotated_like
 from outlierq.pipeline.checking.weights import grid_of, judge_weight, relative_error
 from outlierq.pipeline.remodel.rewrite import original_of, rewritten, served_source
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
