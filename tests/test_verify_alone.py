@@ -42,13 +42,13 @@ FOUND = {
     "compressed-tensors-asymmetric": ("two rows of codes exchanged", "zero points of zero"),
     "gptq": ("sym False", "desc_act True", "g_idx in reverse", "g_idx of zeros"),
     "gptq-asymmetric": ("zero points of zero",),
-    "fp8-dynamic": ("weights.type int", "weights.strategy tensor"),
+    "fp8-dynamic": ("weights.type int", "weights.strategy tensor", "inputs static"),
     "fp8-block": ("scales negative", "one scale 0", "one scale x256"),
     "nvfp4": ("weights.group_size 32", "global scale x4", "global scale inverted"),
     "llm-int8": ("one scale x256", "a row of scales 0"),
     "int8-split": ("outlier weights of zero", "codes of zero"),
     "w8a8-static": ("input scale x100", "input scales exchanged", "inputs of 4 bits"),
-    "kv-fp8": ("v_scale x1000",),
+    "kv-fp8": ("v_scale x1000", "cache of 4 bits"),
     "gguf": (
         "the unit of a superblock x256", "the unit of a superblock negative", "the unit of minima x16",
         "the 6-bit scales of a superblock 0", "embedding of zeros", "another eos",
@@ -305,6 +305,7 @@ def test_a_tokenizer_that_contradicts_itself_or_the_configs_is_told():
     assert "eos_token_id is 2, which is the token 'a' of ordinary text" in told({"eos_token_id": 2})
     assert "its bos_token is 'a', ordinary text" in told({"bos_token_id": 0}, {"bos_token": "a", "eos_token": "</s>"})
     assert "nothing turns bytes into letters" in told(pre_tokenizer=None)
+    assert "does not turn them back" in told(decoder=None)
     assert "another id in the vocabulary: <s>" in told(added_tokens=[{"id": 3, "content": "<s>"}])
     twice = {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": [["a", "c"]]}
     assert "1 ids belong to more than one" in told(model=twice) and "make no token" in told(model=twice)

@@ -16,6 +16,7 @@ CHECK = "config"
 INTEGERS = ("pack-quantized", "int-quantized")
 # Their decoders do not need the group size, so that they cannot say that it is wrong.
 FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+CACHE_BITS = 8
 BYTES = {"int-quantized": "I8", "float-quantized": "F8_E4M3"}
 # Keys of GPTQ's config under which the order of activations leaves the groups in runs of columns.
 IN_RUNS = ("static_groups", "act_group_aware", "hybrid")
@@ -24,6 +25,10 @@ IN_RUNS = ("static_groups", "act_group_aware", "hybrid")
 def check_layout(stored: Checkpoint, linears: Mapping[str, Any], config: Mapping[str, Any], findings: Findings) -> None:
     """stored: the checkpoint as it is. linears: how each of its weights is stored. config: its quantization_config."""
     if config.get("quant_method") == "compressed-tensors":
+        cache = config.get("kv_cache_scheme") or {}
+        if cache.get("num_bits", CACHE_BITS) != CACHE_BITS:
+            what = f"the KV cache is said to have {cache['num_bits']} bits; the scales of one belong to {CACHE_BITS}"
+            findings.fault(CHECK, "", what)
         for name, linear in linears.items():
             for what in _of_compressed_tensors(stored, linear):
                 findings.fault(CHECK, name, what)
@@ -43,6 +48,8 @@ def _of_compressed_tensors(stored: Checkpoint, linear: Any) -> Iterable[str]:
         yield f"is stored as {codes.dtype}; {linear.format} holds {BYTES[linear.format]}"
     if weights.get("actorder") == "group" and "weight_g_idx" not in linear.members:
         yield "is said to have groups in activation order, but no weight_g_idx is stored"
+    if inputs and inputs.get("dynamic", False) is False and "input_scale" not in linear.members:
+        yield "is said to have a fixed scale for its inputs, but none is stored"
     least, most = inputs.get("num_bits"), weights.get("num_bits")
     if isinstance(least, int) and isinstance(most, int) and least < most:
         yield f"has inputs of {least} bits under weights of {most}, which no kernel multiplies"

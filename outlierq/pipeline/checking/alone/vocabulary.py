@@ -147,9 +147,13 @@ def _check_added(ids: Mapping[str, int], added: list[dict[str, Any]], findings: 
 
 
 def _check_parts(content: Mapping[str, Any], findings: Findings) -> None:
-    """Text is turned into the letters that stand for bytes where tokens are turned back from them."""
-    before = json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
-    if "ByteLevel" in json.dumps(content.get("decoder")) and "ByteLevel" not in before:
+    """Text is turned into the letters that stand for bytes where tokens are turned back from them, and the reverse."""
+    before = "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
+    after = "ByteLevel" in json.dumps(content.get("decoder"))
+    if before and not after:
+        what = "it turns bytes into letters, but its decoder does not turn them back"
+        findings.fault(CHECK, "tokenizer.json", what)
+    if after and not before:
         findings.fault(
             CHECK, "tokenizer.json", "its decoder turns letters into bytes, but nothing turns bytes into letters"
         )
