@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outlierq.load import open_checkpoint
+from outlierq.pipeline.checking.against import check_error
+from outlierq.pipeline.checking.finding import Findings
 from outlierq.pipeline.diff import diff
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
@@ -252,3 +254,20 @@ def test_without_a_report_folds_are_guessed_only_where_gains_show_them(sound, un
     tensors[f"{SITE}.weight_scale"] *= 4
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert f"{SITE}.weight" in said(verify(str(folder), str(untied_llama)))
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_without_a_report_folds_shifts_rotations_and_orders_are_inferred(kind, sound, untied_llama, tmp_path):
+    folder = Path(shutil.copytree(sound(kind), tmp_path / "unreported"))
+    (folder / "outlierq.json").unlink()
+    found = verify(str(folder), str(untied_llama))
+    assert found.sound, said(found)
+    assert max(found.errors.values()) < 0.3, "judged against the source as it is"
+
+
+def test_an_error_other_than_the_recorded_one_is_told():
+    findings = Findings()
+    check_error("w", 0.1000, 0.1000, 1e-3, findings)
+    assert findings.faults == []
+    check_error("w", 0.1010, 0.1000, 1e-3, findings)
+    assert "the report says 0.1" in findings.faults[0].what

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     from outlierq.core.model import Checkpoint
 
-# A norm's consumers come nearer by more than rounding would.
-NEARER = 0.98
-# Spread of log(row x column) beside that of log column, from which one undoes the other; least spread of a fold;
-# median of what is left, since searched scales make weights smaller; part of the channels that need not be told.
-UNDONE, LEAST_MOVED, SHRUNK, MOST_UNCLEAR = 0.5, 0.005, 0.2, 0.2
+# A norm's consumers come nearer by its quotient, however little where rounding is coarse; another takes them farther.
+NEARER = 0.999
+# Correlation of log row and log column from which one undoes the other (by chance 0.1 in 100 channels); channels that
+# it takes; least deviation of a fold; median of the product, since searched scales make weights smaller; part of the
+# channels that need not be told.
+LEAST_OPPOSED, FEWEST_CHANNELS, LEAST_MOVED, SHRUNK, MOST_UNCLEAR = -0.5, 32, 0.005, 0.2, 0.2
+# What is left of the change of a bias that a shift explains.
+EXPLAINED = 0.3
 
 
 def inferred_folds(plain: Checkpoint, reference: Checkpoint) -> list[dict[str, Any]]:
@@ -106,38 +109,58 @@ class _Block:
         return plain or _left(now, then * quotient) < NEARER * _left(now, then)
 
     def _of_linears(self) -> Iterator[dict[str, Any]]:
-        for consumer in sorted(self.then):
-            for producer in sorted(self.then):
-                index = self._index(producer, consumer)
-                if index is not None:
-                    yield self._trace("linear", producer, [consumer], index)
-                    break
-
-    def _index(self, producer: str, consumer: str) -> list[int] | None:
-        """Producer row of each of the consumer's columns where rows undo columns; None where they do not."""
         import torch
 
         from outlierq.calibrate.folds import index_maps
 
-        if producer == consumer:
+        for consumer in sorted(self.then):
+            pairs = (
+                (producer, torch.tensor(index))
+                for producer in sorted(self.then)
+                if producer != consumer
+                for index in index_maps(len(self.now[producer]), self.now[consumer].shape[1], _heads(self.plain.config))
+            )
+            for producer, index in pairs:
+                scale = self._scale(producer, consumer, index)
+                is_shifted = self._is_shifted(producer, consumer, index, scale)
+                if scale is None and not is_shifted:
+                    continue
+                trace = self._trace("linear", producer, [consumer], index.tolist())
+                yield trace | {"shift": is_shifted}
+                if scale is not None:
+                    self._move(producer, consumer, index, scale)
+                break
+
+    def _scale(self, producer: str, consumer: str, index: torch.Tensor) -> torch.Tensor | None:
+        """[rows] what the consumer's columns were multiplied by, where the producer's rows undo it; else None."""
+        import torch
+
+        column, is_clear = fitted(self.now[consumer], self.then[consumer], index, len(self.now[producer]))
+        row, row_is_clear = fitted(self.now[producer].T, self.then[producer].T)
+        both = is_clear & row_is_clear & (column > 0) & (row > 0)
+        if both.float().mean() < 1 - MOST_UNCLEAR or int(both.sum()) < FEWEST_CHANNELS:
             return None
-        rows, columns = len(self.now[producer]), self.now[consumer].shape[1]
-        for candidate in index_maps(rows, columns, _heads(self.plain.config)):
-            index = torch.tensor(candidate)
-            column, is_clear = fitted(self.now[consumer], self.then[consumer], index, rows)
-            row, row_is_clear = fitted(self.now[producer].T, self.then[producer].T)
-            both = is_clear & row_is_clear & (column > 0) & (row > 0)
-            if both.float().mean() < 1 - MOST_UNCLEAR:
-                continue
-            moved, left = column[both].log(), (row * column)[both].log()
-            if (
-                _spread(moved) > LEAST_MOVED
-                and _spread(left) < UNDONE * _spread(moved)
-                and left.median().abs() < SHRUNK
-            ):
-                self._move(producer, consumer, index, column.where(both, torch.ones_like(column)))
-                return list(candidate)
-        return None
+        columns, rows = column[both].log(), row[both].log()
+        if columns.std() < LEAST_MOVED or (columns + rows).median().abs() > SHRUNK:
+            return None
+        opposed = torch.corrcoef(torch.stack([columns, rows]))[0, 1]
+        return column.where(both, torch.ones_like(column)) if opposed < LEAST_OPPOSED else None
+
+    def _is_shifted(self, producer: str, consumer: str, index: torch.Tensor, scale: torch.Tensor | None) -> bool:
+        """Whether what the producer's bias lost is what the consumer's bias got."""
+        import torch
+
+        name, own_name = self._bias(producer), self._bias(consumer)
+        if name is None or own_name is None:
+            return False
+        before, after = self.reference.read(name).float(), self.plain.read(name).float()
+        own, now = self.reference.read(own_name).float(), self.plain.read(own_name).float()
+        if torch.equal(own, now):
+            return False
+        columns = torch.ones(len(index)) if scale is None else scale[index]
+        shift = before[index] - after[index] * columns
+        left = now - own - self.then[consumer] @ shift
+        return bool(left.norm() < EXPLAINED * (now - own).norm())
 
     def _move(self, producer: str, consumer: str, index: torch.Tensor, scale: torch.Tensor) -> None:
         """Both as the fold leaves them."""
@@ -165,11 +188,6 @@ def _quotient(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
     usable = (before.sign() == after.sign()) & (after != 0) & after.isfinite()
     return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(after))
-
-
-def _spread(logs: torch.Tensor) -> float:
-    """Median distance from the median: searched scales make all weights a little smaller."""
-    return float((logs - logs.median()).abs().median())
 
 
 def _left(now: torch.Tensor, then: torch.Tensor) -> float:
