@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from outlierq.pipeline.checking.against import check_error
 from safetensors.torch import load_file, save_file
 
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.checking.against import check_error
 from outlierq.pipeline.checking.finding import Findings
 from outlierq.pipeline.diff import diff
 from outlierq.pipeline.planning.decide import make_plan
