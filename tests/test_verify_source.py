@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from outlierq.pipeline.checking.against import check_error
 from safetensors.torch import load_file, save_file
 
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.checking.finding import Findings
+from outlierq.pipeline.checking.source.against import check_error
 from outlierq.pipeline.diff import diff
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
