@@ -31,7 +31,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 SPREAD = 3.0  # of the logits
 LARGEST = 20_000_000  # weights of a tiny model
 
-Sizes = Mapping[tuple[str, ...], int]
+Sizes = Mapping[tuple[str, ...], float]
 
 BLOCKS, HEADS, KV_HEADS, HEAD, HIDDEN, INNER, EXPERTS, CHOSEN = 4, 4, 2, 32, 128, 256, 4, 2
 TEXT = {
@@ -66,6 +66,7 @@ TEXT = {
     ("hidden_size_per_layer_input", "router_hidden_size"): 32,
     ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_kv_shared_layers", "num_mtp_layers"): 1,
     ("num_nextn_predict_layers",): 0,
+    ("attention_multiplier",): HEAD**-0.5,  # of 1, attention is so sharp that any rounding turns it
 }  # fmt: skip
 TOWER = {
     ("hidden_size", "d_model", "embed_dim", "dim", "hidden_dim", "upsample_groups"): 64,
