@@ -161,6 +161,8 @@ def test_a_model_type_that_shares_its_class_with_another_one_is_no_fault(made, t
         ("qianfan_ocr", "it splits attn.qkv.weight as it loads", False),
         ("nanochat", "initialises weights by a name that packed ones do not have", True),
         ("kimi_linear", "which it joins with others", False),
+        ("hy_v4", "in float32, and so the weight made of it", False),
+        ("ctrl", "gives transformer.pos_encoding its dtype as it runs", True),
     ],
 )
 def test_the_plan_says_whether_the_class_can_hold_packed_weights_and_the_config_asks_for_what_loads(
@@ -267,3 +269,10 @@ def test_a_model_of_layers_that_no_packed_format_holds_is_refused_with_a_hint_th
 def test_a_weight_of_three_dimensions_that_no_linear_holds_is_not_said_to_be_of_experts(made):
     note = next(n for n in make_plan(open_checkpoint(str(made("zamba"))), load("rtn-w8")).notes if "x_proj_weight" in n)
     assert "three dimensions that no linear layer holds" in note and "expert" not in note
+
+
+def test_a_class_that_retypes_a_buffer_runs_as_it_was_written(made, tmp_path):
+    outlierq.quantize(made("ctrl"), "fp8-dynamic", out=tmp_path / "out", device="cpu")
+    ids = tokens(torch.Generator().manual_seed(0))
+    before, after = logits(made("ctrl"), ids), logits(tmp_path / "out", ids)
+    assert (before.exp() * (before - after)).sum(-1).mean() < 0.3

@@ -3,8 +3,10 @@
 Some things go wrong, each in some classes: modules share a weight, but not its scales; the code that initialises what
 a checkpoint lacks reads the weight of a linear, which a packed one has under another name; a parameter that is joined
 of several stored tensors is expected packed in all of them, so that plain ones are dropped; packed ones are joined as
-if words were weights; and no table is made that splits one. All are asked of the class and of transformers' own
-conversion table, never of a list of models.
+if words were weights; no table is made that splits one; what the class keeps in float32 is named so that scales are
+meant, too, and weights come out of them in float32; and a buffer is given another dtype by the model's forward, which
+compressed-tensors does not let it. All are asked of the class and of transformers' own conversion table, never of a
+list of models.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.load.model.architecture import declared_class
+from outlierq.load.model.decoder import block_list
+from outlierq.load.model.skeleton import config_errors, leave_empty
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +37,18 @@ class LoadFault:
 
 
 def packed_fault(
-    studied: StudiedModel, quantized: Collection[str], packed: Collection[str], *, is_fp8: bool = False
+    studied: StudiedModel,
+    quantized: Collection[str],
+    packed: Collection[str],
+    added: Collection[str] = (),
+    *,
+    is_fp8: bool = False,
 ) -> LoadFault | None:
     """What keeps transformers from loading the result; None where nothing is known to.
 
     quantized: stored names of the weights that have scales. packed: of those that the result holds under other names.
-    is_fp8: all of them are; then it joins plain tensors, too, instead of dropping them.
+    is_fp8: all of them are; then it joins plain tensors, too, instead of dropping them. added: names that the result
+    holds beside those of the source, where compressed-tensors runs it.
     """
     checkpoint = studied.checkpoint
     shared = next((tensor for _, tensor in studied.structure.tied if tensor in set(quantized)), None)
@@ -56,7 +66,58 @@ def packed_fault(
         return fault
     if packed and _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
         return LoadFault(f"{type(model).__name__} initialises weights by a name that packed ones do not have", True)
+    widened = _widened(model, added, checkpoint.dtype)
+    if widened is not None:
+        return LoadFault(
+            f"its class keeps what is named like {widened} in float32, and so the weight made of it", False
+        )
+    retyped = _retyped(model, checkpoint.dtype) if added else None
+    if retyped is not None:
+        return LoadFault(
+            f"{type(model).__name__} gives {retyped} its dtype as it runs, which compressed-tensors prevents", True
+        )
     return None
+
+
+def _widened(model: Any, added: Collection[str], dtype: str) -> str | None:
+    """A tensor beside a packed weight that transformers brings to float32, as the class asks for all of such a name."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    strict = list(model._keep_in_fp32_modules_strict or ()) if dtype in ("bfloat16", "float16") else []
+    wide = [*strict, *(model._keep_in_fp32_modules or ())] if dtype == "float16" else strict
+    if not wide:
+        return None
+    pattern = build_glob_alternation(wide)[0]
+    return next((name for name in added if name.endswith("_scale") and pattern.search(name)), None)
+
+
+class _Enough(Exception):
+    """Raised where the first block begins."""
+
+
+def _retyped(model: torch.nn.Module, dtype: str) -> str | None:
+    """A buffer whose dtype the model changes before its first block runs. Changes the model."""
+    import torch
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    try:
+        handle = block_list(model)[1][0].register_forward_pre_hook(stop)
+    except SourceError:
+        return None
+    leave_empty(model, getattr(torch, dtype), "cpu")
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except (_Enough, *config_errors(), ImportError, AssertionError):  # also what a class cannot do without weights
+        pass
+    finally:
+        handle.remove()
+    return next(
+        (name for name, buffer in model.named_buffers() if buffer.dtype != before.get(name, buffer.dtype)), None
+    )
 
 
 def _conversion_fault(

@@ -134,8 +134,10 @@ def assembled(
     written = layout.places.keys()
     packed = [site.weight for site in schemes if site.weight not in written]
     is_fp8 = all(scheme.kind == "float" and scheme.bits == 8 for scheme in schemes.values())
-    fault = packed_fault(model, [site.weight for site in schemes], packed, is_fp8=is_fp8)
-    dense_key = format.dense_key(set(schemes.values())) if fault is not None and fault.loads_dense else None
+    can_decode = format.dense_key(set(schemes.values()))
+    added = [name for name in written if name not in checkpoint.tensors] if can_decode else []
+    fault = packed_fault(model, [site.weight for site in schemes], packed, added, is_fp8=is_fp8)
+    dense_key = can_decode if fault is not None and fault.loads_dense else None
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
     small = {file.name: file.held() for file in carried}
     if format.keeps_file(CONFIG_NAME):
