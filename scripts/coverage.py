@@ -40,25 +40,6 @@ LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
 ENOUGH = 0.99  # of the linear weights quantized
-TOWERS = (
-    "vision",
-    "visual",
-    "audio",
-    "image",
-    "tower",
-    "projector",
-    "speech",
-    "merger",
-    "aligner",
-    "qformer",
-    "connector",
-    "mlp_AR",
-    "encoder",
-    "vit.layers",
-    "vit.perceive",
-    "vqmodel",
-    "generation_head",
-)
 ROOT = Path(__file__).parents[1]
 
 RIGHT, PART, REFUSED, WRONG, CRASH, NOT_MADE = "right", "part left", "refused", "WRONG", "CRASH", "not built"
@@ -204,7 +185,7 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
 
 def _compare(original: Original, out: Path, result: Result) -> None:
     """Everything that can be seen in what was written."""
-    result.share = _share(original.source, out)
+    result.share = _share(original, out)
     loaded, info = auto_class(original.kind, original.name).from_pretrained(out, dtype="auto", output_loading_info=True)
     loaded.eval()
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
@@ -273,21 +254,34 @@ def _shuffled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _share(source: Path, out: Path) -> float:
+def _share(original: Original, out: Path) -> float:
     """Which part of the linear weights is quantized: all matrices but embeddings, heads, routers and towers."""
-    before, after = (outlierq.open(folder).tensors for folder in (source, out))
-    linear = {name: info for name, info in before.items() if _is_linear(name, info.shape)}
+    before, after = (outlierq.open(folder).tensors for folder in (original.source, out))
+    text = _of_text(original.model, list(before))
+    linear = {name: info for name, info in before.items() if name in text and _is_linear(name, info.shape)}
     plain = sum(info.nbytes for name, info in linear.items() if name in after and after[name].dtype == info.dtype)
     return 1 - plain / max(sum(info.nbytes for info in linear.values()), 1)
 
 
+def _of_text(model: Any, names: list[str]) -> set[str]:
+    """Stored names of what is in the part that transformers calls the decoder, in its own conversion's words."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if model.config.get_text_config() is model.config:
+        return set(names)
+    decoder = model.get_decoder()
+    root = next(name for name, part in model.named_modules() if part is decoder)
+    steps, slots = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    prefix = model.base_model_prefix or None
+    slot = {n: n if n in slots else rename_source_key(n, renamings, converters, prefix, slots)[0] for n in names}
+    return {name for name in names if not root or slot[name].startswith(f"{root}.")}
+
+
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    if (
-        any(word in name for word in TOWERS)
-        or {VOCABULARY, POSITIONS} & set(shape)
-        or "embed" in name
-        or "conv" in name
-    ):
+    if {VOCABULARY, POSITIONS} & set(shape) or "embed" in name or "conv" in name:
         return False
     return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and not name.endswith("A_log")
 

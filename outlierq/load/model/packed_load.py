@@ -131,7 +131,8 @@ def _conversion_fault(
     converters = [step for step in steps if isinstance(step, WeightConverter) and _takes_packed(step)]
     splits = next((step.source_patterns[0] for step in converters if len(step.target_patterns) > 1), None)
     if splits is not None:
-        return LoadFault(f"it splits {splits} as it loads, which it cannot do in compressed checkpoints", False)
+        named = splits.replace("\\", "").strip(".")
+        return LoadFault(f"it splits {named} as it loads, which it cannot do in compressed checkpoints", False)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     slots = model.state_dict(keep_vars=True)
     for tensor in checkpoint.tensors if converters else ():
