@@ -105,7 +105,11 @@ def test_what_vllm_merges_must_share_one_scheme_and_widths_must_fill_words(tiny_
     kept = line(tiny_llama, "quantize.overrides=[{match: '*gate_proj', keep: true}]")
     assert "gate_proj 16 bits" in kept
     narrow = tools.write_llama(tmp_path / "narrow", intermediate_size=100)
-    said = line(narrow, "quantize.when_indivisible=per-channel")
+    wide = "quantize.overrides=[{match: '*gate_proj', keep: true}, {match: '*up_proj', keep: true}]"
+    assert "gate_proj and up_proj of model.layers.0.mlp have 200 rows, no multiple of 32" in line(
+        narrow, "quantize.when_indivisible=per-channel"
+    )
+    said = line(narrow, "quantize.when_indivisible=per-channel", wide)
     assert "down_proj has 100 columns, no multiple of 8" in said
 
 

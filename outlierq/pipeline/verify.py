@@ -83,7 +83,8 @@ def verify(
     verification.tensors = len(checkpoint.tensors)
     plain = _decoded(checkpoint, verification)
     _check_stored(checkpoint, verification)
-    check_files(checkpoint, verification)
+    doubts = Findings()
+    check_files(checkpoint, verification, doubts)
     if plain is not None:
         verification.linears = len(plain.packed)
         studied = _check_places(plain, verification)
@@ -91,10 +92,14 @@ def verify(
         check_tensors(checkpoint, plain, config, report, studied, verification)
         tokens = _check_tokens(checkpoint, studied, verification)
         comparison = None if reference is None else _comparison(plain, reference, report, studied, verification)
-        is_vouched = report is not None and report.record is not None and not verification.of("record")
-        _check_weights(plain, comparison, config, verification, listen, is_vouched=is_vouched)
+        _check_weights(plain, comparison, config, verification, doubts if comparison is None else Findings(), listen)
         if comparison is not None and reference is not None:
             _compare(plain, comparison, reference, tokens, verification)
+    is_vouched = report is not None and report.record is not None and not verification.of("record")
+    if is_vouched:
+        verification.notes += [f"{doubt.tensor} {doubt.what}; it is as the run wrote it" for doubt in doubts.faults]
+    else:
+        verification.faults += doubts.faults
     return verification
 
 
@@ -220,14 +225,12 @@ def _check_weights(
     comparison: Comparison | None,
     config: Mapping[str, Any],
     findings: Findings,
+    doubts: Findings,
     listen: Listener,
-    *,
-    is_vouched: bool,
 ) -> None:
     """Decode every quantized weight, look at its codes, and hold it against the source.
 
-    is_vouched: the record says that the files are those that a run wrote. Without a record and a source, a size that
-    strays among its kin is all that tells of a scaled weight; it may also be the model's own.
+    doubts: get what may also be the model's own, such as a size that strays among its kin.
     """
     from outlierq.pipeline.checking.scales import check_codes, check_values
 
@@ -249,12 +252,7 @@ def _check_weights(
                 comparison.weight(name, weight, quantized)
         except SourceError as error:
             findings.fault("layout", name, error.what)
-    strays = Findings()
-    kin.judge(plain, findings, strays)
-    if is_vouched:
-        findings.notes += [f"{stray.tensor} {stray.what}; it is as the run wrote it" for stray in strays.faults]
-    elif comparison is None:
-        findings.faults += strays.faults
+    kin.judge(plain, findings, doubts)
     if unsaid:
         findings.note(f"of {len(unsaid)} weights the codes were not looked at, first: {unsaid[0]}")
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from outlierq.core.report import Report
 
 
-def check_files(checkpoint: Checkpoint, findings: Findings) -> None:
-    """Files beside the weights: settings, tokenizer, templates, the index."""
+def check_files(checkpoint: Checkpoint, findings: Findings, doubts: Findings) -> None:
+    """Files beside the weights: settings, tokenizer, templates, the index. doubts: what may also be the model's own."""
     check_settings(checkpoint, findings)
     check_vocabulary(checkpoint, findings)
-    check_prompts(checkpoint, findings)
+    check_prompts(checkpoint, doubts)
     if checkpoint.kind == "gguf":
         check_file(Path(checkpoint.path), findings)
     check_shards(Path(checkpoint.path), checkpoint, findings)
@@ -77,8 +77,8 @@ class Kin:
             self.reach.add(name, quantized, findings)
             self.zero_points.add(name, quantized, findings)
 
-    def judge(self, plain: Checkpoint, findings: Findings, strays: Findings) -> None:
-        """Everything, once the tensors that are not quantized were added, too. strays: gets what is said of sizes."""
+    def judge(self, plain: Checkpoint, findings: Findings, doubts: Findings) -> None:
+        """Everything, once the tensors that are not quantized were added, too. doubts: get what is said of sizes."""
         for name, info in plain.tensors.items():
             if name not in plain.packed and info.dtype in ("F32", "F16", "BF16") and 0 < len(info.shape) < 3:
                 try:
@@ -87,7 +87,7 @@ class Kin:
                     continue  # said where it was read first
                 if bool(tensor.isfinite().all()):
                     self.sizes.add(name, tensor)
-        self.sizes.judge(plain.packed, strays)
+        self.sizes.judge(plain.packed, doubts)
         self.reach.judge(findings)
         self.zero_points.judge(findings)
 
