@@ -316,7 +316,7 @@ def test_a_part_is_filled_in_the_wanted_dtype_and_released_again(tmp_path):
 
 
 def test_mixtures_that_their_class_merges_in_an_unknown_way_are_refused_by_name(tmp_path, monkeypatch):
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralConfig, MixtralForCausalLM, conversion_mapping
 
     config = MixtralConfig(
         vocab_size=64,
@@ -329,6 +329,7 @@ def test_mixtures_that_their_class_merges_in_an_unknown_way_are_refused_by_name(
     )
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     monkeypatch.setattr("outlierq.load.model.experts.fused.fused_modules", lambda model: {})
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *args, **options: [])
     with pytest.raises(SourceError, match="experts") as caught:
         opened(tmp_path)
     assert "mixtures are not supported" in caught.value.hint
