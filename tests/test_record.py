@@ -11,7 +11,7 @@ import pytest
 
 import outlierq
 from outlierq.core.errors import SourceError
-from outlierq.core.machine.record import signature, signed
+from outlierq.core.machine.record import signature, signature_of, signed
 from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load import changed_files, load_model, open_checkpoint, report_beside
 from outlierq.pipeline.planning.decide import make_plan
@@ -96,6 +96,17 @@ def test_the_signature_covers_what_the_report_says_and_not_what_is_measured_late
     assert [fault.tensor for fault in verify(str(folder)).faults] == [REPORT_NAME]
     (folder / REPORT_NAME).write_text(json.dumps(signed(changed).to_dict()))
     assert verify(str(folder)).sound
+
+
+def test_a_report_of_a_version_that_knew_fewer_fields_is_as_it_was_signed(folder):
+    content = json.loads((folder / REPORT_NAME).read_text())
+    del content["quantized_share"]
+    content["record"]["signed"] = signature_of(content)
+    (folder / REPORT_NAME).write_text(json.dumps(content))
+    assert list(changed_files(folder, report_of(folder))) == []
+    content["notes"] = ["another"]
+    (folder / REPORT_NAME).write_text(json.dumps(content))
+    assert [name for name, _ in changed_files(folder, report_of(folder))] == [REPORT_NAME]
 
 
 def test_a_report_of_a_version_without_records_is_read_and_said(folder):

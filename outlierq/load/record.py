@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.machine.own_files import is_name_below
-from outlierq.core.machine.record import OF_TENSORS, PIECE_BYTES, digest_of_tensors, file_entry, signature
+from outlierq.core.machine.record import OF_TENSORS, PIECE_BYTES, digest_of_tensors, file_entry, signature_of
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.report import REPORT_NAME, Report
 from outlierq.load.decode import read_headers
@@ -75,7 +75,9 @@ def changed_files(folder: Path, report: Report, *, read_weights: bool = True) ->
     record = report.record
     if record is None:
         return
-    if record.get("signed") != signature(report):
+    stored = folder / REPORT_NAME
+    content = json_object(stored.read_bytes(), REPORT_NAME) if stored.is_file() else report.to_dict()
+    if record.get("signed") != signature_of(content):
         yield REPORT_NAME, "was changed since the run: its signature is that of another content"
     files = _files(report)
     for name, entry in files.items():

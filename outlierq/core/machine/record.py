@@ -34,9 +34,13 @@ def signed(report: Report, record: Mapping[str, Any] | None = None) -> Report:
 
 def signature(report: Report) -> str:
     """Sha256 hex of what the report says, without its own signature and without what was measured later."""
-    values = report.to_dict()
-    values.pop("evaluation")
-    values["record"] = {key: value for key, value in (report.record or {}).items() if key != "signed"}
+    return signature_of(report.to_dict())
+
+
+def signature_of(content: Mapping[str, Any]) -> str:
+    """The same of a report as it stands in its file: a later version knows fields that an earlier one did not sign."""
+    values = {key: value for key, value in content.items() if key != "evaluation"}
+    values["record"] = {key: value for key, value in (content.get("record") or {}).items() if key != "signed"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
