@@ -63,7 +63,7 @@ def _most_expected(count: int, others: list[tuple[int, int]]) -> float:
     if largest < RARE:  # left by a method that moves weights: as uneven as the weights are
         return RARE_FACTOR * largest * count + FEWEST_SHORT
     expected: float = count * max(_least_share(*pair) for pair in others)
-    return MORE * expected + STRAY * math.sqrt(expected)
+    return MORE * expected + STRAY * math.sqrt(expected) + FEWEST_SHORT
 
 
 def _least_share(short: int, count: int) -> float:

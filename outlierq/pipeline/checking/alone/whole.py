@@ -78,7 +78,7 @@ class Kin:
             self.zero_points.add(name, quantized, findings)
 
     def judge(self, plain: Checkpoint, findings: Findings, doubts: Findings) -> None:
-        """Everything, once the tensors that are not quantized were added, too. doubts: get what is said of sizes."""
+        """Everything, once the tensors that are not quantized were added, too. doubts: get what is told by kin alone."""
         for name, info in plain.tensors.items():
             if name not in plain.packed and info.dtype in ("F32", "F16", "BF16") and 0 < len(info.shape) < 3:
                 try:
@@ -88,8 +88,8 @@ class Kin:
                 if bool(tensor.isfinite().all()):
                     self.sizes.add(name, tensor)
         self.sizes.judge(plain.packed, doubts)
-        self.reach.judge(findings)
-        self.zero_points.judge(findings)
+        self.reach.judge(doubts)
+        self.zero_points.judge(doubts)
 
 
 def _constant(quantized: QuantTensor | None) -> torch.Tensor | None:
