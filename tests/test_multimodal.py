@@ -32,6 +32,13 @@ CHAT = (
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}</s>{% endfor %}"
 )
 LATER = [pytest.param(name, marks=pytest.mark.slow, id=name) for name in MODELS if name not in FAST]
+# Each fast model with the quick recipe, one of them with both.
+USUALLY = [*((name, "rtn-w8") for name in FAST), (FAST[0], "awq-gptq-w4")]
+BOTH = [
+    pytest.param(name, recipe, marks=() if (name, recipe) in USUALLY else pytest.mark.slow, id=f"{name}-{recipe}")
+    for name in MODELS
+    for recipe in SETTINGS
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +54,7 @@ def made(tools, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("recipe", SETTINGS)
-@pytest.mark.parametrize("name", [*FAST, *LATER])
+@pytest.mark.parametrize(("name", "recipe"), BOTH)
 def test_text_images_and_sound_give_what_the_decoded_model_gives_in_the_class_that_config_names(
     name, recipe, made, tmp_path
 ):
