@@ -78,7 +78,7 @@ class Kin:
             self.zero_points.add(name, quantized, findings)
 
     def judge(self, plain: Checkpoint, findings: Findings, doubts: Findings) -> None:
-        """Everything, once the tensors that are not quantized were added, too. doubts: get what is told by kin alone."""
+        """Everything, once the tensors that are not quantized were added, too. doubts: what kin alone tells."""
         for name, info in plain.tensors.items():
             if name not in plain.packed and info.dtype in ("F32", "F16", "BF16") and 0 < len(info.shape) < 3:
                 try:
