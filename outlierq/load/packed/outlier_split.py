@@ -15,8 +15,9 @@ from outlierq.core.model import StoredLinear
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.codes.numbers import Numbers, Parts, as_floats
+from outlierq.load.packed.codes.word_packed import members_of
 from outlierq.load.packed.decoded import DecodedCheckpoint, checked_scales
-from outlierq.load.packed.described import check_member, nothing_packed
+from outlierq.load.packed.described import nothing_packed
 from outlierq.load.packed.reading import presents, reads_rows
 from outlierq.ops.twins.int8_split import PER_TOKEN, dynamic_split_matmul, split_matmul
 
@@ -175,12 +176,7 @@ def linears_of(stored: Checkpoint, stems: list[str], roles: tuple[str, ...]) -> 
         raise nothing_packed(stored)
     linears = {}
     for stem in stems:
-        members = {role: f"{stem}.{role}" for role in roles}
-        lost = [name for name in members.values() if name not in stored.tensors]
-        if lost:
-            raise SourceError(f"{stored.source} has no {lost[0]}")
-        for role, name in members.items():
-            check_member(stored.tensors[name], role)
+        members = members_of(stored, stem, roles)
         weight = stored.tensors[members["weight"]]
         if weight.dtype != "I8" or len(weight.shape) != 2:
             raise SourceError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, not a matrix of int8 codes")
