@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.experts import all_groups
 from outlierq.calibrate.extremes import Places, add_to_top, top_tokens
+from outlierq.calibrate.pairs import Pair
 from outlierq.calibrate.trace import first_input, submodule
 from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import NumbersError, StatsError
-from outlierq.core.stats import DERIVED, FIELDS, LOG2_BINS, LOG2_LOWEST, TOKEN_BINS, TOP_TOKENS, InputStats
+from outlierq.core.stats import DERIVED, FIELDS, LOG2_BINS, LOG2_LOWEST, PAIRED, TOKEN_BINS, TOP_TOKENS, InputStats
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 LARGE = 6.0  # the outlier criterion of LLM.int8(), arXiv:2208.07339 section 3.2
 HUGE = 20.0  # far beyond it: what no scale of a whole token survives
 POSITIONAL = ("sequence_large", "first_abs_max", "first_rows", "top_tokens")
-ALL_FIELDS = frozenset(FIELDS)
+# What a run over the original model can keep.
+ALL_FIELDS = frozenset(FIELDS) - frozenset(PAIRED)
 # Fields that are not running sums of one shape.
-APART = frozenset({"rows", "first_rows", "top_tokens"})
+APART = frozenset({"rows", "first_rows", "top_tokens", *PAIRED})
 NEED_ABSOLUTE = frozenset({"sum_abs", "token_histogram", "top_tokens"})
 HISTOGRAM_STRIDE = 3  # counting every value would take as long as all power sums together
 # Elements handled at a time: 256 KiB in float32 keep the passes over them in the cache of a core (2 MiB take twice the
@@ -37,7 +40,8 @@ def stored_fields(needs: Iterable[str]) -> frozenset[str]:
     """The `InputStats` and `BlockStats` fields behind `needs`: derived ones ("abs_max") become what they come from."""
     names = frozenset(part for name in needs for part in DERIVED.get(name, (name,)))
     names |= {"first_rows"} if "hessian" in names else set()  # to weigh attention sinks
-    unknown = sorted(names - ALL_FIELDS - BLOCK_FIELDS)
+    names |= set(PAIRED) if "cross" in names else set()
+    unknown = sorted(names - set(FIELDS) - BLOCK_FIELDS)
     if unknown:
         raise StatsError(f"unknown statistics {unknown}; there are {[*FIELDS, *DERIVED, *sorted(BLOCK_FIELDS)]}")
     return names
@@ -97,7 +101,7 @@ class Collector:
     ):
         if not 0 <= tokens.skip_first < tokens.length:
             raise StatsError(f"skip_first_tokens={tokens.skip_first} must be below the {tokens.length} of a sequence")
-        stored = stored_fields(needs) & ALL_FIELDS - (frozenset() if reservoir else {"rows"})
+        stored = stored_fields(needs) & frozenset(FIELDS) - (frozenset() if reservoir else {"rows"})
         self._module = module
         self._sums = {
             group.name: _GroupSums(group, stored, tokens, _Reservoir(reservoir, seed) if "rows" in stored else None)
@@ -114,6 +118,17 @@ class Collector:
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+    @contextmanager
+    def of_original(self) -> Iterator[None]:
+        """Inside of `with collector:`, a batch of which the next one outside of this is the quantized counterpart."""
+        for sums in self._sums.values():
+            sums.remembers = True
+        try:
+            yield
+        finally:
+            for sums in self._sums.values():
+                sums.remembers = False
 
     @property
     def notes(self) -> list[str]:
@@ -145,13 +160,19 @@ class _GroupSums:
         self.routed = self.to_expert
         self.values: dict[str, torch.Tensor] = {}
         self.rows = rows
+        self.pair = Pair() if "cross" in stored else None
+        self.remembers = False
 
     def hook(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the group's first site."""
         import torch
 
         with torch.inference_mode():
-            self.add(first_input(args, kwargs))
+            inputs = first_input(args, kwargs)
+            if not self.remembers:
+                self.add(inputs)
+            elif self.pair:
+                self.pair.remember(inputs)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add one batch: [..., tokens, K]."""
@@ -166,6 +187,8 @@ class _GroupSums:
             self._keep("first_abs_max", sequences[:, 0].float().abs().amax(0))
         if "first_rows" in self.fields and not self.routed and not self.skip:
             self.first.append(sequences[:, 0].to("cpu", torch.float32, copy=True))
+        if self.pair:
+            self.pair.add(sequences, self.skip, routed=self.routed)
         if self.skip and not self.routed:
             self._check(sequences[:, : self.skip].flatten(0, 1).float(), inputs)
             sequences = sequences[:, self.skip :]
@@ -311,6 +334,8 @@ class _GroupSums:
             values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
         if self.rows:
             values["rows"] = self.rows.finish()
+        if self.pair:
+            values |= self.pair.finish(self.tokens)
         if self.first and "first_rows" in stored:
             values["first_rows"] = torch.cat(self.first)
         if self.top is not None and "top_tokens" in stored:

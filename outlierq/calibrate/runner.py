@@ -122,6 +122,17 @@ class HiddenStates:
         else:
             self.values = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
+    def copied(self, spill: Spill) -> HiddenStates:
+        """The same values in memory, or a file, of their own."""
+        copy = HiddenStates(
+            tuple(self.values.shape), self.values.dtype, self.batch_size, spill=spill, sequence_axis=self.sequence_axis
+        )
+        for batch in range(len(self)):
+            copy.write(batch, self[batch])
+            self.done_with(batch)
+            copy.done_with(batch)
+        return copy
+
     def __len__(self) -> int:
         """Number of batches."""
         return -(-self.values.shape[0] // self.batch_size)
@@ -306,30 +317,41 @@ class BlockRunner:
         collect: Collector | None = None,
         *,
         replace: bool = True,
+        originals: HiddenStates | None = None,
+        replace_originals: bool = True,
         progress: Progress | None = None,
     ) -> HiddenStates:
         """Run block `index` over all batches; `hidden` then holds its outputs (unless `replace` is off).
 
-        collect: sees the inputs of the block's sites on the way. NumbersError when the output is not finite.
+        collect: sees the inputs of the block's sites on the way. originals: the same tokens in the original model,
+        which run before each batch, for a collector of pairs.
+        NumbersError when the output is not finite.
         """
         import torch
 
         name = self.structure.blocks[index].name
         with torch.inference_mode(), during("calibrate", name), collect or nullcontext():
             for batch in range(len(hidden)):
-                output = self.forward(block_module, index, batch, hidden[batch])
-                if not output.isfinite().all():
-                    bad = int((~output.isfinite()).sum())
-                    raise NumbersError(
-                        f"{bad} of {output.numel()} outputs of {name} are NaN or Inf in batch {batch}",
-                        hint="run in bfloat16 or float32: float16 overflows above 65504",
-                    )
-                if replace:
-                    hidden.write(batch, output)
-                hidden.done_with(batch)
+                if originals is not None:
+                    with collect.of_original() if collect else nullcontext():
+                        self._step(block_module, index, batch, originals, replace=replace_originals)
+                self._step(block_module, index, batch, hidden, replace=replace)
                 if progress:
                     progress((batch + 1) / len(hidden))
         return hidden
+
+    def _step(self, module: torch.nn.Module, index: int, batch: int, hidden: HiddenStates, *, replace: bool) -> None:
+        """Run block `index` on one batch of hidden states, which its output replaces if asked. NumbersError."""
+        output = self.forward(module, index, batch, hidden[batch])
+        if not output.isfinite().all():
+            bad, name = int((~output.isfinite()).sum()), self.structure.blocks[index].name
+            raise NumbersError(
+                f"{bad} of {output.numel()} outputs of {name} are NaN or Inf in batch {batch}",
+                hint="run in bfloat16 or float32: float16 overflows above 65504",
+            )
+        if replace:
+            hidden.write(batch, output)
+        hidden.done_with(batch)
 
     def forward(self, block_module: torch.nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output hidden states of block `index` for one batch of the token set; gradients flow if they are enabled.
@@ -349,6 +371,11 @@ class BlockRunner:
         `start` must have run. That the hidden states reach the next block as they are was seen there.
         """
         return self._records[index].probe is None
+
+    @property
+    def hands_on_more(self) -> bool:
+        """Whether blocks write containers for each other beside hidden states: they then have one run at a time."""
+        return any(call is not None and call.shared for record in self._records for call in record.calls)
 
     def run_once(self, index: int, hidden: HiddenStates, *, seed: int = 0) -> RunOnce:
         """A function that runs a module in the place of block `index` on one short random sequence.

@@ -26,6 +26,7 @@ TOKEN_BINS = 64
 TOP_TOKENS = 20
 SEQUENCE, VALUE = TOP_COLUMNS.index("sequence"), TOP_COLUMNS.index("value")
 EXTREMES = {"min": "minimum", "max": "maximum", "first_abs_max": "maximum"}
+PAIRED = ("cross", "first_change")  # of two runs of the model beside each other
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class InputStats:
     clipped to the bins. top_tokens: [<= 20, 6] float32, the tokens with the largest |x|, largest first, a row a token
     (columns: `TOP_COLUMNS` of core/block_stats.py, where the median is the lower one of two middle values; the token
     id is -1 where it is not known).
+    cross: [K, K] float32, (1 / tokens) * sum of (x0 - x) x^T, with x0 the same token's input in the original model,
+    where x is what it is behind the quantized blocks. first_change: [sequences, K] float32, x0 - x of first tokens.
     A field that the recipe did not need is None.
     """
 
@@ -66,6 +69,8 @@ class InputStats:
     log2_histogram: torch.Tensor | None = None
     token_histogram: torch.Tensor | None = None
     top_tokens: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    first_change: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
         """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
@@ -119,7 +124,7 @@ class InputStats:
                 merged[name] = mine + theirs
             elif name in EXTREMES:
                 merged[name] = getattr(torch, EXTREMES[name])(mine, theirs)
-            elif name == "hessian":
+            elif name in ("hessian", "cross"):
                 merged[name] = (mine * (self.tokens / tokens)).add_(theirs, alpha=other.tokens / tokens)
             elif name == "top_tokens":
                 merged[name] = largest_entries(torch.cat([mine, _later(theirs, self.sequences)]), TOP_TOKENS)
@@ -130,9 +135,9 @@ class InputStats:
     def weighing_sinks(self, weight: float) -> InputStats:
         """The same with the first token of every sequence counted `weight` times in the hessian.
 
-        Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). `sum_x` is
-        weighed alike, so that `shifted` fits the hessian. Statistics without first tokens (routed or skipped ones) are
-        returned as they are.
+        Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). `sum_x` and
+        `cross` are weighed alike, so that they fit the hessian. Statistics without first tokens (routed or skipped
+        ones) are returned as they are.
         """
         if self.hessian is None or self.first_rows is None:
             return self
@@ -142,7 +147,10 @@ class InputStats:
         sums = self.sum_x
         if sums is not None:
             sums = (sums + (weight - 1) * first.double().sum(0)) * (self.tokens / total)
-        return replace(self, hessian=weighed, sum_x=sums)
+        cross = self.cross
+        if cross is not None and self.first_change is not None:
+            cross = (cross * self.tokens).addmm_(self.first_change.T, first, alpha=weight - 1).div_(total)
+        return replace(self, hessian=weighed, sum_x=sums, cross=cross)
 
     def moved(self, move: Move) -> InputStats:
         """Statistics of x' = (x - shift) / scale."""
@@ -158,14 +166,16 @@ class InputStats:
                 changed[name] = value / wide ** powers[name]
             elif name in EXTREMES:
                 changed[name] = value / scale
-            elif name == "hessian":
+            elif name in ("hessian", "cross"):
                 changed[name] = value / (scale[:, None] * scale[None, :])
-            elif name in ("rows", "first_rows"):
+            elif name in ("rows", "first_rows", "first_change"):
                 changed[name] = (value.float() / scale).to(value.dtype)
         return self._with(changed)
 
     def shifted(self, shift: torch.Tensor) -> InputStats:
         """Statistics of x' = x - shift, for shift [K]. H' = H - z m^T - m z^T + z z^T with m the mean of x."""
+        if self.cross is not None:
+            raise StatsError("paired inputs cannot be shifted", hint="use transforms that only scale with this method")
         sum_x, wide = self.need("sum_x"), shift.double()
         mean = sum_x / self.tokens
         changed: dict[str, torch.Tensor | None] = dict.fromkeys(("sum_abs", "sum_sq", "sum_cube", "sum_fourth"))

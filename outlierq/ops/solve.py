@@ -48,6 +48,22 @@ def inverse_cholesky(hessian: torch.Tensor, damp: float, order: torch.Tensor | N
     return shared[key]
 
 
+def damped_solve(hessian: torch.Tensor, right: torch.Tensor, damp: float) -> torch.Tensor:
+    """(H + damp * mean(diag H) * I)^-1 B. hessian: [in, in]; right: B [in, n]; float32, solved in float64.
+
+    NumbersError when the damped matrix is not positive definite.
+    """
+    matrix = hessian.double()
+    matrix.diagonal().add_(damp * matrix.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise NumbersError(
+            f"the hessian [{len(hessian)}, {len(hessian)}] is not positive definite with damping {damp:g}",
+            hint="calibrate with more tokens, or raise `damp`",
+        )
+    return torch.cholesky_solve(right.double(), factor).float()
+
+
 def _climb(hessian: torch.Tensor, damp: float, order: torch.Tensor | None) -> Factor:
     """The first step of the ladder that gives a factor.
 

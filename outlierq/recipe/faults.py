@@ -77,6 +77,12 @@ def impossible(recipe: Recipe) -> list[str]:
             f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
             "add a `calibration` section (`calibration: {}` takes the defaults)"
         )
+    if "cross" in recipe.needs and recipe.calibration and recipe.calibration.mode != "sequential":
+        name = recipe.quantize.method if recipe.quantize else "the method"
+        faults.append(
+            f"calibration.mode: {name} compares the inputs behind quantized blocks with the original ones; "
+            "set `mode: sequential`"
+        )
     format = format_limits(recipe.export.format)
     faults += format.recipe_faults(_asked(recipe))
     if recipe.quantize is not None:

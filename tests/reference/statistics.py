@@ -9,7 +9,10 @@ from outlierq.core.stats import InputStats
 
 
 def statistics_of(x: torch.Tensor, *, sequence_length: int | None = None) -> InputStats:
-    """Every statistic of the tokens `x` [tokens, K], cut into sequences of `sequence_length` (one if None)."""
+    """Every statistic of the tokens `x` [tokens, K], cut into sequences of `sequence_length` (one if None).
+
+    The inputs of the original model are the same.
+    """
     sequences = x.view(-1, sequence_length or len(x), x.shape[1])
     wide = x.double()
     large = sequences.abs() >= 6
@@ -29,6 +32,7 @@ def statistics_of(x: torch.Tensor, *, sequence_length: int | None = None) -> Inp
         hessian=(wide.T @ wide / len(x)).float(),
         rows=x[:32].bfloat16(),
         count_huge=(sequences.abs() >= 20).sum((0, 1)).double(),
+        cross=torch.zeros(x.shape[1], x.shape[1]),
         **tables_of(sequences.numpy()),
     )
 

@@ -104,6 +104,8 @@ def _check_fold(group: _Group, name: str, kind: type[OutlierqError]) -> None:
 CHANNELS, ANY = "K", None
 SHAPES: dict[str, tuple[Any, ...]] = {
     "hessian": (CHANNELS, CHANNELS),
+    "cross": (CHANNELS, CHANNELS),
+    "first_change": (ANY, CHANNELS),
     "rows": (ANY, CHANNELS),
     "first_rows": (ANY, CHANNELS),
     "log2_histogram": (CHANNELS, ANY),

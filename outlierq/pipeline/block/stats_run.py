@@ -60,11 +60,15 @@ SAVE_EVERY_SECONDS = 60.0
 
 @dataclass
 class Shard:
-    """Some of the token windows on their way through the blocks. at: index of the block whose inputs `hidden` holds."""
+    """Some of the token windows on their way through the blocks. at: index of the block whose inputs `hidden` holds.
+
+    originals: the same tokens in the original model, where `hidden` is behind quantized blocks and both are asked for.
+    """
 
     text: ShardIds
     runner: BlockRunner
     states: HiddenStates | None = None
+    originals: HiddenStates | None = None
     at: int = 0
 
     @property
@@ -166,6 +170,11 @@ class StatsFromRun:
         """Whether later blocks see the errors of earlier ones."""
         return self.settings.mode == "sequential"
 
+    @property
+    def paired(self) -> bool:
+        """Whether the original model runs beside the quantized one. Its hidden states are not saved: `replay` runs."""
+        return "cross" in self.fields
+
     def start(self) -> None:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
         for shard in self.shards:
@@ -176,8 +185,21 @@ class StatsFromRun:
                 shard.states = shard.runner.start(shard.text.ids, inputs=inputs, whole=True, progress=tell)
             self._unfilled = ()
             return_freed_memory()
-            shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
+            if self.paired:
+                shard.originals = self._originals(shard)
+            else:
+                shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
         self._started = True
+
+    def _originals(self, shard: Shard) -> HiddenStates:
+        """The second stream of hidden states. RecipeError where blocks hand on what only one stream can have."""
+        if shard.runner.hands_on_more:
+            raise RecipeError(
+                f"{type(self.model).__name__} hands more than hidden states from block to block, so it cannot run "
+                "beside its quantized self",
+                hint="use `quantize.method: gptq`",
+            )
+        return shard.hidden.copied(Spill(self._scratch, self._savings.spill_bytes))
 
     def _tell(self, index: int, step: str, shard: Shard, part: int = 0, parts: int = 1) -> Callable[[float], None]:
         """Tells the listener how much of a step is done for block `index`; the shards take it one after another.
@@ -250,7 +272,16 @@ class StatsFromRun:
                 with observer or nullcontext(), routing(module, "all" if self.settings.all_experts else "chosen"):
                     carry = last and not self.sequential
                     tell = self._tell(index, "statistics of its inputs", shard, number - 1, len(passes))
-                    shard.runner.run(module, index, shard.hidden, collector, replace=carry, progress=tell)
+                    shard.runner.run(
+                        module,
+                        index,
+                        shard.hidden,
+                        collector,
+                        replace=carry,
+                        originals=shard.originals,
+                        replace_originals=last,
+                        progress=tell,
+                    )
                 merging.add((0, shard.text.index), collector.finish())
                 said += collector.notes
                 observed += [observer] if observer else []
@@ -387,6 +418,9 @@ class StatsFromRun:
         if not any(self.ranks.share(bool(behind))):
             return
         block, module = self._enter(index)
+        for shard in behind if self.paired else ():
+            assert shard.originals is not None, "the original model did not start"
+            shard.runner.run(module, index, shard.originals, progress=self._tell(index, "original outputs", shard))
         if self.sequential:
             self._run_with(block, tensors(), behind)
         else:
@@ -429,7 +463,7 @@ class StatsFromRun:
         self._release(block.name)
         for shard in self.shards:
             shard.at = max(shard.at, block.index + 1)
-        old = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
+        old = not self.paired and time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
         if old and block.index + 1 < len(self.structure.blocks) and self.work.is_dir():
             for shard in self.shards:
                 save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)

@@ -96,9 +96,10 @@ class Phases:
             return 0
         token = self.work.hidden * self.work.itemsize
         shard = -(-calibration.samples // self.work.shards) * calibration.sequence_length * token
+        streams = 2 if "cross" in self.work.fields else 1
         if shard <= self.savings.spill_bytes:
-            return self.mine * shard
-        return 2 * self._batch_tokens * token
+            return streams * self.mine * shard
+        return streams * 2 * self._batch_tokens * token
 
     @property
     def _text(self) -> Calibration:
@@ -126,6 +127,8 @@ class Phases:
             scores += self._batch_tokens * length * work.heads * (FLOAT + 2 * work.itemsize)
         if work.fields & BLOCK_FIELDS:  # attention of one sequence's sampled queries, and kept outputs
             scores += length * length // 4 * work.heads * FLOAT + self._batch_tokens * outputs * work.itemsize
+        if "cross" in work.fields:  # the inputs of all linears in the original model, until the batch ran again
+            token += sum(width for width, _, _ in self.inputs) * (work.itemsize + 3 * FLOAT)
         return self._batch_tokens * token + scores + WORKSPACE
 
     def tables(self) -> int:
@@ -160,7 +163,7 @@ class Phases:
         """Statistics of one input."""
         per_channel = 16 * 8 + 512 * 2 + (self.work.calibration.samples if self.work.calibration else 0) * FLOAT
         per_channel += 48 * 8 if "log2_histogram" in self.work.fields else 0
-        return width * per_channel + (width * width * FLOAT if "hessian" in self.work.fields else 0)
+        return width * per_channel + len(self.work.fields & {"hessian", "cross"}) * width * width * FLOAT
 
     def collecting(self) -> int:
         """The block runs over the text; sums of shards wait for those of their neighbours, and for other processes'."""

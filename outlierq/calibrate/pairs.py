@@ -1,0 +1,56 @@
+"""A linear's inputs in the original model beside those behind quantized blocks, token by token.
+
+Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv:2504.02692) asks for the output of the original layer on its
+original inputs. Both inputs of a token are only there together while a block runs twice, so their product is summed
+then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Pair:
+    """Running sum of (x0 - x) x^T of one input group; x0: in the original model, x: behind quantized blocks."""
+
+    def __init__(self) -> None:
+        self._original: torch.Tensor | None = None
+        self._cross: torch.Tensor | None = None
+        self._first: list[torch.Tensor] = []
+        self._broken = False
+
+    def remember(self, inputs: torch.Tensor) -> None:
+        """The inputs of a batch in the original model, any shape."""
+        self._original = inputs.clone()
+
+    def add(self, sequences: torch.Tensor, skip: int, *, routed: bool) -> None:
+        """The same batch behind quantized blocks [sequences, tokens, K], of which `skip` first tokens do not count.
+
+        Routed tokens may go to other experts in one of both runs: such an input has no pairs.
+        """
+        import torch
+
+        original, self._original = self._original, None
+        self._broken |= routed or original is None or original.numel() != sequences.numel()
+        if self._broken or original is None:
+            return
+        change = original.view_as(sequences).float() - sequences.float()
+        if not skip:
+            self._first.append(change[:, 0].cpu())
+        rows, change = (each[:, skip:].flatten(0, 1) for each in (sequences.float(), change))
+        if self._cross is None:
+            with torch.inference_mode(False):
+                self._cross = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self._cross.addmm_(change.T, rows)
+
+    def finish(self, tokens: int) -> dict[str, torch.Tensor]:
+        """`cross` and `first_change` of `InputStats`; none where tokens had no counterparts."""
+        import torch
+
+        if self._broken or self._cross is None:
+            return {}
+        first = {"first_change": torch.cat(self._first)} if self._first else {}
+        return {"cross": self._cross.div_(tokens), **first}
