@@ -262,7 +262,7 @@ def test_every_k_quant_is_dequantized_as_gguf_does(tmp_path, type_name, monkeypa
     expected = torch.from_numpy(gguf.quants.dequantize(raw, kind))
     assert torch.isfinite(expected).all()
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(gguf_file.dequantized(path, tensor, dtype), expected.to(dtype))
+        assert torch.equal(gguf_file.dequantized(tensor, dtype), expected.to(dtype))
 
 
 def test_an_unsupported_type_is_named_with_its_tensor(tmp_path):

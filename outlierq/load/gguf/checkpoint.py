@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
-from outlierq.load.gguf.file import GgufHeader, dequantized, read_gguf_header
+from outlierq.load.gguf.file import GgufHeader, check_decodable, dequantized, head_bytes
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
+from outlierq.load.gguf.split import read_gguf
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
 from outlierq.load.model.skeleton import config_errors
 from outlierq.load.source.fingerprint import fingerprint
@@ -38,7 +39,7 @@ UNTOUCHED = ("token_embd.weight", "output.weight")
 class GgufCheckpoint(Checkpoint):
     """A GGUF file; `read` dequantizes to `dtype`.
 
-    path: the file. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
+    path: the file, or any part of a split one. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
     """
 
     kind = "gguf"
@@ -46,8 +47,10 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, source: str | None = None):
         self.path, self.source = path, source or str(path)
-        self._header = read_gguf_header(path)
-        self.stamps = stamps_of([path])
+        self._header = read_gguf(path)
+        for tensor in self._header.tensors.values():
+            check_decodable(tensor)
+        self.stamps = stamps_of(self._header.parts)
         self.bytes_read: dict[str, str] = {}
         self.dtype = _dtype(self._header)
         self._parsed_config = _parsed_config(self._header)
@@ -76,7 +79,7 @@ class GgufCheckpoint(Checkpoint):
         dtype, shape = getattr(torch, self.dtype), lookup(self.tensors, name).shape
         parts = self._parts[name]
         if parts == (UNTOUCHED[0],) or parts == (UNTOUCHED[1],):
-            return dequantized(self.path, self._header.tensors[parts[0]], dtype, self.bytes_read).reshape(shape)
+            return dequantized(self._header.tensors[parts[0]], dtype, self.bytes_read).reshape(shape)
         value = self._processed(name, parts).to(dtype).contiguous()
         if tuple(value.shape) != shape:
             raise SourceError(f"tensor {name} became {list(value.shape)} instead of {list(shape)} when converted")
@@ -85,7 +88,7 @@ class GgufCheckpoint(Checkpoint):
     def digest(self, name: str) -> str:
         """XXH3-128 of the bytes of a tensor, by its name in the file, as they are now; as hex."""
         tensor = lookup(self._header.tensors, name)
-        return stored_digest(name, self.path, tensor.start, tensor.nbytes)
+        return stored_digest(name, tensor.path, tensor.start, tensor.nbytes)
 
     @property
     def packed(self) -> list[str]:
@@ -99,7 +102,7 @@ class GgufCheckpoint(Checkpoint):
 
         merged: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for part in parts:
-            plain = dequantized(self.path, self._header.tensors[part], torch.float32, self.bytes_read).numpy()
+            plain = dequantized(self._header.tensors[part], torch.float32, self.bytes_read).numpy()
             result = self._processor.process(
                 weights=plain, name=part, tensor_key_mapping=self._name_map, parsed_parameters=merged
             )
@@ -132,22 +135,18 @@ class GgufCheckpoint(Checkpoint):
     def _tokenizer_files(self) -> dict[str, bytes]:
         """What transformers writes for the tokenizer in the metadata."""
         with TemporaryDirectory() as folder:
-            gguf_tokenizer(self.path, self.source).save_pretrained(folder)
+            gguf_tokenizer(self._header.path, self.source).save_pretrained(folder)
             return {entry.name: entry.read_bytes() for entry in Path(folder).iterdir() if entry.is_file()}
 
     def _head_bytes(self) -> Iterator[bytes]:
         """Everything before the tensors, in pieces of 1 MiB."""
-        left = self._header.data_start
-        with self.path.open("rb") as file:
-            while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                left -= len(piece)
-                yield piece
+        return head_bytes(self._header)
 
     def _sample(self, names: list[str], length: int) -> Iterator[tuple[str, bytes]]:
         """First bytes of each tensor as the file stores it; of merged tensors, of every part."""
         for name in names:
             stored = (self._header.tensors[part] for part in self._parts[name])
-            parts = ((name, self.path, tensor.start, tensor.nbytes) for tensor in stored)
+            parts = ((name, tensor.path, tensor.start, tensor.nbytes) for tensor in stored)
             yield name, b"".join(raw for _, raw in sample(parts, length))
 
 
@@ -203,6 +202,8 @@ def _full_config(header: GgufHeader, parsed: dict[str, Any], dtype: str) -> dict
 
     content = {key: _short(value) for key, value in parsed.items() if key != "_model_name_or_path"}
     content.update(_table_sizes(header, content))
+    if header.parts[1:]:  # transformers looks for the head in the first part alone
+        content["tie_word_embeddings"] = "output.weight" not in header.tensors
     content.update(restore_rope(header, content))
     model_type = content["model_type"]
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -1,11 +1,12 @@
 """The bytes of a GGUF file: tensor headers checked against the file's length, tensors read and dequantized by rows.
 
 The headers are parsed by gguf's own reader, which maps the file into memory; it is asked for headers only and let go,
-and tensors are read with plain reads, so that no mapped page stays resident.
+and tensors are read with plain reads, so that no mapped page stays resident. Parts of a split file are read as one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
-from outlierq.load.source.shards import AGAIN, read_exactly
+from outlierq.load.source.shards import AGAIN, read_exactly, reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,8 @@ VALUES_PER_RUN = 1 << 24
 class GgufTensor:
     """One tensor of the file. type: ggml type name ("Q4_K"). shape: row-major (GGUF itself writes it reversed).
 
-    start: offset of its first byte in the file. row_bytes: stored bytes of one row of the last dimension.
+    start: offset of its first byte in the file. row_bytes: stored bytes of one row of the last dimension, 0 of a type
+    that is not known; its nbytes then reach to the next tensor. number: ggml's of the type. path: the file.
     """
 
     name: str
@@ -42,20 +44,30 @@ class GgufTensor:
     start: int
     nbytes: int
     row_bytes: int
+    number: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the tensor bytes, `data_start` of them. fields: metadata by key, arrays left out."""
+    """What stands before the tensor bytes, `data_start` of them. fields: metadata by key, arrays left out.
+
+    path: the file, of a split one the first. keys: where each key and its value lie in it, [start, end). version: of
+    the format. alignment: of tensors, in bytes. parts: all files.
+    """
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
     data_start: int
+    keys: dict[str, tuple[int, int]]
+    version: int
+    alignment: int
+    parts: tuple[Path, ...]
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Metadata and tensor headers; SourceError when the file is not GGUF, damaged, cut off or one part of several."""
+    """Metadata and tensor headers of one file; SourceError when it is not GGUF, damaged or cut off."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -67,20 +79,29 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         reader = _headers_only()(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if field.data}
+        keys, version = _key_spans(reader), int(reader.fields["GGUF.version"].contents())
         entries, byte_order, data_start = reader.entries, reader.byte_order, int(reader.data_offset)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise SourceError(f"the header of {path.name} cannot be read: {error}", hint=AGAIN) from error
     if byte_order != "I":
         raise SourceError(f"{path.name} is a big-endian GGUF file", hint="convert it to little-endian")
-    parts = fields.get("split.count", 1)
-    if not isinstance(parts, int) or parts > 1:
-        raise SourceError(
-            f"{path.name} is one of {parts} parts of a GGUF file",
-            hint="join the parts first: llama-gguf-split --merge FIRST_PART OUTPUT",
-        )
-    tensors = {entry[0]: _tensor(path, *entry) for entry in entries}
+    tensors = {entry[0]: _tensor(path, *entry) for entry in _with_ends(path, entries)}
     _check_bounds(path, tensors, data_start)
-    return GgufHeader(path, fields, tensors, data_start)
+    return GgufHeader(path, fields, tensors, data_start, keys, version, int(reader.alignment), (path,))
+
+
+def _key_spans(reader: Any) -> dict[str, tuple[int, int]]:
+    """[start, end) of each key with its value, as the file has them one behind the other."""
+    fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
+    ends = [field.offset for field in fields[1:]] + [reader.keys_end]
+    return {field.name: (int(field.offset), int(end)) for field, end in zip(fields, ends, strict=True)}
+
+
+def _with_ends(path: Path, entries: list[tuple[str, int, tuple[int, ...], int]]) -> list[tuple[Any, ...]]:
+    """The entries with the byte at which the next tensor, or the file, begins or ends."""
+    starts = sorted(entry[3] for entry in entries) + [path.stat().st_size]
+    following = dict(zip(starts, starts[1:], strict=False))
+    return [(*entry, following[entry[3]]) for entry in entries]
 
 
 def _headers_only() -> type:
@@ -93,7 +114,11 @@ def _headers_only() -> type:
 
     class HeaderReader(GGUFReader):
         entries: list[tuple[str, int, tuple[int, ...], int]]
-        items = 0
+        items, keys_end = 0, 0
+
+        def _build_tensor_info(self, offs: int, all_tensor_count: int) -> tuple[int, list]:
+            self.keys_end = offs
+            return super()._build_tensor_info(offs, all_tensor_count)
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
             # The slice of a number that the file does not hold is empty, and gguf would go on reading nothing.
@@ -137,24 +162,30 @@ def _headers_only() -> type:
     return HeaderReader
 
 
-def _tensor(path: Path, name: str, kind: int, shape: tuple[int, ...], start: int) -> GgufTensor:
-    """One header, refused when its type is not supported or its rows do not hold whole blocks."""
+def _tensor(path: Path, name: str, kind: int, shape: tuple[int, ...], start: int, following: int) -> GgufTensor:
+    """One header, refused when its rows do not hold whole blocks. following: where the next tensor begins."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    type_name = next((known.name for known in GGMLQuantizationType if known == kind), f"number {kind}")
-    if type_name not in SUPPORTED:
-        raise SourceError(
-            f"tensor {name} in {path.name} has type {type_name}, which is not supported "
-            f"(supported: {', '.join(SUPPORTED)})",
-            hint="take a file of a supported type; the less compressed, the better the result",
-        )
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    known = next((known for known in GGMLQuantizationType if known == kind), None)
+    if known is None:
+        return GgufTensor(name, f"number {kind}", shape, start, max(following - start, 0), 0, kind, path)
+    block, block_bytes = GGML_QUANT_SIZES[known]
     if not 1 <= len(shape) <= MOST_DIMENSIONS or min(shape) < 1 or shape[-1] % block:
         raise SourceError(
             f"tensor {name} in {path.name}: rows of shape {brief(shape)} are no multiple of {block} values"
         )
     row_bytes = shape[-1] // block * block_bytes
-    return GgufTensor(name, type_name, shape, start, prod(shape[:-1]) * row_bytes, row_bytes)
+    return GgufTensor(name, known.name, shape, start, prod(shape[:-1]) * row_bytes, row_bytes, kind, path)
+
+
+def check_decodable(tensor: GgufTensor) -> None:
+    """SourceError for a type whose blocks are not read here; such a tensor can only be carried as it is."""
+    if tensor.type not in SUPPORTED:
+        raise SourceError(
+            f"tensor {tensor.name} in {tensor.path.name} has type {tensor.type}, which is not supported "
+            f"(supported: {', '.join(SUPPORTED)})",
+            hint="take a file of a supported type; the less compressed, the better the result",
+        )
 
 
 def _check_bounds(path: Path, tensors: dict[str, GgufTensor], begin: int) -> None:
@@ -171,35 +202,66 @@ def _check_bounds(path: Path, tensors: dict[str, GgufTensor], begin: int) -> Non
         )
 
 
-def dequantized(
-    path: Path, tensor: GgufTensor, dtype: torch.dtype, digests: dict[str, str] | None = None
-) -> torch.Tensor:
+def dequantized(tensor: GgufTensor, dtype: torch.dtype, digests: dict[str, str] | None = None) -> torch.Tensor:
     """The values in `dtype`, in the shape of the header; exact float32 values are computed run by run, rounded once.
 
-    digests: gets the XXH3-128 of the tensor's bytes.
+    digests: gets the XXH3-128 of the tensor's bytes. SourceError for a type that is not read here.
     """
-    import numpy as np
     import torch
-    import xxhash
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
 
     rows = prod(tensor.shape[:-1])
     values = torch.empty((rows, tensor.shape[-1]), dtype=dtype)
-    run = max(1, VALUES_PER_RUN // tensor.shape[-1])
+    first = 0
+    for piece in dequantized_rows(tensor, max(1, VALUES_PER_RUN // tensor.shape[-1]), digests):
+        values[first : first + len(piece)] = piece
+        first += len(piece)
+    return values.reshape(tensor.shape)
+
+
+def dequantized_rows(
+    tensor: GgufTensor, count: int, digests: dict[str, str] | None = None
+) -> Iterator[torch.Tensor]:
+    """Float32 rows [<= count, in] of all but the last dimension, in order. digests: as above, after the last row."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    check_decodable(tensor)
+    for raw in raw_rows(tensor, count, digests):
+        plain = dequantize(raw.numpy().view(_plain_dtype(tensor.type)), GGMLQuantizationType[tensor.type])
+        yield torch.from_numpy(np.ascontiguousarray(plain))
+
+
+def raw_rows(tensor: GgufTensor, count: int, digests: dict[str, str] | None = None) -> Iterator[torch.Tensor]:
+    """Uint8 rows [<= count, bytes of a row] as they are stored, in order; a type that is not known is one row.
+
+    digests: as above, after the last row.
+    """
+    import torch
+    import xxhash
+
+    width = tensor.row_bytes or tensor.nbytes
+    rows = tensor.nbytes // width if width else 0
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        for first in range(0, rows, run):
-            count = min(run, rows - first)
-            raw = np.empty((count, tensor.row_bytes), np.uint8)
-            start = tensor.start + first * tensor.row_bytes
-            read_exactly(file, start, memoryview(raw).cast("B"), tensor.name, path)
-            digest.update(memoryview(raw).cast("B"))
-            plain = dequantize(raw.view(_plain_dtype(tensor.type)), GGMLQuantizationType[tensor.type])
-            values[first : first + count] = torch.from_numpy(np.ascontiguousarray(plain))
+    with reading(tensor.path), tensor.path.open("rb", buffering=0) as file:
+        for first in range(0, rows, count):
+            raw = torch.empty((min(count, rows - first), width), dtype=torch.uint8)
+            memory = memoryview(raw.numpy()).cast("B")
+            read_exactly(file, tensor.start + first * width, memory, tensor.name, tensor.path)
+            digest.update(memory)
+            yield raw
     if digests is not None:
         digests.setdefault(tensor.name, digest.hexdigest())
-    return values.reshape(tensor.shape)
+
+
+def head_bytes(header: GgufHeader) -> Iterator[bytes]:
+    """Everything before the tensors of the first part, in pieces of 1 MiB."""
+    left = header.data_start
+    with header.path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            left -= len(piece)
+            yield piece
 
 
 def _plain_dtype(type_name: str) -> str:

@@ -45,7 +45,7 @@ def _llama3(header: GgufHeader, config: dict[str, Any], theta: float) -> dict[st
     """Llama 3 scaling, taken only when its formula gives back the factors that the file stores."""
     import torch
 
-    stored = dequantized(header.path, header.tensors["rope_freqs.weight"], torch.float32).flatten()
+    stored = dequantized(header.tensors["rope_freqs.weight"], torch.float32).flatten()
     if bool((stored == 1).all()):
         return {}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
