@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,37 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+@dataclass(frozen=True)
+class FrameTensor:
+    """One tensor of a frame. shape: row-major. type: ggml's name. number: ggml's number of the type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Everything of a GGUF file but the bytes of its tensors. source: the file, as people call it.
+
+    keys: each key with its value, as bytes of the file, without those of a split. version: of the format. alignment:
+    of tensors, in bytes. tensors: in file order. own_names: the tensors of the checkpoint have the names of the file.
+    """
+
+    source: str
+    keys: Mapping[str, bytes]
+    version: int
+    alignment: int
+    tensors: tuple[FrameTensor, ...]
+    own_names: bool
+
+    @cached_property
+    def by_name(self) -> Mapping[str, FrameTensor]:
+        """The tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
 
 
 # Bytes; a vocabulary has some 30 MB.
@@ -120,6 +152,7 @@ class Checkpoint(TensorSource):
     reads_rows: whether `read_rows` and `read_some_rows` read no more of a file than what they give.
     most_threads: how many threads may read at a time, None for any number.
     trust_remote_code: whether Python code that comes with the checkpoint may run.
+    frame: of a GGUF file that results are written into, None where there is none.
     """
 
     source: str
@@ -134,6 +167,7 @@ class Checkpoint(TensorSource):
     reads_rows: bool = False
     most_threads: int | None = None
     trust_remote_code: bool = False
+    frame: Frame | None = None
 
     @property
     @abstractmethod
@@ -204,6 +238,10 @@ class Checkpoint(TensorSource):
         """XXH3-128 of a tensor's stored bytes as they are now, as hex; by a name of `bytes_read`."""
         raise KeyError(name)
 
+    def studied(self) -> StudiedModel | None:
+        """The model that a source without a class describes by itself; None where transformers has a class for it."""
+        return None
+
     def make_room(self, structure: Structure, fetching: Callable[[int, int, str], None], *, together: bool) -> None:
         """Tell a source whose weight files come and go which blocks belong together; nothing for others.
 
@@ -228,6 +266,7 @@ class DerivedCheckpoint(Checkpoint):
         self.stamps, self.most_threads = original.stamps, original.most_threads
         self.trust_remote_code = original.trust_remote_code
         self.bytes_read, self.made_of = original.bytes_read, original.made_of
+        self.frame = original.frame
 
     @property
     def files(self) -> tuple[CarriedFile, ...]:

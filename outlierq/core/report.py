@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import OutlierqError
@@ -28,6 +29,11 @@ class Shown:
         """HTML for a notebook; None, which lets it fall back on `repr`, where nobody draws this kind of value."""
         draw = DRAWN.get(type(self).__name__)
         return None if draw is None else draw(self)
+
+
+def report_of_file(file: Path) -> Path:
+    """Where the report of a result stands that is one file and no folder."""
+    return file.with_name(f"{file.name}.{REPORT_NAME}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from outlierq.core.errors import OutputError
 from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
@@ -51,6 +51,11 @@ class Format(FormatLimits, ABC):
     def __post_init__(self) -> None:
         """OutlierqError where a library that the format needs is not installed."""
         return
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The format for the model of a checkpoint."""
+        return cls(checkpoint.config)
 
     @abstractmethod
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:

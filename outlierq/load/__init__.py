@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.decode import served as served
     from outlierq.load.decode import unpacked as unpacked
     from outlierq.load.gguf.file import read_gguf_header as read_gguf_header
+    from outlierq.load.gguf.frame import FramedCheckpoint as FramedCheckpoint
     from outlierq.load.gguf.tokenizer import stored_token_types as stored_token_types
     from outlierq.load.gguf.tokenizer import stored_tokens as stored_tokens
     from outlierq.load.model.architecture import declared_class as declared_class
@@ -94,6 +95,7 @@ _HOMES = {
     "presented": "decode",
     "read_headers": "decode",
     "served": "decode",
+    "FramedCheckpoint": "gguf.frame",
     "read_gguf_header": "gguf.file",
     "changed_files": "record",
     "changed_since_run": "record",

@@ -11,7 +11,7 @@ from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.machine.own_files import is_name_below
 from outlierq.core.machine.record import OF_TENSORS, PIECE_BYTES, digest_of_tensors, file_entry, signature_of
 from outlierq.core.machine.untrusted import json_object
-from outlierq.core.report import REPORT_NAME, Report
+from outlierq.core.report import REPORT_NAME, Report, report_of_file
 from outlierq.load.decode import read_headers
 from outlierq.load.source.shards import StoredTensor
 
@@ -34,14 +34,22 @@ def report_beside(path: Path) -> Report | None:
     """The report of the run that wrote a folder, or a GGUF file; None where there is none. OutlierqError when it cannot
     be read.
     """
-    folder = path if path.is_dir() else path.parent
-    if not (folder / REPORT_NAME).is_file():
+    stored = _report_file(path)
+    if not stored.is_file():
         return None
     try:
-        report = Report.from_dict(json_object((folder / REPORT_NAME).read_bytes(), REPORT_NAME))
+        report = Report.from_dict(json_object(stored.read_bytes(), stored.name))
     except OSError as error:
-        raise SourceError(f"{REPORT_NAME} cannot be read: {error}") from error
+        raise SourceError(f"{stored.name} cannot be read: {error}") from error
     return report if path.is_dir() or report.record is None or path.name in _files(report) else None
+
+
+def _report_file(path: Path) -> Path:
+    """Where the report of a folder or file stands, if there is one: of a file beside it, or with its folder."""
+    if path.is_dir():
+        return path / REPORT_NAME
+    own = report_of_file(path)
+    return own if own.is_file() else path.with_name(REPORT_NAME)
 
 
 def check_recorded(checkpoint: Checkpoint, *, read_weights: bool = True) -> None:
@@ -63,27 +71,28 @@ def changed_since_run(checkpoint: Checkpoint, *, read_weights: bool = True) -> l
     if checkpoint.digests:
         return []
     report = report_beside(checkpoint.path)
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return [] if report is None else list(changed_files(folder, report, read_weights=read_weights))
+    return [] if report is None else list(changed_files(checkpoint.path, report, read_weights=read_weights))
 
 
-def changed_files(folder: Path, report: Report, *, read_weights: bool = True) -> Iterator[tuple[str, str]]:
+def changed_files(path: Path, report: Report, *, read_weights: bool = True) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) for every file that is not what the report's record says; none without a record.
 
-    read_weights: as of `check_recorded`. SourceError when a weight file cannot be read.
+    path: the folder, or the GGUF file. read_weights: as of `check_recorded`. SourceError when a file cannot be read.
     """
     record = report.record
     if record is None:
         return
-    stored = folder / REPORT_NAME
-    content = json_object(stored.read_bytes(), REPORT_NAME) if stored.is_file() else report.to_dict()
+    stored, folder = _report_file(path), path if path.is_dir() else path.parent
+    content = json_object(stored.read_bytes(), stored.name) if stored.is_file() else report.to_dict()
     if record.get("signed") != signature_of(content):
-        yield REPORT_NAME, "was changed since the run: its signature is that of another content"
+        yield stored.name, "was changed since the run: its signature is that of another content"
     files = _files(report)
     for name, entry in files.items():
         what = _difference(folder, name, entry if isinstance(entry, Mapping) else {}, read_weights)
         if what and not is_prose(name):
             yield name, what
+    if stored.name != REPORT_NAME:
+        return  # of one file, in a folder that others lie in, too
     for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
         if name not in files and READ_BY_PROGRAMS.fullmatch(name):
             yield name, "was not written by the run, and programs that load the folder may read it"

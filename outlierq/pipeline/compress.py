@@ -12,10 +12,11 @@ from outlierq.core.errors import ArgumentError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
 from outlierq.load import check_recorded, open_checkpoint, reading_ahead
-from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of
+from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of, format_of
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.convert import convert, make_conversion
 from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
+from outlierq.pipeline.ledger.single import file_of, folder_for, put_in_place
 from outlierq.pipeline.measuring.measure import (
     Measurement,
     check_measurement,
@@ -62,6 +63,15 @@ def compress(
     (`report.evaluation.passed`), and is no error. Several processes share the work; what the lead measured is not in
     the report of the others.
     """
+    file = file_of(folder_of(out), format_of(request))
+    if file is not None:
+        report = _into_folder(source.in_its_frame(request), request, folder_for(file), run, resources)
+        return put_in_place(folder_for(file), file, report) if resources.ranks.lead else report
+    return _into_folder(source.in_its_frame(request), request, folder_of(out), run, resources)
+
+
+def _into_folder(source: Source, request: Request, out: Path, run: Run, resources: Resources) -> Report:
+    """The same, into a folder."""
     with source.opened_for(folder_of(out), restart=run.restart) as checkpoint:
         if isinstance(request, FormatAlone):
             if request.converts(checkpoint):

@@ -129,7 +129,7 @@ def make_conversion(
     packed = [site for site in structure.sites if site.weight in source.linears]
     schemes = _schemes(source, packed, listen)
     sites = tuple(SitePlan(site, schemes.get(site), "" if site in schemes else "kept") for site in structure.sites)
-    target = format_type(format)(source.config)
+    target = format_type(format).of(source)
     faults = {site: target.obstacle(site, scheme) for site, scheme in schemes.items()}
     wrong = [(site, fault) for site, fault in faults.items() if fault]
     if wrong:

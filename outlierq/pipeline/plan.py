@@ -35,7 +35,7 @@ def plan(source: Source, request: Request, *, max_memory: str | int | None = Non
 
 def _decided(source: Source, request: Request, listen: Listener) -> Plan:
     """What a run would do."""
-    alone = isinstance(request, FormatAlone)
+    source, alone = source.in_its_frame(request), isinstance(request, FormatAlone)
     checkpoint = source.open() if alone else source.headers()
     if isinstance(request, FormatAlone) and request.converts(checkpoint):
         return make_conversion(checkpoint, request.format, listen=listen)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import OutlierqError, SourceError
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.asked.request import is_gguf
 from outlierq.pipeline.checking.alone.whole import Kin, check_files, check_tensors
 from outlierq.pipeline.checking.codes import codes_of_rows
 from outlierq.pipeline.checking.config import compare_config
@@ -65,14 +66,14 @@ def verify(
 
     source: a folder, a Hub id or a GGUF file, or the folder that `quantize` wrote a GGUF file into.
     """
-    from outlierq.load import described, open_checkpoint
+    from outlierq.load import described
 
     verification = Verification(source=source, original=original)
     reference = None if original is None else _reference(original, trust_remote_code)
     file = _gguf_in(Path(source))
     report = check_record(Path(source), verification) if Path(source).exists() else None
     try:
-        checkpoint = open_checkpoint(str(file or source), trust_remote_code=trust_remote_code)
+        checkpoint = _opened(str(file or source), trust_remote_code, verification)
     except SourceError as error:
         verification.fault("files", "", error.what)
         return verification
@@ -87,7 +88,7 @@ def verify(
     check_files(checkpoint, verification, doubts)
     if plain is not None:
         verification.linears = len(plain.packed)
-        studied = _check_places(plain, verification)
+        studied = _check_places(plain, verification) if plain.studied() is None else None
         _check_config(checkpoint, plain, config, studied, verification)
         check_tensors(checkpoint, plain, config, report, studied, verification)
         tokens = _check_tokens(checkpoint, studied, verification)
@@ -113,9 +114,23 @@ def _gguf_in(folder: Path) -> Path | None:
 
 def _reference(original: str, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint to compare with; SourceError when it cannot be read, which is no fault of the other."""
-    from outlierq.load import open_checkpoint, served
+    from outlierq.load import served
 
-    return served(open_checkpoint(original, trust_remote_code=trust_remote_code))
+    return served(_opened(original, trust_remote_code, Findings()))
+
+
+def _opened(source: str, trust_remote_code: bool, findings: Findings) -> Checkpoint:
+    """The checkpoint; a GGUF file that transformers cannot read, under its own names. SourceError for damaged ones."""
+    from outlierq.load import FramedCheckpoint, open_checkpoint
+
+    try:
+        return open_checkpoint(source, trust_remote_code=trust_remote_code)
+    except SourceError as error:
+        if not is_gguf(Path(source)):
+            raise
+        checkpoint = FramedCheckpoint(Path(source), source=source)
+        findings.note(f"checked under the names of the file, without config and tokenizer: {error.what}")
+        return checkpoint.decoding(checkpoint.decodable)
 
 
 def _decoded(checkpoint: Checkpoint, findings: Findings) -> Checkpoint | None:

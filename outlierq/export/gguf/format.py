@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from outlierq.core.errors import RecipeError
 from outlierq.core.machine.installed import needs_extra
-from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
+from outlierq.core.model import Checkpoint, Frame, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import byte_codes
 from outlierq.export.format import Format, Sites, TensorSpec
-from outlierq.export.gguf.header import ARCHITECTURES, gguf_header, rope_factors
+from outlierq.export.gguf.framed import framed_header
+from outlierq.export.gguf.header import ARCHITECTURES, file_type, gguf_header, rope_factors
 from outlierq.export.layout import Layout, OutputTensor, Place
 from outlierq.ops.compiled import packing as native_packing
 from outlierq.ops.packing import e2m1_codes, interleave, pack_halves
@@ -74,14 +75,25 @@ def _held_as(scheme: QuantScheme) -> str:
     return kind
 
 
+@dataclass(frozen=True)
 class GgufFormat(Format, name="gguf"):
-    """One file. Names and the order of some rows depend on the architecture that the config names."""
+    """One file. Names and the order of some rows depend on the architecture that the config names.
+
+    frame: of the file that everything but the weights is taken from, None where the config and tokenizer tell it.
+    """
+
+    frame: Frame | None = None
 
     scale_dtype = "float16"
     reads_back = False  # tensors have other names and orders there
     container = "gguf"
     copies_rows = False
     no_new_biases = "llama.cpp reads of most architectures only the biases that their models usually have"
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The format for the model of a checkpoint, in the frame that it has."""
+        return cls(checkpoint.config, checkpoint.frame)
 
     @classmethod
     def scheme_faults(cls, scheme: QuantScheme) -> list[str]:
@@ -121,14 +133,18 @@ class GgufFormat(Format, name="gguf"):
         """One tensor of bytes: [out, bytes of a row]."""
         columns, nbytes = BLOCKS[_held_as(scheme)]
         row = site.in_features // columns * nbytes
-        return [(gguf_name(site.weight), "U8", (site.out_features, row))]
+        return [(self._name(site.weight), "U8", (site.out_features, row))]
 
     def plain_spec(self, info: TensorInfo) -> TensorSpec:
         """What becomes of a tensor that is not quantized: vectors are float32 in every GGUF file."""
+        if self._in_own_names:
+            return info.name, info.dtype, info.shape
         return gguf_name(info.name), "F32" if len(info.shape) == 1 else info.dtype, info.shape
 
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """The tensor of `plain_spec`, in the same shape; rows in the order of the file."""
+        if self._in_own_names:
+            return name, tensor
         name = gguf_name(name)
         heads = self._heads(name)
         tensor = tensor if heads is None else tensor[_rotated_rows(len(tensor), heads)]
@@ -136,7 +152,7 @@ class GgufFormat(Format, name="gguf"):
 
     def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
         """The tensor of `tensor_specs`: blocks, uint8 [out, bytes of a row]."""
-        name = gguf_name(site.weight)
+        name = self._name(site.weight)
         heads = self._heads(name)
         return {
             name: encode_blocks(site, quantized, None if heads is None else _rotated_rows(site.out_features, heads))
@@ -146,12 +162,25 @@ class GgufFormat(Format, name="gguf"):
         """What a decoder must know beside the bytes: the heads over which rows are reordered, 0 when they are not."""
         import torch
 
-        return {"heads": torch.tensor(self._heads(gguf_name(site.weight)) or 0)}
+        return {"heads": torch.tensor(self._heads(self._name(site.weight)) or 0)}
+
+    @property
+    def _in_own_names(self) -> bool:
+        """Whether the tensors of the model are those of the file that the frame is of."""
+        return self.frame is not None and self.frame.own_names
+
+    def _name(self, name: str) -> str:
+        """The name of a tensor in the file."""
+        return name if self._in_own_names else gguf_name(name)
 
     def _heads(self, name: str) -> int | None:
         """Number of heads whose rows the file has in rotary order, None where rows are in the model's order."""
         part = name.split(".")[-2]
-        if part not in ROTATED or ARCHITECTURES.get(str(self.config.get("model_type"))) != "llama":
+        if (
+            self._in_own_names
+            or part not in ROTATED
+            or ARCHITECTURES.get(str(self.config.get("model_type"))) != "llama"
+        ):
             return None
         return int(self.config.get(ROTATED[part]) or self.config["num_attention_heads"])
 
@@ -161,7 +190,9 @@ class GgufFormat(Format, name="gguf"):
         """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes."""
         import numpy as np
 
-        types = {gguf_name(site.weight): _held_as(scheme) for site, scheme in schemes.items()}
+        types = {self._name(site.weight): _held_as(scheme) for site, scheme in schemes.items()}
+        if self.frame is not None and self._in_own_names:
+            return _framed_layout(self.frame, tensors, types)
         factors = np.array(rope_factors(source.config), "<f4")
         own = [OutputTensor(ROPE_FACTORS, "F32", factors.shape, HEADER)] if factors.size else []
         entries = [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in (*own, *tensors)]
@@ -184,6 +215,25 @@ class GgufFormat(Format, name="gguf"):
 
     def quantization_config(self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None) -> None:
         """GGUF files have no config.json."""
+
+
+def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping[str, str]) -> Layout:
+    """The layout in a frame: tensors in its order. types: ggml's of those that are quantized, by name."""
+    from gguf import GGMLQuantizationType
+
+    outputs = {tensor.name: tensor for tensor in tensors}
+    entries = []
+    for tensor in frame.tensors:
+        kind = types.get(tensor.name, tensor.type)
+        number = int(GGMLQuantizationType[kind]) if tensor.name in types else tensor.number
+        entries.append((replace(tensor, type=kind, number=number), outputs[tensor.name].nbytes))
+    most = file_type((tensor.type, nbytes) for tensor, nbytes in entries if tensor.name in types) if types else None
+    header = framed_header(frame, entries, most)
+    offset, places = len(header), {}
+    for tensor, nbytes in entries:
+        places[tensor.name] = Place(outputs[tensor.name], FILE_NAME, offset)
+        offset += nbytes + -nbytes % frame.alignment
+    return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset})
 
 
 def encode_blocks(site: LinearSite, quantized: QuantTensor, order: torch.Tensor | None = None) -> torch.Tensor:

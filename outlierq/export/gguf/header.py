@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from math import pi
 from pathlib import Path
@@ -146,7 +146,7 @@ def rope_factors(config: Mapping[str, Any]) -> list[float]:
 
 def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
     """Sizes and constants of the architecture."""
-    from gguf import LlamaFileType, RopeScalingType
+    from gguf import RopeScalingType
 
     config = checkpoint.config
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -171,12 +171,19 @@ def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[Hea
     if head_dim != hidden // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    writer.add_file_type(file_type((kind, nbytes) for _, kind, _, nbytes in tensors))
+
+
+def file_type(tensors: Iterable[tuple[str, int]]) -> int:
+    """llama.cpp's number of the type of most weights, of packed ones where there are any. tensors: (type, bytes)."""
+    from gguf import LlamaFileType
+
     bytes_of: dict[str, int] = {}
-    for _, kind, _, nbytes in tensors:
+    for kind, nbytes in tensors:
         bytes_of[kind] = bytes_of.get(kind, 0) + nbytes
     packed = [kind for kind in bytes_of if kind.startswith(PACKED)]
     most = max(packed or bytes_of, key=lambda kind: bytes_of[kind])
-    writer.add_file_type(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
+    return int(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
 
 
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...]:

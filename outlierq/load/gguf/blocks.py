@@ -7,6 +7,7 @@ superblock of Q4_K stands for 256 columns, see `_superblock_rows`.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,17 @@ PLAIN = ("F32", "F16", "BF16")
 
 @reads_headers("gguf")
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file as the bytes that lie there: packed ones as U8 [rows, bytes of a row]."""
+    """Every tensor of the file as the bytes that lie there: packed ones as U8 [rows, bytes of a row], several matrices
+    as one of all their rows.
+    """
     tensors = {}
     for tensor in read_gguf_header(path).tensors.values():
         dtype, shape = tensor.type, tensor.shape
         if dtype not in PLAIN:
-            dtype, shape = "U8", (tensor.nbytes // tensor.row_bytes, tensor.row_bytes)
+            width = tensor.row_bytes or tensor.nbytes
+            dtype, shape = "U8", (tensor.nbytes // width if width else 0, width)
+        elif len(shape) > 2:
+            shape = (prod(shape[:-1]), shape[-1])
         tensors[tensor.name] = StoredTensor(TensorInfo(tensor.name, dtype, shape, tensor.nbytes), path, tensor.start)
     return tensors
 

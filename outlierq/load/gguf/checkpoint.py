@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.load.gguf.file import GgufHeader, check_decodable, dequantized, head_bytes
+from outlierq.load.gguf.frame import frame_of
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.split import read_gguf
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
@@ -39,7 +40,7 @@ UNTOUCHED = ("token_embd.weight", "output.weight")
 class GgufCheckpoint(Checkpoint):
     """A GGUF file; `read` dequantizes to `dtype`.
 
-    path: the file, or any part of a split one. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
+    path: the file, or a part of a split one. dtype: "bfloat16", or that of the matrices when all are plain F16 or F32.
     """
 
     kind = "gguf"
@@ -58,6 +59,7 @@ class GgufCheckpoint(Checkpoint):
         # Until the names are known, which takes the skeleton, the tensors are those of the file.
         self.tensors = {t.name: TensorInfo(t.name, t.type, t.shape, t.nbytes) for t in self._header.tensors.values()}
         self._parts, self.tensors = self._named_tensors()
+        self.frame = frame_of(self._header, own_names=False)
 
     @cached_property
     def files(self) -> tuple[CarriedFile, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,8 @@ def _key_spans(reader: Any) -> dict[str, tuple[int, int]]:
 
 def _with_ends(path: Path, entries: list[tuple[str, int, tuple[int, ...], int]]) -> list[tuple[Any, ...]]:
     """The entries with the byte at which the next tensor, or the file, begins or ends."""
-    starts = sorted(entry[3] for entry in entries) + [path.stat().st_size]
-    following = dict(zip(starts, starts[1:], strict=False))
+    starts = [*sorted(entry[3] for entry in entries), path.stat().st_size]
+    following = dict(pairwise(starts))
     return [(*entry, following[entry[3]]) for entry in entries]
 
 
@@ -218,9 +219,7 @@ def dequantized(tensor: GgufTensor, dtype: torch.dtype, digests: dict[str, str] 
     return values.reshape(tensor.shape)
 
 
-def dequantized_rows(
-    tensor: GgufTensor, count: int, digests: dict[str, str] | None = None
-) -> Iterator[torch.Tensor]:
+def dequantized_rows(tensor: GgufTensor, count: int, digests: dict[str, str] | None = None) -> Iterator[torch.Tensor]:
     """Float32 rows [<= count, in] of all but the last dimension, in order. digests: as above, after the last row."""
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""Split GGUF files: parts NNNNN-of-NNNNN, which llama.cpp writes and reads; here they are one header with many files."""
+"""Split GGUF files: parts NNNNN-of-NNNNN, as llama.cpp writes and reads them, are one header with many files."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ def misplaced(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[
 
 def refuse_other_model(model: StudiedModel) -> None:
     """SourceError when config.json describes another model than the one whose weights are stored."""
+    if model.checkpoint.studied() is not None:
+        return  # it has no other description
     found = [each for each in misplaced(model.checkpoint, model.skeleton, model.names) if each.is_other_model]
     if not found:
         return

@@ -56,6 +56,11 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     from outlierq.core.machine.building import building
     from outlierq.load.model.classes import made_class
 
+    if checkpoint.studied() is not None:
+        raise SourceError(
+            f"{checkpoint.source} is read under the names of the file, without a class that could run it",
+            hint="start from the Hugging Face model",
+        )
     config = skeleton_config(checkpoint)
     try:
         with building(checkpoint.source):

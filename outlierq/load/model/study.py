@@ -9,6 +9,9 @@ from outlierq.load.model.skeleton import build_skeleton, find_structure
 
 def study(checkpoint: Checkpoint) -> StudiedModel:
     """The model of a checkpoint, without a weight read. SourceError when its parts do not fit together."""
+    own = checkpoint.studied()
+    if own is not None:
+        return own
     skeleton = build_skeleton(checkpoint)
     structure = find_structure(checkpoint, skeleton)
     return StudiedModel(checkpoint, skeleton, structure, checkpoint_names(checkpoint, skeleton))

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,18 @@ class Source:
                 )
         return self.open()
 
+    def in_its_frame(self, request: Request) -> Source:
+        """The same, or a GGUF file under its own names where it becomes another one by a recipe that runs no model: so
+        it needs no class, and all but the weights that are rounded is carried byte for byte."""
+        recipe, path = request, None if isinstance(self.place, Checkpoint) else Path(self.name).expanduser()
+        if isinstance(recipe, FormatAlone) or path is None or not is_gguf(path) or recipe.export.format != "gguf":
+            return self
+        if recipe.needs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
+            return self
+        from outlierq.load import FramedCheckpoint
+
+        return replace(self, place=FramedCheckpoint(path, source=self.name))
+
     @contextmanager
     def opened_for(self, out: Path, *, restart: bool = False) -> Iterator[Checkpoint]:
         """The checkpoint for work whose result goes to `out`; what is streamed lies beside it, and stays for a run that
@@ -98,6 +110,11 @@ class FormatAlone:
 
 
 Request = Recipe | FormatAlone
+
+
+def format_of(request: Request) -> str:
+    """The format of the result."""
+    return request.format if isinstance(request, FormatAlone) else request.export.format
 
 
 def request(
@@ -149,6 +166,14 @@ def known_format(format: str) -> str:
     if format not in formats():
         raise ArgumentError(f"{format!r} is not a format; choose one of {', '.join(formats())}", argument="format")
     return format
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def folder_of(place: str | os.PathLike[str]) -> Path:

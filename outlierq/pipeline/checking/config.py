@@ -13,7 +13,7 @@ from outlierq.core.machine.untrusted import brief
 from outlierq.pipeline.checking.finding import Findings
 
 if TYPE_CHECKING:
-    from outlierq.core.model import Checkpoint
+    from outlierq.core.model import Checkpoint, Frame
 
 CHECK = "config"
 # Keys that change nothing of what the model computes: how it was trained, stored or called.
@@ -23,6 +23,8 @@ HARMLESS = re.compile(
     r"|label2id|problem_type|.*aux_loss.*|auto_map|is_encoder_decoder|chunk_size_feed_forward|tokenizer_class|.*pdrop"
     r"|finetuning_task|task_specific_params|torchscript|summary_\w+|architectures|unsloth\w*|use_bfloat16|experts_implementation"
 )
+# Keys of GGUF metadata that tell the types of the weights.
+OF_TYPES = ("general.file_type", "general.quantization_version")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -30,6 +32,9 @@ def compare_config(checkpoint: Checkpoint, expected: Checkpoint, findings: Findi
     """Every key that changes the function: rotary settings, eps, activation, heads, positions, token ids, ..."""
     from outlierq.load import skeleton_config
 
+    if checkpoint.frame is not None and expected.frame is not None and checkpoint.studied() is not None:
+        _compare_frames(checkpoint.frame, expected.frame, findings)
+        return
     try:
         ours, theirs = (dict(_leaves(skeleton_config(each).to_dict())) for each in (checkpoint, expected))
     except SourceError as error:
@@ -64,6 +69,17 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _leaves(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
+
+
+def _compare_frames(frame: Frame, source: Frame, findings: Findings) -> None:
+    """Every key of the metadata but those that tell the types of the weights, and the shape of every tensor."""
+    for key in sorted(frame.keys.keys() | source.keys.keys()):
+        if key not in OF_TYPES and frame.keys.get(key) != source.keys.get(key):
+            findings.fault(CHECK, "", f"the metadata {key} is not that of the source")
+    for tensor in frame.tensors:
+        meant = source.by_name.get(tensor.name)
+        if meant is not None and meant.shape != tensor.shape:
+            findings.fault(CHECK, tensor.name, f"has shape {list(tensor.shape)}, in the source {list(meant.shape)}")
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -27,6 +27,6 @@ def check_record(path: Path, findings: Findings) -> Report | None:
         return None
     if report.record is None:
         findings.note(f"{REPORT_NAME} keeps no digests of the files (it was written by an earlier version)")
-    for name, what in changed_files(path if path.is_dir() else path.parent, report):
+    for name, what in changed_files(path, report):
         findings.fault(CHECK, name, what)
     return report

@@ -43,7 +43,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     """
     from outlierq.load import refuse_other_model, served
 
-    checkpoint = rewritten(served(checkpoint), recipe, expert_stats=expert_stats)
+    checkpoint = rewritten(served(_decoding(checkpoint, recipe)), recipe, expert_stats=expert_stats)
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model, sites, together = _as_stored(*_decided(checkpoint, recipe), recipe)
     refuse_other_model(model)
@@ -68,11 +68,22 @@ def _with_one_scheme(plan: Plan) -> Plan:
     return other if other.load_fault is not None and other.load_fault[1] else plan
 
 
+def _decoding(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """A GGUF file under its own names with those packed tensors decoded that the recipe rounds anew, no others."""
+    from outlierq.load import FramedCheckpoint
+
+    if not isinstance(checkpoint, FramedCheckpoint):
+        return checkpoint
+    _, sites = _decided(checkpoint, recipe)
+    rounded = {p.site.weight for p in sites if p.scheme is not None}
+    return checkpoint.decoding(rounded.intersection(checkpoint.packed))
+
+
 def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tuple[SitePlan, ...]]:
     """The model, and what becomes of each of its linears."""
     from outlierq.load import study
 
-    model, format = study(checkpoint), format_type(recipe.export.format)(checkpoint.config)
+    model, format = study(checkpoint), format_type(recipe.export.format).of(checkpoint)
     sites = [plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites]
     if recipe.quantize is not None:
         sites = loadable_experts(sites, model, recipe.quantize)
@@ -126,7 +137,7 @@ def assembled(
     from outlierq.load import packed_fault
 
     checkpoint = model.checkpoint
-    format = format_type(recipe.export.format)(checkpoint.config)
+    format = format_type(recipe.export.format).of(checkpoint)
     _check_together(sites, format)
     tensors = _output_tensors(model, sites, format, caches)
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}

@@ -98,7 +98,7 @@ class Plan(Shown):
     @cached_property
     def format(self) -> Format:
         """The format of the output, made for this model."""
-        return format_type(self.recipe.export.format)(self.checkpoint.config)
+        return format_type(self.recipe.export.format).of(self.checkpoint)
 
     @property
     def checkpoint(self) -> Checkpoint:
