@@ -52,6 +52,7 @@ EXPORTS: dict[str, tuple[str, list[str]]] = {
     "smoothquant": ("smoothquant-w8a8", []),
     "rotated": ("rotate-w4a8", []),
     "kv-fp8": ("kv-fp8", []),
+    "mixture": ("rtn-w4", ["quantize.group_size=32"]),
 }
 # Plain tensors, config, tokenizer and files are tried in these: without folds, with folds, rotated.
 EVERYTHING = ("compressed-tensors", "awq-folded", "rotated")
@@ -60,8 +61,7 @@ STATES = ("as it is", "signed again", "no report")
 
 def write_source(folder: Path, *, biases: bool = True) -> Path:
     """A random Llama of 2 blocks with 256 channels, random gains and biases, and a tokenizer with merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -77,6 +77,30 @@ def write_source(folder: Path, *, biases: bool = True) -> Path:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+    return _saved(model, folder)
+
+
+def write_mixture(folder: Path) -> Path:
+    """A random Qwen3-MoE of 2 blocks with 256 channels and 4 experts each, of which a token takes 2."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=320, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=4, num_experts_per_tok=2,
+            norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=1,
+            eos_token_id=2, initializer_range=0.05,
+        )
+    )  # fmt: skip
+    return _saved(model, folder)
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    """The model in bfloat16, with a tokenizer that knows some merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, do_sample=True, temperature=0.7)
     model.to(torch.bfloat16).save_pretrained(folder)
     made = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -92,9 +116,10 @@ def write_source(folder: Path, *, biases: bool = True) -> Path:
     return folder
 
 
-def source_of(source: Path, recipe: str) -> Path:
-    """The source that a recipe is tried on: readers of GGUF files know no Llama with biases."""
-    return source.parent / "source-of-gguf" if recipe.startswith("gguf") else source
+def source_of(source: Path, name: str) -> Path:
+    """The source for a kind of exports or a recipe: readers of GGUF files know no Llama with biases."""
+    special = {"gguf": "source-of-gguf", "mixture": "source-of-mixtures"}
+    return next((source.parent / place for start, place in special.items() if name.startswith(start)), source)
 
 
 def export(source: Path, out: Path, recipe: str, settings: list[str]) -> Path:
@@ -111,6 +136,10 @@ def export(source: Path, out: Path, recipe: str, settings: list[str]) -> Path:
 
 def faults_of(kind: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Every fault that is planted in exports of one kind, as a function of the copy's folder."""
+    if kind == "mixture":
+        for name, change in planted.of_mixture():
+            yield name, lambda folder, change=change: _plant(folder, change)
+        return
     if kind == "gguf":
         for name, change in planted.of_gguf():
             yield name, lambda folder, change=change: change(next(folder.glob("*.gguf")))
@@ -185,7 +214,7 @@ def plant(source: Path, work: Path, kinds: list[str]) -> list[dict[str, Any]]:
     """Every fault of these kinds with what was found."""
     rows = []
     for kind in kinds:
-        origin = source_of(source, EXPORTS[kind][0])
+        origin = source_of(source, kind)
         clean = export(origin, work / kind, *EXPORTS[kind])
         for name, change in faults_of(kind):
             copy = Path(shutil.copytree(clean, work / "copy"))
@@ -210,7 +239,7 @@ def clean_exports(source: Path, work: Path) -> dict[str, dict[str, list[str]]]:
     asked = {f"recipe {name}": (name, []) for name in shipped()} | EXPORTS
     for name, (recipe, settings) in asked.items():
         try:
-            origin = source_of(source, recipe)
+            origin = source_of(source, name.removeprefix("recipe "))
             folder = export(origin, work / "clean", recipe, settings)
         except OutlierqError as error:
             print(f"{name}: not for this model: {error.what}")
@@ -270,6 +299,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="planted-") as place:
         source = write_source(Path(place) / "source")
         write_source(Path(place) / "source-of-gguf", biases=False)
+        write_mixture(Path(place) / "source-of-mixtures")
         rows = [] if options.clean else plant(source, Path(place), options.only or list(EXPORTS))
         alarms = clean_exports(source, Path(place)) if options.clean or not options.only else {}
     if options.part:

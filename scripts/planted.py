@@ -485,6 +485,51 @@ FORMATS: dict[str, Callable[[], Iterator[tuple[str, Change]]]] = {
 }
 
 
+EXPERT, OF_OTHER_BLOCK = "model.layers.0.mlp.experts.0", "model.layers.1.mlp.experts.0"
+ROUTER, OTHER_ROUTER = "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"
+
+
+def _experts_exchanged(one: str, other: str) -> Change:
+    def apply(copy: Copy) -> None:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            _exchange(f"{one}.{part}", f"{other}.{part}")(copy)
+
+    return apply
+
+
+def of_mixture() -> Iterator[tuple[str, Change]]:
+    """Experts, their routers, and what the config says of them."""
+    down = f"{EXPERT}.down_proj"
+    yield "two experts exchanged", _experts_exchanged(EXPERT, "model.layers.0.mlp.experts.1")
+    yield "experts of two blocks exchanged", _experts_exchanged(EXPERT, OF_OTHER_BLOCK)
+    yield "gate and up of an expert exchanged", _exchange(f"{EXPERT}.gate_proj", f"{EXPERT}.up_proj")
+    yield "down of two experts exchanged", _exchange(down, "model.layers.0.mlp.experts.2.down_proj")
+    yield "an expert's scales x2", _part(SCALES, _times(2), down)
+    yield "an expert's scales of zero", _part(SCALES, _times(0), down)
+    yield "an expert's codes of zero", _part(CODES, torch.zeros_like, down)
+    yield "an expert's rows in reverse", _part(CODES, _flipped, down)
+    yield "an expert's codes missing", lambda copy: copy.tensors.pop(copy.part(CODES, down))
+    yield (
+        "an expert too many",
+        lambda copy: copy.tensors.update(
+            {n.replace("experts.0", "experts.4"): copy.tensors[n].clone() for n in list(copy.tensors) if EXPERT in n}
+        ),
+    )
+    yield "a router's rows in reverse", _tensor(ROUTER, lambda t: t.flip(0).contiguous())
+    yield "two rows of a router exchanged", _tensor(ROUTER, _swapped(0, 0, 1))
+    yield "a router negative", _tensor(ROUTER, torch.neg)
+    yield "a router of zeros", _tensor(ROUTER, torch.zeros_like)
+    yield "a router x4", _tensor(ROUTER, lambda t: t * 4)
+    yield "routers of two blocks exchanged", _swap(ROUTER, OTHER_ROUTER)
+    yield "a router missing", lambda copy: copy.tensors.pop(ROUTER)
+    yield "a token takes one expert", _set(("num_experts_per_tok",), 1)
+    yield "a token takes more experts than there are", _set(("num_experts_per_tok",), 5)
+    yield "three experts", _set(("num_local_experts",), 3)
+    yield "shares that do not add up to one", _set(("norm_topk_prob",), False)
+    yield "experts of half the width", _set(("moe_intermediate_size",), 64)
+    yield "a block said to be dense", _set(("mlp_only_layers",), [1])
+
+
 def of_gguf() -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Faults of a GGUF file, which is changed in place."""
     weight, other = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"

@@ -49,6 +49,7 @@ FOUND = {
     "int8-split": ("outlier weights of zero", "codes of zero"),
     "w8a8-static": ("input scale x100", "input scales exchanged", "inputs of 4 bits"),
     "kv-fp8": ("v_scale x1000", "cache of 4 bits"),
+    "mixture": ("a router of zeros", "a token takes more experts than there are", "an expert's scales x2"),
     "gguf": (
         "the unit of a superblock x256", "the unit of a superblock negative", "the unit of minima x16",
         "the 6-bit scales of a superblock 0", "embedding of zeros", "another eos",
@@ -62,15 +63,14 @@ def sources(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("planted")
     plant_faults.write_source(place / "source")
     plant_faults.write_source(place / "source-of-gguf", biases=False)
+    plant_faults.write_mixture(place / "source-of-mixtures")
     return place
 
 
 @pytest.mark.parametrize("kind", FOUND)
 def test_planted_faults_are_found_without_source_and_report_and_the_sound_export_has_none(kind, sources, tmp_path):
     recipe, settings = plant_faults.EXPORTS[kind]
-    clean = plant_faults.export(
-        plant_faults.source_of(sources / "source", recipe), tmp_path / "clean", recipe, settings
-    )
+    clean = plant_faults.export(plant_faults.source_of(sources / "source", kind), tmp_path / "clean", recipe, settings)
     (clean / "outlierq.json").unlink()
     assert said(clean) == []
     changes = dict(plant_faults.faults_of(kind))

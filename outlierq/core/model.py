@@ -26,6 +26,8 @@ FLOAT32 = "Float32"
 MADE_OF = "_made_of"
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# And the number of experts chosen for a token.
+TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
 
 
 def sizes(config: PreTrainedConfig, key: str) -> list[int]:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
-from outlierq.core.model import EXPERT_COUNTS, Block, Checkpoint, Structure, TensorInfo
+from outlierq.core.model import EXPERT_COUNTS, TOP_K, Block, Checkpoint, Structure, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 from outlierq.registry import Method
 
 if TYPE_CHECKING:
     import torch
 
-# What configs call the number of experts chosen for a token, and of groups of experts.
-TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+# What configs call the number of groups of experts, and of those chosen for a token.
 GROUPS, TOP_K_GROUPS = "n_group", "topk_group"
 
 
