@@ -10,6 +10,8 @@ import yaml
 
 from outlierq import recipe
 from outlierq.core.errors import RecipeError
+from outlierq.core.gguf.mixes import mixes
+from outlierq.core.gguf.types import block_types
 from outlierq.core.scheme import QuantScheme
 from outlierq.recipe import Calibration, Export, Override, Quantize, Recipe, TextSource, parse, parse_size
 
@@ -66,7 +68,9 @@ def test_the_bits_in_the_name_of_a_shipped_recipe_are_its_bits(name):
     quantize = recipe.load(name).quantize
     named = re.search(r"\bw(\d)|^(?:nv|mx)?fp(\d)|int(\d)|q(\d)_", name)
     assert (quantize is None) == (named is None)
-    assert quantize is None or str(quantize.bits) in named.groups()
+    if quantize is not None:
+        type = mixes()[quantize.mix]["type"] if quantize.mix else quantize.type
+        assert str(block_types()[type].bits if type else quantize.bits) in named.groups()
 
 
 def test_two_shipped_recipes_never_do_the_same():
@@ -468,7 +472,9 @@ def test_the_fingerprint_changes_with_every_key(change):
 
 
 def test_no_key_is_left_out_of_that_test():
-    beside = {recipe.Calibration: {"shards"}}  # may be left to the number of processes; runs keep it themselves
+    types = {"type", "mix", "embeddings"}  # of GGUF, instead of other keys: the next test
+    # The number of shards may be left to the number of processes; runs keep it themselves.
+    beside = {recipe.Calibration: {"shards"}, recipe.Quantize: types, Override: {"type"}}
     for section, settings in CHANGES.items():
         assert settings.keys() == section.model_fields.keys() - beside.get(section, set())
     assert Recipe.model_fields.keys() == {
@@ -481,6 +487,22 @@ def test_no_key_is_left_out_of_that_test():
         "gate",
         "name",
     }
+
+
+def test_the_fingerprint_changes_with_types_of_gguf():
+    prints = [
+        parse(f"quantize: {{method: rtn, {keys}}}\nexport: {{format: gguf}}").fingerprint
+        for keys in (
+            "type: Q4_K",
+            "type: Q5_K",
+            "mix: Q4_K_M",
+            "mix: Q5_K_M",
+            "mix: Q4_K_M, embeddings: Q6_K",
+            "mix: Q4_K_M, overrides: [{match: '*v_proj', type: Q6_K}]",
+            "mix: Q4_K_M, overrides: [{match: '*v_proj', type: Q8_0}]",
+        )
+    ]
+    assert len(set(prints)) == len(prints)
 
 
 def test_the_fingerprint_does_not_change_with_words_order_or_file_name():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from outlierq.core.quant_tensor import QuantTensor
     from outlierq.core.scheme import QuantScheme
 
-FLOAT32 = "Float32"
+FLOAT32, EMBEDDING = "Float32", "Embedding"
 # Where a module of the skeleton that has no weight of its own keeps the pieces which it is made of: parameter -> name
 # of each piece -> the module that holds it.
 MADE_OF = "_made_of"
@@ -311,7 +311,8 @@ class LinearSite:
     (bias None when there is none). transposed: the checkpoint stores [in, out] (GPT-2's Conv1D).
     out_features, in_features: of the logical [out, in] weight. block: index of its block, None outside of all blocks.
     kind: "Linear" for what computes as one, else the module's class name ("Conv1D"); "Router" for what weighs experts
-    and FLOAT32 for what its class computes in float32: those are never quantized.
+    and FLOAT32 for what its class computes in float32: those are never quantized; EMBEDDING for a table of embeddings,
+    [tokens, channels], which is a site only where a recipe has a type for it.
     expert: full name of the expert that it is a part of ("model.layers.0.mlp.experts.3"), None outside of mixtures.
     tower: name of the part beside the text decoder that it belongs to ("model.vision_tower"), None in the decoder.
     """

@@ -19,14 +19,13 @@ class QuantTensor:
     codes: [out, in] int16-or-smaller integers within the scheme's code range, or float8_e4m3fn values (which hold
     those of E2M1, too).
     scale: `scheme.scale_shape(out, in)` in the scheme's scale dtype: [out, groups], or one per block. Power-of-two
-    scales are uint8 exponents plus 127; two-level ones float8_e4m3fn, or uint8 up to 63 beside zero_point, uint8 minima
-    up to 63.
-    zero_point: [out, groups] integers, or None when symmetric.
+    scales are uint8 exponents plus 127; two-level ones float8_e4m3fn, uint8 beside zero_point (uint8 minima), or int8.
+    zero_point: [out, groups] integers, or None when symmetric; with `scales` "minimum" the smallest values, float16.
     input_scale: [1] in the scale dtype: the calibrated scale of a static activation scheme, else None.
     outlier_columns: [k] int64 ascending, input channels that stay in 16 bits; their codes are 0 and do not count.
     outlier_weight: [out, k] in the scale dtype, the original weights of those columns. Both None without a split.
     super_scale: of two-level scales, else None. Float32 [1], by which E4M3 scales are divided; or float16
-    [out, groups / 8, 2], the units of scales and of minima.
+    [out, blocks, 2], the units of scales and of minima in every block of groups ([out, blocks, 1] without minima).
     """
 
     codes: torch.Tensor
@@ -47,7 +46,7 @@ class QuantTensor:
     def dequantize(self) -> torch.Tensor:
         """Float32 [out, in]: `scale * (codes - zero_point)`, each group with its own scale; outlier columns as kept.
 
-        With two-level minima `scale * codes - minimum`.
+        With two-level minima `scale * codes - minimum`, with plain ones `scale * codes + minimum`.
         """
         dense = self._groups() if self.scheme.block is None else self._blocks(*self.scheme.block)
         if self.outlier_columns is not None:
@@ -61,7 +60,12 @@ class QuantTensor:
         grouped = self.codes.float().view(rows, self.scale.shape[1], -1)
         if self._row_units is not None:
             scale, minimum = self._in_units(self._row_units)
-            return grouped.mul_(scale[..., None]).sub_(minimum[..., None]).view(rows, columns)
+            grouped.mul_(scale[..., None])
+            return (grouped if minimum is None else grouped.sub_(minimum[..., None])).view(rows, columns)
+        if self.scheme.scales == "minimum":
+            assert self.zero_point is not None, "minima that are missing"
+            grouped.mul_(self.scale.float()[..., None]).add_(self.zero_point.float()[..., None])
+            return grouped.view(rows, columns)
         if self.zero_point is not None:
             grouped.sub_(self.zero_point.float()[..., None])
         return grouped.mul_(self.float_scale[..., None]).view(rows, columns)
@@ -84,11 +88,11 @@ class QuantTensor:
         """The units of scales and minima that are two-level integers: they differ by row."""
         return self.super_scale if self.super_scale is not None and self.super_scale.ndim > 1 else None
 
-    def _in_units(self, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_units(self, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Two-level scales and minima, each [out, groups] float32; the products are exact."""
-        assert self.zero_point is not None, "two-level integers without minima"
         units = units.float().repeat_interleave(self.scale.shape[1] // units.shape[1], 1)
-        return units[..., 0] * self.scale.float(), units[..., 1] * self.zero_point.float()
+        scale = units[..., 0] * self.scheme.blocks.factor * self.scale.float()
+        return scale, None if self.zero_point is None else units[..., 1] * self.zero_point.float()
 
     def _blocks(self, height: int, width: int) -> torch.Tensor:
         """Scales by two-dimensional block; the last ones may be narrower."""
@@ -139,6 +143,8 @@ class QuantTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales, zero points and outlier columns."""
+        if self.scheme.type is not None:
+            return self.scheme.blocks.bits_per_weight
         widths = (6, 6) if self._row_units is not None else (self.scale.element_size() * 8, self.scheme.bits)
         stored = self.scale.numel() * widths[0]
         stored += 0 if self.zero_point is None else self.zero_point.numel() * widths[1]

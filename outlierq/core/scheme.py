@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from outlierq.core.gguf.types import BlockType, block_types
+
 FP8_MAX = 448.0  # largest finite E4M3 value
 FP4_MAX = 6.0  # largest E2M1 value
 FLOAT_MAX = {4: FP4_MAX, 8: FP8_MAX}
@@ -52,27 +54,52 @@ class QuantScheme:
     symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
     scale_dtype: name of the torch dtype in which scales are stored ("bfloat16", "float16", "float32").
     Every method rounds its scales to this dtype before it derives codes.
-    kind: "int", or "float" (E4M3 values of 8 bits or E2M1 values of 4, symmetric). block: (rows, columns) that share a
+    kind: "int", "float" (E4M3 values of 8 bits or E2M1 values of 4, symmetric), or "codebook" (values of a table, which
+    `type` names, symmetric). block: (rows, columns) that share a
     scale instead of group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16
-    bits. scales: "plain" numbers in scale_dtype; "power-of-two" (E8M0, as in MXFP4); or "two-level", small numbers that
-    count in units of a larger one: E4M3 in units of one float32 of the whole weight (NVFP4), or, asymmetric, 6-bit
-    scales and minima in units of two float16 of every 8 groups (Q4_K of GGUF).
+    bits. scales: "plain" numbers in scale_dtype; "minimum", such a scale and a real minimum (Q4_1 of GGUF);
+    "power-of-two" (E8M0, as in MXFP4); or "two-level", small numbers that count in units of a larger one: E4M3 in units
+    of one float32 of the whole weight (NVFP4), or integers in units of one or two float16 of some groups (Q4_K of
+    GGUF). type: the name of a type of GGUF, which then decides everything else; None where the other fields do.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
-    kind: Literal["int", "float"] = "int"
+    kind: Literal["int", "float", "codebook"] = "int"
     block: tuple[int, int] | None = None
     activations: ActivationScheme | None = None
-    scales: Literal["plain", "two-level", "power-of-two"] = "plain"
+    scales: Literal["plain", "minimum", "two-level", "power-of-two"] = "plain"
+    type: str | None = None
+
+    @property
+    def blocks(self) -> BlockType:
+        """The type of GGUF that stores it: of two-level integers, also without a name, Q4_K."""
+        return block_types()[self.type or "Q4_K"]
+
+    @property
+    def has_units(self) -> bool:
+        """Whether scales are small integers in units of some groups of a row."""
+        return self.scales == "two-level" and self.kind != "float"
+
+    @property
+    def has_real_minima(self) -> bool:
+        """Whether zero points are no integers."""
+        return not self.symmetric and self.scales in ("minimum", "two-level")
+
+    @property
+    def vector(self) -> int:
+        """Weights that are rounded together, because one code stands for them."""
+        return 1 if self.type is None else self.blocks.vector
 
     @property
     def code_min(self) -> float:
         """Smallest code: signed for symmetric grids, 0 for asymmetric ones."""
         if self.kind == "float":
             return -FLOAT_MAX[self.bits]
+        if self.kind == "codebook":
+            return self.blocks.codes[0]
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
@@ -80,6 +107,8 @@ class QuantScheme:
         """Largest code."""
         if self.kind == "float":
             return FLOAT_MAX[self.bits]
+        if self.kind == "codebook":
+            return self.blocks.codes[1]
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def groups(self, in_features: int) -> int:
@@ -100,12 +129,16 @@ class QuantScheme:
 
     @property
     def numbers(self) -> str:
-        """What the codes are: int4, fp8, nvfp4, mxfp4."""
+        """What the codes are: int4, fp8, nvfp4, mxfp4, or the name of a type of GGUF."""
+        if self.type is not None:
+            return self.type
         if self.kind == "int":
             return f"int{self.bits}"
         return {"two-level": "nvfp4", "power-of-two": "mxfp4"}.get(self.scales, f"fp{self.bits}")
 
     def __str__(self) -> str:
+        if self.type is not None:
+            return f"{self.type} ({self.blocks.bits_per_weight:g} bits)"
         group = "per channel" if self.group_size is None else f"g{self.group_size}"
         if self.block is not None:
             group = f"blocks {self.block[0]}x{self.block[1]}"
@@ -115,3 +148,8 @@ class QuantScheme:
             group += "" if self.scales == "plain" else f", {self.scales} scales"
         inputs = f", inputs {self.activations}" if self.activations else ""
         return f"{name} {group}{inputs}"
+
+
+def gguf_scheme(name: str) -> QuantScheme:
+    """The scheme of a type of GGUF, by its name."""
+    return QuantScheme(**block_types()[name].settings, scale_dtype="float16", type=name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from outlierq.core.errors import OutputError
-from outlierq.core.model import Checkpoint, LinearSite, TensorInfo
+from outlierq.core.model import Checkpoint, LinearSite, StudiedModel, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import Mixture, client_facts
@@ -106,6 +106,10 @@ class Format(FormatLimits, ABC):
     def instead(self, site: LinearSite, scheme: QuantScheme) -> tuple[QuantScheme, str] | None:
         """The scheme that it can hold in place of one that it cannot, and why; None where there is no other."""
         return None
+
+    def type_in_mix(self, mix: str, site: LinearSite, model: StudiedModel) -> str:
+        """The type of GGUF that a mix gives a linear, or a table of embeddings."""
+        raise OutputError(f"{self.name} has no mixes of types")
 
     def approximation(self, scheme: QuantScheme) -> str | None:
         """What of a scheme it rounds, None when it is exact."""

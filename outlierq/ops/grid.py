@@ -6,16 +6,17 @@ that every method works with it; `over_blocks` is what makes the rows of a block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from outlierq.core.errors import NumbersError
+from outlierq.core.gguf.types import BlockType
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import FP4_MAX, FP8_MAX, QuantScheme
+from outlierq.ops.codebooks import SIGNS, nearest_level, nearest_vectors
 
-# Two-level scales. Integers: 8 groups share a unit, of which a scale or minimum is up to 63.
-UNIT_GROUPS, LARGEST_SMALL = 8, 63
 SMALLEST_E4M3 = 2.0**-9
 SMALLEST_FLOAT16 = 2.0**-24
 # The divisor of E4M3 scales, and the largest magnitudes of weights that it serves: scales stay under 448, and normal
@@ -29,7 +30,8 @@ class Grid:
 
     zero_point: [out, groups] float32 integers, or None when the scheme is symmetric. With blocks, the rows of a block
     hold the same scale. units: of two-level scales, else None; they are chosen once from the weight and stay. Float32
-    [1] or [out, groups / 8, 2], see `QuantTensor.super_scale`; zero points are then minimum / scale, and no integers.
+    [1] or [out, blocks, 1 or 2], see `QuantTensor.super_scale`. Beside real minima zero points are minimum / scale, and
+    no integers.
     """
 
     scale: torch.Tensor
@@ -43,6 +45,9 @@ class Grid:
 
     def encode(self, grouped: torch.Tensor) -> torch.Tensor:
         """Float32 codes of `grouped` [out, groups, columns]: nearest code, clamped to the range."""
+        if self.scheme.vector > 1:
+            ratio = (grouped / self.scale[..., None]).view(-1, SIGNS)
+            return nearest_vectors(ratio, self.scheme.blocks).view(grouped.shape)
         zero_point = None if self.zero_point is None else self.zero_point[..., None]
         return nearest_code(grouped / self.scale[..., None], zero_point, self.scheme)
 
@@ -70,6 +75,18 @@ class Grid:
         return self.scale.repeat_interleave(repeat, dim=1)[:, :columns], zero_point
 
 
+def joined(parts: Sequence[Grid]) -> Grid:
+    """The grid of a weight whose rows were given in parts, each with units of its own."""
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    units = [part.units for part in parts if part.units is not None]
+    return replace(
+        parts[0],
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat(zero_points) if zero_points else None,
+        units=torch.cat(units) if units else None,
+    )
+
+
 def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme) -> torch.Tensor:
     """The code nearest to `ratio` = weight / scale, in float32 and in place: round to even, saturate at the range.
 
@@ -80,7 +97,9 @@ def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: Q
     if scheme.kind == "float":
         # Clamped first: the cast has no infinity to saturate to, it would give NaN.
         return ratio.copy_(ratio.clamp_(scheme.code_min, scheme.code_max).to(torch.float8_e4m3fn))
-    if scheme.scales == "two-level" and zero_point is not None:
+    if scheme.kind == "codebook":
+        return nearest_level(ratio, scheme.blocks.name)
+    if scheme.has_real_minima and zero_point is not None:
         return ratio.add_(zero_point).round_().clamp_(scheme.code_min, scheme.code_max)  # zero points are no integers
     ratio.round_()
     if zero_point is not None:
@@ -134,13 +153,19 @@ def stored(scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     becomes the smallest there is, which errs least.
     """
     dtype = getattr(torch, scheme.scale_dtype)
+    return _not_zero(_rounded(scale, dtype), scale, dtype)
+
+
+def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` of any shape as the storage dtype has it, in float32; NumbersError when that is infinite."""
     rounded = scale.to(dtype).float()
     if (rounded.isinf() & scale.isfinite()).any():
         raise NumbersError(
-            f"a scale of {scale.abs().nan_to_num(posinf=0).max().item():g} is too large for {scheme.scale_dtype}",
+            f"a scale of {scale.abs().nan_to_num(posinf=0).max().item():g} is too large for "
+            f"{str(dtype).removeprefix('torch.')}",
             hint="these weights need a checkpoint in bfloat16 or float32",
         )
-    return _not_zero(rounded, scale, dtype)
+    return rounded
 
 
 def _not_zero(rounded: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -161,18 +186,41 @@ def storable(
     scale, zero_point: [out, groups], the latter integers, or any numbers with two-level minima, which are rounded, too.
     """
     if scheme.scales == "plain":
-        return Grid(stored(scale, scheme), zero_point, scheme)
+        whole = stored(scale, scheme)
+        if scheme.kind == "codebook":
+            whole = torch.where(scale == 0, SMALLEST_FLOAT16, whole)  # no code is 0, so the scale has to be all but 0
+        return Grid(whole, zero_point, scheme)
+    if scheme.scales == "minimum":
+        return _with_minima(scale, zero_point, scheme)
     if scheme.scales == "power-of-two":
         return Grid(power_of_two(scale, up_from=0.5**0.5), None, scheme)
     assert units is not None, "two-level scales without their units"
-    if zero_point is None:
+    if scheme.kind == "float":
         whole = (scale * units).clamp(SMALLEST_E4M3, FP8_MAX).to(torch.float8_e4m3fn).float()
         return Grid(whole / units, None, scheme, units)
-    unit, unit_of_minima = units.repeat_interleave(UNIT_GROUPS, 1).unbind(-1)
-    whole = (scale / unit).round_().clamp_(1, LARGEST_SMALL)
-    minimum = (zero_point * scale / unit_of_minima).round_().clamp_(0, LARGEST_SMALL).mul_(unit_of_minima)
-    whole.mul_(unit)
+    unit = units[..., 0].repeat_interleave(scheme.blocks.groups, 1)
+    whole = small_scale(scale / unit, scheme.blocks).mul_(unit)
+    if zero_point is None:
+        return Grid(whole, None, scheme, units)
+    unit = units[..., 1].repeat_interleave(scheme.blocks.groups, 1)
+    minimum = (zero_point * scale / unit).round_().clamp_(0, scheme.blocks.small[1]).mul_(unit)
     return Grid(whole, minimum / whole, scheme, units)
+
+
+def _with_minima(scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: QuantScheme) -> Grid:
+    """The grid of scales and real minima, -zero_point * scale, that are both rounded to their storage dtype."""
+    assert zero_point is not None, "minima that are missing"
+    minimum = _rounded(zero_point * scale, getattr(torch, scheme.scale_dtype))
+    whole = stored(scale, scheme)
+    return Grid(whole, minimum / whole, scheme)
+
+
+def small_scale(ratio: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """The small scale nearest to `ratio` that can be stored, in place; never 0, by which weights are divided."""
+    if kind.step > 1:
+        return ratio.sub_(1).div_(kind.step).round_().mul_(kind.step).add_(1).clamp_(*kind.small)
+    rounded = ratio.round().clamp_(*kind.small)
+    return ratio.copy_(torch.where(rounded == 0, torch.where(ratio < 0, -1.0, 1.0), rounded))
 
 
 def power_of_two(scale: torch.Tensor, *, up_from: float) -> torch.Tensor:
@@ -199,13 +247,24 @@ def float_unit(largest: torch.Tensor) -> torch.Tensor:
     return power_of_two(FP4_MAX * FP8_MAX / largest, up_from=1.0).reshape(1)
 
 
-def row_units(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """[out, groups / 8, 2] float32: units in which the largest scale and the lowest minimum of 8 groups are 63.
+def row_units(scale: torch.Tensor, low: torch.Tensor | None, kind: BlockType) -> torch.Tensor:
+    """[out, blocks, 1 or 2] float32: units in which the largest scale of a block, and its lowest minimum, are the
+    largest small numbers; the sign of the unit brings a scale to the end of the range that reaches farther.
 
-    scale, low: [out, groups]. As stored: float16, 1 where all are zero.
+    scale, low: [out, groups]. As stored: float16, 1 where all are zero; the smallest number where codes have no zero.
     """
-    each = torch.unflatten(torch.stack([scale, -low], -1), 1, (-1, UNIT_GROUPS)).amax(2) / LARGEST_SMALL
-    return _not_zero(each.to(torch.float16).float(), each, torch.float16)
+    numbers = scale[..., None] if low is None else torch.stack([scale, -low], -1)
+    by_block = torch.unflatten(numbers, 1, (-1, kind.groups))
+    if kind.small[0] < 0:
+        largest = by_block.gather(2, by_block.abs().argmax(2, keepdim=True)).squeeze(2) / kind.small[0]
+    else:
+        largest = by_block.amax(2) / kind.small[1]
+    each = largest / kind.factor
+    sign = torch.where(each < 0, -1.0, 1.0)
+    whole = _not_zero(_rounded(each.abs(), torch.float16), each.abs(), torch.float16)
+    if kind.kind == "codebook":
+        whole = torch.where(each == 0, SMALLEST_FLOAT16, whole)
+    return whole * sign * kind.factor
 
 
 def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
@@ -218,6 +277,8 @@ def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     grouped = in_groups(w, scheme)
     if not scheme.symmetric:
         return range_grid(grouped.amin(-1), grouped.amax(-1), scheme)
+    if scheme.type is not None and scheme.kind != "float":
+        return extreme_grid(grouped, scheme)
     # Two reductions read the weights twice; abs() would write a copy of them besides.
     largest = over_blocks(torch.maximum(grouped.amax(-1), -grouped.amin(-1)), scheme, "amax")
     scale = largest / scheme.code_max
@@ -226,15 +287,29 @@ def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     return storable(scale, None, scheme, float_unit(largest.amax()) if scheme.scales == "two-level" else None)
 
 
+def extreme_grid(grouped: torch.Tensor, scheme: QuantScheme) -> Grid:
+    """The symmetric grid that has the largest weight of each group [out, groups, columns] on its smallest code.
+
+    Codes reach farther down than up; where the largest weight is positive its scale is negative.
+    """
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    scale = extreme.abs() / scheme.code_max if scheme.vector > 1 else extreme / scheme.code_min
+    units = row_units(scale, None, scheme.blocks) if scheme.has_units else None
+    return storable(scale, None, scheme, units)
+
+
 def range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme, units: torch.Tensor | None = None) -> Grid:
-    """The asymmetric grid for the range [low, high], each [out, groups], extended to hold 0.
+    """The asymmetric grid for the range [low, high], each [out, groups], extended to hold 0 but for real minima.
 
     units: of two-level scales; chosen from this range when left out.
     """
+    if scheme.scales == "minimum":
+        scale = stored((high - low) / scheme.code_max, scheme)
+        return storable(scale, -low / scale, scheme)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.scales == "two-level":
         scale = (high - low) / scheme.code_max
-        units = row_units(scale, low) if units is None else units
+        units = row_units(scale, low, scheme.blocks) if units is None else units
         return storable(scale, torch.where(scale > 0, -low / scale, 0.0), scheme, units)
     scale = stored((high - low) / scheme.code_max, scheme)
     return Grid(scale, (-low / scale).round().clamp(0, scheme.code_max), scheme)
@@ -245,15 +320,14 @@ def to_quant_tensor(codes: torch.Tensor, grid: Grid) -> QuantTensor:
     scheme = grid.scheme
     integer = torch.int8 if scheme.symmetric else torch.uint8
     codes = codes.to(torch.float8_e4m3fn if scheme.kind == "float" else integer)
-    if scheme.scales != "plain":
+    if scheme.scales not in ("plain", "minimum"):
         return QuantTensor(codes, *_small_scales(grid), scheme, super_scale=_stored_units(grid))
     scale = grid.scale if scheme.block is None else grid.scale[:: scheme.block[0]]
-    return QuantTensor(
-        codes=codes,
-        scale=scale.to(getattr(torch, scheme.scale_dtype)),
-        zero_point=None if grid.zero_point is None else grid.zero_point.to(torch.uint8),
-        scheme=scheme,
-    )
+    dtype = getattr(torch, scheme.scale_dtype)
+    zero_point = grid.zero_point
+    if zero_point is not None:
+        zero_point = (-zero_point * grid.scale).to(dtype) if scheme.has_real_minima else zero_point.to(torch.uint8)
+    return QuantTensor(codes=codes, scale=scale.to(dtype), zero_point=zero_point, scheme=scheme)
 
 
 def _small_scales(grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -261,13 +335,17 @@ def _small_scales(grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
     if grid.scheme.scales == "power-of-two":
         return (torch.frexp(grid.scale).exponent + 126).to(torch.uint8), None
     assert grid.units is not None, "two-level scales without their units"
-    if grid.zero_point is None:
+    if grid.scheme.kind == "float":
         return (grid.scale * grid.units).to(torch.float8_e4m3fn), None
-    unit, unit_of_minima = grid.units.repeat_interleave(UNIT_GROUPS, 1).unbind(-1)
-    minimum = (grid.zero_point * grid.scale / unit_of_minima).round_()
-    return (grid.scale / unit).round_().to(torch.uint8), minimum.to(torch.uint8)
+    units = grid.units.repeat_interleave(grid.scheme.blocks.groups, 1)
+    small = (grid.scale / units[..., 0]).round_()
+    if grid.zero_point is None:
+        return small.to(torch.int8), None
+    return small.to(torch.uint8), (grid.zero_point * grid.scale / units[..., 1]).round_().to(torch.uint8)
 
 
 def _stored_units(grid: Grid) -> torch.Tensor | None:
     """`QuantTensor.super_scale`."""
-    return grid.units if grid.zero_point is None or grid.units is None else grid.units.to(torch.float16)
+    if grid.units is None or grid.scheme.kind == "float":
+        return grid.units
+    return (grid.units / grid.scheme.blocks.factor).to(torch.float16)

@@ -15,6 +15,7 @@ from outlierq.core.stats import InputStats
 from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, nearest_code, to_quant_tensor
 from outlierq.ops.search.refine import refine
 from outlierq.ops.search.scale_search import search_grid
+from outlierq.ops.search.vectors import sweep_vectors, vector_order
 from outlierq.ops.solve import inverse_cholesky
 from outlierq.registry import quantizer
 
@@ -44,10 +45,12 @@ def gptq(
     hessian = stats.need("hessian")
     grid = search_grid(w, scheme, hessian) if scale_search == "hessian" else minmax_grid(w, scheme)
     permutation = column_order(hessian.diagonal(), order, scheme.columns_per_group(w.shape[1]))
+    if scheme.vector > 1:
+        permutation = vector_order(hessian.diagonal(), permutation)
     upper = _factor(hessian, damp, permutation)
     if upper is None:
         return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)
-    codes = sweep(w, grid, upper, permutation)
+    codes = (sweep_vectors if scheme.vector > 1 else sweep)(w, grid, upper, permutation)
     del upper  # as large as the hessian, and not needed by what follows
     codes, grid = refine(w, codes, grid, hessian, permutation, passes=refine_passes)
     return to_quant_tensor(codes, grid)

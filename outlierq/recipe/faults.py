@@ -8,6 +8,7 @@ from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.machine.untrusted import brief
 from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden, scheme_of
 from outlierq.recipe.sections import (
+    SCHEME_KEYS,
     Activations,
     Calibration,
     Export,
@@ -21,6 +22,8 @@ from outlierq.recipe.sections import (
 )
 from outlierq.recipe.yaml_lines import KeyPath, Lines, at
 from outlierq.registry import Asked, FormatLimits, format_limits, method, transform_method
+
+TYPES = ("type", "mix", "embeddings")  # keys that name types of GGUF
 
 
 def failure(name: str, faults: list[str]) -> RecipeError:
@@ -109,20 +112,34 @@ def _asked(recipe: Recipe) -> Asked:
 def _unstorable_sections(quantize: Quantize, format: type[FormatLimits]) -> list[str]:
     """The faults of the scheme, and those that an override adds to it."""
     settings = quantize.scheme_settings
-    common = _unstorable(settings) + format.scheme_faults(scheme_of(settings))
+    common = _unstorable(settings) + format.scheme_faults(scheme_of(settings)) + _beside_type(quantize, format)
     if quantize.block and "group_size" in quantize.model_fields_set and quantize.group_size != "channel":
         common.append("group_size: leave it out where `block` is given")
     faults = [f"quantize.{fault}" for fault in common]
     for number, override in enumerate(quantize.overrides):
         if not override.keep:
             own = overridden(settings, override)
-            own_faults = _unstorable(own) + format.scheme_faults(scheme_of(own))
+            own_faults = _unstorable(own) + format.scheme_faults(scheme_of(own)) + _beside_type(override, format)
             faults += [f"quantize.overrides.{number}.{fault}" for fault in own_faults if fault not in common]
     return faults
 
 
+def _beside_type(section: Quantize | Override, format: type[FormatLimits]) -> list[str]:
+    """Keys that stand beside a type or mix of GGUF, which decides them, and a format that has no such types."""
+    asked = [name for name in TYPES if getattr(section, name, None) is not None]
+    if asked and not format.holds_types:
+        return [f"{asked[0]}: {format.name} has no types of GGUF; `export.format: gguf` has"]
+    if not {"type", "mix"} & set(asked):
+        return []
+    given = [name for name in SCHEME_KEYS if name in section.model_fields_set and name != "type"]
+    given += ["type"] if "mix" in asked and "type" in asked else []
+    return [f"{name}: leave it out, the {asked[-1] if name == 'type' else asked[0]} decides it" for name in given]
+
+
 def _unstorable(settings: dict[str, Any]) -> list[str]:
     """What no format or client can hold, as "key: reason"; what this one cannot, it says itself."""
+    if settings["type"] is not None:
+        return []
     faults = []
     if settings["kind"] == "float":
         if settings["bits"] not in (4, 8):

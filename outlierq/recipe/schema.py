@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from outlierq.core.scheme import QuantScheme
+from outlierq.core.scheme import QuantScheme, gguf_scheme
 from outlierq.recipe.patterns import matches
 from outlierq.recipe.sections import (
     SCHEME_KEYS,
@@ -104,14 +104,16 @@ class Recipe(Section):
         text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def scheme_for(self, module: str, scale_dtype: str, *, tower: str | None = None) -> QuantScheme | None:
+    def scheme_for(
+        self, module: str, scale_dtype: str, *, tower: str | None = None, type: str | None = None
+    ) -> QuantScheme | None:
         """The scheme asked for the linear called `module`, or None when the recipe keeps it in 16 bits.
 
-        tower: name of the part beside the text decoder that it belongs to.
+        tower: name of the part beside the text decoder that it belongs to. type: what its mix gives it.
         """
         if self.quantize is None or self.quantize.ignores(module) or self.quantize.protects(module, tower):
             return None
-        settings = self.quantize.scheme_settings
+        settings = self.quantize.scheme_settings | ({} if type is None else {"type": type})
         for override in self.quantize.overrides:
             if matches(module, override.match):
                 if override.keep:
@@ -140,13 +142,16 @@ def _activations_for(quantize: Quantize, module: str) -> Activations | None:
 
 
 def overridden(settings: dict[str, Any], override: Override) -> dict[str, Any]:
-    """`settings` with the keys that an override gives. A group size replaces a block."""
+    """`settings` with the keys that an override gives. A group size replaces a block, and any key a type."""
     given = {name: value for name in SCHEME_KEYS if (value := getattr(override, name)) is not None}
-    return settings | ({"block": None} if "group_size" in given else {}) | given
+    replaced = ({"block": None} if "group_size" in given else {}) | ({"type": None} if given else {})
+    return settings | replaced | given
 
 
 def scheme_of(settings: dict[str, Any], scale_dtype: str = "bfloat16") -> QuantScheme:
-    """The scheme of the keys `SCHEME_KEYS`."""
+    """The scheme of the keys `SCHEME_KEYS`; a type decides all others."""
+    if settings["type"] is not None:
+        return gguf_scheme(settings["type"])
     activations = settings["activations"]
     return QuantScheme(
         bits=settings["bits"],

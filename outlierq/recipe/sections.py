@@ -6,7 +6,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from outlierq.core.errors import RecipeError
+from outlierq.core.errors import RecipeError, nearest
+from outlierq.core.gguf.mixes import mixes
+from outlierq.core.gguf.types import block_types
 from outlierq.core.limits import Limits, TaskLimit, share
 from outlierq.core.scheme import ActivationScheme, CacheScheme
 from outlierq.recipe.patterns import HEAD, matches, sound, words_of
@@ -15,7 +17,7 @@ from outlierq.registry import format_limits
 T = TypeVar("T")
 GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
-SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales")
+SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales", "type")
 Scales = Literal["plain", "two-level", "power-of-two"]
 
 
@@ -102,6 +104,20 @@ def _columns(value: Any) -> int | Literal["channel"] | None:
     raise ValueError(f"must be a positive number of columns, or `channel` (this is {value!r})")
 
 
+def _type(value: str | None) -> str | None:
+    """The name of a type of GGUF, in capitals."""
+    return None if value is None else _name_in(list(block_types()), value, "type of GGUF")
+
+
+def _name_in(known: list[str], value: str, what: str) -> str:
+    """`value` as it is spelt in a list; ValueError with the nearest name where it is not there."""
+    name = value.upper()
+    if name not in known:
+        close = nearest(name, known)
+        raise ValueError(f"{value!r} is no {what}; {f'did you mean {close}?' if close else ', '.join(known)}")
+    return name
+
+
 class Activations(Section):
     """8-bit (or, as an experiment, 4-bit) symmetric inputs of the quantized linears (see `ActivationScheme`).
 
@@ -158,9 +174,11 @@ class Override(Section):
     block: tuple[PositiveInt, PositiveInt] | None = None
     activations: Activations | Literal["none"] | None = None
     scales: Scales | None = None
+    type: str | None = None
 
     _group_size = field_validator("group_size", mode="before")(_columns)
     _match = field_validator("match")(sound)
+    _type = field_validator("type")(_type)
 
 
 class Quantize(Section):
@@ -169,8 +187,10 @@ class Quantize(Section):
     kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
-    MXFP4. ignore: patterns of the linears that stay in 16 bits. The output head stays there, too, unless the list is
-    empty or an override names it.
+    MXFP4. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of types
+    ("Q4_K_M", see `core/gguf/mixes.py`), which overrides can change; embeddings: the type of the table of embeddings,
+    which stays as it is without a mix or this key. ignore: patterns of the linears that stay in 16 bits. The output
+    head stays there, too, unless the list is empty or an override names it.
     """
 
     method: str
@@ -181,12 +201,23 @@ class Quantize(Section):
     symmetric: bool = True
     activations: Activations | None = None
     scales: Scales = "plain"
+    type: str | None = None
+    mix: str | None = None
+    embeddings: str | None = None
     when_indivisible: GroupPolicy = "smaller-group"
     ignore: tuple[str, ...] = ("*lm_head",)
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = {}
 
     _group_size = field_validator("group_size", mode="before")(_columns)
+
+    _type = field_validator("type", "embeddings")(_type)
+
+    @field_validator("mix")
+    @classmethod
+    def _known_mix(cls, value: str | None) -> str | None:
+        """The name of a mix, in capitals."""
+        return None if value is None else _name_in(list(mixes()), value, "mix of types")
 
     @field_validator("ignore")
     @classmethod

@@ -41,7 +41,8 @@ class FormatLimits:
 
     name: as `export.format` has it. scale_dtype: that of its scales, None for the model's. holds_unquantized: a model
     of which nothing is quantized. holds_outlier_columns: columns that stay in 16 bits. holds_cache_scales: scales of a
-    KV cache. reads_back: whether written blocks can be read again under the names of the model.
+    KV cache. holds_types: types and mixes of GGUF by their names. reads_back: whether written blocks can be read again
+    under the names of the model.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class FormatLimits:
     holds_unquantized: ClassVar[bool] = False
     holds_outlier_columns: ClassVar[bool] = False
     holds_cache_scales: ClassVar[bool] = False
+    holds_types: ClassVar[bool] = False
     reads_back: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **more: Any) -> None:

@@ -1,17 +1,7 @@
-"""`gguf`: one file with weights, metadata and tokenizer, for llama.cpp. Blocks of 32 columns, each with its own scale.
+"""`gguf`: one file with weights, metadata and tokenizer, for llama.cpp. How its blocks are packed: `blocks.py`.
 
-| our scheme | ggml type | a block of 32 | exact |
-|---|---|---|---|
-| int4 symmetric | Q4_0 | f16 d, 32 nibbles q: d * (q - 8) | yes |
-| int4 asymmetric | Q4_1 | f16 d, f16 m, 32 nibbles q: d * q + m, m = -zero * d | up to the rounding of m to float16 |
-| int8 symmetric | Q8_0 | f16 d, 32 int8 q: d * q | yes |
-| int4 asymmetric, `scales: two-level` | Q4_K | see `_superblock` | yes |
-| mxfp4 | MXFP4 | u8 e, 32 nibbles q: 2^(e - 127) * E2M1(q) | yes |
-
-A larger group is written as several blocks with the same scale. Q4_K has superblocks of 256 columns: 6-bit scales and
-minima of 8 groups in units of two float16. Weights that are not quantized keep their
-dtype, vectors become float32. Llama's rotary embedding pairs neighbouring rows here and rows half a head apart in
-transformers, so the rows of its queries and keys are in another order.
+Weights that are not quantized keep their dtype, vectors become float32. Llama's rotary embedding pairs neighbouring
+rows here and rows half a head apart in transformers, so the rows of its queries and keys are in another order.
 """
 
 from __future__ import annotations
@@ -24,55 +14,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from outlierq.core.errors import RecipeError
+from outlierq.core.gguf.mixes import Shape, type_in_mix
+from outlierq.core.gguf.types import block_types
 from outlierq.core.machine.installed import needs_extra
-from outlierq.core.model import Checkpoint, Frame, LinearSite, TensorInfo
+from outlierq.core.model import (
+    EMBEDDING,
+    EXPERT_COUNTS,
+    Checkpoint,
+    Frame,
+    LinearSite,
+    StudiedModel,
+    TensorInfo,
+    largest,
+)
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import CacheScheme, QuantScheme
-from outlierq.export.clients import byte_codes
+from outlierq.core.scheme import CacheScheme, QuantScheme, gguf_scheme
 from outlierq.export.format import Format, Sites, TensorSpec
+from outlierq.export.gguf.blocks import encode_blocks, ggml_type, held_as
 from outlierq.export.gguf.framed import framed_header
 from outlierq.export.gguf.header import ARCHITECTURES, file_type, gguf_header, rope_factors
 from outlierq.export.layout import Layout, OutputTensor, Place
-from outlierq.ops.compiled import packing as native_packing
-from outlierq.ops.packing import e2m1_codes, interleave, pack_halves
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from gguf import TensorNameMap
 
-BLOCK = 32
-SUPERBLOCK = 256
-# Columns of a block and its bytes.
-BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_K": (SUPERBLOCK, 144)}
-# By kind, bits, symmetry and scales.
-TYPES = {
-    ("int", 4, True, "plain"): "Q4_0",
-    ("int", 4, False, "plain"): "Q4_1",
-    ("int", 8, True, "plain"): "Q8_0",
-    ("int", 4, False, "two-level"): "Q4_K",
-    ("float", 4, True, "power-of-two"): "MXFP4",
-}
 FILE_NAME = "model.gguf"
 ROPE_FACTORS, HEADER = "rope_freqs.weight", "header"
 KEPT_FILES = ("LICENSE", "LICENCE", "NOTICE", "README")
 ALIGNMENT = 32
 # The rows of these are in ggml's rotary order where the architecture is "llama".
 ROTATED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-
-
-def ggml_type(scheme: QuantScheme) -> str | None:
-    """The type that holds a scheme, None when there is none."""
-    if scheme.activations is not None or (scheme.group_size is not None and scheme.group_size % BLOCK):
-        return None
-    return TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
-
-
-def _held_as(scheme: QuantScheme) -> str:
-    """The type of a scheme to which `obstacle` has no objection."""
-    kind = ggml_type(scheme)
-    assert kind is not None, f"gguf does not hold {scheme}"
-    return kind
 
 
 @dataclass(frozen=True)
@@ -88,6 +60,7 @@ class GgufFormat(Format, name="gguf"):
     reads_back = False  # tensors have other names and orders there
     container = "gguf"
     copies_rows = False
+    holds_types = True
     no_new_biases = "llama.cpp reads of most architectures only the biases that their models usually have"
 
     @classmethod
@@ -106,33 +79,51 @@ class GgufFormat(Format, name="gguf"):
 
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
         """Why this format cannot hold the site, or None when it can."""
-        if site.kind != "Linear":
+        if site.kind not in ("Linear", EMBEDDING):
             return f"gguf is written for models of Linear layers only, this is a {site.kind}"
         kind = ggml_type(scheme)
         if kind is None:
             return f"gguf stores int4, int8 symmetric or mxfp4 with scales of 32 columns or a multiple, not {scheme}"
-        columns, _ = BLOCKS[kind]
+        columns = block_types()[kind].columns
         if site.in_features % columns:
             return f"gguf stores blocks of {columns} columns as {kind}, and {site.in_features} is no multiple of it"
         return None
 
     def instead(self, site: LinearSite, scheme: QuantScheme) -> tuple[QuantScheme, str] | None:
-        """The nearest scheme for a width that Q4_K cannot have, and why; None where none is needed."""
-        if ggml_type(scheme) != "Q4_K" or not site.in_features % SUPERBLOCK:
+        """The nearest scheme for a width that its blocks do not divide, and why; None where none is needed."""
+        kind = ggml_type(scheme)
+        columns = 1 if kind is None else block_types()[kind].columns
+        if kind is None or not site.in_features % columns or block_types()[kind].instead is None:
             return None
-        fault = f"{site.in_features} columns are not a multiple of {SUPERBLOCK}"
-        return replace(scheme, scales="plain"), f"plain scales (Q4_1): {fault}"
+        fault = f"{site.in_features} columns are not a multiple of {columns}"
+        if scheme.type is None:
+            return replace(scheme, scales="plain"), f"plain scales (Q4_1): {fault}"
+        other = block_types()[kind].instead
+        return gguf_scheme(str(other)), f"{other} instead of {kind}: {fault}"
+
+    def type_in_mix(self, mix: str, site: LinearSite, model: StudiedModel) -> str:
+        """What llama.cpp's rules say of the tensor under its name in the file."""
+        part = _part(self._name(site.weight))
+        config = model.skeleton.config.get_text_config()
+        heads = largest(config, "num_attention_heads", 1)
+        shape = Shape(
+            layers=len(model.structure.blocks),
+            sharing=heads // max(1, largest(config, "num_key_value_heads", heads)),
+            experts=max(largest(config, key) for key in EXPERT_COUNTS),
+        )
+        has_output = any(_part(self._name(other.weight)) == "output" for other in model.structure.outside_sites)
+        return type_in_mix(mix, part, site.block, site.in_features, shape, tied=not has_output)
 
     def approximation(self, scheme: QuantScheme) -> str | None:
         """What the format rounds, None when it is exact."""
-        if ggml_type(scheme) != "Q4_1":
+        if ggml_type(scheme) != "Q4_1" or scheme.type is not None:
             return None
         return "Q4_1 stores zero point x scale as float16: each group is moved by up to 1 / 2048 of that product"
 
     def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
         """One tensor of bytes: [out, bytes of a row]."""
-        columns, nbytes = BLOCKS[_held_as(scheme)]
-        row = site.in_features // columns * nbytes
+        kind = held_as(scheme)
+        row = site.in_features // kind.columns * kind.nbytes
         return [(self._name(site.weight), "U8", (site.out_features, row))]
 
     def plain_spec(self, info: TensorInfo) -> TensorSpec:
@@ -190,7 +181,7 @@ class GgufFormat(Format, name="gguf"):
         """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes."""
         import numpy as np
 
-        types = {self._name(site.weight): _held_as(scheme) for site, scheme in schemes.items()}
+        types = {self._name(site.weight): held_as(scheme).name for site, scheme in schemes.items()}
         if self.frame is not None and self._in_own_names:
             return _framed_layout(self.frame, tensors, types)
         factors = np.array(rope_factors(source.config), "<f4")
@@ -236,57 +227,9 @@ def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping
     return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset})
 
 
-def encode_blocks(site: LinearSite, quantized: QuantTensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """Uint8 [out, bytes of a row]. order: int64, the model's row at each place; None: as they are."""
-    import torch
-
-    codes, kind = byte_codes(site, quantized), _held_as(quantized.scheme)
-    blocks = native_packing.gguf_blocks(kind, quantized, order)
-    if blocks is not None:
-        return blocks
-    parts = (_superblock if kind == "Q4_K" else _block)(quantized, codes.cpu().contiguous().view(torch.uint8).numpy())
-    blocks = torch.from_numpy(interleave(parts).reshape(len(codes), -1))
-    return blocks if order is None else blocks[order]
-
-
-def _block(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
-    """The parts of all blocks of 32 columns, each [out, blocks, ...]."""
-    import torch
-
-    rows, columns = quantized.shape
-    kind, repeat = _held_as(quantized.scheme), quantized.scheme.columns_per_group(columns) // BLOCK
-    scale = quantized.scale.cpu().repeat_interleave(repeat, 1)[..., None]
-    if kind == "Q8_0":
-        return [scale.numpy(), codes.reshape(rows, -1, BLOCK)]
-    parts = [scale.numpy()]
-    if quantized.zero_point is not None:  # Q4_1
-        zero_point = quantized.zero_point.cpu().repeat_interleave(repeat, 1)[..., None]
-        parts.append((-zero_point.float() * scale.float()).to(torch.float16).numpy())
-    codes = e2m1_codes(codes) if kind == "MXFP4" else codes
-    flip = 8 if kind == "Q4_0" else 0  # signed codes are stored plus 8
-    return [*parts, pack_halves(codes, BLOCK // 2, flip).reshape(rows, -1, BLOCK // 2)]
-
-
-def _superblock(quantized: QuantTensor, codes: np.ndarray) -> list[np.ndarray]:
-    """The parts of all superblocks of Q4_K: f16 d and f16 m, 12 bytes of scales s and minima z, 128 bytes of codes q.
-
-    A weight is d * s * q - m * z. Scales and minima have 6 bits; bytes 0-3 and 4-7 hold those of groups 0 to 3, with
-    the upper two bits of those of groups 4 to 7 above them, whose lower four bits are in bytes 8-11, minima in the high
-    halves. Of the codes, 32 bytes hold a group in their low and the next in their high halves.
-    """
-    import numpy as np
-
-    rows, columns = quantized.shape
-    shape = (rows, columns // SUPERBLOCK)
-    assert quantized.zero_point is not None and quantized.super_scale is not None, "Q4_K has scales of two levels"
-    scale, minimum = (part.cpu().numpy().reshape(*shape, 2, 4) for part in (quantized.scale, quantized.zero_point))
-    small = [
-        scale[:, :, 0] | scale[:, :, 1] >> 4 << 6,
-        minimum[:, :, 0] | minimum[:, :, 1] >> 4 << 6,
-        scale[:, :, 1] & 15 | minimum[:, :, 1] << 4,
-    ]
-    packed = pack_halves(codes, BLOCK).reshape(*shape, SUPERBLOCK // 2)
-    return [quantized.super_scale.cpu().numpy(), np.concatenate(small, -1), packed]
+def _part(name: str) -> str:
+    """What a weight of a file is in its block ("attn_v"), or outside ("output")."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _rotated_rows(rows: int, heads: int) -> torch.Tensor:

@@ -33,9 +33,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 ALIGNMENT = 32
-PACKED = ("Q", "MX")  # how the names of packed ggml types begin
+PACKED = ("Q", "IQ", "MX")  # how the names of packed ggml types begin
 # What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
-FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "MXFP4": "MOSTLY_MXFP4_MOE"}
+FILE_TYPES = {
+    "F32": "ALL_F32",
+    "Q3_K": "MOSTLY_Q3_K_S",
+    "Q4_K": "MOSTLY_Q4_K_S",
+    "Q5_K": "MOSTLY_Q5_K_S",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}
 ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
 
 HeaderEntry = tuple[str, str, tuple[int, ...], int]

@@ -1,8 +1,8 @@
 """Reads the blocks of a GGUF file back into codes and scales, with numpy alone; shares no code with the exporter.
 
 A block stands for 32 neighbouring columns: Q4_0 [f16 d, 16 bytes], Q4_1 [f16 d, f16 m, 16 bytes], Q8_0 [f16 d, 32
-int8], MXFP4 [u8 exponent, 16 bytes]. Byte j of the 16 holds column j in its low and column j + 16 in its high half. A
-superblock of Q4_K stands for 256 columns, see `_superblock_rows`.
+int8], MXFP4 [u8 exponent, 16 bytes]. Byte j of the 16 holds column j in its low and column j + 16 in its high half.
+All other types are read in `superblocks.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.core.gguf.types import block_types
 from outlierq.core.model import TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
+from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, of_blocks, of_superblocks
 from outlierq.load.packed.codes.numbers import Parts, as_array, e4m3_of_e2m1
 from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
@@ -23,13 +25,13 @@ from outlierq.load.source.shards import StoredTensor
 if TYPE_CHECKING:
     import numpy as np
 
-# Columns of a block and its bytes, by kind, bits, symmetry and scales.
-WIDTHS = {
-    ("int", 4, True, "plain"): (32, 18),
-    ("int", 4, False, "plain"): (32, 20),
-    ("int", 8, True, "plain"): (32, 34),
-    ("float", 4, True, "power-of-two"): (32, 17),
-    ("int", 4, False, "two-level"): (256, 144),
+# Types of schemes that name none, by kind, bits, symmetry and scales.
+TYPES = {
+    ("int", 4, True, "plain"): "Q4_0",
+    ("int", 4, False, "plain"): "Q4_1",
+    ("int", 8, True, "plain"): "Q8_0",
+    ("float", 4, True, "power-of-two"): "MXFP4",
+    ("int", 4, False, "two-level"): "Q4_K",
 }
 PLAIN = ("F32", "F16", "BF16")
 
@@ -62,12 +64,19 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
     raw = as_array(stored["weight"])
     heads = int(stored["heads"])
     rows = file_rows(np.arange(start, stop), shape[0], heads) if heads else slice(start, stop)
-    columns, width = WIDTHS.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales), (1, 0))
-    if raw.shape != (shape[0], shape[1] // columns * width) or not width:
-        raise SourceError(f"{list(raw.shape)} bytes are not {scheme} of {shape[0]} x {shape[1]} in blocks of {columns}")
+    name = scheme.type or TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
+    kind = block_types().get(str(name))
+    if kind is None or raw.shape != (shape[0], shape[1] // kind.columns * kind.nbytes):
+        raise SourceError(
+            f"{list(raw.shape)} bytes are not {scheme} of {shape[0]} x {shape[1]}"
+            + ("" if kind is None else f" in blocks of {kind.columns}")
+        )
+    width = kind.nbytes
     blocks = np.ascontiguousarray(raw[rows]).reshape(stop - start, -1, width)
-    if columns == 256:
-        return _superblock_rows(blocks, scheme)
+    if kind.name in SUPERBLOCKS:
+        return of_superblocks(SUPERBLOCKS[kind.name](blocks), scheme)
+    if kind.name in SINGLE:
+        return of_blocks(SINGLE[kind.name](blocks), scheme)
     if scheme.kind == "float":
         return _mxfp4_rows(blocks, scheme)
     scale = _halves(blocks[..., :2])
@@ -77,6 +86,8 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         packed = blocks[..., width - 16 :]
         codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(stop - start, -1)
     zero = None
+    if scheme.scales == "minimum":
+        return of_blocks((codes, scale, _halves(blocks[..., 2:4])), scheme)
     if not scheme.symmetric:
         zero = _zero_points(scale, _halves(blocks[..., 2:4]))
         zero = torch.from_numpy(_per_group(zero, scheme, shape[1]))
@@ -95,33 +106,6 @@ def _mxfp4_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
     codes = e4m3_of_e2m1()[np.concatenate([packed & 15, packed >> 4], -1)].reshape(len(blocks), -1)
     scale = torch.from_numpy(np.ascontiguousarray(blocks[..., 0]))
     return QuantTensor(torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme)
-
-
-def _superblock_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
-    """Superblocks [rows, superblocks, 144] of Q4_K: f16 units of scales and minima, 12 bytes of those, 128 of codes.
-
-    Scale and minimum of group j < 4 are the low 6 bits of bytes j and j + 4 of the 12. Those of j >= 4 have their low 4
-    bits in the halves of byte j + 4, their upper 2 in the upper 2 of bytes j - 4 and j. 32 bytes of codes hold 64
-    columns, the first 32 in the low halves.
-    """
-    import numpy as np
-    import torch
-
-    rows = len(blocks)
-    units = np.ascontiguousarray(blocks[..., :4]).view("<f2")
-    packed = blocks[..., 4:16]
-    scale, minimum = (np.empty((*packed.shape[:2], 8), np.uint8) for _ in range(2))
-    for group in range(8):
-        if group < 4:
-            scale[..., group], minimum[..., group] = packed[..., group] & 63, packed[..., group + 4] & 63
-        else:
-            low = packed[..., group + 4]
-            scale[..., group] = (low & 15) + (packed[..., group - 4] >> 6) * 16
-            minimum[..., group] = (low >> 4) + (packed[..., group] >> 6) * 16
-    halves = blocks[..., 16:].reshape(rows, -1, 4, 32)
-    codes = np.stack([halves & 15, halves >> 4], 3).reshape(rows, -1)
-    codes, scale, minimum = (torch.from_numpy(part.reshape(rows, -1)) for part in (codes, scale, minimum))
-    return QuantTensor(codes, scale, minimum, scheme, super_scale=torch.from_numpy(units))
 
 
 def file_rows(rows: np.ndarray, count: int, heads: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
+from outlierq.core.gguf.types import block_types
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
 from outlierq.load.source.shards import AGAIN, read_exactly, reading
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # A vocabulary of 256,000 tokens with scores, types and merges has about a million; the format has 4 dimensions.
 MOST_ARRAY_ITEMS, MOST_DIMENSIONS = 1 << 22, 8
 
-SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+SUPPORTED = ("F32", "F16", "BF16", *block_types())
 
 # Rows are dequantized in runs of about this many values: 64 MiB of float32, small beside any block of a large model.
 VALUES_PER_RUN = 1 << 24

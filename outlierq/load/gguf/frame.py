@@ -55,6 +55,8 @@ KEPT = re.compile(
 SIZES = {
     "hidden_size": "embedding_length",
     "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "num_local_experts": "expert_count",
     "max_position_embeddings": "context_length",
 }
 

@@ -66,10 +66,10 @@ def fresh(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def round_rows(weight: torch.Tensor, scheme: QuantScheme) -> tuple[QuantTensor, float, float] | None:
     """`weight` [out, in] on its min-max grid, with the sums of the squares of the weights and of their errors.
 
-    None where this is nothing for it (floats, blocks, two-level scales, other devices), or where something is wrong
-    with the numbers: torch then says what.
+    None where this is nothing for it (floats, blocks, two-level scales, types of GGUF, other devices), or where
+    something is wrong with the numbers: torch then says what.
     """
-    plain = scheme.kind == "int" and scheme.scales == "plain" and scheme.block is None
+    plain = (scheme.kind, scheme.scales, scheme.block, scheme.type) == ("int", "plain", None, None)
     scale_dtype = getattr(torch, scheme.scale_dtype)
     if not plain or weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
         return None

@@ -12,6 +12,8 @@ from math import prod
 import torch
 
 from outlierq.ops.grid import Grid, in_groups, nearest_code
+from outlierq.ops.search.level_fit import refit_levels
+from outlierq.ops.search.vectors import descend_vectors
 
 BLOCK = 128
 # Elements of the products of a part of the rows with the hessian, in float32; about twice that is in use. So many stay
@@ -27,9 +29,14 @@ def refine(
     w: [out, in]; codes: [out, in] float; hessian: [in, in]; order: [in] in which columns are visited.
     """
     for _ in range(passes):
-        if grid.scheme.block is None:  # the scales of a block belong to many rows, which are not solved together here
+        if grid.scheme.type is not None and grid.scheme.kind != "float":
+            grid = refit_levels(w, codes, grid, hessian)
+        elif grid.scheme.block is None:  # the scales of a block belong to many rows, which are not solved together here
             grid = refit_scales(w, codes, grid, hessian)
-        codes = descend(w, codes, grid, hessian, order)
+        if grid.scheme.vector > 1:
+            codes = descend_vectors(w, codes, grid, hessian, order)
+        else:
+            codes = descend(w, codes, grid, hessian, order)
     return codes, grid
 
 

@@ -14,6 +14,7 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid
+from outlierq.ops.search.type_search import search_types
 
 # Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
 COARSE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.45, 0.3)
@@ -39,8 +40,11 @@ def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | No
     w: [out, in] float32. hessian: [in, in] or None. Shares of the group's range are tried coarsely, then around the
     best one (for asymmetric grids each end on its own); the scale is then fitted to its own codes.
     """
-    grouped, start = in_groups(w, scheme), minmax_grid(w, scheme)
+    grouped = in_groups(w, scheme)
     blocks = None if hessian is None else _group_blocks(hessian, grouped)
+    if scheme.type is not None and scheme.kind != "float":
+        return search_types(w, grouped, scheme, blocks)
+    start = minmax_grid(w, scheme)
     together = 1 if scheme.block is None else scheme.block[0]
     rows = max(1, PIECE_WEIGHTS // w.shape[1] // together) * together
     parts = [

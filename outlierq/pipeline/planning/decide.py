@@ -11,7 +11,7 @@ from pathlib import Path
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.machine.heap import return_memory_at_once
-from outlierq.core.model import FLOAT32, Checkpoint, LinearSite, StudiedModel, sizes
+from outlierq.core.model import EMBEDDING, FLOAT32, Checkpoint, LinearSite, StudiedModel, sizes
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
@@ -20,6 +20,7 @@ from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts
+from outlierq.pipeline.planning.embeddings import with_embeddings
 from outlierq.pipeline.planning.loadable import loadable_experts
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
@@ -83,8 +84,8 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     """The model, and what becomes of each of its linears."""
     from outlierq.load import study
 
-    model, format = study(checkpoint), format_type(recipe.export.format).of(checkpoint)
-    sites = [plan_site(site, recipe, format, checkpoint.dtype) for site in model.structure.sites]
+    model, format = with_embeddings(study(checkpoint), recipe), format_type(recipe.export.format).of(checkpoint)
+    sites = [plan_site(site, recipe, format, model) for site in model.structure.sites]
     if recipe.quantize is not None:
         sites = loadable_experts(sites, model, recipe.quantize)
         sites = alike_experts(sites, recipe.quantize.when_indivisible)
@@ -159,12 +160,14 @@ def assembled(
     return Plan(model, recipe, sites, layout, small, caches, together, load_fault=said)
 
 
-def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> SitePlan:
+def plan_site(site: LinearSite, recipe: Recipe, format: Format, model: StudiedModel) -> SitePlan:
     """The scheme of one linear after the recipe's patterns, the format's limits and the policy on odd widths."""
     quantize = recipe.quantize
     if quantize is None:
         return SitePlan(site, None)
-    scheme = recipe.scheme_for(site.module, format.scale_dtype or dtype, tower=site.tower)
+    type = _type_of(site, quantize, format, model)
+    scale_dtype = format.scale_dtype or model.checkpoint.dtype
+    scheme = recipe.scheme_for(site.module, scale_dtype, tower=site.tower, type=type)
     if scheme is None:
         return SitePlan(site, None, _why_kept(site, quantize))
     if site.kind == "Router":
@@ -184,6 +187,14 @@ def plan_site(site: LinearSite, recipe: Recipe, format: Format, dtype: str) -> S
     if scheme.group_size is None or site.in_features % scheme.group_size == 0:
         return SitePlan(site, scheme)
     return _indivisible(site, scheme, scheme.group_size, quantize.when_indivisible)
+
+
+def _type_of(site: LinearSite, quantize: Quantize, format: Format, model: StudiedModel) -> str | None:
+    """The type of GGUF that the recipe's mix gives a linear, or the key for it a table of embeddings; None without."""
+    if site.kind == EMBEDDING and quantize.embeddings is not None:
+        return quantize.embeddings
+    is_mixed = quantize.mix is not None and site.kind not in ("Router", FLOAT32) and site.tower is None
+    return format.type_in_mix(str(quantize.mix), site, model) if is_mixed else None
 
 
 def _why_kept(site: LinearSite, quantize: Quantize) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ NEAREST = ("rtn", "stored", "int8_split")
 SAME_ERROR, MOVED_ERROR, LEAST_ERROR = 8e-4, 0.25, 0.03
 # The same where a format stores scales in another dtype than they were chosen in.
 SAME_BUT_FOR_SCALES = 4e-3
+# Relative error of weights rounded to bfloat16: 2^-9 at most, which adds to that of a type of many bits.
+READ_AS_BFLOAT16 = 2e-3
 
 
 @dataclass
@@ -100,7 +103,7 @@ class Comparison:
             return
         before, recorded = len(self.findings.faults), self.recorded.get(name)
         error = relative_error(weight, source)
-        same = SAME_BUT_FOR_SCALES if self.plain.kind == "gguf" else SAME_ERROR
+        same = SAME_ERROR if self.plain.kind != "gguf" else _same_in_16_bits(recorded)
         if recorded is not None and not moved and abs(error - recorded) <= same * recorded:
             self.errors[name] = error  # as the run rounded it, however its method did that
             return
@@ -175,6 +178,13 @@ def _computed(checkpoint: Checkpoint) -> frozenset[str]:
     if not isinstance(checkpoint, RewrittenCheckpoint):
         return frozenset()
     return frozenset(checkpoint.rewrite.changes) | _computed(checkpoint.original)
+
+
+def _same_in_16_bits(recorded: float | None) -> float:
+    """By how much of itself the error of a weight of a GGUF file, which is read as bfloat16, may differ."""
+    if not recorded:
+        return SAME_BUT_FOR_SCALES
+    return SAME_BUT_FOR_SCALES + math.hypot(recorded, READ_AS_BFLOAT16) / recorded - 1
 
 
 def _gains_differ(plain: Checkpoint, reference: Checkpoint) -> bool:

@@ -1,0 +1,1 @@
+"""Types of blocks of GGUF, and the mixes of them that have names."""
