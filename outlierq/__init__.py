@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         detect,
         diff,
         evaluate,
+        fit,
         inspect,
         open,
         plan,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from outlierq.evaluate.comparison import Comparison
     from outlierq.pipeline.asked.events import Event
     from outlierq.pipeline.diff import Difference
+    from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe
@@ -56,6 +58,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Event",
+    "Fitted",
     "GateError",
     "Limits",
     "OutlierReport",
@@ -72,6 +75,7 @@ __all__ = [
     "detect",
     "diff",
     "evaluate",
+    "fit",
     "inspect",
     "open",
     "plan",
@@ -90,6 +94,7 @@ _HOMES = {
     "Difference": "pipeline.diff",
     "Evaluation": "core.report",
     "Event": "pipeline.asked.events",
+    "Fitted": "pipeline.fitting.fit",
     "GateError": "core.errors",
     "Limits": "core.limits",
     "OutlierReport": "core.outliers",

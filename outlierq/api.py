@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.calibrate import StoredStatistics
     from outlierq.pipeline.demo import Demo
     from outlierq.pipeline.diff import Difference
+    from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
     from outlierq.pipeline.verify import Verification
@@ -130,6 +131,59 @@ def quantize(
     if report.evaluation is not None and junit is not None:
         _write_junit(report.evaluation, Path(junit))
     return report
+
+
+def fit(
+    model: SourceLike,
+    recipe: RecipeLike | None = None,
+    *,
+    stats: Place,
+    out: Place | None = None,
+    size: str | int | None = None,
+    bits: float | None = None,
+    card: str | int | None = None,
+    context: int | None = None,
+    client: str = "transformers",
+    numbers: Sequence[str] = (),
+    settings: Settings = None,
+    limits: Limits | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trust_methods: bool = False,
+    restart: bool = False,
+    progress: bool | Listener | None = None,
+    found: Callable[[Fitted], Any] | None = None,
+    planned: Callable[[Plan], Any] | None = None,
+    command: str | None = None,
+) -> Fitted:
+    """Choose bits and format of every layer for one goal, from statistics; with `out` also quantize by the choice.
+
+    Exactly one goal: `size` of the whole result ("18GiB"), mean `bits` of the linears' weights with their scales, or
+    the `card` that has to hold the weights and a cache of `context` tokens. recipe: whose method rounds (usually
+    gptq-w4). stats: what `calibrate` wrote. client: what has to load the result: "transformers", "vllm" or "llama.cpp".
+    numbers: to choose from, as ["int4", "int8"]; all that the client loads, when it is empty.
+    The recipe that was found is `.recipe`, and its text `.text`; the exact size is that of `.plan`. found: is given it
+    before work starts. Everything else as in `quantize`, whose report is `.report`.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> fitted = outlierq.fit(model, stats="stats", bits=5.0, out="fitted")
+    >>> fitted.plan.output_bytes == fitted.report.size.after
+    True
+    """
+    from outlierq.pipeline.asked.request import Source, with_limits
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.compress import Run
+    from outlierq.pipeline.fitting.fit import Goal, fit
+    from outlierq.report.progress import listening
+
+    goal = Goal(_text(size), bits, _text(card), context, client, numbers)
+    base = with_limits(recipe, settings, limits, trust_methods=trust_methods)
+    run = Run(_path(stats), None, restart, planned or (lambda plan: None), command)
+    source, told = Source(model, revision, trust_remote_code), found or (lambda fitted: None)
+    with listening(progress) as listen:
+        resources = Resources.of(device, listen=listen)
+        return fit(source, base, goal, run, out, told=told, resources=resources)
 
 
 def convert(
@@ -579,6 +633,11 @@ def demo(
             told=told or (lambda text: None),
             resources=Resources.of(device, listen=listen),
         )
+
+
+def _text(size: str | int | None) -> str | None:
+    """A size as it is written, where there is one."""
+    return None if size is None else str(size)
 
 
 def _path(place: Place | None) -> Path | None:

@@ -20,6 +20,7 @@ from outlierq.cli.commands import (
     detect,
     diff,
     evaluate,
+    fit,
     inspect,
     plan,
     publish,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
 app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
+app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
 app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
 app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
 app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))

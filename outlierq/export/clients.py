@@ -91,6 +91,23 @@ def with_layers(lines: Sequence[str], sites: Mapping[LinearSite, QuantScheme | N
     return said
 
 
+def merged_layers(client: str, sites: Mapping[LinearSite, QuantScheme | None]) -> Iterator[tuple[LinearSite, ...]]:
+    """The linears that a client holds as one layer, in the order of `sites`; experts are given alone, as others are.
+
+    client: the first word of its lines, "vLLM".
+    """
+    groups = [
+        layer for name, merged in table()["merged"].items() if name.startswith(client) for layer in merged["layers"]
+    ]
+    yield from map(tuple, _merged_layers(groups, sites))
+
+
+def loads(format: str, client: str, schemes: Collection[QuantScheme]) -> bool:
+    """Whether a version of a client is known to load these schemes together. client: the first word of its lines."""
+    lines = (line.partition(": ") for line in client_facts(format, schemes))
+    return any(what.startswith("loads") for name, _, what in lines if name.startswith(client))
+
+
 def with_class(lines: Sequence[str], architecture: str) -> list[str]:
     """The lines of clients that say "loads", changed where a client has no such class or was not tried with it.
 

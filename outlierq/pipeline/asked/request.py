@@ -129,12 +129,20 @@ def request(
 
     recipe: None is the usual one. limits: replace those of the recipe. RecipeError lists every fault.
     """
-    texts = [*as_texts(settings), *as_texts(gate_settings(limits or Limits()))]
+    texts = as_texts(settings)
     if format is not None:
         known_format(format)
-        if recipe is None and not texts:
+        if recipe is None and not texts and not gate_settings(limits or Limits()):
             return FormatAlone(format)
-        texts.append(f"export.format={format}")
+        texts = [*texts, f"export.format={format}"]
+    return with_limits(recipe, texts, limits, trust_methods=trust_methods)
+
+
+def with_limits(
+    recipe: RecipeLike | None, settings: Settings = None, limits: Limits | None = None, *, trust_methods: bool = False
+) -> Recipe:
+    """The checked recipe (None: the usual one); `limits` replace those of its gate."""
+    texts = [*as_texts(settings), *as_texts(gate_settings(limits or Limits()))]
     return given(USUAL_RECIPE if recipe is None else recipe, texts, trust_methods=trust_methods)
 
 

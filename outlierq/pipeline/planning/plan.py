@@ -158,7 +158,8 @@ class Plan(Shown):
             *(("override", o.match) for o in quantize.overrides),
         ]:
             fitting = [module for module in modules if matches(module, pattern)]
-            if fitting and pattern.startswith(EXPRESSION):
+            # One that says where it ends is meant as an expression.
+            if fitting and pattern.startswith(EXPRESSION) and not pattern.endswith("$"):
                 count = "1 linear" if len(fitting) == 1 else f"{len(fitting)} linears"
                 said.append(f"the {kind} {pattern!r} is a regular expression for {count}; as a glob it matches nothing")
             if not fitting and not (kind == "ignore" and matches(HEAD, pattern)):
