@@ -94,6 +94,60 @@ def test_containers_that_blocks_write_to_are_kept_for_each_batch():
     assert all(one is other.shared[0] for one, other in zip(shared, second.calls, strict=True))
 
 
+class HandingBlock(torch.nn.Module):
+    """Returns a choice beside the hidden states, which the next block needs."""
+
+    def __init__(self, chooses: bool):
+        super().__init__()
+        self.linear, self.chooses = torch.nn.Linear(4, 4), chooses
+
+    def forward(self, hidden_states, chosen=None):
+        chosen = hidden_states.argmax(-1) if self.chooses else chosen
+        return hidden_states + self.linear(hidden_states) * chosen[..., None], chosen, None
+
+
+class HandingOn(torch.nn.Module):
+    """A model in which only the first block chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, 4)
+        self.layers = torch.nn.ModuleList([HandingBlock(True), HandingBlock(False), HandingBlock(False)])
+
+    def forward(self, input_ids, use_cache):
+        hidden, chosen = self.embed(input_ids), None
+        for layer in self.layers:
+            hidden, chosen, _ = layer(hidden, chosen=chosen)
+        return hidden
+
+
+def handing_on() -> tuple[HandingOn, BlockRunner]:
+    model = HandingOn()
+    return model, runner_of(model, Structure(tuple(Block(i, f"layers.{i}", (), ()) for i in range(3)), (), ()))
+
+
+def test_what_a_block_returns_beside_the_hidden_states_reaches_the_next_one():
+    model, runner = handing_on()
+    hidden = runner.start(ids())
+    with torch.no_grad():
+        expected = model(ids(), use_cache=False)
+    for index, layer in enumerate(model.layers):
+        once = runner.run_once(index, hidden)
+        assert torch.equal(once(layer), once(layer))
+        runner.run(layer, index, hidden, replace=False)  # statistics come first, then the written weights
+        runner.run(layer, index, hidden)
+    assert torch.allclose(hidden.values, expected, atol=1e-6)
+    assert runner.hands_more
+    assert len(runner._returned) <= 2 * len(hidden)
+
+
+def test_a_block_that_takes_over_what_has_not_run_is_named():
+    model, runner = handing_on()
+    hidden = runner.start(ids())
+    with pytest.raises(SourceError, match=r"layers\.1 takes over what the block before it returned"):
+        runner.run(model.layers[1], 1, hidden)
+
+
 def test_weights_are_asked_for_and_given_back_in_order():
     asked = []
     runner = runner_of(

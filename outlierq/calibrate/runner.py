@@ -43,6 +43,10 @@ Progress = Callable[[float], None]
 Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
 
 
+class Handed(int):
+    """Stands among the arguments of a block for the value of that number in what the block before it returned."""
+
+
 class StopForward(Exception):
     """Raised by the last stub: what comes after the blocks is not needed."""
 
@@ -65,10 +69,16 @@ class Call:
         """Containers that blocks write for each other; they are passed on as they are, not copied."""
         return [value for value in (*self.after, *self.keyword.values()) if isinstance(value, UserDict)]
 
-    def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The hidden states that the module returns, in the shape of `hidden`.
+    @property
+    def takes_over(self) -> bool:
+        """Whether an argument is what the block before returned beside the hidden states."""
+        return _holds((self.after, self.keyword), Handed)
 
-        Floating-point arguments are given in `dtype`.
+    def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype, before: Sequence[Any] = ()) -> Any:
+        """What the module returns, with hidden states in the shape of `hidden` in it (`hidden_of`).
+
+        Floating-point arguments are given in `dtype`. before: what the block before returned, for a call that
+        `takes_over`.
         """
 
         def cast(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,14 +86,13 @@ class Call:
 
         for shared in self.shared:
             shared.update({key: _map_tensors(value, cast) for key, value in shared.items()})
-        after, keyword = _map_tensors((self.after, self.keyword), cast)
+        after, keyword = _map_kind((self.after, self.keyword), Handed, lambda number: before[number])
+        after, keyword = _map_tensors((after, keyword), cast)
         if self.added is not None:
             hidden = hidden + self.added.to(hidden)
         if self.name is None:
-            output = module(hidden, *after, **keyword)
-        else:
-            output = module(*after, **{self.name: hidden}, **keyword)
-        return hidden_of(output, module)
+            return module(hidden, *after, **keyword)
+        return module(*after, **{self.name: hidden}, **keyword)
 
 
 class Spill(NamedTuple):
@@ -261,6 +270,7 @@ class BlockRunner:
         self._sequence_axis = 0
         self._wrap = Wrap()
         self._given: Inputs = {}  # what the model gets beside the tokens of the batch at hand
+        self._returned: dict[tuple[int, int], Sequence[Any]] = {}  # by block and batch, where the next block takes it
 
     def start(
         self,
@@ -363,7 +373,36 @@ class BlockRunner:
         if call is None:
             return hidden.to(self.device, self.dtype)
         with forward_of(self.model, "calibrate"):
-            return call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype)
+            before = self._before(index, batch, call)
+            output = call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype, before)
+        self._keep(index, batch, output)
+        return hidden_of(output, block_module)
+
+    @property
+    def hands_more(self) -> bool:
+        """Whether blocks get more from those before them than hidden states; `start` must have run.
+
+        Then none can run whose predecessors have not.
+        """
+        calls = [call for record in self._records for call in record.calls if call is not None]
+        return any(call.shared or call.takes_over for call in calls)
+
+    def _before(self, index: int, batch: int, call: Call) -> Sequence[Any]:
+        """What the block before returned for a batch, if the call takes any of it over."""
+        if not call.takes_over:
+            return ()
+        if (index - 1, batch) not in self._returned:
+            name = self.structure.blocks[index].name
+            raise SourceError(f"{name} takes over what the block before it returned, and that has not run")
+        return self._returned[index - 1, batch]
+
+    def _keep(self, index: int, batch: int, output: Any) -> None:
+        """Keep what a block returned for a batch, if the next one takes any of it over; what is older goes."""
+        self._returned.pop((index - 2, batch), None)
+        record = self._records[index + 1] if index + 1 < len(self._records) else None
+        call = record.calls[record.of_batch[batch]] if record else None
+        if call is not None and call.takes_over:
+            self._returned[index, batch] = (None, *_map_tensors(output[1:], lambda tensor: tensor.detach()))
 
     def passes_over(self, index: int) -> bool:
         """Whether the model does not run block `index` for these tokens, but later ones: it may look at images only.
@@ -388,14 +427,17 @@ class BlockRunner:
 
         call = self._records[index].probe
         assert call is not None, "`start` must have run"
-        sample = hidden[0].float()
+        sample, shape, before = hidden[0].float(), self._probe_shape, ()
+        if call.takes_over:  # what it takes over is there for whole batches only
+            call, shape = self._records[index].calls[self._records[index].of_batch[0]], tuple(sample.shape)
+            before = self._before(index, 0, call)
         spread = sample.abs().median().clamp_min(1e-3) / 0.6745  # the median of |x| of a standard normal
-        noise = torch.randn(self._probe_shape, generator=torch.Generator().manual_seed(seed)) * spread
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
 
         def run(module: torch.nn.Module) -> torch.Tensor:
             dtype = next(module.parameters()).dtype
             with torch.no_grad(), routing(module, "probe"), forward_of(self.model, "calibrate"):
-                return call.run(module, noise.to(self.device, dtype, copy=True), dtype)
+                return hidden_of(call.run(module, noise.to(self.device, dtype, copy=True), dtype, before), module)
 
         return run
 
@@ -594,19 +636,33 @@ class BlockRunner:
 
 @dataclass(frozen=True)
 class Wrap:
-    """What blocks put around the hidden states they return: nothing, or a tuple or list that they come first in."""
+    """What blocks put around the hidden states they return: nothing, or a tuple or list that they come first in.
+
+    marks: of what comes after them, an empty tensor in the place of each tensor, None for everything else.
+    """
 
     kind: type | None = None
-    size: int = 1
+    marks: tuple[torch.Tensor | None, ...] = ()
 
     @classmethod
     def of(cls, output: Any) -> Wrap:
         """As in this output of a block."""
-        return cls(type(output), len(output)) if isinstance(output, tuple | list) else cls()
+        import torch
+
+        if not isinstance(output, tuple | list):
+            return cls()
+        more = (torch.empty(0) if isinstance(value, torch.Tensor) else None for value in output[1:])
+        return cls(type(output), tuple(more))
 
     def put(self, hidden: torch.Tensor) -> Returned:
-        """Hidden states of any shape as a block would return them; what else it returns (weights, a state) is None."""
-        return hidden if self.kind is None else self.kind([hidden, *[None] * (self.size - 1)])
+        """Hidden states of any shape as a block would return them, with the marks of what else it returns."""
+        return hidden if self.kind is None else self.kind([hidden, *self.marks])
+
+    def marked(self, call: Call) -> Call:
+        """The call, numbers of what the block before returned in the place of the marks among its arguments."""
+        numbers = {id(mark): Handed(number) for number, mark in enumerate(self.marks, start=1) if mark is not None}
+        after, keyword = _map_tensors((call.after, call.keyword), lambda tensor: numbers.get(id(tensor), tensor))
+        return replace(call, after=after, keyword=keyword)
 
 
 class _Stub:
@@ -631,7 +687,8 @@ class _Stub:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Returned:
         """What the model's code calls instead of the block."""
-        self.received, self.call = _split(args, kwargs)
+        self.received, call = _split(args, kwargs)
+        self.call = self.wrap.marked(call)
         self.calls += 1
         if self.run_real:
             self.wrap = Wrap.of(self.forward(*args, **kwargs))
@@ -701,18 +758,32 @@ def hidden_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     return hidden
 
 
-def _map_tensors(value: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+def _map_tensors(value: T, function: Callable[[torch.Tensor], Any]) -> T:
     """The same nest of tuples, lists and dicts with every tensor replaced by `function` of it."""
     import torch
 
+    return _map_kind(value, torch.Tensor, function)
+
+
+def _map_kind(value: T, kind: type, function: Callable[[Any], Any]) -> T:
+    """The same nest of tuples, lists and dicts with everything of a kind replaced by `function` of it."""
     mapped: object = value
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, kind):
         mapped = function(value)
     elif isinstance(value, dict):
-        mapped = {key: _map_tensors(item, function) for key, item in value.items()}
+        mapped = {key: _map_kind(item, kind, function) for key, item in value.items()}
     elif isinstance(value, tuple | list) and type(value) in (tuple, list):
-        mapped = type(value)(_map_tensors(item, function) for item in value)
+        mapped = type(value)(_map_kind(item, kind, function) for item in value)
     return cast("T", mapped)
+
+
+def _holds(value: object, kind: type) -> bool:
+    """Whether a nest of tuples, lists and dicts holds something of a kind."""
+    if isinstance(value, dict):
+        return _holds(list(value.values()), kind)
+    if isinstance(value, tuple | list):
+        return any(_holds(item, kind) for item in value)
+    return isinstance(value, kind)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

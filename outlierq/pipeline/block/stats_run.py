@@ -459,12 +459,16 @@ class StatsFromRun:
             shard.runner.run(module, block.index, shard.hidden, progress=self._tell(block.index, "outputs", shard))
 
     def _leave(self, block: Block) -> None:
-        """Drop the block's weights; now and then save the hidden states, where the work folder can be seen."""
+        """Drop the block's weights; now and then save the hidden states, where the work folder can be seen.
+
+        Not of a model whose blocks hand on more than those: they run again after a stop.
+        """
         self._release(block.name)
         for shard in self.shards:
             shard.at = max(shard.at, block.index + 1)
         old = not self.paired and time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
-        if old and block.index + 1 < len(self.structure.blocks) and self.work.is_dir():
+        enough = not any(shard.runner.hands_more for shard in self.shards)
+        if old and enough and block.index + 1 < len(self.structure.blocks) and self.work.is_dir():
             for shard in self.shards:
                 save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)
             self._saved_at = time.monotonic()
