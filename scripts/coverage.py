@@ -31,6 +31,8 @@ from coverage_models import POSITIONS, VOCABULARY, architectures, auto_class, ti
 
 import outlierq
 from outlierq.core.errors import OutlierqError
+from outlierq.load.model.conversion.class_named import class_named
+from outlierq.load.model.experts.apart import as_stored
 
 RECIPES = ("awq-gptq-w4", "rtn-w8", "fp8-dynamic")
 SETTINGS = {"calibration.samples": 16, "calibration.sequence_length": 48}
@@ -39,6 +41,7 @@ SETTINGS = {"calibration.samples": 16, "calibration.sequence_length": 48}
 LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
+OFFER, OFFERED = "export.names: class", {"export.names": "class"}  # what a plan says where it helps, and doing so
 ENOUGH = 0.99  # of the linear weights quantized
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,7 @@ STATES = """
 **right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were quantized.
 **not in transformers**: its plan says that transformers does not load one of them, and why. **refused**: before work,
 with the sentence. **not built**: transformers itself does not run the tiny model. **WRONG** and **CRASH** are faults.
+Where the plan of a recipe says that `export.names: class` writes what transformers loads, that was set.
 """
 
 
@@ -160,11 +164,14 @@ class Original:
 def _measured(original: Original, recipe: str, out: Path) -> Result:
     """Compress, load and compare."""
     result = Result(original.name, original.kind, recipe, RIGHT, shuffled=original.shuffled)
-    planned = False
+    planned, settings = False, SETTINGS
     try:
-        plan = outlierq.plan(original.source, recipe, settings=SETTINGS)
+        plan = outlierq.plan(original.source, recipe, settings=settings)
+        if any(OFFER in line for line in plan.clients):
+            settings, result.sentence = SETTINGS | OFFERED, "with export.names: class, which the plan offers"
+            plan = outlierq.plan(original.source, recipe, settings=settings)
         planned = True
-        outlierq.quantize(original.source, recipe, out=out, settings=SETTINGS, device="cpu")
+        outlierq.quantize(original.source, recipe, out=out, settings=settings, device="cpu")
     except OutlierqError as error:
         result.state = CRASH if planned else REFUSED
         result.sentence = ("after planning: " if result.state == CRASH else "") + " ".join(str(error).split())
@@ -185,7 +192,7 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
 
 def _compare(original: Original, out: Path, result: Result) -> None:
     """Everything that can be seen in what was written."""
-    result.share = _share(original, out)
+    result.share = _share(original, out, is_renamed=bool(result.sentence))
     loaded, info = auto_class(original.kind, original.name).from_pretrained(out, dtype="auto", output_loading_info=True)
     loaded.eval()
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
@@ -254,9 +261,13 @@ def _shuffled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _share(original: Original, out: Path) -> float:
-    """Which part of the linear weights is quantized: all matrices but embeddings, heads, routers and towers."""
-    before, after = (outlierq.open(folder).tensors for folder in (original.source, out))
+def _share(original: Original, out: Path, *, is_renamed: bool) -> float:
+    """Which part of the linear weights is quantized: all matrices but embeddings, heads, routers and towers.
+
+    is_renamed: the result has the names of the class.
+    """
+    source, after = outlierq.open(original.source), outlierq.open(out).tensors
+    before = as_stored(class_named(source)).tensors if is_renamed else source.tensors
     text = _of_text(original.model, list(before))
     linear = {name: info for name, info in before.items() if name in text and _is_linear(name, info.shape)}
     plain = sum(info.nbytes for name, info in linear.items() if name in after and after[name].dtype == info.dtype)

@@ -15,6 +15,7 @@ from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import largest, sizes
 from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault, study
+from outlierq.load.model.conversion.class_named import class_named
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
@@ -173,6 +174,31 @@ def test_the_plan_says_whether_the_class_can_hold_packed_weights_and_the_config_
     config = json.loads(plan.small_files["config.json"])["quantization_config"]
     assert config.get("dequantize", False) is dense
     assert said.endswith(": loads") if why is None else why in said and ("loads (dequantized" in said) is dense
+
+
+@pytest.mark.parametrize(("name", "split"), [("kimi_linear", None), ("hrm_text", "gqkv_proj")])
+def test_under_the_names_of_its_class_a_model_loads_whose_tensors_transformers_splits_or_joins(
+    name, split, made, tmp_path
+):
+    plan = make_plan(open_checkpoint(str(made(name))), load("rtn-w8"))
+    assert any(line.endswith("export.names: class writes what it loads") for line in plan.clients)
+    outlierq.quantize(made(name), "rtn-w8", out=tmp_path / "out", settings={"export.names": "class"})
+    assert not outlierq.verify(tmp_path / "out", made(name)).faults
+    names = outlierq.open(tmp_path / "out").tensors
+    assert split is None or not any(split in name for name in names)
+    ids = tokens(torch.Generator().manual_seed(0))
+    one, other = logits(tmp_path / "out", ids), logits(made(name), ids)
+    assert (other.exp() * (other - one)).sum(-1).mean() < 0.1
+
+
+def test_the_names_of_the_class_change_nothing_where_they_are_those_of_the_file(made):
+    checkpoint = open_checkpoint(str(made("llama")))
+    assert class_named(checkpoint) is checkpoint
+
+
+def test_a_model_that_runs_its_blocks_in_rounds_is_refused_before_work_where_calibration_is_needed(made):
+    with pytest.raises(SourceError, match=r"HrmTextForCausalLM runs its block \S+ more than once \(6 times\)"):
+        make_plan(open_checkpoint(str(made("hrm_text"))), load("awq-gptq-w4"))
 
 
 def test_weights_that_keep_their_names_load_everywhere(made):

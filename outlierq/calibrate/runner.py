@@ -74,7 +74,9 @@ class Call:
         """Whether an argument is what the block before returned beside the hidden states."""
         return _holds((self.after, self.keyword), Handed)
 
-    def run(self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype, before: Sequence[Any] = ()) -> Any:
+    def run(
+        self, module: torch.nn.Module, hidden: torch.Tensor, dtype: torch.dtype, before: Sequence[Any] = ()
+    ) -> Returned:
         """What the module returns, with hidden states in the shape of `hidden` in it (`hidden_of`).
 
         Floating-point arguments are given in `dtype`. before: what the block before returned, for a call that
@@ -90,9 +92,9 @@ class Call:
         after, keyword = _map_tensors((after, keyword), cast)
         if self.added is not None:
             hidden = hidden + self.added.to(hidden)
-        if self.name is None:
-            return module(hidden, *after, **keyword)
-        return module(*after, **{self.name: hidden}, **keyword)
+        named = {} if self.name is None else {self.name: hidden}
+        returned: Returned = module(*(() if named else (hidden,)), *after, **named, **keyword)
+        return returned
 
 
 class Spill(NamedTuple):
@@ -368,8 +370,7 @@ class BlockRunner:
 
         hidden: of that batch, in the model's shape. It is copied: some blocks add to their input in place.
         """
-        record = self._records[index]
-        call = record.calls[record.of_batch[batch]]
+        call = self._call(index, batch)
         if call is None:
             return hidden.to(self.device, self.dtype)
         with forward_of(self.model, "calibrate"):
@@ -387,6 +388,11 @@ class BlockRunner:
         calls = [call for record in self._records for call in record.calls if call is not None]
         return any(call.shared or call.takes_over for call in calls)
 
+    def _call(self, index: int, batch: int) -> Call | None:
+        """What block `index` is called with for a batch; None where the model passes it over."""
+        record = self._records[index]
+        return record.calls[record.of_batch[batch]]
+
     def _before(self, index: int, batch: int, call: Call) -> Sequence[Any]:
         """What the block before returned for a batch, if the call takes any of it over."""
         if not call.takes_over:
@@ -399,8 +405,7 @@ class BlockRunner:
     def _keep(self, index: int, batch: int, output: Any) -> None:
         """Keep what a block returned for a batch, if the next one takes any of it over; what is older goes."""
         self._returned.pop((index - 2, batch), None)
-        record = self._records[index + 1] if index + 1 < len(self._records) else None
-        call = record.calls[record.of_batch[batch]] if record else None
+        call = self._call(index + 1, batch) if index + 1 < len(self._records) else None
         if call is not None and call.takes_over:
             self._returned[index, batch] = (None, *_map_tensors(output[1:], lambda tensor: tensor.detach()))
 
@@ -427,10 +432,10 @@ class BlockRunner:
 
         call = self._records[index].probe
         assert call is not None, "`start` must have run"
-        sample, shape, before = hidden[0].float(), self._probe_shape, ()
+        sample, shape = hidden[0].float(), self._probe_shape
         if call.takes_over:  # what it takes over is there for whole batches only
-            call, shape = self._records[index].calls[self._records[index].of_batch[0]], tuple(sample.shape)
-            before = self._before(index, 0, call)
+            call, shape = self._call(index, 0) or call, tuple(sample.shape)
+        before = self._before(index, 0, call)
         spread = sample.abs().median().clamp_min(1e-3) / 0.6745  # the median of |x| of a standard normal
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
 

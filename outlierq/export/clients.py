@@ -126,16 +126,38 @@ def with_class(lines: Sequence[str], architecture: str) -> list[str]:
     return said
 
 
-def with_fault(lines: Sequence[str], why: str, decoded: bool) -> list[str]:
-    """The lines of clients, that of transformers changed where its class cannot hold packed weights.
+def with_class_names(lines: Sequence[str]) -> list[str]:
+    """The lines of clients, changed where one but transformers reads tensors by the names of the source."""
+    said = []
+    for line in lines:
+        name, _, what = line.partition(": ")
+        if not name.startswith("transformers") and what.startswith("loads"):
+            line = f"{name}: not tried with the names of transformers' class (export.names: class)"
+        said.append(line)
+    return said
 
-    decoded: the config asks it to decode them while it loads, and then it can.
+
+@dataclass(frozen=True)
+class PackedFault:
+    """Why transformers cannot hold packed weights of a class. is_decoded: the config asks it to decode them while it
+    loads, and then it can. remedy: a setting that helps, in words.
     """
+
+    why: str
+    is_decoded: bool
+    remedy: str = ""
+
+
+def with_fault(lines: Sequence[str], fault: PackedFault) -> list[str]:
+    """The lines of clients, that of transformers changed where its class cannot hold packed weights."""
     said = []
     for line in lines:
         name, _, what = line.partition(": ")
         if name.startswith("transformers") and not what.startswith("does not load"):
-            what = f"loads (dequantized at load, as its config asks: {why})" if decoded else f"does not load it: {why}"
+            remedy = f"; {fault.remedy}" if fault.remedy else ""
+            what = f"does not load it: {fault.why}{remedy}"
+            if fault.is_decoded:
+                what = f"loads (dequantized at load, as its config asks: {fault.why})"
         said.append(f"{name}: {what}")
     return said
 

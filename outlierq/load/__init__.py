@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.architecture import declared_class as declared_class
     from outlierq.load.model.attention import attention_names as attention_names
     from outlierq.load.model.attention import stored_prefix as stored_prefix
+    from outlierq.load.model.conversion.packed_load import packed_fault as packed_fault
     from outlierq.load.model.experts.apart import experts_apart as experts_apart
     from outlierq.load.model.experts.apart import experts_together as experts_together
     from outlierq.load.model.experts.apart import fused_pieces as fused_pieces
@@ -28,9 +29,9 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.model.experts.fused import unmerged_experts as unmerged_experts
     from outlierq.load.model.lookup import looking_up as looking_up
     from outlierq.load.model.names import checkpoint_names as checkpoint_names
-    from outlierq.load.model.packed_load import packed_fault as packed_fault
     from outlierq.load.model.places import misplaced as misplaced
     from outlierq.load.model.places import refuse_other_model as refuse_other_model
+    from outlierq.load.model.rounds import refuse_rounds as refuse_rounds
     from outlierq.load.model.skeleton import build_skeleton as build_skeleton
     from outlierq.load.model.skeleton import find_structure as find_structure
     from outlierq.load.model.skeleton import leave_empty as leave_empty
@@ -82,6 +83,7 @@ _HOMES = {
     "load_tensors_into": "model.skeleton",
     "looking_up": "model.lookup",
     "reading_ahead": "source.read_ahead",
+    "refuse_rounds": "model.rounds",
     "release": "model.skeleton",
     "skeleton_config": "model.skeleton",
     "decode_codes": "packed.codes.bits",
@@ -91,7 +93,7 @@ _HOMES = {
     "declared_class": "model.architecture",
     "decode_rows": "decode",
     "described": "packed.described",
-    "packed_fault": "model.packed_load",
+    "packed_fault": "model.conversion.packed_load",
     "presented": "decode",
     "read_headers": "decode",
     "served": "decode",

@@ -253,10 +253,15 @@ class Transform(Section):
 
 
 class Export(Section):
-    """How the result is written."""
+    """How the result is written.
+
+    names: those of the source's tensors, or `class`: those of the parameters of transformers' class, for classes whose
+    stored tensors it splits or joins, which it cannot do with packed ones.
+    """
 
     format: str = "compressed-tensors"
     max_shard_size: str = "5GB"
+    names: Literal["source", "class"] = "source"
 
     @field_validator("format")
     @classmethod

@@ -40,8 +40,8 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     checkpoint gives the plain model. SourceError when transformers cannot build the model.
     """
     check_versions()
+    from outlierq.load.model.conversion.pieces import separate_pieces
     from outlierq.load.model.experts.fused import separate_experts
-    from outlierq.load.model.pieces import separate_pieces
 
     model = empty_model(checkpoint)
     separate_experts(model, checkpoint)
@@ -212,7 +212,7 @@ def _sites(
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Linear | Conv1D) or name in routers:
             full = f"{prefix}{name}".removesuffix(".")
-            if f"{full}.weight" not in names:  # it is made of other tensors (`pieces.py`)
+            if f"{full}.weight" not in names:  # it is made of other tensors (`conversion/pieces.py`)
                 continue
             transposed = isinstance(part, Conv1D)
             owner = name.rpartition(".")[0]
@@ -340,15 +340,23 @@ def _move_buffers(module: torch.nn.Module, slots: Iterable[str], device: str | t
             owner._buffers[name] = owner._buffers[name].to(device)
 
 
-def leave_empty(module: torch.nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+def leave_empty(
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    skip: Iterable[torch.nn.Module] = (),
+) -> None:
     """Give a part that is not to run parameters that take no memory: models ask any of theirs where and what they are.
 
-    They are NaN, so that a part that runs all the same does not go unseen.
+    They are NaN, so that a part that runs all the same does not go unseen. skip: parts inside that are left alone.
     """
     import torch
 
     nothing = torch.full((), torch.nan, dtype=dtype, device=device)
+    skipped = {part for inside in skip for part in inside.modules()}
     for part in module.modules():
+        if part in skipped:
+            continue
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = torch.nn.Parameter(nothing.expand(parameter.shape), requires_grad=False)

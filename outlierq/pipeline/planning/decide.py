@@ -15,6 +15,7 @@ from outlierq.core.model import EMBEDDING, FLOAT32, Checkpoint, LinearSite, Stud
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
+from outlierq.export.clients import PackedFault
 from outlierq.export.declared import kept_modules
 from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.packed.described import without_description
@@ -33,6 +34,7 @@ TOWER_KEPT = (
     "quantizes it"
 )
 
+CLASS_NAMES = "export.names: class writes what it loads"
 CODES_KEPT = "left alone: it keeps the codes and scales of the source, bit for bit"
 CONFIG_NAME = "config.json"
 
@@ -42,12 +44,26 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
 
     expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
     """
-    from outlierq.load import refuse_other_model, served
+    from outlierq.load import served
 
-    checkpoint = rewritten(served(_decoding(checkpoint, recipe)), recipe, expert_stats=expert_stats)
+    source = served(_decoding(checkpoint, recipe))
+    plan = _planned(rewritten(source, recipe, expert_stats=expert_stats), recipe)
+    if plan.load_fault is None or plan.load_fault.is_decoded or recipe.export.names == "class":
+        return plan
+    renamed = recipe.model_copy(update={"export": recipe.export.model_copy(update={"names": "class"})})
+    other = _planned(rewritten(source, renamed, expert_stats=expert_stats), renamed)
+    return plan if other.load_fault else replace(plan, load_fault=replace(plan.load_fault, remedy=CLASS_NAMES))
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """The plan for a checkpoint as the recipe's rewrites leave it."""
+    from outlierq.load import refuse_other_model, refuse_rounds
+
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model, sites, together = _as_stored(*_decided(checkpoint, recipe), recipe)
     refuse_other_model(model)
+    if recipe.calibration is not None:
+        refuse_rounds(model)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
     return _with_one_scheme(assembled(model, sites, recipe, _caches(model, recipe), together))
@@ -59,14 +75,14 @@ def _with_one_scheme(plan: Plan) -> Plan:
     The plan itself where that is not needed, or does not help.
     """
     odd = {p.site: p.reason.partition(": ")[2] for p in plan.sites if p.scheme is not None and p.reason}
-    if plan.load_fault is None or plan.load_fault[1] or not odd:
+    if plan.load_fault is None or plan.load_fault.is_decoded or not odd:
         return plan
     because = "and transformers, which decodes the weights of this class as it loads them, does so with one scheme"
     sites = tuple(
         SitePlan(p.site, None, f"kept in 16 bits: {odd[p.site]}, {because}") if p.site in odd else p for p in plan.sites
     )
     other = assembled(plan.model, sites, plan.recipe, plan.caches, plan.together)
-    return other if other.load_fault is not None and other.load_fault[1] else plan
+    return other if other.load_fault is not None and other.load_fault.is_decoded else plan
 
 
 def _decoding(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -156,7 +172,7 @@ def assembled(
         small[CONFIG_NAME] = config_json(model, sites, recipe, format, dense_key=dense_key)
     if layout.index is not None:
         small[INDEX_NAME] = layout.index
-    said = None if fault is None else (fault.why, dense_key is not None)
+    said = None if fault is None else PackedFault(fault.why, dense_key is not None)
     return Plan(model, recipe, sites, layout, small, caches, together, load_fault=said)
 
 

@@ -13,7 +13,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
-from outlierq.export.clients import with_class, with_fault, with_layers
+from outlierq.export.clients import PackedFault, with_class, with_class_names, with_fault, with_layers
 from outlierq.export.declared import stacks
 from outlierq.export.layout import INDEX_NAME, Layout
 from outlierq.pipeline.planning.mixture import architecture, mixture
@@ -80,8 +80,7 @@ class Plan(Shown):
     the report. caches: by block index, for blocks whose KV cache gets scales. together: linears of experts of which
     none is quantized, so that they stay in the tensor that the source has for all of them; they are no sites.
     expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
-    nobody asked. load_fault: why transformers cannot hold packed weights of this class, and whether the config has
-    them decoded at load.
+    nobody asked. load_fault: why transformers cannot hold packed weights of this class, and what helps.
     """
 
     model: StudiedModel
@@ -93,7 +92,7 @@ class Plan(Shown):
     together: tuple[SitePlan, ...] = ()
     expected: Estimate | None = None
     savings: tuple[str, ...] | None = None
-    load_fault: tuple[str, bool] | None = None
+    load_fault: PackedFault | None = None
 
     @cached_property
     def format(self) -> Format:
@@ -261,12 +260,13 @@ class Plan(Shown):
         cache = self.recipe.kv_cache
         said = self.format.clients(set(self.schemes.values()))
         said += self.format.cache_clients(cache.scheme) if cache else []
-        said = with_fault(said, *self.load_fault) if self.load_fault else said
+        said = with_fault(said, self.load_fault) if self.load_fault else said
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = {site: self.schemes.get(site) for site in self.structure.sites if site.expert}
         if any(experts.values()):
             said += self.format.expert_clients(set(experts.values()), mixture(self.model, experts))
-        return with_class(said, architecture(self.model))
+        said = with_class(said, architecture(self.model))
+        return with_class_names(said) if self.recipe.export.names == "class" else said
 
     @property
     def rows(self) -> list[PlanRow]:

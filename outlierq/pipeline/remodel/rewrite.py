@@ -15,6 +15,7 @@ from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
+from outlierq.load.model.conversion.class_named import class_named
 from outlierq.load.model.experts.apart import with_parts
 from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
@@ -37,11 +38,14 @@ def rewritten(
     expert_stats: Path | None = None,
     experts: Mapping[str, list[int]] | None = None,
 ) -> Checkpoint:
-    """The checkpoint as the rewrites of the recipe leave it; the checkpoint itself when there are none.
+    """The checkpoint as the rewrites of the recipe leave it, under the names that it asks for; the checkpoint itself
+    when there is nothing to change.
 
     No weights are read, except for the gain of the last norm. experts: those that an earlier run kept, by block; they
     need no statistics. RecipeError when a rewrite is not possible.
     """
+    if recipe.export.names == "class":
+        checkpoint = class_named(checkpoint)
     for step in recipe.rewrites:
         method = transform_method(step.method)
         if method.stage == "prune":

@@ -30,9 +30,10 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A stored tensor. order: among those of the same pattern. name: of its part in the model."""
 
+    tensor: str
     pattern: str
     order: list[int]
     name: str
@@ -40,14 +41,19 @@ class _Piece:
 
 
 @dataclass
-class _Made:
+class Made:
     """What one conversion makes of some stored tensors. slot: the first parameter that it makes."""
 
     step: Any
     slot: str
-    pieces: list[_Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
 
-    def of(self, values: Values, sizes: _Sizes) -> Values:
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Those of the parameters by name, tried without values."""
+        nothing = {piece.name: torch.empty(piece.shape, device="meta") for piece in self.pieces}
+        return {name: tuple(value.shape) for name, value in self.of(nothing, sizes).items()}
+
+    def of(self, values: Values, sizes: Sizes) -> Values:
         """The parameters by name. values: the stored tensors, by the names of their pieces."""
         tensors: dict[str, Any] = {}
         for piece in sorted(self.pieces, key=lambda piece: piece.order):
@@ -67,7 +73,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What transformers' conversions ask of a model."""
 
     slots: Slots
@@ -80,27 +86,30 @@ class _Sizes:
 
 def separate_pieces(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Give the owners of all parameters that are made of stored tensors these as parts. Changes the model."""
+    conversions, sizes = conversions_of(model, checkpoint)
+    for made in conversions:
+        _separate(model, made, sizes)
+
+
+def conversions_of(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[list[Made], Sizes]:
+    """Every conversion that makes parameters of the model of stored tensors, and what it asks of the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    if not converters:
-        return
-    slots = model.state_dict(keep_vars=True)
-    conversions: dict[str, _Made] = {}
-    for tensor, info in checkpoint.tensors.items():
+    slots = model.state_dict(keep_vars=True) if converters else {}
+    sizes = Sizes(slots, model.config)
+    conversions: dict[str, Made] = {}
+    for tensor, info in checkpoint.tensors.items() if converters else ():
         place = _place(tensor, renamings, converters, model.base_model_prefix or None, slots)
         if place is not None:
             slot, step, pattern, name = place
             order = [int(number) for number in re.findall(r"\d+", name)]
-            piece = _Piece(pattern, order, name, tuple(info.shape))
-            conversions.setdefault(slot, _Made(step, slot)).pieces.append(piece)
-    sizes = _Sizes(slots, model.config)
-    for made in conversions.values():
-        if _fits(made, sizes):
-            _separate(model, made, sizes)
+            piece = Piece(tensor, pattern, order, name, tuple(info.shape))
+            conversions.setdefault(slot, Made(step, slot)).pieces.append(piece)
+    return [made for made in conversions.values() if _fits(made, sizes)], sizes
 
 
 def _place(
@@ -119,29 +128,28 @@ def _place(
     return None if name in slots else (slot, step, pattern, name)
 
 
-def _fits(made: _Made, sizes: _Sizes) -> bool:
+def _fits(made: Made, sizes: Sizes) -> bool:
     """Whether the stored tensors make parameters that the model has, each in its shape: tried without values."""
-    nothing = {piece.name: torch.empty(piece.shape, device="meta") for piece in made.pieces}
     try:
-        values = made.of(nothing, sizes)
+        shapes = made.shapes(sizes)
     except (ValueError, RuntimeError, LookupError, AttributeError, TypeError, StopIteration):
         return False  # whoever wants the parameters says that they are not there
-    return all(name in sizes.slots and value.shape == sizes.slots[name].shape for name, value in values.items())
+    return all(name in sizes.slots and shape == sizes.slots[name].shape for name, shape in shapes.items())
 
 
-def _separate(model: torch.nn.Module, made: _Made, sizes: _Sizes) -> None:
+def _separate(model: torch.nn.Module, made: Made, sizes: Sizes) -> None:
     """Put the pieces into the model, and a property in the place of each parameter."""
     joined = _joined_linear(model, made)
     dtype = sizes.slots[made.slot].dtype
     parts = {piece.name: _part(model, piece, dtype, is_linear=joined is not None) for piece in made.pieces}
-    for name in made.of({piece.name: torch.empty(piece.shape, device="meta") for piece in made.pieces}, sizes):
+    for name in made.shapes(sizes):
         owner, _, leaf = name.rpartition(".")
         _replace(model.get_submodule(owner), leaf, parts, partial(_value, made, sizes, name))
     if joined is not None:
         joined.__class__ = type(type(joined).__name__, (type(joined),), {"forward": _run_pieces})
 
 
-def _value(made: _Made, sizes: _Sizes, name: str, parts: Parts) -> torch.Tensor:
+def _value(made: Made, sizes: Sizes, name: str, parts: Parts) -> torch.Tensor:
     """A parameter as the pieces make it that are there now."""
     value: torch.Tensor = made.of({piece: part._parameters[_leaf(piece)] for piece, part in parts.items()}, sizes)[name]
     return value
@@ -152,7 +160,7 @@ def _run_pieces(joined: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([part(x) for part in joined.__dict__[MADE_OF][WEIGHT].values()], -1)
 
 
-def _joined_linear(model: torch.nn.Module, made: _Made) -> torch.nn.Linear | None:
+def _joined_linear(model: torch.nn.Module, made: Made) -> torch.nn.Linear | None:
     """The linear layer whose rows are those of the pieces, one after the other; None for all other parameters."""
     owner_name, _, leaf = made.slot.rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -161,7 +169,7 @@ def _joined_linear(model: torch.nn.Module, made: _Made) -> torch.nn.Linear | Non
     return owner if is_joined and is_linear and made.step.operations[0].dim == 0 else None
 
 
-def _part(model: torch.nn.Module, piece: _Piece, dtype: torch.dtype, *, is_linear: bool) -> torch.nn.Module:
+def _part(model: torch.nn.Module, piece: Piece, dtype: torch.dtype, *, is_linear: bool) -> torch.nn.Module:
     """The module that holds a piece, which is made where there is none."""
     name, _, leaf = piece.name.rpartition(".")
     owner = _module(model, name, torch.nn.Linear(*reversed(piece.shape), False, "meta") if is_linear else None)

@@ -11,6 +11,7 @@ list of models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,10 @@ def packed_fault(
     if built is None:
         return None
     model, names = built
+    split = _unsplit(model, {slot for slot, tensor in names.items() if tensor in set(quantized)})
+    if split is not None:
+        named = split.replace("\\", "").strip(".")
+        return LoadFault(f"it splits {named} as it loads, which it cannot do in compressed checkpoints", False)
     fault = _conversion_fault(model, checkpoint, set(checkpoint.tensors if is_fp8 else quantized), set(packed))
     if fault is not None:
         return fault
@@ -120,6 +125,21 @@ def _retyped(model: torch.nn.Module, dtype: str) -> str | None:
     )
 
 
+def _unsplit(model: torch.nn.Module, scaled: Collection[str]) -> str | None:
+    """What a conversion splits that transformers makes no table for: it has one for scales only where the first part
+    has scales. scaled: names of the parameters that have them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    for step in get_model_conversion_mapping(model):
+        if isinstance(step, WeightConverter) and _takes_packed(step) and len(step.target_patterns) > 1:
+            part = re.compile(f"{step.target_patterns[0]}$")
+            if not any(part.search(name) for name in scaled):
+                return str(step.source_patterns[0])
+    return None
+
+
 def _conversion_fault(
     model: torch.nn.Module, checkpoint: Checkpoint, quantized: Collection[str], packed: Collection[str]
 ) -> LoadFault | None:
@@ -129,10 +149,6 @@ def _conversion_fault(
 
     steps = get_model_conversion_mapping(model)
     converters = [step for step in steps if isinstance(step, WeightConverter) and _takes_packed(step)]
-    splits = next((step.source_patterns[0] for step in converters if len(step.target_patterns) > 1), None)
-    if splits is not None:
-        named = splits.replace("\\", "").strip(".")
-        return LoadFault(f"it splits {named} as it loads, which it cannot do in compressed checkpoints", False)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     slots = model.state_dict(keep_vars=True)
     for tensor in checkpoint.tensors if converters else ():
