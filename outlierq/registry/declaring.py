@@ -1,8 +1,9 @@
-"""What a method says of itself: one decorator for each of the five stages, and the table that they fill.
+"""What a method says of itself: one decorator for each of the six stages, and the table that they fill.
 
 The stages are "quantize" (rounds weights), "transform" (scales the channels of one input group), "rewrite" (changes the
 whole model and not what it computes), "permute" (brings channels into another order) and "prune" (drops experts). A
-recipe names quantizers under `quantize`, and all others under `transform`.
+recipe names quantizers under `quantize`, and those others under `transform`. Methods of the sixth, "approximate", give
+what no format holds; `outlierq study methods` compares them with the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from outlierq.core.stats import DERIVED, FIELDS
 from outlierq.registry.packages import package_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-STAGES = ("quantize", "transform", "rewrite", "permute", "prune")
+STAGES = ("quantize", "transform", "rewrite", "permute", "prune", "approximate")
 # What a format must know of a result: columns beside the codes, or a scale that just holds the largest weight.
 OUTLIER_COLUMNS, LARGEST_SCALES = "outlier columns", "scales of the largest weight"
 # Float32 copies of its rows that a quantizer holds at once, where it does not say; rounding by the hessian: 4.5.
@@ -55,8 +56,8 @@ class Method:
 
     @property
     def section(self) -> str:
-        """The key of a recipe under which it is named."""
-        return "quantize" if self.stage == "quantize" else "transform"
+        """The key of a recipe under which it is named; `study` for what no recipe can name."""
+        return section_of(self.stage)
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -101,6 +102,11 @@ class Method:
     def summary(self) -> str:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+
+def section_of(stage: str) -> str:
+    """The key of a recipe under which methods of a stage are named; `study` for what no recipe can name."""
+    return {"quantize": "quantize", "approximate": "study"}.get(stage, "transform")
 
 
 REGISTERED: dict[tuple[str, str], Method] = {}  # (section of a recipe, name) -> method
@@ -205,3 +211,11 @@ def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F
     It sees the `BlockStats` of one block, of an earlier `outlierq calibrate`; what it drops is gone before all else.
     """
     return _register("prune", name, needs, paper)
+
+
+def approximation(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
+    """Register `function(w, stats, scheme, *, options) -> Approximation`, which `outlierq study methods` compares.
+
+    For what no format holds, or not yet: its result is judged as decoded, with the bits that it would take.
+    """
+    return _register("approximate", name, needs, paper)

@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from outlierq.core.errors import RecipeError, nearest
-from outlierq.registry.declaring import REGISTERED, Method
+from outlierq.registry.declaring import REGISTERED, Method, section_of
 from outlierq.registry.outside import REFERENCES, import_installed
 
 # The stage folders: every module in them is imported, and one that cannot be is an error.
@@ -38,7 +38,7 @@ def _of_section(section: str) -> dict[str, Method]:
 
 def methods(stage: str) -> dict[str, Method]:
     """Every method of a stage, by name, in alphabetical order."""
-    known = _of_section("quantize" if stage == "quantize" else "transform")
+    known = _of_section(section_of(stage))
     return {name: made for name, made in known.items() if made.stage == stage}
 
 

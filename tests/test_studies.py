@@ -1,0 +1,241 @@
+"""Methods of the literature that no format holds: their laws, and that `outlierq study methods` compares them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+
+import pytest
+import torch
+from reference.statistics import correlated_inputs, random_weight, statistics_of
+
+from outlierq.core.approximation import Approximation
+from outlierq.core.scheme import QuantScheme
+from outlierq.core.stats import InputStats
+from outlierq.ops import outlier_victim as ovp
+from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output
+from outlierq.ops.errors import output_error
+from outlierq.ops.low_rank import low_rank
+from outlierq.ops.one_dimension import k_means
+from outlierq.quantize.studies.adadim import adadim
+from outlierq.quantize.studies.low_rank import with_branch
+from outlierq.quantize.studies.olive import best_pairs, olive
+from outlierq.quantize.studies.sparsegpt import sparsegpt
+from outlierq.quantize.studies.splitquant import splitquant
+from outlierq.quantize.studies.wanda import wanda
+from outlierq.registry import methods
+
+WIDTH, ROWS = 192, 24
+SCHEME = QuantScheme(4, 64, symmetric=False)
+METHODS = list(methods("approximate").values())
+every_method = pytest.mark.parametrize("chosen", METHODS, ids=lambda method: method.name)
+
+
+@pytest.fixture(scope="module")
+def stats() -> InputStats:
+    return statistics_of(correlated_inputs(512, WIDTH), sequence_length=64)
+
+
+@pytest.fixture
+def w() -> torch.Tensor:
+    return random_weight(ROWS, WIDTH)
+
+
+def lost(w: torch.Tensor, made: Approximation, stats: InputStats) -> float:
+    return output_error(made.whole - w, stats.hessian).item()
+
+
+def sqnr_db(w: torch.Tensor, values: torch.Tensor) -> float:
+    return 10 * torch.log10(w.square().sum() / (values - w).square().sum()).item()
+
+
+# All of them.
+
+
+@every_method
+def test_an_approximation_is_deterministic_and_leaves_its_inputs_alone(chosen, w, stats):
+    before = w.clone()
+    one, other = (chosen.function(w, stats, SCHEME) for _ in range(2))
+    assert torch.equal(one.whole, other.whole) and torch.equal(w, before)
+    assert one.weight.shape == w.shape and one.weight.dtype == torch.float32 and one.whole.isfinite().all()
+    assert 2 < one.bits < 32
+
+
+@every_method
+def test_an_approximation_reads_only_the_statistics_it_declares(chosen, w, stats):
+    little = InputStats(stats.tokens, stats.sequences, **{name: getattr(stats, name) for name in chosen.needs})
+    assert torch.equal(chosen.function(w, little, SCHEME).whole, chosen.function(w, stats, SCHEME).whole)
+
+
+@every_method
+def test_an_approximation_names_its_source_and_documents_its_shapes(chosen):
+    assert "arXiv:" in chosen.paper and "[out, in]" in inspect.getdoc(chosen.function)
+    assert "arXiv:" in inspect.getdoc(sys.modules[chosen.function.__module__])
+
+
+@every_method
+def test_zeros_and_constant_weights_are_kept(chosen, stats):
+    made = chosen.function(torch.zeros(ROWS, WIDTH), stats, SCHEME)
+    assert not made.whole.any()
+
+
+# AdaDim.
+
+
+def test_groups_along_outputs_are_groups_along_inputs_of_the_transposed_weight(w):
+    square = w[:, :ROWS]
+    assert torch.equal(nearest_by_output(square, QuantScheme(3, 8)), nearest(square.T, QuantScheme(3, 8)).T)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_adadim_takes_the_dimension_that_errs_less(rounding):
+    w = random_weight(128, WIDTH)
+    x = correlated_inputs(512, WIDTH, outliers=0)
+    even = statistics_of(x.clone())
+    x[:, 5] *= 100
+    spoiled = w.clone()
+    spoiled[::3] *= 10
+    scheme = QuantScheme(3, 64, symmetric=False)
+    assert dimension_ratio(w, statistics_of(x).hessian, scheme) < 0.5
+    assert dimension_ratio(spoiled, even.hessian, scheme) > 1.3
+    for weight, data in ((w, statistics_of(x)), (spoiled, even)):
+        made = adadim(weight, data, scheme, rounding=rounding)
+        both = [nearest(weight, scheme), nearest_by_output(weight, scheme)]
+        least = min(output_error(values - weight, data.hessian).item() for values in both)
+        assert lost(weight, made, data) <= least * 1.0001
+
+
+# OliVe.
+
+
+def test_every_legal_pair_of_nibbles_is_decoded_and_encoded_again():
+    normal = [n for n in range(16) if n != ovp.VICTIM]
+    outliers = [n for n in range(16) if n & 7]
+    legal = [*itertools.product(normal, normal), *((ovp.VICTIM, n) for n in outliers)]
+    legal += [(n, ovp.VICTIM) for n in outliers]
+    nibbles = torch.tensor(legal, dtype=torch.uint8)
+    values = ovp.decode(nibbles)
+    assert torch.equal(ovp.decode(ovp.encode(values)), values)
+    assert torch.equal(ovp.unpack(ovp.pack(nibbles)), nibbles)
+    assert ovp.MAGNITUDES == (12, 16, 24, 32, 48, 64, 96)
+    assert len({tuple(row) for row in values.tolist()}) == 15 * 15 + 2 * 14
+
+
+def test_pairs_hold_as_many_victims_as_outliers_and_err_no_more_than_integers_do():
+    u = 6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    u[:, ::9] *= 8
+    nibbles = ovp.encode(u)
+    victims = (nibbles == ovp.VICTIM).unflatten(1, (-1, 2)).sum(-1)
+    assert victims.max() == 1 and victims.any()
+    error = (ovp.decode(nibbles) - u).square().unflatten(1, (-1, 2)).sum(-1)
+    integers = (u.round().clamp(-7, 7) - u).square().unflatten(1, (-1, 2)).sum(-1)
+    assert (error <= integers).all()
+
+
+def test_olive_is_ten_decibels_above_the_best_int4_on_a_gauss_with_spikes():
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(64, 4096, generator=generator)
+    spikes = torch.rand(w.shape, generator=generator) < 0.003
+    w = torch.where(spikes, w * (8 + 12 * torch.rand(w.shape, generator=generator)), w)
+    values, _ = best_pairs(w, torch.ones(4096), 36)
+    clips = torch.linspace(0.05, 1, 60).tolist()
+    steps = [share * w.abs().amax(1, keepdim=True) / 7 for share in clips]
+    best = max(sqnr_db(w, (w / step).round().clamp(-8, 7) * step) for step in steps)
+    assert sqnr_db(w, values) >= best + 10
+
+
+def test_olive_spares_the_channel_that_matters_and_takes_odd_widths(w, stats):
+    made = olive(w[:, :-1], statistics_of(correlated_inputs(256, WIDTH)[:, :-1]), SCHEME)
+    assert made.weight.shape == (ROWS, WIDTH - 1)
+    pair = torch.tensor([[9.7, 3.0]])
+    assert ovp.decode(ovp.encode(pair, torch.tensor([1.0, 100.0])))[0, 1] == 3
+    assert ovp.decode(ovp.encode(pair * torch.tensor([3.0, 1.0]), torch.tensor([100.0, 1.0])))[0, 1] == 0
+
+
+# SplitQuant.
+
+
+def test_k_means_on_a_line_is_as_good_as_every_choice_of_bounds():
+    values = torch.cat([torch.randn(30, generator=torch.Generator().manual_seed(s)) + 4 * s for s in range(3)])
+    bounds = k_means(values, 3, bins=1 << 12)
+
+    def spread(*bounds: float) -> float:
+        number = torch.bucketize(values.double(), torch.tensor(bounds, dtype=torch.float64))
+        parts = [values[number == k] for k in range(3)]
+        return sum((part - part.mean()).square().sum().item() for part in parts if len(part))
+
+    places = values.sort().values.tolist()
+    best = min(spread(a, b) for a, b in itertools.combinations(places[:-1], 2))
+    assert spread(*bounds.tolist()) <= best * 1.001
+    assert not len(k_means(torch.ones(5), 3)) and len(k_means(torch.tensor([1.0, 2.0]), 3)) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_split_errs_less_than_one_grid_and_one_cluster_is_one_grid(bits):
+    w = random_weight(32, 128)
+    w[::7, ::11] *= 12
+    scheme = QuantScheme(bits, None, symmetric=False)
+    whole, split = splitquant(w, None, scheme, clusters=1), splitquant(w, None, scheme)
+    assert (split.weight - w).square().sum() < (whole.weight - w).square().sum() / 2
+    assert whole.bits == pytest.approx(bits, abs=0.01) and bits < split.bits < bits + 1.6
+    assert len(whole.weight.unique()) <= 1 << bits and len(split.weight.unique()) <= 3 << bits
+
+
+# Pruning.
+
+
+@pytest.mark.parametrize("prune", [wanda, sparsegpt])
+def test_two_of_every_four_neighbours_are_left(prune, w, stats):
+    made = prune(w, stats, SCHEME, pattern="2:4")
+    assert ((made.weight.view(ROWS, -1, 4) != 0).sum(-1) == 2).all() and made.bits == 9
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+def test_error_feedback_beats_scores_and_scores_beat_magnitudes(pattern, w, stats):
+    fed, scored, plain = (
+        lost(w, made, stats)
+        for made in (
+            sparsegpt(w, stats, SCHEME, pattern=pattern),
+            wanda(w, stats, SCHEME, pattern=pattern),
+            wanda(w, stats, SCHEME, pattern=pattern, score="magnitude"),
+        )
+    )
+    assert fed < scored < plain
+
+
+def test_nothing_is_pruned_at_no_sparsity_and_zeros_survive_rounding(w, stats):
+    assert torch.equal(sparsegpt(w, stats, SCHEME, sparsity=0.0).weight, w)
+    assert torch.equal(wanda(w, stats, SCHEME, sparsity=0.0).weight, w)
+    made = sparsegpt(w, stats, SCHEME, sparsity=0.75, rounds=True)
+    assert (made.weight == 0).float().mean() >= 0.74 and made.bits < 3
+
+
+# Low rank.
+
+
+@pytest.mark.parametrize("rank", [1, 8, 20])
+def test_the_weighed_branch_loses_no_more_output_than_the_plain_one(rank, w, stats):
+    weighed, plain = (low_rank(w, hessian, rank, 1e-6) for hessian in (stats.hessian, None))
+    errors = [output_error(up @ down - w, stats.hessian).item() for down, up in (weighed, plain)]
+    assert errors[0] <= errors[1] * 1.0001
+    alike = low_rank(w, torch.eye(WIDTH), rank, 1e-9)
+    assert torch.allclose(alike[1] @ alike[0], plain[1] @ plain[0], atol=1e-4)
+    tail = torch.linalg.svdvals(w.double())[rank:].square().sum()
+    assert (plain[1] @ plain[0] - w).square().sum().item() == pytest.approx(tail.item(), rel=1e-3, abs=1e-6)
+
+
+def test_a_branch_of_full_rank_is_exact_and_more_rank_loses_less(w, stats):
+    ranks = [with_branch(w, stats, SCHEME, rank=rank) for rank in (0, 4, 16, 1000)]
+    errors = [lost(w, made, stats) for made in ranks]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
+    assert ranks[0].branch is None and ranks[-1].branch[0].shape == (ROWS, WIDTH)
+    assert ranks[1].bits == pytest.approx(ranks[0].bits + 16 * 4 * (ROWS + WIDTH) / (ROWS * WIDTH))
+
+
+def test_more_rounds_never_lose_more_and_the_parts_of_a_stack_are_its_rows(w, stats):
+    one, five = (with_branch(w, stats, SCHEME, rank=8, rounds=rounds, start="branch") for rounds in (1, 5))
+    assert lost(w, five, stats) <= lost(w, one, stats)
+    parts = [five.rows(0, 10), five.rows(10, ROWS)]
+    assert torch.allclose(torch.cat([part.whole for part in parts]), five.whole, atol=1e-6)
+    assert parts[0].branch[0] is five.branch[0]
