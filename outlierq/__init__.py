@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         read_recipe,
         recipe_text,
         recipes,
+        study_methods,
         verify,
     )
     from outlierq.core.errors import GateError, OutlierqError
@@ -84,6 +85,7 @@ __all__ = [
     "read_recipe",
     "recipe_text",
     "recipes",
+    "study_methods",
     "verify",
 ]
 

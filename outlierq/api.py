@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
+    from outlierq.pipeline.study_methods import MethodStudy
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe, RecipeLike, Settings
 
@@ -598,6 +599,50 @@ def bench(
             device=usable_device(device),
             listen=listen,
         )
+
+
+def study_methods(
+    model: SourceLike,
+    *,
+    stats: Place,
+    bits: int = 4,
+    group_size: int | None = 128,
+    inputs: str = "16",
+    only: Sequence[str] = (),
+    text: str | None = None,
+    windows: int | None = 24,
+    window_length: int = 512,
+    out: Place | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> MethodStudy:
+    """Every method of rounding or pruning that fits a model, at the bits that each really spends.
+
+    stats: what `calibrate` wrote; all methods share it. bits, group_size (None: per channel): of the weights. inputs:
+    "16", "int8" or "int4": of the linears, a scale per token. only: methods by their names in the table. text: a file
+    to measure on, None for the held-out embedded text. out: a file for the table, as JSON, or as a page for .md.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> study = outlierq.study_methods(model, stats="stats", only=["gptq"], group_size=32, windows=2, window_length=32)
+    >>> study.rows[0].name, study.rows[0].kl > 0
+    ('gptq', True)
+    """
+    from outlierq.pipeline.asked.request import Source, write_file
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.study_methods import Conditions, study_methods
+    from outlierq.report.progress import listening
+    from outlierq.report.study_text import page
+
+    conditions = Conditions(bits, group_size, inputs, text, windows, window_length)
+    with listening(progress) as listen:
+        checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
+        study = study_methods(checkpoint, Path(stats), conditions, only=only, resources=resources)
+    if out is not None:
+        content = page(study) if Path(out).suffix == ".md" else json.dumps(study.to_dict(), indent=1) + "\n"
+        write_file(Path(out), content.encode())
+    return study
 
 
 def demo(

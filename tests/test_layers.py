@@ -27,6 +27,7 @@ COMMANDS = (
     "verify",
     "inspect",
     "recipes",
+    "study",
     "bench",
     "demo",
 )

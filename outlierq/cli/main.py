@@ -26,6 +26,7 @@ from outlierq.cli.commands import (
     publish,
     quantize,
     recipes,
+    study,
     verify,
 )
 from outlierq.cli.shared import translated
@@ -57,6 +58,7 @@ app.command("diff", epilog=diff.EXAMPLES)(translated(diff.command))
 app.command("verify", epilog=verify.EXAMPLES)(translated(verify.command))
 app.command("inspect", epilog=inspect.EXAMPLES)(translated(inspect.command))
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(study.app, name="study")
 app.command("bench", epilog=bench.EXAMPLES)(translated(bench.command))
 app.command("demo", epilog=demo.EXAMPLES)(translated(demo.command))
 

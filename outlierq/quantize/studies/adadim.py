@@ -19,6 +19,7 @@ from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output, 
 from outlierq.ops.grid import in_groups, minmax_grid
 from outlierq.ops.solve import inverse_cholesky
 from outlierq.quantize.gptq import gptq
+from outlierq.quantize.studies.bits import grid_bits
 from outlierq.registry import approximation
 
 
@@ -42,14 +43,9 @@ def adadim(
         done = gptq(w, stats, scheme, damp=damp, scale_search="minmax", refine_passes=0)
         return Approximation(done.dequantize(), done.bits_per_weight)
     if not by_output:
-        return Approximation(nearest(w, scheme), stored_bits(scheme, w.shape[1]))
+        return Approximation(nearest(w, scheme), scheme.bits + grid_bits(scheme, w.shape[1]))
     values = sweep_by_output(w, hessian, scheme, damp) if rounding == "gptq" else nearest_by_output(w, scheme)
-    return Approximation(values, stored_bits(transposed_scheme(scheme, len(w)), len(w)))
-
-
-def stored_bits(scheme: QuantScheme, length: int) -> float:
-    """Bits per weight with one 16-bit scale, and a zero point where there are any, for each group of `length`."""
-    return scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / scheme.columns_per_group(length)
+    return Approximation(values, scheme.bits + grid_bits(transposed_scheme(scheme, len(w)), len(w)))
 
 
 def sweep_by_output(w: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme, damp: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from outlierq.core.stats import InputStats
 from outlierq.ops.grid import minmax_grid, nearest_code
 from outlierq.ops.pruning import dropped, stored_bits
 from outlierq.ops.solve import inverse_cholesky
+from outlierq.quantize.studies.bits import grid_bits
 from outlierq.registry import approximation
 
 BLOCK = 128
@@ -48,8 +49,8 @@ def sparsegpt(
             errors[:, i - part.start] = (work[:, i] - values[:, i]) / upper[i, i]
             work[:, i + 1 : part.stop] -= torch.outer(errors[:, i - part.start], upper[i, i + 1 : part.stop])
         work[:, part.stop :] -= errors @ upper[part, part.stop :]
-    bits = scheme.bits + 16 / scheme.columns_per_group(w.shape[1]) / (1 - sparsity) if rounds else 16.0
-    return Approximation(values, stored_bits(sparsity, pattern, bits))
+    bits = stored_bits(sparsity, pattern, scheme.bits if rounds else 16.0)
+    return Approximation(values, bits + (grid_bits(scheme, w.shape[1]) if rounds else 0.0))
 
 
 def _rounded(

@@ -1,0 +1,81 @@
+"""Comparisons of methods, and of calibration texts, on one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlierq.cli import shared
+
+app = typer.Typer(
+    help="Compare methods, or calibration texts, on one model.",
+    no_args_is_help=True,
+    epilog="Examples:\n\n  outlierq calibrate ./SmolLM2-135M -o stats\n\n"
+    "  outlierq study methods ./SmolLM2-135M --stats stats -o methods.md",
+)
+METHODS = (
+    "Examples:\n\n  outlierq study methods ./SmolLM2-135M --stats stats\n\n"
+    "  outlierq study methods ./SmolLM2-135M --stats stats --only gptq --only olive --bits 4 --group-size channel\n\n"
+    "  outlierq study methods ./SmolLM2-135M --stats stats --inputs int4 -o w4a4.json"
+)
+
+
+@app.command("methods", epilog=METHODS)
+def methods(
+    model: shared.Model,
+    stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`, which all methods share.")],
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights.")] = 4,
+    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    inputs: Annotated[str, typer.Option(help="Inputs of the linears: 16, int8 or int4, a scale per token.")] = "16",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A method by its name in the table; default all. May be repeated.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
+    windows: Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")] = 24,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the table: JSON, or a page if the name ends in .md.")
+    ] = None,
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Every method that fits, with the bits it spends, its errors, its cost, and which programs load what it makes."""
+    import outlierq
+
+    with shared.progress(quiet) as listen:
+        study = outlierq.study_methods(
+            model,
+            stats=stats,
+            bits=bits,
+            group_size=_columns(group_size),
+            inputs=inputs,
+            only=only or (),
+            text=text,
+            windows=windows or None,
+            window_length=window_length,
+            out=out,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+        )
+    if as_json:
+        shared.print_json(study.to_dict())
+        return
+    from outlierq.report.study_text import methods as table
+
+    shared.show(table(study))
+
+
+def _columns(text: str) -> int | None:
+    """A number of columns, or None for the word `channel`."""
+    if text == "channel":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is no number of columns, and not `channel`", param_hint="--group-size")
+    return int(text)

@@ -1,0 +1,375 @@
+"""`outlierq study methods`: every method that fits, on one model, one text and one set of statistics.
+
+Quantizers and approximations see the same statistics of the same inputs, and their weights are put into a copy of the
+model; whole recipes (those that change more than weights, or calibrate block by block) run as `outlierq quantize` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.core.approximation import Approximation
+from outlierq.core.errors import ArgumentError, OutlierqError, during
+from outlierq.core.model import Checkpoint, LinearSite, as_matrix
+from outlierq.core.report import Shown
+from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.load import open_checkpoint
+from outlierq.pipeline.asked.events import Event, silent
+from outlierq.pipeline.asked.resources import USUAL, Resources
+from outlierq.pipeline.block.starved import shares
+from outlierq.pipeline.detect import BlockData, from_folder
+from outlierq.pipeline.measuring import models
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.quantize import quantize
+from outlierq.pipeline.studying.contenders import Contender, contenders
+from outlierq.pipeline.studying.replaced import copied
+from outlierq.pipeline.studying.replaced import replace as put_in
+from outlierq.recipe import load
+from outlierq.registry import method, methods
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.core.stats import InputStats
+    from outlierq.recipe import Calibration
+    from outlierq.registry import Method
+
+SINK_WEIGHT = 4.0  # as calibration counts first tokens by default
+INPUTS = {"16": None, "int8": ActivationScheme(bits=8), "int4": ActivationScheme(bits=4)}
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method. bits: stored per weight, all that it needs. output_error: mean over linears, relative and squared.
+
+    kl, perplexity: of the model on the text; None where it could not run, and `note` says why. against_gptq: its KL
+    over that of gptq at as many bits, None outside of the bits at which gptq ran. cpu_seconds: of the method alone.
+    """
+
+    name: str
+    paper: str
+    loads_in: str
+    bits: float | None = None
+    output_error: float | None = None
+    kl: float | None = None
+    kl_standard_error: float | None = None
+    perplexity: float | None = None
+    against_gptq: float | None = None
+    cpu_seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MethodStudy(Shown):
+    """The table, and on what it was measured. yardstick: (bits, KL) of gptq with other groups and bits."""
+
+    model: str
+    statistics: str
+    text: str
+    tokens: int
+    scheme: str
+    reference_perplexity: float
+    yardstick: tuple[tuple[float, float], ...]
+    rows: tuple[MethodRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all methods share. bits, group_size (None: per channel): of the weights. inputs: `16`, or `int8` or `int4`
+    per token at run time.
+
+    text: a file, None for the held-out embedded text. window_length, windows: of it, None for all.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    inputs: str = "16"
+    text: str | None = None
+    windows: int | None = 24
+    window_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.inputs not in INPUTS:
+            raise ArgumentError(f"{self.inputs!r}; choose {', '.join(INPUTS)}", argument="inputs")
+
+    @property
+    def settings(self) -> list[str]:
+        """The same as keys of a recipe."""
+        keys = [f"quantize.bits={self.bits}", f"quantize.group_size={self.group_size or 'channel'}"]
+        if INPUTS[self.inputs] is not None:
+            keys.append(f"quantize.activations={{kind: int, bits: {self.inputs.removeprefix('int')}}}")
+        return keys
+
+
+USUAL_CONDITIONS = Conditions()
+
+
+def study_methods(
+    checkpoint: Checkpoint,
+    stats: Path,
+    conditions: Conditions = USUAL_CONDITIONS,
+    *,
+    only: Sequence[str] = (),
+    resources: Resources = USUAL,
+) -> MethodStudy:
+    """Measure every contender. stats: of `outlierq calibrate`. only: names of contenders; empty for all.
+
+    A method that cannot run on this model has a row that says why.
+    """
+    asked = contenders(only, conditions.bits)
+    study = _Study(checkpoint, stats, conditions, resources)
+    curve = study.yardstick()
+    rows = []
+    for number, contender in enumerate(asked):
+        resources.listen(Event("study", number, len(asked), contender.name))
+        rows.append(_against(study.row(contender), curve))
+    resources.listen(Event("study", len(asked), len(asked)))
+    return MethodStudy(
+        model=checkpoint.source,
+        statistics=study.statistics,
+        text=study.text_name,
+        tokens=study.windows.ids.numel(),
+        scheme=study.scheme,
+        reference_perplexity=study.reference_perplexity,
+        yardstick=curve,
+        rows=tuple(rows),
+    )
+
+
+def _against(row: MethodRow, curve: Sequence[tuple[float, float]]) -> MethodRow:
+    """The row with its KL over that of gptq at as many bits, where gptq ran on both sides of them."""
+    if row.kl is None or row.bits is None:
+        return row
+    below = [point for point in curve if point[0] <= row.bits + 1e-9]
+    above = [point for point in curve if point[0] >= row.bits - 1e-9]
+    if not below or not above:
+        return row
+    (low, first), (high, last) = below[-1], above[0]
+    share = 0.0 if high <= low else (row.bits - low) / (high - low)
+    rival = math.exp((1 - share) * math.log(first) + share * math.log(last))
+    return replace(row, against_gptq=row.kl / rival)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a method made of all linears. bits, output_error: as in `MethodRow`. model: with it in place."""
+
+    model: torch.nn.Module
+    bits: float
+    output_error: float
+    cpu_seconds: float
+
+
+class _Study:
+    """One model, one text, one set of statistics, and every method asked in turn."""
+
+    def __init__(self, checkpoint: Checkpoint, stats: Path, conditions: Conditions, resources: Resources):
+        from outlierq.load import check_recorded, load_tokenizer, served
+
+        check_recorded(checkpoint)
+        self.checkpoint, self.stats, self.conditions, self.resources = checkpoint, stats, conditions, resources
+        self.plain = served(checkpoint)
+        self.statistics = from_folder(stats, checkpoint).description
+        content, self.text_name = models.evaluation_text(conditions.text)
+        length, windows = conditions.window_length, conditions.windows
+        tokenizer = load_tokenizer(checkpoint)
+        self.windows = models.checked_windows(checkpoint, tokenizer, content, window_length=length, windows=windows)
+        self.schemes = self._schemes(conditions)
+        self.scheme = " and ".join(sorted({str(scheme) for scheme in self.schemes.values()}))
+        self.original = models.load_for_evaluation(checkpoint, device=resources.device)
+        self.reference_perplexity = math.nan
+
+    def _schemes(self, conditions: Conditions) -> Mapping[LinearSite, QuantScheme]:
+        """Which linears are rounded, and how: as a recipe with these keys plans it."""
+        return make_plan(self.checkpoint, load("gptq-w4", conditions.settings)).schemes
+
+    def yardstick(self) -> tuple[tuple[float, float], ...]:
+        """(bits, KL) of gptq with one bit less and one more, and with smaller groups, by rising bits."""
+        bits, group = self.conditions.bits, self.conditions.group_size
+        smaller = [128, 64, 32] if group is None else [size for size in (group // 2, group // 4) if size >= 8]
+        others = [(bits - 1, group), (bits, group), *((bits, size) for size in smaller), (bits + 1, group)]
+        points = []
+        for bits, group in others:
+            if not 2 <= bits <= 8:
+                continue
+            schemes = self._schemes(replace(self.conditions, bits=bits, group_size=group))
+            made = self._rounded(Contender("gptq", "gptq"), schemes)
+            points.append((made.bits, self._measured(made.model)["kl_per_token"]))
+        return tuple(sorted(points))
+
+    def row(self, contender: Contender) -> MethodRow:
+        """What a contender makes of the model, and how far that is from the original."""
+        row = MethodRow(contender.name, _paper(contender), contender.loads_in)
+        try:
+            with during("study", contender.name):
+                made = self._of_recipe(contender) if contender.recipe else self._rounded(contender, self.schemes)
+                measured = self._measured(made.model)
+        except OutlierqError as error:
+            return replace(row, note=f"did not run: {error.what}")
+        return replace(
+            row,
+            bits=made.bits,
+            output_error=made.output_error,
+            kl=measured["kl_per_token"],
+            kl_standard_error=measured["kl_standard_error"],
+            perplexity=measured["perplexity"],
+            cpu_seconds=made.cpu_seconds,
+        )
+
+    def _measured(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Divergence of a model from the original."""
+        measured = models.measure_windows(model, self.windows, reference=self.original).to_dict()
+        self.reference_perplexity = measured["reference_perplexity"]
+        return measured
+
+    def _rounded(self, contender: Contender, schemes: Mapping[LinearSite, QuantScheme]) -> _Made:
+        """Every linear that has a scheme and statistics, by one method."""
+        asked = method("quantize" if contender.method in methods("quantize") else "approximate", contender.method)
+        model, sums, seconds = copied(self.original), _Sums(), 0.0
+        sparsities = self._sparsities(contender)
+        for block in from_folder(self.stats, self.checkpoint).blocks:
+            options = dict(contender.options)
+            if sparsities:
+                options["sparsity"] = sparsities[block.index]
+            for members, stats in _stacks(block, schemes):
+                stack = self._stack(members)
+                started = time.process_time()
+                made = _approximated(asked, stack, stats, schemes[members[0]], options)
+                seconds += time.process_time() - started
+                parts = _split(members, made)
+                sums.add(parts, stack, stats)
+                put_in(model, parts, INPUTS[self.conditions.inputs])
+        return _Made(model, sums.bits, sums.output_error, seconds)
+
+    def _stack(self, members: Sequence[LinearSite]) -> torch.Tensor:
+        """The rows of linears with one input, float32 [out, in]."""
+        import torch
+
+        return torch.cat([as_matrix(site, self.plain.read(site.weight)).float() for site in members])
+
+    def _sparsities(self, contender: Contender) -> dict[int, float]:
+        """Share of zeros by block, where the contender has budgets by block; empty where all have the same."""
+        from outlierq.detect.weights.owl import outlier_ratio, sparsities
+
+        if not contender.budget:
+            return {}
+        ratios, sizes = {}, {}
+        for block in from_folder(self.stats, self.checkpoint).blocks:
+            linears = []
+            for members, stats in _stacks(block, self.schemes):
+                rms = (stats.need("sum_sq") / stats.tokens).sqrt()
+                linears += [(as_matrix(site, self.plain.read(site.weight)), rms) for site in members]
+            ratios[block.index] = outlier_ratio(linears)
+            sizes[block.index] = sum(weight.numel() for weight, _ in linears)
+        return dict(zip(ratios, sparsities(list(ratios.values()), list(sizes.values()), 0.5), strict=True))
+
+    def _of_recipe(self, contender: Contender) -> _Made:
+        """A whole recipe, on these statistics where it can use some, else calibrated on their text."""
+        recipe = load(contender.recipe, self.conditions.settings)
+        mode = recipe.calibration.mode if recipe.calibration else "static"
+        runs = bool(recipe.rewrites) or mode == "sequential"
+        if runs:
+            recipe = recipe.model_copy(update={"calibration": self._calibration(mode)})
+        started = time.process_time()
+        with tempfile.TemporaryDirectory(prefix="outlierq-study-") as folder:
+            out = Path(folder, "out")
+            plan = make_plan(self.checkpoint, recipe)
+            report = quantize(plan, out, stats=None if runs else self.stats, resources=self._quietly)
+            seconds = time.process_time() - started
+            model = models.load_for_evaluation(open_checkpoint(str(out)), device=self.resources.device)
+        weights = [site.out_features * site.in_features for site in plan.schemes]
+        bits = {row.site: row.bits_per_weight for row in report.rows}
+        spent = sum(bits[site.module] * size for site, size in zip(plan.schemes, weights, strict=True))
+        errors = [row.output_error for row in report.rows if row.output_error is not None]
+        return _Made(model, spent / sum(weights), sum(errors) / len(errors), seconds)
+
+    def _calibration(self, mode: str) -> Calibration:
+        """The settings of the statistics, for a recipe that calibrates block by block."""
+        from outlierq.calibrate.stored.stats_file import StatsReader
+        from outlierq.recipe import Calibration
+
+        settings = StatsReader(self.stats).calibration
+        return Calibration(**{**settings, "mode": mode})
+
+    @property
+    def _quietly(self) -> Resources:
+        """The same resources, without a listener."""
+        return replace(self.resources, listen=silent)
+
+
+class _Sums:
+    """Bits and output errors over linears."""
+
+    def __init__(self) -> None:
+        self._bits, self._weights, self._errors = 0.0, 0, list[float]()
+
+    def add(self, parts: Mapping[LinearSite, Approximation], stack: torch.Tensor, stats: InputStats) -> None:
+        """The members of a stack [out, in], and what became of them."""
+        from outlierq.ops.errors import RelativeErrors
+
+        rest = stack
+        for made in parts.values():
+            rows, rest = rest[: len(made.weight)], rest[len(made.weight) :]
+            self._bits += made.bits * rows.numel()
+            self._weights += rows.numel()
+            errors = RelativeErrors()
+            errors.add(rows, made.whole.clone(), stats.hessian)
+            if errors.output is not None:
+                self._errors.append(errors.output)
+
+    @property
+    def bits(self) -> float:
+        """Per weight."""
+        return self._bits / self._weights
+
+    @property
+    def output_error(self) -> float:
+        """Mean over linears."""
+        return sum(self._errors) / len(self._errors)
+
+
+def _stacks(
+    block: BlockData, schemes: Mapping[LinearSite, QuantScheme]
+) -> Iterator[tuple[list[LinearSite], InputStats]]:
+    """The linears of a block that share an input and a scheme, and its statistics; those without any are left out."""
+    for group in block.groups:
+        for share in shares(group, block.inputs, 1):
+            members = [site for site in share.sites if site in schemes]
+            for scheme in dict.fromkeys(schemes[site] for site in members):
+                if share.stats is not None and share.stats.tokens:
+                    weighed = share.stats.weighing_sinks(SINK_WEIGHT)
+                    yield [site for site in members if schemes[site] == scheme], weighed
+
+
+def _approximated(
+    asked: Method, stack: torch.Tensor, stats: InputStats, scheme: QuantScheme, options: Mapping[str, Any]
+) -> Approximation:
+    """What a quantizer or an approximation makes of a stack [out, in]."""
+    made = asked.function(stack, stats, scheme, **options)
+    if isinstance(made, Approximation):
+        return made
+    return Approximation(made.dequantize(), made.bits_per_weight)
+
+
+def _split(members: Sequence[LinearSite], made: Approximation) -> dict[LinearSite, Approximation]:
+    """The rows of every member of a stack."""
+    ends = [0, *itertools.accumulate(site.out_features for site in members)]
+    return {site: made.rows(*bounds) for site, bounds in zip(members, itertools.pairwise(ends), strict=True)}
+
+
+def _paper(contender: Contender) -> str:
+    """Where the method comes from."""
+    if contender.recipe:
+        return method("quantize", load(contender.recipe).quantize.method).paper
+    return method("quantize" if contender.method in methods("quantize") else "approximate", contender.method).paper

@@ -1,0 +1,1 @@
+"""What `outlierq study` measures with: who takes part, and models with approximated weights."""

@@ -1,0 +1,47 @@
+"""Who takes part in `outlierq study methods`: the table of `data/contenders.json`, and what a user asks of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from outlierq.core.errors import ArgumentError, nearest
+
+PRUNED = "magnitude 50 %"
+BUDGETS = ("owl",)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table. method: a quantizer or an approximation; or recipe: a shipped one, run as it is.
+
+    bits: at which it exists, empty for all. pruning: whether it keeps 16 bits of what is left. budget: `owl` for
+    sparsities by block. loads_in: which programs load what it makes.
+    """
+
+    name: str
+    method: str = ""
+    recipe: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bits: Sequence[int] = ()
+    pruning: bool = False
+    budget: str = ""
+    loads_in: str = ""
+
+
+def contenders(only: Sequence[str], bits: int) -> list[Contender]:
+    """All that exist at these bits, or those of these names; ArgumentError for a name that there is not."""
+    text = (resources.files("outlierq") / "data" / "contenders.json").read_text(encoding="utf-8")
+    known = {values["name"]: Contender(**values) for values in json.loads(text)}
+    for name in only:
+        if name not in known:
+            close = nearest(name, list(known))
+            raise ArgumentError(
+                f"there is no {name!r}; " + (f"did you mean {close!r}?" if close else f"known: {'; '.join(known)}"),
+                argument="only",
+            )
+    asked = [known[name] for name in only] if only else list(known.values())
+    return [each for each in asked if only or not each.bits or bits in each.bits]
