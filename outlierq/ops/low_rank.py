@@ -26,6 +26,7 @@ def low_rank(change: torch.Tensor, hessian: torch.Tensor | None, rank: int, damp
 def _factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     """Lower Cholesky factor [in, in] of the damped hessian."""
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    factor: torch.Tensor
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         raise NumbersError("the hessian is not positive definite", hint="calibrate with more tokens, or raise `damp`")

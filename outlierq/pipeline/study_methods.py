@@ -371,5 +371,6 @@ def _split(members: Sequence[LinearSite], made: Approximation) -> dict[LinearSit
 def _paper(contender: Contender) -> str:
     """Where the method comes from."""
     if contender.recipe:
-        return method("quantize", load(contender.recipe).quantize.method).paper
+        rounding = load(contender.recipe).quantize
+        return "" if rounding is None else method("quantize", rounding.method).paper
     return method("quantize" if contender.method in methods("quantize") else "approximate", contender.method).paper

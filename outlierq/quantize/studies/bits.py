@@ -9,5 +9,5 @@ from outlierq.core.scheme import QuantScheme
 
 def grid_bits(scheme: QuantScheme, length: int) -> float:
     """Bits per weight of scales, and of zero points where there are any: one for each group of `length` weights."""
-    scale = getattr(torch, scheme.scale_dtype).itemsize * 8
+    scale: int = getattr(torch, scheme.scale_dtype).itemsize * 8
     return (scale + (0 if scheme.symmetric else scheme.bits)) / scheme.columns_per_group(length)
