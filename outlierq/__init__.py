@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from outlierq.api import (
+        adapter,
         bench,
         calibrate,
         compare,
@@ -68,6 +69,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Verification",
+    "adapter",
     "bench",
     "calibrate",
     "compare",

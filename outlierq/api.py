@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from outlierq.core.outliers import OutlierReport
     from outlierq.core.report import Evaluation, Report
     from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.adapter import Adapter
     from outlierq.pipeline.asked.events import Listener
     from outlierq.pipeline.asked.request import SourceLike
     from outlierq.pipeline.bench import Benchmark
@@ -599,6 +600,39 @@ def bench(
             device=usable_device(device),
             listen=listen,
         )
+
+
+def adapter(
+    model: SourceLike,
+    compressed: SourceLike,
+    *,
+    stats: Place,
+    out: Place,
+    rank: int = 32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Adapter:
+    """Write what rounding took from a model, as far as a low rank holds it, as a LoRA adapter for PEFT and vLLM.
+
+    compressed: what a recipe that only rounds (gptq-w4, rtn-w4, nvfp4) made of the model. stats: what `calibrate`
+    wrote. out: a new folder. rank: of the matrices.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> made = outlierq.adapter(model, compressed, stats="stats", out="adapter", rank=8)
+    >>> made.after < made.before
+    True
+    """
+    from outlierq.pipeline.adapter import make_adapter
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.report.progress import listening
+
+    with listening(progress) as listen:
+        source = Source(model, revision, trust_remote_code).open()
+        rounded = Source(compressed, None, trust_remote_code).open()
+        resources = Resources.of("cpu", listen=listen)
+        return make_adapter(source, rounded, Path(stats), Path(out), rank=rank, resources=resources)
 
 
 def study_methods(

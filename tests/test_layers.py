@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "recipes",
     "study",
+    "adapter",
     "bench",
     "demo",
 )

@@ -13,6 +13,7 @@ import typer
 
 from outlierq import __version__
 from outlierq.cli.commands import (
+    adapter,
     bench,
     calibrate,
     compare,
@@ -52,6 +53,7 @@ app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
 app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
 app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
 app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))
+app.command("adapter", epilog=adapter.EXAMPLES)(translated(adapter.command))
 app.command("publish", epilog=publish.EXAMPLES)(translated(publish.command))
 app.command("compare", epilog=compare.EXAMPLES)(translated(compare.command))
 app.command("diff", epilog=diff.EXAMPLES)(translated(diff.command))
