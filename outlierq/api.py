@@ -316,6 +316,7 @@ def calibrate(
     sequence_length: int | None = None,
     chat_template: bool = False,
     seed: int | None = None,
+    sensitivity: bool = False,
     device: str = "auto",
     max_memory: str | int | None = None,
     revision: str | None = None,
@@ -329,6 +330,8 @@ def calibrate(
     Any number of recipes then run from them without a forward pass: `quantize(model, recipe, stats=out, ...)`.
     recipe: take its calibration section. text: files of text or rows, or "embedded"; several are mixed. samples: token
     windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses among windows.
+    sensitivity: also what an error of each linear costs at the end of the model, for `fit` to predict the KL by;
+    finished statistics that lack it get it.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
     >>> stats.description
@@ -350,7 +353,8 @@ def calibrate(
     section = calibration(recipe, settings, options, trust_methods=trust_methods)
     source = Source(model, revision, trust_remote_code, stream_from_hub)
     with listening(progress) as listen:
-        return make_statistics(source, section, folder_of(out), resources=Resources.of(device, max_memory, listen))
+        resources = Resources.of(device, max_memory, listen)
+        return make_statistics(source, section, folder_of(out), sensitivity=sensitivity, resources=resources)
 
 
 def detect(

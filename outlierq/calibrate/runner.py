@@ -447,12 +447,13 @@ class BlockRunner:
         return run
 
     @contextmanager
-    def tail(self, ids: torch.Tensor, hidden: HiddenStates) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
+    def tail(self, ids: torch.Tensor, hidden: HiddenStates) -> Iterator[Callable[..., torch.Tensor]]:
         """Inside, what follows the blocks can be run: a function from a batch and places in it to logits [n, vocab].
 
         ids: [sequences, tokens] of the token set. hidden: the outputs of the last block. places: [n, 2], sequence in
-        the batch and position; only they go through the output head. `start` must have run. SourceError when the model
-        has no logits.
+        the batch and position; only they go through the output head. A third argument stands for the hidden states of
+        the batch, in their shape, and gradients flow to it. `start` must have run. SourceError when the model has no
+        logits.
         """
         import torch
 
@@ -464,11 +465,12 @@ class BlockRunner:
                 for stub in stubs:
                     stub.reset(self._wrap)
 
-                def logits_at(batch: int, places: torch.Tensor) -> torch.Tensor:
-                    stubs[0].given = hidden[batch].to(self.device, self.dtype, copy=True)
+                def logits_at(batch: int, places: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+                    plain = states is None
+                    stubs[0].given = hidden[batch].to(self.device, self.dtype, copy=True) if plain else states
                     rows, columns = places.to(self.device).unbind(1)
                     with (
-                        torch.inference_mode(),
+                        torch.inference_mode() if plain else torch.enable_grad(),
                         _heads_input_at(self.model, rows, columns),
                         forward_of(self.model, "calibrate"),
                     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, Sta
 from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
-from outlierq.core.model import Block, Checkpoint
+from outlierq.core.model import Block, Checkpoint, StudiedModel
 from outlierq.load import check_recorded, check_unchanged, differing, lasting_stamps, tokenizer_digest
 from outlierq.pipeline.asked.events import Event, Listener, fetching
 from outlierq.pipeline.asked.request import Source
@@ -23,6 +23,7 @@ from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, to
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
 from outlierq.pipeline.planning.work import Savings, work_of_calibration
+from outlierq.pipeline.processes.ranks import ALONE
 from outlierq.pipeline.remodel.rewrite import check_source
 from outlierq.recipe import Calibration
 
@@ -51,12 +52,15 @@ class StoredStatistics:
 
 
 def make_statistics(
-    source: Source, settings: Calibration, out: Path, *, resources: Resources = USUAL
+    source: Source, settings: Calibration, out: Path, *, sensitivity: bool = False, resources: Resources = USUAL
 ) -> StoredStatistics:
-    """Calibrate a model as a user names it; all processes that share the work are told what was stored."""
+    """Calibrate a model as a user names it; all processes that share the work are told what was stored.
+
+    sensitivity: also what an error of each linear costs at the end of the model.
+    """
     with source.opened_for(out) as checkpoint:
         resources.ranks.first(lambda: check_recorded(checkpoint))
-        identity = calibrate(checkpoint, settings, out, resources=resources)
+        identity = calibrate(checkpoint, settings, out, sensitivity=sensitivity, resources=resources)
         if resources.ranks.lead:
             checkpoint.drop_shards()
     return resources.ranks.first(lambda: _stored(out, identity))
@@ -74,11 +78,13 @@ def calibrate(
     out: Path,
     *,
     only: frozenset[str] | None = None,
+    sensitivity: bool = False,
     resources: Resources = USUAL,
 ) -> StatsIdentity:
     """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues.
 
-    only: fields of `InputStats` and `BlockStats` to keep, and no logits.
+    only: fields of `InputStats` and `BlockStats` to keep, and no logits. sensitivity: that, too, also to finished
+    statistics that lack it.
     """
     from outlierq.load import served, study
 
@@ -106,11 +112,32 @@ def calibrate(
         done = ranks.first(written)
         source = StatsFromRun(model, tokens, settings, out, resources, savings, Asked(fields))
         _make_missing(done, writer, source, structure.blocks, listen)
+        if sensitivity:
+            ranks.at = "what errors cost"
+            ranks.first(lambda: _add_sensitivity(writer, model, tokens, settings, resources))
         if writer is not None:
             for path in saved_hidden(out):
                 path.unlink()
             writer.finish()
     return identity
+
+
+def _add_sensitivity(
+    writer: StatsWriter | None, model: StudiedModel, tokens: TokenSet, settings: Calibration, resources: Resources
+) -> None:
+    """Write what errors cost, unless it is there; the lead does it alone."""
+    assert writer is not None, "only the lead is asked"
+    if writer.sensitivity is not None:
+        return
+    alone = replace(resources, ranks=ALONE)
+    measured = StatsFromRun(model, tokens, one_by_one(settings), writer.folder, alone).sensitivity()
+    check_unchanged(model.checkpoint)
+    writer.write_sensitivity(measured, model.checkpoint.bytes_read)
+
+
+def one_by_one(settings: Calibration) -> Calibration:
+    """The settings of a pass with gradients: only the graph of one sequence is held beside a block."""
+    return settings.model_copy(update={"batch_size": 1, "shards": 1})
 
 
 def _identity(

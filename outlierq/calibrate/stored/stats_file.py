@@ -25,6 +25,7 @@ from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked, json_value
 from outlierq.core.machine.utf8_path import utf8_path
 from outlierq.core.model import Fold, InputGroup, LinearSite
+from outlierq.core.sensitivity import Sensitivity
 from outlierq.core.stats import InputStats
 
 # 2: histograms, top tokens, block statistics and logits. 3: the tokenizer, and digests of the weights that were read.
@@ -32,8 +33,9 @@ FORMAT_VERSION = 3
 FINISHED = "stats.json"
 UNFINISHED = "unfinished.json"
 LOGITS = "logits.safetensors"
+SENSITIVITY = "sensitivity.safetensors"
 # Every other name that a run gives a file here.
-OWN_NAME = re.compile(r"(block|hidden-states)-\d+\.safetensors|logits\.safetensors")
+OWN_NAME = re.compile(r"(block|hidden-states)-\d+\.safetensors|(logits|sensitivity)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class StatsWriter:
         self.former_stamps: dict[str, list[int]] | None = None
         self.blocks: dict[int, dict[str, Any]] = {}
         self.logits: dict[str, Any] | None = None
+        self.sensitivity: dict[str, Any] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,6 +132,11 @@ class StatsWriter:
         self.logits = {**self._write_tensors(LOGITS, sample.tensors()), "read": self._new(read)}
         self._write_list()
 
+    def write_sensitivity(self, value: Sensitivity, read: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write what an error of each linear's output costs. read: as above."""
+        self.sensitivity = {**self._write_tensors(SENSITIVITY, value.tensors()), "read": self._new(read)}
+        self._write_list()
+
     def _new(self, read: Mapping[str, str]) -> dict[str, str]:
         """Those digests that no block has yet."""
         new = {name: digest for name, digest in read.items() if name not in self.read}
@@ -170,6 +178,7 @@ class StatsWriter:
             "stamps": self.stamps,
             "calibration": self.calibration,
             "logits": self.logits,
+            **({"sensitivity": self.sensitivity} if self.sensitivity else {}),
             "blocks": [self.blocks[index] for index in sorted(self.blocks)],
         }
         _write(self.folder / UNFINISHED, json.dumps(values, indent=1).encode())
@@ -206,6 +215,9 @@ class StatsWriter:
         if values["logits"] and self._is_intact(values["logits"]):
             self.logits = values["logits"]
             self.read |= self.logits["read"]
+        if values.get("sensitivity") and self._is_intact(values["sensitivity"]):
+            self.sensitivity = values["sensitivity"]
+            self.read |= self.sensitivity["read"]
 
     def _is_intact(self, entry: Mapping[str, Any]) -> bool:
         """Whether the file of an entry is there as it was written."""
@@ -232,7 +244,7 @@ class StatsReader:
         self.identity = StatsIdentity(**{name: values[name] for name in names})
         self.calibration: dict[str, Any] = values["calibration"]
         self._blocks = {block["index"]: block for block in values["blocks"]}
-        self._logits = values["logits"]
+        self._logits, self._sensitivity = values["logits"], values.get("sensitivity")
         self._verified: set[str] = set()
 
     @property
@@ -243,7 +255,7 @@ class StatsReader:
     @property
     def made_of(self) -> dict[str, str]:
         """Digests of the weights that the statistics were made of, as `Checkpoint.bytes_read`."""
-        parts = [*self._blocks.values(), *([self._logits] if self._logits else [])]
+        parts = [*self._blocks.values(), *filter(None, (self._logits, self._sensitivity))]
         return {name: digest for part in parts for name, digest in part["read"].items()}
 
     def check(self, model_fingerprint: str, tokenizer: str | None = None) -> None:
@@ -290,6 +302,12 @@ class StatsReader:
     def logits(self) -> LogitSample | None:
         """Final logits of the original model at a sample of positions; None when none were kept."""
         return value_of(LogitSample, self._read(self._logits, lambda key: True)) if self._logits else None
+
+    def sensitivity(self) -> Sensitivity | None:
+        """What an error of each linear's output costs; None when that was not asked for."""
+        if not self._sensitivity:
+            return None
+        return Sensitivity.from_tensors(self._read(self._sensitivity, lambda key: True))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ class _List(_Part):
     stamps: dict[str, list[int]]
     calibration: dict[str, Any]
     logits: _Made | None
+    sensitivity: _Made | None = None
     blocks: list[_Block]
 
 

@@ -44,6 +44,14 @@ def command(
         bool, typer.Option("--chat-template", help="Render documents with the model's chat template.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Chooses among the windows [0].")] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Also measure what an error of each linear costs at the end of the model (one backward pass), so that "
+            "`outlierq fit` predicts the KL divergence. Finished statistics get it, too.",
+        ),
+    ] = False,
     device: shared.Device = "auto",
     max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
@@ -67,6 +75,7 @@ def command(
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
+            sensitivity=sensitivity,
             device=device,
             max_memory=max_memory,
             revision=revision,

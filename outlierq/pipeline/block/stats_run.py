@@ -18,6 +18,7 @@ from outlierq.calibrate.groups import find_groups, unseen_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
+from outlierq.calibrate.sensitivity import measure_sensitivity
 from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
 from outlierq.core.block_stats import BLOCK_FIELDS, BlockStats
@@ -26,6 +27,7 @@ from outlierq.core.logits import LogitSample
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Block, InputGroup, StudiedModel
 from outlierq.core.move import UNCHANGED
+from outlierq.core.sensitivity import Sensitivity
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
 from outlierq.pipeline.asked.events import Event
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from outlierq.recipe.sections import Section
 
 ROWS = 512  # whole tokens that are kept of an input, in all shards together
+# That a pass with gradients reads. Twice as many move the sums of a linear by some percent (docs/fit.md).
+SENSITIVE_TOKENS = 1 << 14
 # How much work a crash may cost: hidden states are saved when the last save is this old.
 SAVE_EVERY_SECONDS = 60.0
 
@@ -251,6 +255,19 @@ class StatsFromRun:
             raise
         parts = [sample for samples in self.ranks.gather(mine) for sample in samples if sample is not None]
         return LogitSample.joined(parts) if self.ranks.lead else None
+
+    def sensitivity(self) -> Sensitivity:
+        """What an error of each linear costs at the end, over the first windows; this run is used up by it."""
+        [shard] = self.shards
+        count = max(1, SENSITIVE_TOKENS // shard.text.ids.shape[1])
+        ids, inputs = shard.text.ids[:count], self.tokens.inputs[:count]
+        blocks = self.structure.blocks
+        hidden = shard.runner.start(ids, inputs=inputs)
+
+        def tell(index: int, step: str) -> None:
+            self.listen(Event("calibrate", index, len(blocks), blocks[index].name, step=step))
+
+        return measure_sensitivity(shard.runner, ids, hidden, self._scratch, seed=self.settings.seed or 0, tell=tell)
 
     def _collect(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """The block's groups and statistics."""

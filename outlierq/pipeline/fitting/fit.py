@@ -14,7 +14,7 @@ from outlierq.core.report import Report
 from outlierq.load import check_recorded, reading_ahead
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
-from outlierq.pipeline.block.sources import stats_source
+from outlierq.pipeline.block.stats import StatsFromFile
 from outlierq.pipeline.compress import Run, compress
 from outlierq.pipeline.fitting.choosing import Chosen, check_budget, choose
 from outlierq.pipeline.fitting.goal import Budget, bits_budget, card_budget, size_budget
@@ -129,8 +129,13 @@ def fitted(space: Space, goal: Goal, stats: Path, resources: Resources = USUAL) 
 
 def predicted(space: Space, stats: Path, resources: Resources = USUAL) -> Prediction:
     """What every layer costs in every scheme, from the statistics in a folder."""
-    source = stats_source(space.plan, stats, stats, resources)
-    return predict(space.plan, source, space.layers, listen=resources.listen)
+    plan = space.plan
+    if plan.recipe.rewrites:
+        raise ArgumentError(
+            f"{plan.recipe.name} rewrites the model, and the statistics are not of it", argument="recipe"
+        )
+    source = StatsFromFile(stats, plan.checkpoint, plan.structure, plan.recipe.needs | {"hessian"})
+    return predict(plan, source, space.layers, source.reader.sensitivity(), listen=resources.listen)
 
 
 def _written(space: Space, chosen: Chosen, budget: Budget, prediction: Prediction) -> Fitted:

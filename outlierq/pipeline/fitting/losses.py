@@ -13,9 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from outlierq.core.errors import StatsError
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import LinearSite, as_matrix
 from outlierq.core.scheme import QuantScheme
+from outlierq.core.sensitivity import Sensitivity
 from outlierq.detect.sample import spread
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.block.stats import StatsSource
@@ -42,34 +44,78 @@ class Prediction:
     in_nats: bool
 
 
-def predict(plan: Plan, source: StatsSource, layers: Sequence[Layer], *, listen: Listener = silent) -> Prediction:
+def predict(
+    plan: Plan,
+    source: StatsSource,
+    layers: Sequence[Layer],
+    sensitivity: Sensitivity | None = None,
+    *,
+    listen: Listener = silent,
+) -> Prediction:
     """The loss of every layer in every scheme that it may have; 0 for one that is kept.
 
     source: of statistics, which have to hold the hessian.
     """
     of = {site: number for number, layer in enumerate(layers) for site in layer.sites}
     losses: Losses = [dict.fromkeys(layer.choices, 0.0) for layer in layers]
-    blocks = plan.structure.blocks
-    total = sum(layer.weights for layer in layers)
-    for block in blocks:
-        listen(Event("predict", block.index, len(blocks), block.name))
-        for site, scheme, loss in _block_losses(plan, source, layers, of, block.index, total):
-            losses[of[site]][scheme] += loss
+    unknown: Losses = [dict.fromkeys(layer.choices, 0.0) for layer in layers]
+    both = _Sums()
+    for block in plan.structure.blocks:
+        listen(Event("predict", block.index, len(plan.structure.blocks), block.name))
+        for site, scheme, loss in _block_losses(plan, source, layers, of, sensitivity, block.index):
+            both.add(loss)
+            (unknown if loss.nats is None else losses)[of[site]][scheme] += (
+                loss.relative if loss.nats is None else loss.nats
+            )
         return_freed_memory()
-    listen(Event("predict", len(blocks), len(blocks)))
-    return Prediction(losses, in_nats=False)
+    listen(Event("predict", len(plan.structure.blocks), len(plan.structure.blocks)))
+    total = sum(layer.weights for layer in layers)
+    rate = both.nats / both.relative if both.relative > 0 else 1 / total
+    summed = [{s: known[s] + rate * rest[s] for s in known} for known, rest in zip(losses, unknown, strict=True)]
+    return Prediction(summed, in_nats=sensitivity is not None)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Of a linear in a scheme. relative: squared error of the output over its power, times weights. nats: see above;
+    None where no gradient reached the linear.
+    """
+
+    relative: float
+    nats: float | None
+
+
+@dataclass
+class _Sums:
+    """Of all losses that are known in nats: the rate at which others are taken for them."""
+
+    relative: float = 0.0
+    nats: float = 0.0
+
+    def add(self, loss: _Loss) -> None:
+        """Count one, if it is known."""
+        if loss.nats is not None:
+            self.relative += loss.relative
+            self.nats += loss.nats
 
 
 def _block_losses(
-    plan: Plan, source: StatsSource, layers: Sequence[Layer], of: Mapping[LinearSite, int], index: int, total: int
-) -> Iterator[tuple[LinearSite, QuantScheme, float]]:
+    plan: Plan,
+    source: StatsSource,
+    layers: Sequence[Layer],
+    of: Mapping[LinearSite, int],
+    sensitivity: Sensitivity | None,
+    index: int,
+) -> Iterator[tuple[LinearSite, QuantScheme, _Loss]]:
     """The loss of every linear of a block in every scheme."""
     groups, stats = source.block(index)
     for group in groups:
         sites = [site for site in group.sites if site in of]
         stored = plan.checkpoint.read_many([site.weight for site in sites])
         inputs = stats.get(group.name)
-        samples = {site: _Sample.of(site, as_matrix(site, stored[site.weight]), inputs, total) for site in sites}
+        samples = {
+            site: _Sample.of(as_matrix(site, stored[site.weight]), inputs, _costs(site, sensitivity)) for site in sites
+        }
         schemes = dict.fromkeys(scheme for site in sites for scheme in layers[of[site]].choices if scheme is not None)
         for scheme, changes in _rounded(plan, samples, inputs, list(schemes)):
             for site, change in changes.items():
@@ -78,40 +124,78 @@ def _block_losses(
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """Some rows of one linear that are rounded, and what a squared change of the output of each costs.
+class _Costs:
+    """Of a squared change of each output, in nats per token of text. inputs: [in], see `LinearSensitivity`, per token.
 
-    rows: [n, in]. hessian: [in, in] of the input. costs: [n]; a row that stands for others costs what they would.
+    outputs: [out].
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+
+
+def _costs(site: LinearSite, sensitivity: Sensitivity | None) -> _Costs | None:
+    """What the statistics hold of a linear, None when that is nothing; StatsError for other shapes."""
+    found = None if sensitivity is None else sensitivity.linears.get(site.module)
+    if found is None or sensitivity is None:
+        return None
+    if (len(found.outputs), len(found.inputs)) != (site.out_features, site.in_features):
+        raise StatsError(f"the sensitivity of {site.module} has other widths than the linear", hint="calibrate again")
+    return _Costs((found.outputs / sensitivity.tokens).float(), (found.inputs / sensitivity.tokens).float())
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some rows of one linear that are rounded, and how much each of them counts.
+
+    rows: [n, in]. hessian: [in, in] of the input. counts: [n], for how many rows one stands. power: of all outputs.
+    weights: of all rows.
     """
 
     rows: torch.Tensor
     hessian: torch.Tensor
-    costs: torch.Tensor
+    counts: torch.Tensor
+    power: float
+    weights: int
+    outputs: torch.Tensor | None
+    inputs: torch.Tensor | None
 
     @classmethod
-    def of(cls, site: LinearSite, weight: torch.Tensor, stats: InputStats | None, total: int) -> _Sample:
+    def of(cls, weight: torch.Tensor, stats: InputStats | None, costs: _Costs | None) -> _Sample:
         """Half of the rows are those whose output matters most, the others lie evenly among the rest.
 
-        total: weights of all layers.
+        weight: [out, in].
         """
         import torch
 
         dense = weight.float()
         hessian = stats.need("hessian") if _known(stats) and stats else torch.eye(dense.shape[1])
         power = ((dense @ hessian) * dense).sum(1).clamp_(min=0)  # [out]
-        all_power = power.sum().item()
-        cost = torch.full_like(power, dense.numel() / total / all_power if all_power > 0 else 0.0)
-        order = (power * cost).argsort(descending=True, stable=True)
+        matters = power if costs is None else power * costs.outputs
+        order = matters.argsort(descending=True, stable=True)
         most, rest = order[: ROWS // 2], order[ROWS // 2 :].sort().values
         drawn = spread(rest, ROWS // 2)
-        known = (power * cost)[drawn].sum()
-        share = (power * cost)[rest].sum() / known if known > 0 else torch.zeros(())
+        known = matters[drawn].sum()
+        share = matters[rest].sum() / known if known > 0 else torch.zeros(())
         at = torch.cat([most, drawn])
-        return cls(dense[at], hessian, torch.cat([cost[most], cost[drawn] * share]))
+        counts = torch.cat([torch.ones(len(most)), share.expand(len(drawn))])
+        outputs, inputs = (None, None) if costs is None else (costs.outputs[at], costs.inputs / costs.outputs.mean())
+        return cls(dense[at], hessian, counts, power.sum().item(), dense.numel(), outputs, inputs)
 
-    def loss(self, change: torch.Tensor) -> float:
+    def loss(self, change: torch.Tensor) -> _Loss:
         """Of a change of the rows, [n, in]."""
-        return (((change @ self.hessian) * change).sum(1) * self.costs).sum().item()
+        errors = ((change @ self.hessian) * change).sum(1) * self.counts
+        relative = errors.sum().item() / self.power * self.weights if self.power > 0 else 0.0
+        if self.outputs is None:
+            return _Loss(relative, None)
+        return _Loss(relative, 0.5 * (errors * self.outputs).sum().item() * self._where_it_counts(change))
+
+    def _where_it_counts(self, change: torch.Tensor) -> float:
+        """How much more the tokens count at which the changed columns are large, than all tokens do."""
+        assert self.outputs is not None and self.inputs is not None, "the costs are known"
+        columns = change.square().T @ (self.outputs * self.counts)  # [in]
+        plain = (columns * self.hessian.diagonal()).sum().item()
+        return (columns * self.inputs).sum().item() / plain if plain > 0 else 1.0
 
 
 def _known(stats: InputStats | None) -> bool:

@@ -1,0 +1,151 @@
+"""One backward pass over some text, a block at a time: how much an error of each linear's output costs at the end.
+
+The model runs forward once and the inputs of every block are kept in mapped files. What follows the blocks gives the
+gradient of sum_t log p(y_t), y_t drawn from the model itself; then each block, last first, runs again with gradients,
+and hands that of its inputs on. One block has weights and a graph at a time, of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlierq.calibrate.runner import HiddenStates, Spill
+from outlierq.calibrate.trace import submodule
+from outlierq.core.errors import NumbersError, during
+from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.sensitivity import LinearSensitivity, Sensitivity
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.calibrate.runner import BlockRunner
+    from outlierq.core.model import Block
+
+HEAD_TOKENS = 256  # that go through the output head together: its logits are as wide as the vocabulary
+
+Tell = Callable[[int, str], Any]
+
+
+def measure_sensitivity(
+    runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates, folder: str | Path, *, seed: int = 0, tell: Tell
+) -> Sensitivity:
+    """Of every linear in blocks. hidden: what enters the first block, [sequences, tokens, channels]; it is used up.
+
+    ids: [sequences, tokens] of the same text; `runner.start` has read it. folder: for the inputs of all blocks.
+    tell: is told of every block and what is done with it. NumbersError when a gradient is not finite.
+    """
+    blocks = runner.structure.blocks
+    kept = [_forward(runner, block, hidden, folder, tell) for block in blocks]
+    gradients = _at_the_end(runner, ids, hidden, seed)
+    linears: dict[str, LinearSensitivity] = {}
+    for block in reversed(blocks):
+        tell(block.index, "what an error of its outputs costs")
+        with during("calibrate", block.name):
+            linears = _backward(runner, block, kept.pop(), gradients) | linears
+        return_freed_memory()
+    return Sensitivity(ids.numel(), linears)
+
+
+def _forward(runner: BlockRunner, block: Block, hidden: HiddenStates, folder: str | Path, tell: Tell) -> HiddenStates:
+    """Run a block, so that `hidden` holds its outputs; its inputs, as they were."""
+    tell(block.index, "its inputs, to come back to")
+    kept = HiddenStates(
+        tuple(hidden.values.shape),
+        hidden.values.dtype,
+        hidden.batch_size,
+        spill=Spill(folder, 0),
+        sequence_axis=hidden.sequence_axis,
+    )
+    for batch in range(len(hidden)):
+        kept.write(batch, hidden[batch])
+        kept.done_with(batch)
+    with _weights(runner, block) as module:
+        runner.run(module, block.index, hidden)
+    return kept
+
+
+@contextmanager
+def _weights(runner: BlockRunner, block: Block) -> Iterator[torch.nn.Module]:
+    """Inside, the block has its weights."""
+    runner.weights.materialise(block.name)
+    try:
+        yield runner.model.get_submodule(block.name)
+    finally:
+        runner.weights.release(block.name)
+
+
+def _at_the_end(runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates, seed: int) -> HiddenStates:
+    """The gradient by the outputs of the last block, in the place of `hidden`, which holds these."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with runner.tail(ids, hidden) as logits_at:
+        for batch in range(len(hidden)):
+            states = hidden[batch].to(runner.device, runner.dtype, copy=True).requires_grad_()
+            count = len(ids[batch * runner.batch_size : (batch + 1) * runner.batch_size])
+            for places in torch.cartesian_prod(torch.arange(count), torch.arange(ids.shape[1])).split(HEAD_TOKENS):
+                scores = logits_at(batch, places, states).float().log_softmax(-1)
+                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
+                scores.gather(1, drawn.to(scores.device)).sum().backward()
+            assert states.grad is not None, "the head depends on the hidden states"
+            hidden.write(batch, states.grad)
+            hidden.done_with(batch)
+    return hidden
+
+
+def _backward(
+    runner: BlockRunner, block: Block, inputs: HiddenStates, gradients: HiddenStates
+) -> dict[str, LinearSensitivity]:
+    """The sums of a block's linears; `gradients` then are by the inputs of the block."""
+    import torch
+
+    sums: dict[str, LinearSensitivity] = {}
+    with _weights(runner, block) as module, _watching(module, block, sums):
+        for batch in range(len(inputs)):
+            states = inputs[batch].to(runner.device, runner.dtype, copy=True).requires_grad_()
+            with torch.enable_grad():
+                output = runner.forward(module, block.index, batch, states)
+            output.backward(gradients[batch].to(output))
+            if states.grad is None or not states.grad.isfinite().all():
+                raise NumbersError(f"the gradient by the inputs of {block.name} is not finite in batch {batch}")
+            gradients.write(batch, states.grad)
+            gradients.done_with(batch)
+            inputs.done_with(batch)
+    return {site.module: sums[site.module] for site in block.sites if site.module in sums}
+
+
+@contextmanager
+def _watching(module: torch.nn.Module, block: Block, sums: dict[str, LinearSensitivity]) -> Iterator[None]:
+    """Inside, `sums` gets what every linear adds when gradients reach its output."""
+    import torch
+
+    def watch(name: str) -> Callable[..., None]:
+        def on_output(part: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.requires_grad and output.numel():  # a router gives more
+                read = args[0].detach()
+                output.register_hook(lambda gradient: _add(sums, name, read, gradient))
+
+        return on_output
+
+    handles = [submodule(module, site.module).register_forward_hook(watch(site.module)) for site in block.sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(sums: dict[str, LinearSensitivity], name: str, read: torch.Tensor, gradient: torch.Tensor) -> None:
+    """What some tokens add. read: [..., in], gradient: [..., out] of the same tokens."""
+    squares = gradient.reshape(-1, gradient.shape[-1]).float().square()  # [tokens, out]
+    tokens = read.reshape(-1, read.shape[-1]).float().square()  # [tokens, in]
+    outputs, inputs = squares.sum(0).double().cpu(), (squares.mean(1) @ tokens).double().cpu()
+    before = sums.get(name)
+    sums[name] = (
+        LinearSensitivity(outputs, inputs)
+        if before is None
+        else LinearSensitivity(before.outputs + outputs, before.inputs + inputs)
+    )
