@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,14 @@ MADE_OF = "_made_of"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # And the number of experts chosen for a token.
 TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+
+# Keys of a config that change nothing of what the model computes: how it was trained, stored or called.
+HARMLESS_KEYS = re.compile(
+    r"_?name_or_path|.*transformers_version|(torch_)?dtype|use_cache|.*attn_implementation.*|_commit_hash|.*dropout.*"
+    r"|.*dropped?|initializer_\w+|.*init_range|.*init_std|pretraining_tp|quantization_config|output_\w+|return_dict|id2label"
+    r"|label2id|problem_type|.*aux_loss.*|auto_map|is_encoder_decoder|chunk_size_feed_forward|tokenizer_class|.*pdrop"
+    r"|finetuning_task|task_specific_params|torchscript|summary_\w+|architectures|unsloth\w*|use_bfloat16|experts_implementation"
+)
 
 
 def sizes(config: PreTrainedConfig, key: str) -> list[int]:

@@ -37,7 +37,7 @@ class Format(FormatLimits, ABC):
     container: how its files are read (`load.packed.reading.HEADERS`). copies_rows: a tensor that is not quantized is
     written under its name as it is, so that a large one may be copied some rows at a time. no_new_biases: why it holds
     no biases but the source's, "" where it does. holds_codes: whether codes can be told from what it writes. library:
-    that a model card names.
+    that a model card names. stacks_experts: the experts of a block are in one tensor, whatever becomes of them.
     """
 
     config: Mapping[str, Any]
@@ -46,6 +46,7 @@ class Format(FormatLimits, ABC):
     copies_rows: ClassVar[bool] = True
     no_new_biases: ClassVar[str] = ""
     holds_codes: ClassVar[bool] = True
+    stacks_experts: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
 
     def __post_init__(self) -> None:
@@ -123,9 +124,21 @@ class Format(FormatLimits, ABC):
         """What becomes of a tensor that is not quantized."""
         return info.name, info.dtype, info.shape
 
+    def plain_specs(self, info: TensorInfo) -> list[TensorSpec]:
+        """The same where it becomes several tensors, or none."""
+        return [self.plain_spec(info)]
+
+    def plains(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of `plain_specs`."""
+        return [self.plain(name, tensor)]
+
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """The name and the tensor of `plain_spec`, in the same shape."""
         return name, tensor
+
+    def number_in_stack(self, name: str) -> int | None:
+        """Of a tensor that is written into one with others of its shape: its number among them. None: it is alone."""
+        return None
 
     def row_order(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """What a decoder must know beside the tensors of `tensor_specs`, by role."""

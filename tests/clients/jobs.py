@@ -4,7 +4,8 @@ A job is JSON: `folder` (checkpoint), `prompt` (token ids), `new_tokens` (contin
 (lists of token ids to score), `options` (keywords for the client). A client answers in JSON: `client` (name and
 version), `tokens` (the continuation), `losses` (per window the negative log-likelihood in nats of tokens 1, 2, ...),
 and how its linears are called where it says so. Each client runs in an environment and a process of its own.
-llama.cpp also answers to `texts` with `ids`: what its own tokenizer makes of each.
+llama.cpp also answers to `texts` with `ids`: what its own tokenizer makes of each, and to `logits` (lists of token ids)
+with `logits`; the option `exact` keeps its cache in float32.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         job = json.load(file)
     start = time.perf_counter()
-    file = os.path.join(job["folder"], "model.gguf")
-    model = llama_cpp.Llama(file, n_ctx=1024, n_batch=512, n_threads=1, logits_all=True, verbose=False)
+    file = job["folder"] if os.path.isfile(job["folder"]) else os.path.join(job["folder"], "model.gguf")
+    # Type 0 is float32: of the cache.
+    exact = {"type_k": 0, "type_v": 0, "flash_attn": False} if job["options"].get("exact") else {}
+    model = llama_cpp.Llama(file, n_ctx=1024, n_batch=512, n_threads=1, logits_all=True, verbose=False, **exact)
     loaded = time.perf_counter()
 
     def logits(ids: list[int], known: int = 0) -> np.ndarray:
@@ -39,6 +41,7 @@ def main() -> None:
         "client": f"llama-cpp-python {llama_cpp.__version__}",
         "tokens": ids[len(job["prompt"]) :],
         "losses": losses,
+        "logits": [logits(window).tolist() for window in job.get("logits", [])],
         "ids": [model.tokenize(text.encode(), add_bos=True, special=True) for text in job.get("texts", [])],
         "load_seconds": loaded - start,
         "seconds": time.perf_counter() - loaded,

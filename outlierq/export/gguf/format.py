@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from outlierq.core.errors import RecipeError
 from outlierq.core.gguf.mixes import Shape, type_in_mix
 from outlierq.core.gguf.types import block_types
 from outlierq.core.machine.installed import needs_extra
@@ -30,17 +28,32 @@ from outlierq.core.model import (
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme, gguf_scheme
 from outlierq.export.format import Format, Sites, TensorSpec
+from outlierq.export.gguf.architectures import (
+    Architecture,
+    architecture_of,
+    architectures,
+    known_architecture,
+    text_of,
+    whole_config,
+)
 from outlierq.export.gguf.blocks import encode_blocks, ggml_type, held_as
 from outlierq.export.gguf.framed import framed_header
-from outlierq.export.gguf.header import ARCHITECTURES, file_type, gguf_header, rope_factors
+from outlierq.export.gguf.header import file_type, gguf_header
+from outlierq.export.gguf.names import expert_of, gguf_name
+from outlierq.export.gguf.rotation import rope_tensors
 from outlierq.export.layout import Layout, OutputTensor, Place
+from outlierq.recipe.patterns import tower_of
 
 if TYPE_CHECKING:
     import torch
-    from gguf import TensorNameMap
 
 FILE_NAME = "model.gguf"
-ROPE_FACTORS, HEADER = "rope_freqs.weight", "header"
+HEADER = "header"
+# The linear that makes keys and values of what is compressed for both, and tensors of several matrices.
+COMPRESSED_KEYS = re.compile(r"\.kv_b_proj\.")
+SEVERAL = re.compile(r"_exps\.weight|attn_[kv]_b\.weight")
+# Tensors that llama.cpp reads as float32 only.
+WIDE = re.compile(r"ffn_gate_inp\.|ssm_conv1d|shortconv\.conv\.")
 KEPT_FILES = ("LICENSE", "LICENCE", "NOTICE", "README")
 ALIGNMENT = 32
 # The rows of these are in ggml's rotary order where the architecture is "llama".
@@ -57,6 +70,8 @@ class GgufFormat(Format, name="gguf"):
     frame: Frame | None = None
 
     scale_dtype = "float16"
+    stacks_experts = True
+    holds_unquantized = True
     reads_back = False  # tensors have other names and orders there
     container = "gguf"
     copies_rows = False
@@ -65,7 +80,9 @@ class GgufFormat(Format, name="gguf"):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
-        """The format for the model of a checkpoint, in the frame that it has."""
+        """The format for the model of a checkpoint, in the frame that it has. SourceError for one that has no row."""
+        if checkpoint.frame is None or not checkpoint.frame.own_names:
+            known_architecture(checkpoint.config, checkpoint.source)
         return cls(checkpoint.config, checkpoint.frame)
 
     @classmethod
@@ -84,6 +101,8 @@ class GgufFormat(Format, name="gguf"):
         kind = ggml_type(scheme)
         if kind is None:
             return f"gguf stores int4, int8 symmetric or mxfp4 with scales of 32 columns or a multiple, not {scheme}"
+        if COMPRESSED_KEYS.search(site.weight):
+            return "llama.cpp has it in two parts, one of them transposed"
         columns = block_types()[kind].columns
         if site.in_features % columns:
             return f"gguf stores blocks of {columns} columns as {kind}, and {site.in_features} is no multiple of it"
@@ -130,16 +149,67 @@ class GgufFormat(Format, name="gguf"):
         """What becomes of a tensor that is not quantized: vectors are float32 in every GGUF file."""
         if self._in_own_names:
             return info.name, info.dtype, info.shape
-        return gguf_name(info.name), "F32" if len(info.shape) == 1 else info.dtype, info.shape
+        name, shape = self._name(info.name), _without_middle(info.shape)
+        if self.number_in_stack(info.name) is not None and len(shape) == 1:  # a bias, one row for each expert
+            return name, "F32", (1, *shape)
+        return name, "F32" if len(shape) == 1 or WIDE.search(name) else info.dtype, shape
 
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """The tensor of `plain_spec`, in the same shape; rows in the order of the file."""
         if self._in_own_names:
             return name, tensor
-        name = gguf_name(name)
-        heads = self._heads(name)
+        heads = self._heads(self._name(name))
         tensor = tensor if heads is None else tensor[_rotated_rows(len(tensor), heads)]
-        return name, tensor.float() if tensor.ndim == 1 else tensor
+        tensor = tensor.reshape(_without_middle(tuple(tensor.shape)))
+        if self._architecture.gains_less_one and name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
+        is_bias = self.number_in_stack(name) is not None and tensor.ndim == 1
+        name = self._name(name)
+        tensor = tensor.float() if tensor.ndim == 1 or WIDE.search(name) else tensor
+        return name, tensor[None] if is_bias else tensor
+
+    def plain_specs(self, info: TensorInfo) -> list[TensorSpec]:
+        """None of what llama.cpp's file of the language model does not have; two of what makes keys and values."""
+        if self._in_own_names:
+            return [self.plain_spec(info)]
+        if self.leaves_out(info.name):
+            return []
+        if not COMPRESSED_KEYS.search(info.name):
+            return [self.plain_spec(info)]
+        heads, keys, values = self._key_sizes
+        names = (self._name(COMPRESSED_KEYS.sub(part, info.name)) for part in (".k_b_proj.", ".v_b_proj."))
+        shapes = ((heads * info.shape[1], keys), (heads * values, info.shape[1]))
+        return [(name, info.dtype, shape) for name, shape in zip(names, shapes, strict=True)]
+
+    def plains(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of `plain_specs`: of keys [heads x compressed, keys], of values [heads x values, compressed]."""
+        if self._in_own_names or not (self.leaves_out(name) or COMPRESSED_KEYS.search(name)):
+            return [self.plain(name, tensor)]
+        if self.leaves_out(name):
+            return []
+        heads, keys, _ = self._key_sizes
+        parts = tensor.view(heads, -1, tensor.shape[1])
+        first = parts[:, :keys].transpose(1, 2).reshape(-1, keys).contiguous()
+        second = parts[:, keys:].reshape(-1, tensor.shape[1]).contiguous()
+        names = (self._name(COMPRESSED_KEYS.sub(part, name)) for part in (".k_b_proj.", ".v_b_proj."))
+        return list(zip(names, (first, second), strict=True))
+
+    @property
+    def _key_sizes(self) -> tuple[int, int, int]:
+        """Heads, and channels of a key that are not rotated and of a value, where both are made of compressed ones."""
+        keys = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
+        heads, unrotated, values = (int(text_of(self.config)[key]) for key in keys)
+        return heads, unrotated, values
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor is of a tower, or of a block that predicts further tokens: llama.cpp's file has none."""
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        beyond = number is not None and int(number[1]) >= int(text_of(self.config).get("num_hidden_layers") or 1 << 30)
+        return beyond or name.startswith("mtp.") or tower_of(name) is not None
+
+    def number_in_stack(self, name: str) -> int | None:
+        """The number of the expert, whose rows lie in the tensor of all experts of its block."""
+        return None if self._in_own_names else expert_of(name)
 
     def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
         """The tensor of `tensor_specs`: blocks, uint8 [out, bytes of a row]."""
@@ -162,18 +232,20 @@ class GgufFormat(Format, name="gguf"):
 
     def _name(self, name: str) -> str:
         """The name of a tensor in the file."""
-        return name if self._in_own_names else gguf_name(name)
+        return name if self._in_own_names else gguf_name(name, self._architecture.name)
+
+    @property
+    def _architecture(self) -> Architecture:
+        """The row of the model's architecture; that of Llama where none is known, which the header refuses."""
+        return architecture_of(self.config) or architectures()["llama"]
 
     def _heads(self, name: str) -> int | None:
         """Number of heads whose rows the file has in rotary order, None where rows are in the model's order."""
         part = name.split(".")[-2]
-        if (
-            self._in_own_names
-            or part not in ROTATED
-            or ARCHITECTURES.get(str(self.config.get("model_type"))) != "llama"
-        ):
+        if self._in_own_names or part not in ROTATED or not self._architecture.rotated:
             return None
-        return int(self.config.get(ROTATED[part]) or self.config["num_attention_heads"])
+        config = text_of(self.config)
+        return int(config.get(ROTATED[part]) or config["num_attention_heads"])
 
     def make_layout(
         self, tensors: Sequence[OutputTensor], schemes: Mapping[LinearSite, QuantScheme], source: Checkpoint, shard: int
@@ -184,18 +256,36 @@ class GgufFormat(Format, name="gguf"):
         types = {self._name(site.weight): held_as(scheme).name for site, scheme in schemes.items()}
         if self.frame is not None and self._in_own_names:
             return _framed_layout(self.frame, tensors, types)
-        factors = np.array(rope_factors(source.config), "<f4")
-        own = [OutputTensor(ROPE_FACTORS, "F32", factors.shape, HEADER)] if factors.size else []
-        entries = [(t.name, types.get(t.name, t.dtype), t.shape, t.nbytes) for t in (*own, *tensors)]
+        factors = {name: np.array(values, "<f4") for name, values in self._factors.items()}
+        own = [OutputTensor(name, "F32", values.shape, HEADER) for name, values in factors.items()]
+        entries = [(t.name, types.get(t.name, t.dtype), self._shape(t), t.nbytes) for t in (*own, *tensors)]
         header, differences = gguf_header(source, entries)
-        # It depends on the config alone, so it is written with the header and belongs to no unit of work.
-        places = {tensor.name: Place(tensor, FILE_NAME, len(header)) for tensor in own}
-        header += factors.tobytes() + b"\0" * (-factors.nbytes % ALIGNMENT)
+        # They depend on the config alone, so they are written with the header and belong to no unit of work.
+        places = {}
+        for tensor in own:
+            places[tensor.name] = Place(tensor, FILE_NAME, len(header))
+            header += factors[tensor.name].tobytes() + b"\0" * (-tensor.nbytes % ALIGNMENT)
         offset = len(header)
         for tensor in tensors:
             places[tensor.name] = Place(tensor, FILE_NAME, offset)
             offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
         return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset}, differences)
+
+    @property
+    def _factors(self) -> dict[str, list[float]]:
+        """Factors of the rotary frequencies by the name of their tensor."""
+        if architecture_of(self.config) is None:
+            return {}
+        return rope_tensors(whole_config(self.config), self._architecture.part)
+
+    def _shape(self, tensor: OutputTensor) -> tuple[int, ...]:
+        """The shape in the header: of all experts, or heads, of a block [experts, rows, ...]."""
+        if SEVERAL.search(tensor.name) is None or len(tensor.shape) > 2:
+            return tensor.shape
+        config = text_of(self.config)
+        keys = EXPERT_COUNTS if "_exps" in tensor.name else ("num_attention_heads",)
+        count = next(int(config[key]) for key in keys if config.get(key))
+        return (count, tensor.shape[0] // count, *tensor.shape[1:])
 
     def keeps_file(self, name: str) -> bool:
         """Whether a file beside the weights is carried over; config and tokenizer are inside the GGUF file."""
@@ -227,6 +317,11 @@ def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping
     return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset})
 
 
+def _without_middle(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[channels, width] of the kernel of a depthwise convolution, [channels, 1, width]; other shapes as they are."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+
+
 def _part(name: str) -> str:
     """What a weight of a file is in its block ("attn_v"), or outside ("output")."""
     return name.removesuffix(".weight").rpartition(".")[2]
@@ -237,24 +332,3 @@ def _rotated_rows(rows: int, heads: int) -> torch.Tensor:
     import torch
 
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def gguf_name(name: str) -> str:
-    """The name in a GGUF file of a tensor as transformers calls it; RecipeError when it has none."""
-    number = re.search(r"\.(\d+)\.", name)
-    # Asked for block 0, since the table lists every block apart.
-    asked = name if number is None else f"{name[: number.start()]}.0.{name[number.end() :]}"
-    translated: str | None = _names().get_name(asked, try_suffixes=(".weight", ".bias"))
-    if translated is None:
-        raise RecipeError(
-            f"{name} has no name in a GGUF file of this architecture", hint="use another export.format for this model"
-        )
-    return translated if number is None else translated.replace("blk.0.", f"blk.{number[1]}.")
-
-
-@cache
-def _names() -> TensorNameMap:
-    """gguf's own table of names; that of Llama holds those of Mistral and Qwen 2, too."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    return get_tensor_name_map(MODEL_ARCH.LLAMA, 1)

@@ -7,7 +7,6 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from math import pi
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,24 @@ from outlierq.core.errors import SourceError
 from outlierq.core.machine.printable import printable
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.model import Checkpoint
+from outlierq.export.gguf.architectures import (
+    LIKE,
+    Architecture,
+    adjusted,
+    check_config,
+    known_architecture,
+    own_keys,
+    text_of,
+    usual_keys,
+    whole_config,
+)
 from outlierq.export.gguf.piece_model import pieces_of_model
+from outlierq.export.gguf.rotation import SCALINGS, head_size, rope_type, rotation_keys, theta
 from outlierq.export.gguf.sentencepiece import UNKNOWN, Pieces, is_sentencepiece, pieces_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, SpecialVocab
 
-# model_type of transformers -> architecture of llama.cpp.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -58,11 +67,11 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    _check_model(checkpoint)
+    architecture, config = _check_model(checkpoint)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
-        writer = GGUFWriter(Path(folder) / "header.gguf", ARCHITECTURES[checkpoint.config["model_type"]])
-        _add_model(writer, checkpoint, tensors)
+        writer = GGUFWriter(Path(folder) / "header.gguf", architecture.name)
+        _add_model(writer, architecture, config, checkpoint.source, tensors)
         differences = _add_tokenizer(writer, checkpoint)
         for name, kind, shape, nbytes in tensors:
             quantized = kind.startswith(PACKED)
@@ -82,102 +91,61 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple
     return header + b"\0" * (-len(header) % ALIGNMENT), differences
 
 
-def _check_model(checkpoint: Checkpoint) -> None:
-    """SourceError for what llama.cpp does not compute as transformers does, or what is not written here yet."""
-    config = checkpoint.config
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+def _check_model(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any]]:
+    """The row of the architecture and the whole config. SourceError for what llama.cpp does not compute as transformers
+    does, or what is not written here yet."""
+    architecture = known_architecture(checkpoint.config, checkpoint.source)
+    if rope_type(checkpoint.config) not in SCALINGS:
         raise SourceError(
-            f"GGUF files are written for {', '.join(ARCHITECTURES)} models; {checkpoint.source} is a {kind}",
-            hint=ELSEWHERE,
+            f"{checkpoint.source} scales its rotary embedding ({rope_type(checkpoint.config)}), which is not written "
+            "into GGUF files here",
+            hint=LIKE,
         )
-    if _rope_type(config) not in ("default", "linear", "llama3"):
-        raise SourceError(
-            f"{checkpoint.source} scales its rotary embedding ({_rope_type(config)}), which is not written into GGUF "
-            "files here",
-            hint=ELSEWHERE,
-        )
-    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
-        raise SourceError(
-            f"{checkpoint.source} attends to a window of {config['sliding_window']} tokens, which llama.cpp does not "
-            "do for this architecture",
-            hint=ELSEWHERE,
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise SourceError(f"{checkpoint.source} has the activation {config['hidden_act']}; llama.cpp computes silu")
+    theta(checkpoint.config)
+    config = whole_config(checkpoint.config)
+    check_config(architecture, config, checkpoint.source)
+    if not architecture.untied and not config.get("tie_word_embeddings"):
+        raise SourceError(f"{checkpoint.source} has an output head of its own; llama.cpp reads none here", hint=LIKE)
+    return architecture, adjusted(architecture, config)
 
 
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The description of the rotary embedding, under its new or its old name."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_type(config: Mapping[str, Any]) -> str:
-    """How the rotary embedding is scaled; "default" is not at all."""
-    rope = _rope(config)
-    kind: str = rope.get("rope_type", rope.get("type", "default"))
-    return kind
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies. SourceError where it is none."""
-    theta = float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if not theta > 0:
-        raise SourceError(f"rope_theta is {theta:g}; rotary frequencies need a positive one")
-    return theta
-
-
-def rope_factors(config: Mapping[str, Any]) -> list[float]:
-    """By what Llama 3 divides each rotary frequency, [head dimension / 2]; empty where the model is no such one.
-
-    A wave that turns at least `high_freq_factor` times in the original context stays, one that turns less than
-    `low_freq_factor` times is made `factor` times longer; between, the frequency is a mean of both, by number of turns.
-    llama.cpp reads them from the tensor rope_freqs.weight.
-    """
-    if _rope_type(config) != "llama3":
-        return []
-    rope, theta = _rope(config), _theta(config)
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    try:
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        factors = []
-        for index in range(0, size, 2):
-            turns = rope["original_max_position_embeddings"] / (2 * pi * theta ** (index / size))
-            share = min(1.0, max(0.0, (turns - low) / (high - low)))
-            factors.append(1 / (share + (1 - share) / factor))
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise SourceError(f"the scaling of the rotary embedding is not that of Llama 3: {error}") from error
-    return factors
-
-
-def _add_model(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> None:
+def _add_model(
+    writer: GGUFWriter,
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    source: str,
+    tensors: Sequence[HeaderEntry],
+) -> None:
     """Sizes and constants of the architecture."""
-    from gguf import RopeScalingType
-
-    config = checkpoint.config
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or hidden // heads
     writer.add_type("model")
     # llama.cpp treats the special tokens of whatever is called Phi-3 as those of Phi-3.
-    writer.add_name(re.sub("phi-?3", "phi_3", printable(Path(checkpoint.source).name), flags=re.IGNORECASE) or "model")
+    writer.add_name(re.sub("phi-?3", "phi_3", printable(Path(source).name), flags=re.IGNORECASE) or "model")
     writer.add_quantization_version(2)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config.get("max_position_embeddings", 2048))
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
-    writer.add_rope_freq_base(_theta(config))
-    writer.add_rope_dimension_count(head_dim)
-    if _rope_type(config) == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(_rope(config)["factor"]))
+    _add_keys(writer, architecture, usual_keys(config))
+    _add_keys(writer, architecture, rotation_keys(config, architecture.part))
     writer.add_vocab_size(config["vocab_size"])
-    if head_dim != hidden // heads:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
+    is_usual = head_size(config) == config["hidden_size"] // config["num_attention_heads"]
+    if not is_usual and "attention.key_length" not in architecture.keys:
+        writer.add_key_length(head_size(config))
+        writer.add_value_length(head_size(config))
+    _add_keys(writer, architecture, own_keys(architecture, config))
     writer.add_file_type(file_type((kind, nbytes) for _, kind, _, nbytes in tensors))
+
+
+def _add_keys(writer: GGUFWriter, architecture: Architecture, keys: Iterable[tuple[str, str, Any]]) -> None:
+    """Metadata of the architecture. keys: (name behind that of the architecture, type, value)."""
+    for name, kind, value in keys:
+        key = f"{architecture.name}.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif kind == "u32":
+            writer.add_uint32(key, int(value))
+        elif kind == "f32":
+            writer.add_float32(key, float(value))
+        elif kind == "bool":
+            writer.add_bool(key, bool(value))
+        else:
+            writer.add_string(key, str(value))
 
 
 def file_type(tensors: Iterable[tuple[str, int]]) -> int:
@@ -205,7 +173,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...
             hint=ELSEWHERE,
         )
     try:
-        return _add_described(writer, files, checkpoint.config, checkpoint.source)
+        return _add_described(writer, files, text_of(checkpoint.config), checkpoint.source)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"the tokenizer of {checkpoint.source} is damaged: {type(error).__name__} {error}") from error
 

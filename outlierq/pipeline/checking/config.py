@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
 from outlierq.core.machine.untrusted import brief
+from outlierq.core.model import HARMLESS_KEYS
 from outlierq.pipeline.checking.finding import Findings
 
 if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint, Frame
 
 CHECK = "config"
-# Keys that change nothing of what the model computes: how it was trained, stored or called.
-HARMLESS = re.compile(
-    r"_?name_or_path|.*transformers_version|(torch_)?dtype|use_cache|.*attn_implementation.*|_commit_hash|.*dropout.*"
-    r"|.*dropped?|initializer_\w+|.*init_range|.*init_std|pretraining_tp|quantization_config|output_\w+|return_dict|id2label"
-    r"|label2id|problem_type|.*aux_loss.*|auto_map|is_encoder_decoder|chunk_size_feed_forward|tokenizer_class|.*pdrop"
-    r"|finetuning_task|task_specific_params|torchscript|summary_\w+|architectures|unsloth\w*|use_bfloat16|experts_implementation"
-)
 # Keys of GGUF metadata that tell the types of the weights.
 OF_TYPES = ("general.file_type", "general.quantization_version")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -43,7 +36,7 @@ def compare_config(checkpoint: Checkpoint, expected: Checkpoint, findings: Findi
     for path in sorted(ours.keys() | theirs.keys()):
         key = path.rpartition(".")[2]
         one, other = ours.get(path), theirs.get(path)
-        if HARMLESS.fullmatch(key) or _equal(one, other):
+        if HARMLESS_KEYS.fullmatch(key) or _equal(one, other):
             continue
         if checkpoint.kind == "gguf" and (key in TOKENS or one is None or other is None):
             continue  # its metadata has no place for some of them
@@ -65,7 +58,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is no object, by its path."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not HARMLESS.fullmatch(str(key)):
+            if not HARMLESS_KEYS.fullmatch(str(key)):
                 yield from _leaves(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
@@ -102,7 +95,7 @@ def _compare_generation(checkpoint: Checkpoint, expected: Checkpoint, findings: 
         findings.fault(CHECK, name, "is in the source, but not here")
         return
     for key in sorted(ours.keys() | theirs.keys()):
-        if not HARMLESS.fullmatch(key) and ours.get(key) != theirs.get(key):
+        if not HARMLESS_KEYS.fullmatch(key) and ours.get(key) != theirs.get(key):
             what = f"{key} is {brief(ours.get(key), 60)}, in the source {brief(theirs.get(key), 60)}"
             findings.fault(CHECK, name, what)
 

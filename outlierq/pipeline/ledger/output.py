@@ -94,9 +94,12 @@ class Output:
         if not self._by_rows(site):
             pieces = [QuantTensor.stack(list(pieces))]
         digests: dict[str, Any] = {}
+        first = self.format.number_in_stack(site.weight)
         next_row: Counter[str] = Counter()
         for piece in pieces:
             parts = self.format.encode(site, piece)
+            if first is not None:
+                next_row.update({name: first * site.out_features for name in parts if name not in next_row})
             for name, value in parts.items():
                 row = self._row_of(name, value, next_row[name])
                 if row is None and name in digests:
@@ -106,7 +109,7 @@ class Output:
                 next_row[name] += len(value) if value.ndim else 0
             # The parts are now known to be what lies on disk: reading them once is enough.
             self._check_decoded(site, parts, piece)
-        return {name: digest.digest() for name, digest in digests.items()}
+        return {name: digest.digest() for name, digest in digests.items()} if first is None else {}
 
     def _by_rows(self, site: LinearSite) -> bool:
         """Whether some rows of a linear can be encoded without the others."""
@@ -125,10 +128,16 @@ class Output:
             compare(site.module, self._decode(site, stored, start, stop), meant.rows(start, stop))
 
     def put_tensor(self, name: str, tensor: torch.Tensor) -> Digests:
-        """Write a tensor of any shape as it is, under the name and in the order of the format, and read it back."""
-        name, tensor = self.format.plain(name, tensor)
-        self.writer.write(name, tensor)
-        return {name: self.writer.confirm(name, tensor).digest()}
+        """Write a tensor of any shape as it is, under the name and in the order of the format, and read it back.
+
+        One that is a part of another has no digest of its own.
+        """
+        place, digests = self.format.number_in_stack(name), {}
+        for written, part in self.format.plains(name, tensor):
+            row = None if place is None else place * len(part)
+            self.writer.write(written, part, row)
+            digests[written] = self.writer.confirm(written, part, row).digest()
+        return digests if place is None else {}
 
     def copy(self, name: str) -> Digests:
         """Write a tensor of the source as it is; a large table some rows at a time, where the format takes it so."""
@@ -161,6 +170,7 @@ class Output:
         check_unchanged(self.plan.checkpoint)
         read = {**self.newly_read(), **read}
         check_made_of(self.made_of, read)
+        digests |= {name: self.writer.digest(name) for name in self._tensors_of(unit) if name not in digests}
         self.committed.add(unit)
         self._digests |= digests
         entry = {

@@ -103,7 +103,7 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     model, format = with_embeddings(study(checkpoint), recipe), format_type(recipe.export.format).of(checkpoint)
     sites = [plan_site(site, recipe, format, model) for site in model.structure.sites]
     if recipe.quantize is not None:
-        sites = loadable_experts(sites, model, recipe.quantize)
+        sites = sites if format.stacks_experts else loadable_experts(sites, model, recipe.quantize)
         sites = alike_experts(sites, recipe.quantize.when_indivisible)
         sites = [_taken_over(p, recipe, format, checkpoint) for p in sites]
     return model, tuple(sites)
@@ -131,6 +131,8 @@ def _as_stored(
     """
     from outlierq.load import experts_together, fused_pieces, replaced_experts
 
+    if format_type(recipe.export.format).stacks_experts:
+        return model, sites, ()
     pieces = fused_pieces(model.checkpoint)
     is_plain = recipe.export.format == "dense" or all(p.scheme is None for p in sites)
     apart = () if is_plain else replaced_experts(model.skeleton)
@@ -346,7 +348,7 @@ def _output_tensors(
                 specs = format.tensor_specs(*replaced[name])
                 tensors += [OutputTensor(n, dtype, shape, unit) for n, dtype, shape in specs]
             else:
-                tensors.append(OutputTensor(*format.plain_spec(checkpoint.tensors[name]), unit))
+                tensors += [OutputTensor(*spec, unit) for spec in format.plain_specs(checkpoint.tensors[name])]
         return tensors
 
     outside_sites = tuple(n for s in structure.outside_sites for n in (s.weight, s.bias) if n)
@@ -358,7 +360,21 @@ def _output_tensors(
         if block.index in caches:
             cache = caches[block.index]
             tensors += [OutputTensor(name, scale_dtype, cache.shape, unit) for name in cache.names]
-    return tensors
+    return _together(tensors) if format.stacks_experts else tensors
+
+
+def _together(tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """The tensors, those of one name as one with all of their rows. RecipeError when their rows differ."""
+    whole: dict[str, OutputTensor] = {}
+    for tensor in tensors:
+        before = whole.get(tensor.name, replace(tensor, shape=(0, *tensor.shape[1:])))
+        if (before.dtype, before.shape[1:], before.unit) != (tensor.dtype, tensor.shape[1:], tensor.unit):
+            raise RecipeError(
+                f"the experts of {tensor.name} would be stored in several ways, and one tensor holds all of them",
+                hint="let patterns of quantize.ignore and quantize.overrides fit all experts of a block",
+            )
+        whole[tensor.name] = replace(tensor, shape=(before.shape[0] + tensor.shape[0], *tensor.shape[1:]))
+    return list(whole.values())
 
 
 def config_json(

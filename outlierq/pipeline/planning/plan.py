@@ -15,7 +15,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import PackedFault, with_class, with_class_names, with_fault, with_layers
 from outlierq.export.declared import stacks
-from outlierq.export.layout import INDEX_NAME, Layout
+from outlierq.export.layout import DTYPE_BYTES, INDEX_NAME, Layout
 from outlierq.pipeline.planning.mixture import architecture, mixture
 from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
@@ -308,7 +308,7 @@ class Plan(Shown):
     def _written_bytes(self, site: LinearSite, scheme: QuantScheme) -> int:
         """Bytes of a quantized linear with its scales and zero points."""
         specs = self.format.tensor_specs(site, scheme)
-        return sum(self.layout.places[name].tensor.nbytes for name, _, _ in specs)
+        return sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in specs)
 
     def _short_name(self, site: LinearSite) -> str:
         """The module inside its block; one name for the same linear of all experts, and for all of a tower."""

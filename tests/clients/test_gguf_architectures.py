@@ -1,0 +1,79 @@
+"""llama.cpp computes the logits of transformers on the files that we write of each architecture, without a template.
+
+Of tiny random models in float32, with a cache in float32: what differs is the order of summation, and GELU, which
+llama.cpp looks up in a table of float16 numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_models import CONFIGS, write_model
+
+from clients.jobs import run_job
+
+pytestmark = pytest.mark.clients
+
+# Of logits with a standard deviation of 0.2 to 0.9: 1e-5 was the most that was measured, 4e-3 with GELU. YaRN's bounds
+# of gpt-oss are no whole numbers, and llama.cpp rounds them: 2e-3.
+EXACT, LOOKED_UP = 5e-5, 1e-2
+ROUNDED = ("gemma2", "gemma3_text", "starcoder2", "gpt_oss")
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1 + number / 10 for number in range(8)],
+    "long_factor": [2 + number / 10 for number in range(8)],
+}  # fmt: skip
+WIDER = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"rope_parameters": YARN}),
+    ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    ("phi3", {"max_position_embeddings": 2048, "original_max_position_embeddings": 1024, "rope_parameters": LONG}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("gemma3_text", {"rope_parameters": WIDER}),
+    ("gemma3_text", {"final_logit_softcapping": 5.0}),
+    ("glm4_moe", {"routed_scaling_factor": 2.0, "norm_topk_prob": False}),
+    ("deepseek_v2", {"num_hidden_layers": 3, "q_lora_rank": 32, "routed_scaling_factor": 2.0}),
+    ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
+]
+
+
+def ids(vocabulary: int = 250, count: int = 40) -> list[int]:
+    """More tokens than any window has."""
+    return [3 + (7 * number * number + 5 * number) % vocabulary for number in range(count)]
+
+
+def transformers_logits(folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([ids()])).logits[0].numpy()
+
+
+def llama_logits(file: Path, work: Path) -> np.ndarray:
+    asked = {"folder": str(file), "prompt": ids()[:1], "new_tokens": 0, "windows": [], "logits": [ids()]}
+    return np.array(run_job("llama.cpp", {**asked, "options": {"exact": True}}, work)["logits"][0])
+
+
+@pytest.mark.parametrize(("model_type", "more"), [*((name, {}) for name in CONFIGS), *VARIANTS], ids=str)
+def test_llama_cpp_computes_the_logits_of_transformers(model_type, more, tmp_path):
+    import outlierq
+
+    folder, file = write_model(tmp_path / "model", model_type, **more), tmp_path / "model.gguf"
+    outlierq.quantize(str(folder), "dense", out=str(file), settings=["export.format=gguf"])
+    expected, found = transformers_logits(folder), llama_logits(file, tmp_path)
+    limit = LOOKED_UP if model_type in ROUNDED else EXACT
+    assert expected.std() > 0.1 and np.abs(found - expected).max() < limit
