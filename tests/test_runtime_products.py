@@ -14,8 +14,9 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.ops.activations import fake_quantize
+from outlierq.ops.compiled import products
 from outlierq.ops.twins.int8_split import split_matmul
-from outlierq.runtime import QuantLinear, cpu, dispatch, layout, pages
+from outlierq.runtime import QuantLinear, choice, cpu, dispatch, layout, pages, ways
 
 PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")
 STATIC = ActivationScheme(dynamic=False, per="tensor")
@@ -30,7 +31,10 @@ WEIGHTS = {
     "w3 g32 with zero points": (64, 96, QuantScheme(3, 32, symmetric=False), "packed"),
     "w2 g32": (64, 64, QuantScheme(2, 32), "packed"),
     "w8 per channel": (40, 96, QuantScheme(8, None), "packed"),
-    "w8 g32": (40, 96, QuantScheme(8, 32), "decoded"),
+    "w8 g32": (40, 96, QuantScheme(8, 32), "packed"),
+    "w8 g32 with zero points": (40, 96, QuantScheme(8, 32, symmetric=False), "packed"),
+    "w5 g32 with zero points": (40, 96, QuantScheme(5, 32, symmetric=False), "packed"),
+    "w8 g33": (40, 99, QuantScheme(8, 33), "decoded"),
     "w4 per channel, odd width": (24, 90, QuantScheme(4, None), "decoded"),
     "w8a8": (40, 96, QuantScheme(8, None, activations=PER_TOKEN), "int8"),
     "w8a8 per tensor": (40, 96, QuantScheme(8, None, activations=PER_TENSOR), "int8"),
@@ -67,6 +71,16 @@ def relative(y: torch.Tensor, truth: torch.Tensor) -> float:
     return ((y.double() - truth).norm() / truth.norm()).item()
 
 
+@pytest.fixture
+def held_as(monkeypatch):
+    """A function: how all layers are held from now on, and whether they decode."""
+
+    def hold(way: str, direct: int = cpu.ALWAYS) -> None:
+        monkeypatch.setattr(choice, "choose", lambda *_: choice.Choice(way, direct, {}))
+
+    return hold
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_form_is_within_bfloat16_of_the_float64_product(name):
     rows, columns, scheme, form = WEIGHTS[name]
@@ -87,21 +101,22 @@ def test_every_form_is_within_bfloat16_of_the_float64_product(name):
 @pytest.mark.parametrize("name", [n for n, row in WEIGHTS.items() if row[3] != "int8"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.float32, 1e-5)])
 def test_other_dtypes_keep_their_own_precision(name, dtype, bound):
-    rows, columns, scheme, _ = WEIGHTS[name]
+    rows, columns, scheme, form = WEIGHTS[name]
     stored = weight(rows, columns, scheme)
     layer = QuantLinear(stored, dtype=dtype)
     x = torch.randn(5, columns, dtype=dtype)
     seen = x if scheme.activations is None else fake_quantize(x, scheme.activations, stored.input_scale)
-    assert layer.form == "decoded"
+    assert layer.form == form
     assert relative(layer(x), seen.double() @ stored.dequantize().double().T) < bound
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_what_a_layer_holds_is_the_weight_it_was_given(name):
-    rows, columns, scheme, form = WEIGHTS[name]
+    rows, columns, scheme, _ = WEIGHTS[name]
     stored = weight(rows, columns, scheme)
-    dense = QuantLinear(stored).dense()
-    if scheme.symmetric or scheme.bits < 4 or form == "decoded":
+    layer = QuantLinear(stored)
+    dense = layer.dense()
+    if scheme.symmetric or scheme.bits < 4 or layer.choice is None or layer.choice.way == "compiled":
         assert torch.equal(dense, stored.dequantize())
     else:  # torch keeps (8 - zero point) * scale in bfloat16
         step = stored.scale.float().repeat_interleave(scheme.columns_per_group(columns), 1)
@@ -117,14 +132,33 @@ def test_int8_packing_can_be_undone_and_products_saturate_nowhere():
         assert torch.equal(y.long(), x.long() @ codes.long().T)
 
 
-def test_int8_without_onednn_gives_the_same(monkeypatch):
-    stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=5)
-    x = torch.randn(7, 96).bfloat16()
-    packed = QuantLinear(stored)(x)
-    monkeypatch.setattr(layout, "int8_is_exact", lambda: False)
-    plain = QuantLinear(stored)
-    assert not plain.words.is_mkldnn
-    assert relative(plain(x), packed.double()) < 4e-3
+@pytest.mark.parametrize("outliers", [0, 5])
+def test_int8_is_the_same_in_whatever_way(held_as, outliers):
+    stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=outliers)
+    x, results = torch.randn(7, 96).bfloat16(), {}
+    for way in ways.ways_for(stored, torch.bfloat16, True):
+        for direct in (cpu.ALWAYS, 0) if way.decodes else (cpu.ALWAYS,):
+            held_as(way.name, direct)
+            layer = QuantLinear(stored)
+            assert layer.words.is_mkldnn == (way.name == "oneDNN")
+            assert torch.equal(layer.dense(), stored.dequantize())
+            results[way.name, direct] = layer(x)
+    assert len(results) >= 2
+    first = next(iter(results.values()))
+    for y in results.values():
+        assert relative(y, first.double()) < 4e-3
+
+
+def test_a_weight_is_the_same_in_whatever_way(held_as):
+    for scheme in (QuantScheme(4, 64), QuantScheme(4, 64, symmetric=False), QuantScheme(8, None)):
+        stored = weight(600, 128, scheme)
+        x, tried = torch.randn(9, 128).bfloat16(), 0
+        for way in ways.ways_for(stored, torch.bfloat16, False):
+            for direct in (cpu.ALWAYS, 0):
+                held_as(way.name, direct)
+                assert relative(QuantLinear(stored)(x), x.double() @ stored.dequantize().double().T) < 1e-2
+                tried += 1
+        assert tried >= 2
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 32), (192, 96), (128, 4096)])
@@ -144,18 +178,13 @@ def test_the_layout_of_narrower_vectors_is_found_too():
 
 def test_a_layout_that_is_not_known_is_not_used(monkeypatch):
     monkeypatch.setattr(layout, "strip_rows", lambda: None)
+    assert [way.name for way in ways.ways_for(weight(64, 128, QuantScheme(4, 64)), torch.bfloat16, False)] in (
+        ["compiled"],
+        [],
+    )
+    monkeypatch.setattr(products, "float_kernel", lambda dtype: None)
     layer = QuantLinear(weight(64, 128, QuantScheme(4, 64)))
     assert (layer.form, layer.reason) == ("decoded", "this processor's 4-bit layout is not known")
-
-
-@pytest.mark.parametrize("limits", [(0, 0), (1000, 1000)])
-def test_torchs_product_and_decoding_by_blocks_agree(limits, monkeypatch):
-    monkeypatch.setattr(cpu, "FEW_INT4", limits[0])
-    monkeypatch.setattr(cpu, "FEW_INT8", limits[1])
-    for scheme in (QuantScheme(4, 64, symmetric=False), QuantScheme(8, None)):
-        stored = weight(600, 128, scheme)
-        x = torch.randn(9, 128).bfloat16()
-        assert relative(QuantLinear(stored)(x), x.double() @ stored.dequantize().double().T) < 1e-2
 
 
 def test_int8_sums_are_exact():
@@ -206,17 +235,20 @@ def operands(name: str) -> tuple[str, tuple]:
     layer = QuantLinear(weight(rows, columns, scheme), torch.randn(rows))
     x = torch.randn(2, 3, columns).bfloat16()
     if form == "int8":
+        words = layout.unpack_int8(layer.words) if layer.words.is_mkldnn else layer.words
         fixed = (
-            layout.unpack_int8(layer.words).contiguous(),
+            words.contiguous(),
             layer.scale,
             layer.input_scale,
             None,
             None,
             layer.bias,
             True,
+            cpu.ALWAYS,
         )
         return "int8_linear", (x, *fixed)
-    return "packed_linear", (x, layer.words, layer.scale, None, layer.bias, layer.bits, None, rows)
+    held = (layer.words, layer.scale, layer.zero_point, layer.bias)
+    return "packed_linear", (x, *held, layer.bits, None, rows, layer.direct)
 
 
 @pytest.mark.parametrize("name", ["w4 g64", "w4 per channel, ragged strip", "w8 per channel", "w8a8"])
@@ -250,8 +282,9 @@ def test_parts_on_another_device_are_refused_with_all_shapes():
         dispatch.int8_on_cpu(torch.randn(3, 32).bfloat16(), codes, scale, None, None, None, None, True)
 
 
-def test_a_layer_made_for_bfloat16_refuses_float32():
+def test_a_layer_in_torchs_layout_refuses_float32(held_as):
     rows, columns, scheme, _ = WEIGHTS["w4 g64"]
+    held_as("torch int4")
     with pytest.raises(KernelError, match="bfloat16 inputs; got x float32"):
         QuantLinear(weight(rows, columns, scheme))(torch.randn(3, columns))
 

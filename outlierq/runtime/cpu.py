@@ -1,11 +1,12 @@
-"""Products with packed weights on the CPU: torch's own where they are faster, else blocks that are decoded as they go.
+"""Products with packed weights on the CPU: on the codes where that is faster, else blocks that are decoded as they go.
 
-Decoding by blocks keeps a block in the cache and makes no dense weight, so it is never slower than decoding everything
-and multiplying. The limits in tokens were measured at 4096 x 4096 on a processor with AMX; see benchmarks.
+Decoding by blocks keeps a block in the cache and makes no dense weight. Which of the two is faster, by how many tokens
+there are, was measured when the layer was made (`choice`): bit i of `direct` says it for TOKENS[i] and fewer.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -13,23 +14,67 @@ import torch.nn.functional as F
 
 from outlierq.core.scheme import ActivationScheme
 from outlierq.ops.activations import scale_that_holds
-from outlierq.ops.compiled.rounding import round_tokens, scale_rows
+from outlierq.ops.compiled import products
+from outlierq.ops.compiled.rounding import DTYPES, round_tokens, scale_rows
 from outlierq.ops.twins.int8_split import int8_product
 from outlierq.runtime.layout import qlinear, unpack_int4
 
-# Up to so many tokens torch's product on packed codes beats decoding.
-FEW_INT4 = 48
-FEW_INT8 = 12
+TOKENS = (1, 4, 16, 64, 256)  # the last stands for more, too
+ALWAYS = (1 << len(TOKENS)) - 1
 BLOCK_ROWS = 256
 
 
-def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """bfloat16 `x` [tokens, in] times a 4-bit weight, [tokens, out].
+def is_direct(direct: int, tokens: int) -> bool:
+    """Whether so many tokens are multiplied with the codes."""
+    return bool(direct >> min(bisect_left(TOKENS, tokens), len(TOKENS) - 1) & 1)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    bits: int,
+    rows: int,
+    direct: bool,
+) -> torch.Tensor:
+    """`x` [tokens, in] times a weight of 4 or 8 bits in any layout of the CPU, [tokens, rows]."""
+    if words.ndim == 3:
+        return panels_linear(x, words, scale, offset, bits, rows, direct)
+    if bits == 8:
+        return int8_weight_linear(x, words, scale, direct)
+    y = int4_linear(x, words, scale, direct)
+    return y if y.shape[1] == rows else y[:, :rows].contiguous()  # strips are filled up
+
+
+def panels_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    bits: int,
+    rows: int,
+    direct: bool,
+) -> torch.Tensor:
+    """`x` [tokens, in] times the panels of `ops.compiled.products`, [tokens, rows]."""
+    if direct:
+        return products.multiply(x, words, scale, offset, bits, rows)
+
+    def block(part: slice, weight: torch.Tensor) -> torch.Tensor:
+        panels = slice(part.start // products.PANEL, part.stop // products.PANEL)
+        return products.decode(words[panels], bits, scale[panels], None if offset is None else offset[panels], weight)
+
+    y = _by_blocks(x, len(words) * products.PANEL, block)
+    return y if y.shape[1] == rows else y[:, :rows].contiguous()
+
+
+def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, direct: bool) -> torch.Tensor:
+    """bfloat16 `x` [tokens, in] times a 4-bit weight in torch's strips, [tokens, out].
 
     words: of `layout.pack_int4`. scale: [groups, out, 2], pairs of `layout.pack_scale`.
     """
     width = x.shape[1] // scale.shape[0]
-    if x.shape[0] <= FEW_INT4:
+    if direct:
         return torch._weight_int4pack_mm_for_cpu(x, words, width, scale)
     factor = scale[..., 0].t().contiguous()
     zero = scale[..., 1].t().contiguous() if bool(scale[..., 1].any()) else None
@@ -44,9 +89,9 @@ def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> to
     return _by_blocks(x, words.shape[0], block)
 
 
-def int8_weight_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def int8_weight_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, direct: bool) -> torch.Tensor:
     """bfloat16 `x` [tokens, in] times int8 `codes` [out, in] with one scale per row, [tokens, out]. scale: [out]."""
-    if x.shape[0] <= FEW_INT8:
+    if direct:
         return torch._weight_int8pack_mm(x, codes, scale)
     return _by_blocks(x, codes.shape[0], lambda rows, weight: weight.copy_(codes[rows])).mul_(scale)
 
@@ -60,16 +105,19 @@ def int8_linear(
     outlier_weight: torch.Tensor | None,
     per_token: bool,
     opaque: bool = False,
+    direct: bool = True,
 ) -> torch.Tensor:
     """`x` [tokens, in] in int8 times int8 `codes` [out, in], plus 16-bit outlier columns: `ops.int8_split`.
 
     scale: float32 [out]. input_scale: [1] of a static scheme, else it is found per token or for all of `x`.
     columns: [k], outlier_weight: [out, k or more]; what is more are zeros. opaque: the codes come from
-    `layout.pack_int8` (torch.compile does not know by itself). Plain torch, for any device.
+    `layout.pack_int8` (torch.compile does not know by itself). Rows and oneDNN's order are plain torch, for any device.
     """
     low = x if columns is None else x.index_fill(1, columns.long(), 0.0)
     rounded, step = quantize_input(low, input_scale, per_token)
-    y = qlinear(rounded, codes, scale) if opaque else int8_product(rounded, codes) * scale
+    if codes.ndim == 3 and direct and columns is None and x.dtype in DTYPES and step.ndim == 2:
+        return products.multiply_int8(rounded, codes, scale, step.contiguous(), x.dtype)
+    y = _int8_sums(rounded, codes, scale, x.dtype, opaque, direct)
     if columns is None and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         scaled = scale_rows(y, step)
         if scaled is not None:
@@ -79,6 +127,29 @@ def int8_linear(
         assert outlier_weight is not None, "outlier columns need their weight"
         y.addmm_(x[:, columns.long()].float(), outlier_weight[:, : columns.numel()].float().t())
     return y.to(x.dtype)
+
+
+def _int8_sums(
+    rounded: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, opaque: bool, direct: bool
+) -> torch.Tensor:
+    """Float32 [tokens, out]: sums of int8 products times `scale`; exact sums unless the codes are decoded."""
+    if opaque:
+        return qlinear(rounded, codes, scale)
+    if direct:
+        if codes.ndim == 3:
+            return products.multiply_int8(rounded, codes, scale)
+        return int8_product(rounded, codes) * scale
+    wide = rounded.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    if codes.ndim == 2:
+        sums = _by_blocks(wide, len(codes), lambda rows, weight: weight.copy_(codes[rows]))
+    else:
+
+        def block(rows: slice, weight: torch.Tensor) -> torch.Tensor:
+            panels = codes[rows.start // products.PANEL : rows.stop // products.PANEL]
+            return products.decode(panels, 8, None, None, weight)
+
+        sums = _by_blocks(wide, len(codes) * products.PANEL, block)[:, : len(scale)]
+    return sums.float() * scale
 
 
 def quantize_input(

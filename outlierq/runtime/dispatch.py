@@ -1,13 +1,14 @@
 """The products as torch operators: they choose by device, number of tokens and dtype, and torch.compile sees through.
 
-    outlierq::packed_linear(x, words, scale, zero_point, bias, bits, group_size, out_features) -> y
-    outlierq::int8_linear(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token) -> y
+    outlierq::packed_linear(x, words, scale, zero_point, bias, bits, group_size, out_features, direct) -> y
+    outlierq::int8_linear(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token, direct) -> y
 
 `packed_linear` rounds no input. The layout of its weight is that of the device: on CUDA `kernels.layout`; on the CPU
-`runtime.layout` for 4 bits (scale holds pairs, zero_point is None), plain int8 rows for 8. `int8_linear` multiplies
-int8 with int8; its codes are plain rows everywhere. What oneDNN packed is opaque to operators: for it, call
-`int8_on_cpu`, which is torch operators only. Registered with `Library.define` and not as `custom_op`, whose
-wrapper costs as much as a small product.
+the panels of `ops.compiled.products` (zero_point: offsets), else that of `runtime.layout` for 4 bits (scale: pairs,
+zero_point is None), plain int8 rows for 8. `int8_linear` multiplies int8 with int8; its codes are plain rows, or panels
+on the CPU. direct: by how many tokens the CPU does not decode, see `cpu`. What oneDNN packed is opaque to operators:
+for it, call `int8_on_cpu`, which is torch operators only. Registered with `Library.define` and not as `custom_op`,
+whose wrapper costs as much as a small product.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from outlierq.runtime import cpu
 _library = torch.library.Library("outlierq", "DEF")
 _library.define(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int? group_size, "
-    "int out_features) -> Tensor"
+    "int out_features, int direct) -> Tensor"
 )
 _library.define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? input_scale, Tensor? columns, Tensor? outlier_weight, "
-    "Tensor? bias, bool per_token) -> Tensor"
+    "Tensor? bias, bool per_token, int direct) -> Tensor"
 )
 
 FEW_TOKENS = 8  # rows of the CUDA kernel that is made for decoding
@@ -44,17 +45,19 @@ def _packed_on_cpu(
     bits: int,
     group_size: int | None,
     out_features: int,
+    direct: int,
 ) -> torch.Tensor:
-    """A 4- or 8-bit weight with torch's products."""
-    _check_input(x, words.shape[1] * (2 if bits == 4 else 1), words=words, scale=scale)
-    if x.dtype != torch.bfloat16:
+    """A 4- or 8-bit weight with our compiled product or torch's."""
+    in_panels = words.ndim == 3
+    per_word = 32 // bits if in_panels else 2 if bits == 4 else 1
+    _check_input(x, words.shape[1] * per_word, words=words, scale=scale)
+    if not in_panels and x.dtype != torch.bfloat16:
         raise KernelError(f"packed weights on the CPU take bfloat16 inputs; got {_named(x=x)}")
+    if in_panels and x.dtype not in (*DTYPES, torch.float32):
+        raise KernelError(f"packed weights take float32 or 16-bit inputs; got {_named(x=x)}")
     flat = x.reshape(-1, x.shape[-1])
-    if bits == 4:
-        y = cpu.int4_linear(flat, words, scale)
-        y = y if y.shape[1] == out_features else y[:, :out_features].contiguous()  # strips are filled up
-    else:
-        y = cpu.int8_weight_linear(flat, words, scale)
+    direct_now = cpu.is_direct(direct, len(flat))
+    y = cpu.packed_linear(flat, words, scale, zero_point, bits, out_features, direct_now)
     return _finished(y, x, bias)
 
 
@@ -67,6 +70,7 @@ def _packed_on_cuda(
     bits: int,
     group_size: int | None,
     out_features: int,
+    direct: int = cpu.ALWAYS,
 ) -> torch.Tensor:
     """A 4- or 8-bit weight with our kernels."""
     weight = PackedWeight(words, scale, zero_point, bits, group_size, out_features, x.shape[-1])
@@ -89,12 +93,15 @@ def int8_on_cpu(
     outlier_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     per_token: bool,
+    direct: int = cpu.ALWAYS,
     opaque: bool = False,
 ) -> torch.Tensor:
-    """int8 times int8 with torch's product: x [..., in] times codes [out, in] is [..., out]."""
-    _check_input(x, codes.shape[0 if opaque else 1], codes=codes, scale=scale)
+    """int8 times int8: x [..., in] times codes [out, in] is [..., out]."""
+    in_features = codes.shape[0] if opaque else 4 * (codes.shape[1] - 1) if codes.ndim == 3 else codes.shape[1]
+    _check_input(x, in_features, codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1])
-    y = cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, per_token, opaque)
+    how = (per_token, opaque, cpu.is_direct(direct, len(flat)))
+    y = cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, *how)
     return _finished(y, x, bias)
 
 
@@ -107,6 +114,7 @@ def _int8_on_cuda(
     outlier_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     per_token: bool,
+    direct: int = cpu.ALWAYS,
 ) -> torch.Tensor:
     """int8 times int8 with our kernels; plain torch for a dtype or width that they do not know."""
     _check_input(x, codes.shape[1], codes=codes, scale=scale)
@@ -126,7 +134,7 @@ def _int8_on_cuda(
 
 def _packed_shape(x: torch.Tensor, *weight: Any) -> torch.Tensor:
     """For torch.compile: what comes out, without values."""
-    return x.new_empty(*x.shape[:-1], weight[-1])  # out_features
+    return x.new_empty(*x.shape[:-1], weight[-2])  # out_features
 
 
 def _int8_shape(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """`QuantLinear`: a linear layer that keeps its weight packed, whatever format the checkpoint has.
 
 Three forms. "int8": int8 inputs meet int8 weights, summed in int32. "packed": 4- or 8-bit weights in the layout of the
-device's product, 16-bit inputs (rounded first where the checkpoint says so). "decoded": everything else keeps its codes
-and decodes them block by block in every call; `reason` says why. The weight is repacked once, when the layer is made.
+device's product, float inputs (rounded first where the checkpoint says so). "decoded": everything else keeps its codes
+and decodes them block by block in every call; `reason` says why. The weight is repacked once, when the layer is made;
+on the CPU in the way that is the fastest for its shape.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.kernels.plan import check_columns
 from outlierq.ops.activations import fake_quantize
-from outlierq.runtime import dispatch, layout, pages  # dispatch registers the operators
+from outlierq.ops.compiled import products
+from outlierq.runtime import choice, cpu, dispatch, layout, pages, ways  # dispatch registers the operators
+from outlierq.runtime.ways import Parts
 
-Parts = dict[str, torch.Tensor | None]  # the buffers of a layer by their names
 BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cache
 
 
 class QuantLinear(torch.nn.Module):
     """`x` [..., in] times a quantized weight, [..., out]; the result has the dtype of `x`.
 
-    form: "int8", "packed" or "decoded". reason: why it is decoded, else None. A layer is made for one dtype of inputs
-    and one device and stays there.
+    form: "int8", "packed" or "decoded". reason: why it is decoded, else None. choice: the way on the CPU, see `choice`.
+    A layer is made for one dtype of inputs and one device and stays there.
     """
 
     words: torch.Tensor
@@ -53,6 +55,10 @@ class QuantLinear(torch.nn.Module):
         self.form, self.reason = _form(weight, dtype, torch.device(device))
         self.bits = 8
         self.group_size: int | None = None
+        self.choice: choice.Choice | None = None
+        if self.form != "decoded" and torch.device(device).type == "cpu":
+            self.choice = choice.choose(weight, dtype, self.form == "int8")
+        self.direct = cpu.ALWAYS if self.choice is None else self.choice.direct
         held = {"int8": self._hold_int8, "packed": self._hold_packed, "decoded": self._hold_decoded}[self.form]
         parts = held(weight, dtype, torch.device(device))
         parts["input_scale"] = None if weight.input_scale is None else weight.input_scale.float()
@@ -71,13 +77,13 @@ class QuantLinear(torch.nn.Module):
             parts = (self.words, self.scale, self.input_scale, *split, self.bias, per_token)
             if self.opaque:
                 return dispatch.int8_on_cpu(x, *parts, opaque=True)
-            y: torch.Tensor = torch.ops.outlierq.int8_linear(x, *parts)
+            y: torch.Tensor = torch.ops.outlierq.int8_linear(x, *parts, self.direct)
             return y
         if self.inputs is not None:
             x = fake_quantize(x, self.inputs, self.input_scale)
         if self.form == "packed":
             weight = (self.words, self.scale, self.zero_point)
-            how = (self.bias, self.bits, self.group_size, self.out_features)
+            how = (self.bias, self.bits, self.group_size, self.out_features, self.direct)
             product: torch.Tensor = torch.ops.outlierq.packed_linear(x, *weight, *how)
             return product
         return self._decoded(x)
@@ -86,6 +92,8 @@ class QuantLinear(torch.nn.Module):
         """The weight that this layer multiplies with, float32 [out, in]."""
         if self.form == "decoded":
             return self._stored().dequantize()
+        if self.words.ndim == 3 and self.words.device.type == "cpu":
+            return self._from_panels()
         if self.form == "packed" and self.words.device.type == "cpu" and self.bits == 4:
             pairs = self.scale.float().transpose(0, 1)  # [out, groups, 2]
             codes = layout.unpack_int4(self.words).float().view(pairs.shape[0], pairs.shape[1], -1)
@@ -94,11 +102,26 @@ class QuantLinear(torch.nn.Module):
         if self.form == "packed" and self.words.device.type != "cpu":
             scheme = (self.bits, self.group_size, self.out_features, self.in_features)
             return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme))
-        dense = layout.unpack_int8(self.words).float() * self.scale.float()[:, None]
+        return self._with_outliers(layout.unpack_int8(self.words).float() * self.scale.float()[:, None])
+
+    def _with_outliers(self, dense: torch.Tensor) -> torch.Tensor:
+        """A dense weight with the columns in 16 bits, in place."""
         if self.columns is not None:
             assert self.outlier_weight is not None, "outlier columns need their weight"
             dense[:, self.columns.long()] = self.outlier_weight[:, : self.columns.numel()].float()
         return dense
+
+    def _from_panels(self) -> torch.Tensor:
+        """Float32 [out, in] of a weight in panels, to the bit: offsets are whole multiples of the scales."""
+        if self.form == "int8":
+            codes = products.unpack_panels(self.words[:, :-1], 8)[: self.out_features].float()
+            return self._with_outliers(codes * self.scale[:, None])
+        codes = products.unpack_panels(self.words, self.bits).float()
+        scale = _by_row(self.scale)[: self.out_features]
+        grouped = codes[: self.out_features].view(*scale.shape, -1)
+        if self.zero_point is not None:
+            grouped += (_by_row(self.zero_point)[: self.out_features] / scale).round()[..., None]
+        return (grouped * scale[..., None]).view(self.out_features, -1)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -112,35 +135,26 @@ class QuantLinear(torch.nn.Module):
             check_columns(columns, self.in_features)
             outlier_weight = F.pad(outlier_weight.to(dtype), (0, -columns.numel() % 8)).contiguous()
             columns = columns.int()
-        codes = weight.codes.to(torch.int8)
-        codes = layout.pack_int8(codes) if device.type == "cpu" else codes.contiguous()
-        scale = weight.scale.float().flatten()
         split = {"columns": columns, "outlier_weight": outlier_weight}
+        if self.choice is not None:
+            return self._way().hold(weight) | split
+        codes, scale = weight.codes.to(torch.int8).contiguous(), weight.scale.float().flatten()
         return {"words": codes, "scale": scale, "zero_point": None, **split}
+
+    def _way(self) -> ways.Way:
+        """The way of this layer on the CPU."""
+        return next(way for way in ways.WAYS if self.choice is not None and way.name == self.choice.way)
 
     def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The layout of the device."""
-        scheme, columns = weight.scheme, self.in_features
-        self.bits = 4 if scheme.bits <= 4 else 8
-        none: Parts = {"columns": None, "outlier_weight": None, "zero_point": None}
-        if device.type != "cpu":
-            self.group_size = scheme.group_size
-            stored = (weight.codes, weight.scale, weight.zero_point)
-            held = kernel_layout.pack(*stored, bits=self.bits, group_size=self.group_size, dtype=dtype)
-            return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
-        if self.bits == 8:
-            return none | {"words": weight.codes.to(torch.int8).contiguous(), "scale": weight.scale.to(dtype).flatten()}
-        width = scheme.columns_per_group(columns)
-        codes, zero_point = weight.codes.int(), weight.zero_point
-        if zero_point is not None and scheme.bits < 4:  # differences fit 4 bits, and lose nothing to a rounded zero
-            codes, zero_point = codes - zero_point.int().repeat_interleave(width, 1), None
-        offset = layout.MIDDLE if zero_point is None else 0
-        filling = (0, 0, 0, -self.out_features % max(layout.STRIPS))
-        codes = F.pad(codes + offset, filling)
-        fitting = layout.fitting_group(width)
-        assert fitting is not None, f"groups of {width} columns are not packed"
-        pairs = layout.pack_scale(weight.scale, zero_point, width // fitting)
-        return none | {"words": layout.pack_int4(codes), "scale": F.pad(pairs, (0, 0, 0, filling[-1])).contiguous()}
+        self.bits = ways.packed_bits(weight)
+        none: Parts = {"columns": None, "outlier_weight": None}
+        if self.choice is not None:
+            return none | self._way().hold(weight)
+        self.group_size = weight.scheme.group_size
+        stored = (weight.codes, weight.scale, weight.zero_point)
+        held = kernel_layout.pack(*stored, bits=self.bits, group_size=self.group_size, dtype=dtype)
+        return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
 
     def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The weight as it came; scales of two levels or powers of two as the numbers that they stand for."""
@@ -193,22 +207,8 @@ def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tupl
         return "int8", None
     if weight.outlier_columns is not None:
         return "decoded", "16-bit columns are only known beside int8 inputs"
-    reason = _not_on_cpu(weight, dtype) if device.type == "cpu" else _not_on_cuda(weight, dtype)
+    reason = ways.why_none(weight, dtype) if device.type == "cpu" else _not_on_cuda(weight, dtype)
     return ("packed", None) if reason is None else ("decoded", reason)
-
-
-def _not_on_cpu(weight: QuantTensor, dtype: torch.dtype) -> str | None:
-    """Why torch has no product for this weight."""
-    scheme, columns = weight.scheme, weight.shape[1]
-    if dtype != torch.bfloat16:
-        return f"the CPU's products take bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if scheme.bits > 4:
-        by_row = scheme.group_size is None and weight.zero_point is None
-        return None if by_row else f"{scheme.bits} bits have a product only with one scale per row and no zero points"
-    width = scheme.columns_per_group(columns)
-    if layout.fitting_group(width) is None:
-        return f"groups of {width} columns are no multiple of {min(layout.GROUP_SIZES)}"
-    return None if layout.strip_rows() else "this processor's 4-bit layout is not known"
 
 
 def _not_on_cuda(weight: QuantTensor, dtype: torch.dtype) -> str | None:
@@ -219,6 +219,11 @@ def _not_on_cuda(weight: QuantTensor, dtype: torch.dtype) -> str | None:
     if rows % 8 or columns % 16:
         return f"{rows} x {columns} is no multiple of 8 x 16"
     return None if group in (None, 32, 64, 128) else f"groups of {group} columns are not 32, 64 or 128"
+
+
+def _by_row(part: torch.Tensor) -> torch.Tensor:
+    """Numbers [panels, groups, 16] by row: [panels * 16, groups]."""
+    return part.transpose(1, 2).reshape(-1, part.shape[1])
 
 
 def _from_kernels(held: kernel_layout.PackedWeight) -> torch.Tensor:

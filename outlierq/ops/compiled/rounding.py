@@ -32,12 +32,19 @@ class _Scheme(ctypes.Structure):
 
 
 @cache
+def library_path() -> str | None:
+    """The file that was compiled, or None."""
+    module = find_spec("outlierq.native.compiled")  # in a folder that is no package: it is no module
+    return None if module is None else module.origin
+
+
+@cache
 def library() -> ctypes.CDLL | None:
     """What was compiled, or None. Calls let other threads run."""
-    module = find_spec("outlierq.native.compiled")  # in a folder that is no package: it is no module
-    if module is None:
+    path = library_path()
+    if path is None:
         return None
-    compiled = ctypes.CDLL(module.origin)
+    compiled = ctypes.CDLL(path)
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     compiled.outlierq_round_rows.argtypes = (pointer, pointer, size, size, size, pointer, pointer, pointer, pointer)
     compiled.outlierq_round_tokens.argtypes = (pointer, number, size, size, pointer, pointer)
@@ -50,6 +57,14 @@ def library() -> ctypes.CDLL | None:
     compiled.outlierq_gguf_superblocks.argtypes = (pointer, size, size, pointer, pointer, pointer, pointer, pointer)
     compiled.outlierq_dequantize.argtypes = (pointer, size, size, pointer, number, pointer, pointer)
     compiled.outlierq_any_masked.argtypes = (pointer, size, number, number)
+    # Of products.c: ops/compiled/products.py.
+    weight = (pointer, number, pointer, pointer)
+    compiled.outlierq_multiply.argtypes = (number, *weight, *3 * (size,), pointer, number, size, pointer, number)
+    held = (pointer, pointer, size, size)
+    compiled.outlierq_multiply_int8.argtypes = (number, *held, pointer, pointer, size, pointer, number, number)
+    shape = (size, size, size, number)
+    compiled.outlierq_decode_panels.argtypes = (pointer, size, number, pointer, pointer, *shape, pointer)
+    compiled.outlierq_runs_kernel.argtypes = (number,)
     return compiled
 
 
