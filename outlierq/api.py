@@ -599,7 +599,7 @@ def bench(
         return benchmark.bench(
             shapes or benchmark.SHAPES,
             tokens or benchmark.TOKENS,
-            kinds or tuple(benchmark.KINDS),
+            kinds or benchmark.USUAL,
             rounds=rounds,
             device=usable_device(device),
             listen=listen,

@@ -5,10 +5,10 @@ between them and torch's is measured once for a machine.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.ops.compiled import products
 from outlierq.ops.compiled import rounding as native
-from outlierq.runtime import QuantLinear, choice, cpu, ways
+from outlierq.runtime import QuantLinear, choice, cpu, timing, ways
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
 # Of bfloat16 every product is rounded once, at its end; float32 sums in another order than float64.
@@ -168,11 +168,17 @@ def test_the_fastest_way_is_taken_and_nothing_slower_than_decoding():
     assert [cpu.is_direct(0b00111, tokens) for tokens in (1, 2, 16, 17, 64, 65, 5000)] == [True] * 3 + [False] * 4
 
 
-def test_a_hopeless_way_is_tried_once_or_twice():
-    calls = []
-    slow = lambda: calls.append(sum(range(300_000)))  # noqa: E731
-    assert math.isfinite(choice.least_seconds({"fast": lambda: None, "slow": slow}, 5)["slow"])
-    assert len(calls) <= 2
+def test_a_hopeless_call_is_not_made_again_and_again():
+    now, calls = [0.0], []
+
+    def taking(name: str, seconds: float) -> None:
+        calls.append(name)
+        now[0] += seconds
+
+    waits = {"fast": 0.001, "near": 0.003, "slow": 0.01, "endless": 9.0}
+    named = {name: partial(taking, name, seconds) for name, seconds in waits.items()}
+    assert timing.least_seconds(named, 5, lambda: now[0]) == pytest.approx(waits)
+    assert [calls.count(name) for name in waits] == [6, 6, 3, 1]
 
 
 def test_choices_are_measured_once(fresh_choices, monkeypatch):

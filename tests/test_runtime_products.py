@@ -71,16 +71,6 @@ def relative(y: torch.Tensor, truth: torch.Tensor) -> float:
     return ((y.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.fixture
-def held_as(monkeypatch):
-    """A function: how all layers are held from now on, and whether they decode."""
-
-    def hold(way: str, direct: int = cpu.ALWAYS) -> None:
-        monkeypatch.setattr(choice, "choose", lambda *_: choice.Choice(way, direct, {}))
-
-    return hold
-
-
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_form_is_within_bfloat16_of_the_float64_product(name):
     rows, columns, scheme, form = WEIGHTS[name]
@@ -133,13 +123,12 @@ def test_int8_packing_can_be_undone_and_products_saturate_nowhere():
 
 
 @pytest.mark.parametrize("outliers", [0, 5])
-def test_int8_is_the_same_in_whatever_way(held_as, outliers):
+def test_int8_is_the_same_in_whatever_way(outliers):
     stored = weight(40, 96, QuantScheme(8, None, activations=PER_TOKEN), outliers=outliers)
     x, results = torch.randn(7, 96).bfloat16(), {}
     for way in ways.ways_for(stored, torch.bfloat16, True):
         for direct in (cpu.ALWAYS, 0) if way.decodes else (cpu.ALWAYS,):
-            held_as(way.name, direct)
-            layer = QuantLinear(stored)
+            layer = QuantLinear(stored, choice=choice.Choice(way.name, direct, {}))
             assert layer.words.is_mkldnn == (way.name == "oneDNN")
             assert torch.equal(layer.dense(), stored.dequantize())
             results[way.name, direct] = layer(x)
@@ -149,14 +138,14 @@ def test_int8_is_the_same_in_whatever_way(held_as, outliers):
         assert relative(y, first.double()) < 4e-3
 
 
-def test_a_weight_is_the_same_in_whatever_way(held_as):
+def test_a_weight_is_the_same_in_whatever_way():
     for scheme in (QuantScheme(4, 64), QuantScheme(4, 64, symmetric=False), QuantScheme(8, None)):
         stored = weight(600, 128, scheme)
         x, tried = torch.randn(9, 128).bfloat16(), 0
         for way in ways.ways_for(stored, torch.bfloat16, False):
             for direct in (cpu.ALWAYS, 0):
-                held_as(way.name, direct)
-                assert relative(QuantLinear(stored)(x), x.double() @ stored.dequantize().double().T) < 1e-2
+                layer = QuantLinear(stored, choice=choice.Choice(way.name, direct, {}))
+                assert relative(layer(x), x.double() @ stored.dequantize().double().T) < 1e-2
                 tried += 1
         assert tried >= 2
 
@@ -282,11 +271,11 @@ def test_parts_on_another_device_are_refused_with_all_shapes():
         dispatch.int8_on_cpu(torch.randn(3, 32).bfloat16(), codes, scale, None, None, None, None, True)
 
 
-def test_a_layer_in_torchs_layout_refuses_float32(held_as):
+def test_a_layer_in_torchs_layout_refuses_float32():
     rows, columns, scheme, _ = WEIGHTS["w4 g64"]
-    held_as("torch int4")
+    layer = QuantLinear(weight(rows, columns, scheme), choice=choice.Choice("torch int4", cpu.ALWAYS, {}))
     with pytest.raises(KernelError, match="bfloat16 inputs; got x float32"):
-        QuantLinear(weight(rows, columns, scheme))(torch.randn(3, columns))
+        layer(torch.randn(3, columns))
 
 
 def test_outlier_columns_out_of_range_are_refused():

@@ -22,6 +22,7 @@
 #define ON_ARM 0
 #endif
 
+#define AHEAD 1024 /* words: of few tokens, a product waits for memory */
 #define MOST_TOKENS 24 /* of a tile: their sums, and those of a group, stay in registers */
 
 /* The number of tokens as a constant, so that loops over them are laid out. */
@@ -277,6 +278,7 @@ BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
             for (int t = 0; t < tokens; t++) part[c][t] = _mm512_setzero_ps();
         for (int64_t step = 0; step < tile->steps; step++, words += PANEL) {
             __m512i codes[PAIRS];
+            if (tokens <= 4) _mm_prefetch((const char *)(words + AHEAD), _MM_HINT_T0);
             if (bits == 4) pairs_of_4_bits(words, table, codes);
             else pairs_of_8_bits(words, &bytes, codes);
 #pragma GCC unroll 4
@@ -528,40 +530,44 @@ int outlierq_multiply_int8(int kernel, const uint32_t *words, const float *scale
     return run(&product, inputs, columns, threads);
 }
 
-/* Eight or four numbers of a row as `dtype`. */
-INLINE void decode_word(uint32_t word, int bits, float scale, float offset, enum dtype dtype, void *numbers) {
-    for (int c = 0; c < 32 / bits; c++) {
-        int place = bits == 4 ? c / 2 + c % 2 * 4 : c;
-        float number = (float)((int32_t)(word << (32 - bits - bits * place)) >> (32 - bits)) * scale + offset;
-        if (dtype == FLOAT32) ((float *)numbers)[c] = number;
-        if (dtype == BFLOAT16) ((uint16_t *)numbers)[c] = to_bfloat16(number);
-        if (dtype == FLOAT16) ((uint16_t *)numbers)[c] = to_float16(number);
+/* The codes of a row of a panel, a byte each. Four bits: a half of a word has every second column; they are parted to
+   bytes of 8, then made signed. */
+INLINE void codes_of_row(const uint32_t *words, int bits, int64_t count, int8_t *codes) {
+    for (int64_t i = 0; i < count; i++, words += PANEL) {
+        uint64_t low = *words & 0xFFFF, high = *words >> 16, both;
+        low = (low | low << 24) & 0x000000FF000000FFu;
+        high = (high | high << 24) & 0x000000FF000000FFu;
+        both = ((low | low << 12) & 0x000F000F000F000Fu) | ((high | high << 12) & 0x000F000F000F000Fu) << 8;
+        both = ((both ^ 0x0808080808080808u) + 0x7878787878787878u) ^ 0x8080808080808080u; /* less 8 in each byte */
+        if (bits == 4) memcpy(codes + 8 * i, &both, 8);
+        else memcpy(codes + 4 * i, words, 4);
     }
 }
 
-INLINE void decode_panels(const uint32_t *words, int64_t panel_words, int bits, const float *scales, const float *offsets,
-                          int64_t panels, int64_t columns, int64_t groups, enum dtype dtype, char *numbers) {
-    int64_t size = dtype == FLOAT32 ? 4 : 2, count = 32 / bits, steps = columns / count / groups;
-    for (int64_t p = 0; p < panels; p++, words += panel_words, numbers += PANEL * columns * size)
-        for (int64_t g = 0; g < groups; g++)
-            for (int r = 0; r < PANEL; r++) {
-                int64_t place = (p * groups + g) * PANEL + r;
-                float scale = scales ? scales[place] : 1, offset = offsets ? offsets[place] : 0;
-                char *row = numbers + (r * columns + g * steps * count) * size;
-                for (int64_t s = 0; s < steps; s++, row += count * size)
-                    decode_word(words[(g * steps + s) * PANEL + r], bits, scale, offset, dtype, row);
-            }
+/* Codes as numbers of `dtype`. */
+INLINE void numbers_of(const int8_t *codes, int64_t count, float scale, float offset, enum dtype dtype, void *numbers) {
+    if (dtype == FLOAT32)
+        for (int64_t i = 0; i < count; i++) ((float *)numbers)[i] = (float)codes[i] * scale + offset;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)numbers)[i] = to_bfloat16((float)codes[i] * scale + offset);
+    if (dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)numbers)[i] = to_float16((float)codes[i] * scale + offset);
 }
 
-/* Whole panels as numbers [panels * PANEL][columns] of `dtype`: code * scale + offset; scales NULL: the codes. */
+/* Whole panels as numbers [panels * PANEL][columns] of `dtype`: code * scale + offset; scales NULL: the codes. row: memory
+   for the codes of one. */
 FOR_EACH_PROCESSOR
 void outlierq_decode_panels(const uint32_t *words, int64_t panel_words, int bits, const float *scales,
                             const float *offsets, int64_t panels, int64_t columns, int64_t groups, int dtype,
-                            void *numbers) {
-#define DECODE(bits, dtype) decode_panels(words, panel_words, bits, scales, offsets, panels, columns, groups, dtype, numbers)
-    if (bits == 4 && dtype == BFLOAT16) DECODE(4, BFLOAT16);
-    else if (bits == 8 && dtype == BFLOAT16) DECODE(8, BFLOAT16);
-    else if (dtype == FLOAT32) DECODE(bits, FLOAT32);
-    else DECODE(bits, FLOAT16);
-#undef DECODE
+                            int8_t *restrict row, char *restrict numbers) {
+    int64_t width = columns / groups, size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t p = 0; p < panels; p++, words += panel_words)
+        for (int r = 0; r < PANEL; r++) {
+            codes_of_row(words + r, bits, columns * bits / 32, row);
+            for (int64_t g = 0; g < groups; g++, numbers += width * size) {
+                int64_t place = (p * groups + g) * PANEL + r;
+                float scale = scales ? scales[place] : 1, offset = offsets ? offsets[place] : 0;
+                numbers_of(row + g * width, width, scale, offset, dtype, numbers);
+            }
+        }
 }

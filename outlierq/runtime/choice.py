@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.ops.compiled import products
 from outlierq.ops.compiled.rounding import library_path
 from outlierq.runtime import cpu
+from outlierq.runtime.timing import NEVER, clock_here, least_seconds
 from outlierq.runtime.ways import WAYS, Way, packed_bits, ways_for
 
 MOST_ROWS = 1024  # of a measured weight: all ways take time by the row
 ROUNDS = 5
-HOPELESS = 4.0  # a way that takes so many times the best of the first round is not tried again
+FAR_BEHIND = 20.0  # times the fastest: such a way is not tried with more tokens
 FILE = "products.json"
 
 
@@ -70,33 +71,31 @@ def measure(
     weight = random_weight(scheme, (min(shape[0], MOST_ROWS), shape[1]))
     held = {way.name: way.hold(weight) for way in ways}
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
+    hopeless: set[tuple[str, bool]] = set()
     for tokens in cpu.TOKENS:
         x = torch.randn(tokens, shape[1], dtype=torch.float32).to(dtype)
         calls = {
-            (way.name, direct): _call(way, held[way.name], weight, x, direct)
+            (way.name, direct): partial(multiply, way, held[way.name], weight, x, direct)
             for way in ways
             for direct in ((True, False) if way.decodes else (True,))
+            if (way.name, direct) not in hopeless
         }
-        times = least_seconds(calls, ROUNDS)
+        times = least_seconds(calls, ROUNDS, clock_here())
         for name, row in seconds.items():
-            row.append((times[name, True], times.get((name, False), float("inf"))))
+            row.append((times.get((name, True), NEVER), times.get((name, False), NEVER)))
+        hopeless |= {call for call, taken in times.items() if taken > FAR_BEHIND * min(times.values())}
     return seconds
 
 
-def least_seconds(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """The least of some rounds in which all take turns, after one that warms up; hopeless ones keep that first time."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = dict.fromkeys(calls, float("inf"))
-    with torch.inference_mode():
-        for number in range(rounds + 1):
-            limit = HOPELESS * min(best.values())
-            for name, call in calls.items():
-                if number > 1 and best[name] > limit:
-                    continue
-                start = clock()
-                call()
-                best[name] = min(best[name] if number else float("inf"), clock() - start)
-    return best
+def multiply(
+    way: Way, held: Mapping[str, torch.Tensor | None], weight: QuantTensor, x: torch.Tensor, direct: bool
+) -> torch.Tensor:
+    """One product of a held weight."""
+    words, scale, rows = held["words"], held["scale"], weight.shape[0]
+    assert words is not None and scale is not None, f"{way.name} holds no weight"
+    if way.int8_inputs:
+        return cpu.int8_linear(x, words, scale, None, None, None, True, words.is_mkldnn, direct)
+    return cpu.packed_linear(x, words, scale, held["zero_point"], packed_bits(weight), rows, direct)
 
 
 def random_weight(scheme: QuantScheme, shape: tuple[int, int]) -> QuantTensor:
@@ -107,15 +106,6 @@ def random_weight(scheme: QuantScheme, shape: tuple[int, int]) -> QuantTensor:
         return QuantTensor(codes.to(torch.int8), scale, None, scheme)
     zero = torch.randint(0, 1 << scheme.bits, scale.shape).to(torch.uint8)
     return QuantTensor(codes.to(torch.uint8), scale, zero, scheme)
-
-
-def _call(way: Way, held: dict[str, Any], weight: QuantTensor, x: torch.Tensor, direct: bool) -> Callable[[], Any]:
-    """One product of a held weight."""
-    words, scale, rows = held["words"], held["scale"], weight.shape[0]
-    if way.int8_inputs:
-        opaque = words.is_mkldnn
-        return lambda: cpu.int8_linear(x, words, scale, None, None, None, True, opaque, direct)
-    return lambda: cpu.packed_linear(x, words, scale, held["zero_point"], packed_bits(weight), rows, direct)
 
 
 def _key(weight: QuantTensor, dtype: torch.dtype, int8_inputs: bool) -> str:

@@ -20,7 +20,8 @@ from outlierq.kernels.layout import KernelError
 from outlierq.kernels.plan import check_columns
 from outlierq.ops.activations import fake_quantize
 from outlierq.ops.compiled import products
-from outlierq.runtime import choice, cpu, dispatch, layout, pages, ways  # dispatch registers the operators
+from outlierq.runtime import cpu, dispatch, layout, pages, ways  # dispatch registers the operators
+from outlierq.runtime.choice import Choice, choose
 from outlierq.runtime.ways import Parts
 
 BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cache
@@ -29,8 +30,8 @@ BLOCK_ROWS = 256  # decoded at a time; such a block of float32 stays in the cach
 class QuantLinear(torch.nn.Module):
     """`x` [..., in] times a quantized weight, [..., out]; the result has the dtype of `x`.
 
-    form: "int8", "packed" or "decoded". reason: why it is decoded, else None. choice: the way on the CPU, see `choice`.
-    A layer is made for one dtype of inputs and one device and stays there.
+    form: "int8", "packed" or "decoded". reason: why it is decoded, else None. choice: the way on the CPU, if it is not
+    to be the fastest. A layer is made for one dtype of inputs and one device and stays there.
     """
 
     words: torch.Tensor
@@ -48,6 +49,7 @@ class QuantLinear(torch.nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        choice: Choice | None = None,
     ):
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -55,9 +57,9 @@ class QuantLinear(torch.nn.Module):
         self.form, self.reason = _form(weight, dtype, torch.device(device))
         self.bits = 8
         self.group_size: int | None = None
-        self.choice: choice.Choice | None = None
+        self.choice: Choice | None = None
         if self.form != "decoded" and torch.device(device).type == "cpu":
-            self.choice = choice.choose(weight, dtype, self.form == "int8")
+            self.choice = choice or choose(weight, dtype, self.form == "int8")
         self.direct = cpu.ALWAYS if self.choice is None else self.choice.direct
         held = {"int8": self._hold_int8, "packed": self._hold_packed, "decoded": self._hold_decoded}[self.form]
         parts = held(weight, dtype, torch.device(device))
@@ -66,7 +68,7 @@ class QuantLinear(torch.nn.Module):
         for name, value in parts.items():
             self.register_buffer(name, None if value is None else value.to(device))
         self.opaque = self.words.is_mkldnn  # packed by oneDNN
-        if self.form != "decoded" and self.bits == 8:  # products of 4 bits wait for arithmetic, not for memory
+        if self.form != "decoded":
             pages.gather(self.words)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

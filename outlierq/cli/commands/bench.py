@@ -19,7 +19,10 @@ def command(
         list[str] | None, typer.Option(metavar="OUTxIN", help="Shape of a weight; default 4096x4096. May be repeated.")
     ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens in a call, separated by commas.")] = "1,4,16,64,256",
-    kind: Annotated[list[str] | None, typer.Option(help="w4, w8 or w8a8; default all. May be repeated.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="w4, w8 or w8a8, the default; w4-g64, w4-g32, w4-asymmetric. May be repeated."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the least time of all is shown.")] = 7,
     device: shared.Device = "auto",
     as_json: shared.AsJson = False,
@@ -43,7 +46,7 @@ def command(
         return
     from outlierq.report.bench_text import bench as table
 
-    shared.show(table(measured.ceilings, measured.timings, measured.machine))
+    shared.show(table(measured))
 
 
 def _shape(text: str) -> tuple[int, int]:

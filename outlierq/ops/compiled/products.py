@@ -140,7 +140,9 @@ def decode(
     places = (None if part is None else part.data_ptr() for part in (scale, offset))
     groups = 1 if scale is None else scale.shape[1]
     sizes = (len(words), out.shape[1], groups, native.DTYPES[out.dtype])
-    compiled.outlierq_decode_panels(words.data_ptr(), words[0].numel(), bits, *places, *sizes, out.data_ptr())
+    row = torch.empty(out.shape[1], dtype=torch.int8)
+    held = (words.data_ptr(), words[0].numel(), bits, *places, *sizes)
+    compiled.outlierq_decode_panels(*held, row.data_ptr(), out.data_ptr())
     return out
 
 

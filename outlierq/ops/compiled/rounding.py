@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL | None:
     held = (pointer, pointer, size, size)
     compiled.outlierq_multiply_int8.argtypes = (number, *held, pointer, pointer, size, pointer, number, number)
     shape = (size, size, size, number)
-    compiled.outlierq_decode_panels.argtypes = (pointer, size, number, pointer, pointer, *shape, pointer)
+    compiled.outlierq_decode_panels.argtypes = (pointer, size, number, pointer, pointer, *shape, pointer, pointer)
     compiled.outlierq_runs_kernel.argtypes = (number,)
     return compiled
 
