@@ -17,14 +17,13 @@ from outlierq.core.notes import collecting
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.ops.compiled import products
-from outlierq.ops.compiled import rounding as native
 from outlierq.runtime import QuantLinear, choice, cpu, timing, ways
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+pytestmark = pytest.mark.skipif(products._compiled() is None, reason="nothing was compiled")
 # Of bfloat16 every product is rounded once, at its end; float32 sums in another order than float64.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-FLOAT = [name for name, number in products.FLOAT_KERNELS.items() if native.library().outlierq_runs_kernel(number)]
-INT8 = [name for name, number in products.INT8_KERNELS.items() if native.library().outlierq_runs_kernel(number)]
+FLOAT = [name for name, number in products.FLOAT_KERNELS.items() if products._runs(number, name)]
+INT8 = [name for name, number in products.INT8_KERNELS.items() if products._runs(number, name)]
 
 
 @pytest.fixture
@@ -241,8 +240,8 @@ def test_a_folder_that_cannot_be_written_costs_a_note(fresh_choices, monkeypatch
 def test_the_same_wheel_falls_back_to_what_the_processor_can():
     """torch's own choice of instructions does not matter to ours; without compiled code torch's ways are left."""
     code = (
-        "from outlierq.ops.compiled import rounding\n"
-        "rounding.library = lambda: None\n"
+        "from outlierq.ops.compiled import products\n"
+        "products._compiled = lambda: None\n"
         "import torch\n"
         "from outlierq.core.scheme import QuantScheme\n"
         "from outlierq.runtime import QuantLinear, choice\n"

@@ -7,6 +7,7 @@ small case, or it is not used and a note says so. Everything here gives None whe
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
@@ -52,6 +53,25 @@ def pack_int8(codes: torch.Tensor) -> torch.Tensor:
     return torch.cat([pack_panels(codes, 8), sums.view(-1, 1, PANEL)], 1).contiguous()
 
 
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    """The library, if it was compiled since it has products."""
+    compiled = native.library()
+    if compiled is None or not hasattr(compiled, "outlierq_runs_kernel"):
+        return None
+    size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    weight, held, shape = (
+        (pointer, number, pointer, pointer),
+        (pointer, pointer, size, size),
+        (size, size, size, number),
+    )
+    compiled.outlierq_multiply.argtypes = (number, *weight, *3 * (size,), pointer, number, size, pointer, number)
+    compiled.outlierq_multiply_int8.argtypes = (number, *held, pointer, pointer, size, pointer, number, number)
+    compiled.outlierq_decode_panels.argtypes = (pointer, size, number, pointer, pointer, *shape, pointer, pointer)
+    compiled.outlierq_runs_kernel.argtypes = (number,)
+    return compiled
+
+
 def float_kernel(dtype: torch.dtype) -> str | None:
     """The name of the fastest kernel here for inputs of a dtype."""
     names = (n for n in FLOAT_KERNELS if n != ONLY_BFLOAT16 or dtype == torch.bfloat16)
@@ -77,7 +97,7 @@ def multiply(
     words: of `pack_panels`. scale, offset: of `by_panel`. kernel: another than the fastest.
     """
     kernel = kernel or float_kernel(x.dtype)
-    compiled = native.library()
+    compiled = _compiled()
     assert compiled is not None and kernel is not None, "nothing was packed for a machine without a kernel"
     x = x.contiguous()
     y = x.new_empty(len(x), rows)
@@ -112,7 +132,7 @@ def multiply_int8(
     words: of `pack_int8`.
     """
     kernel = kernel or int8_kernel()
-    compiled = native.library()
+    compiled = _compiled()
     assert compiled is not None and kernel is not None, "nothing was packed for a machine without a kernel"
     x, y = x.contiguous(), torch.empty(len(x), len(scale), dtype=dtype)
     failed = compiled.outlierq_multiply_int8(
@@ -135,7 +155,7 @@ def decode(
     words: torch.Tensor, bits: int, scale: torch.Tensor | None, offset: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
     """Whole panels into `out` [panels * 16, in]: code * scale + offset, or the codes without a scale."""
-    compiled = native.library()
+    compiled = _compiled()
     assert compiled is not None, "nothing was packed without compiled code"
     places = (None if part is None else part.data_ptr() for part in (scale, offset))
     groups = 1 if scale is None else scale.shape[1]
@@ -156,7 +176,7 @@ def _unless(failed: int, y: torch.Tensor) -> torch.Tensor:
 @cache
 def _runs(number: int, name: str) -> bool:
     """Whether this machine runs a kernel, and it gives what torch gives."""
-    compiled = native.library()
+    compiled = _compiled()
     if compiled is None or not compiled.outlierq_runs_kernel(number):
         return False
     right = _int8_is_right(name) if number in INT8_KERNELS.values() else _float_is_right(name)

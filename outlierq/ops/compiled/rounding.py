@@ -57,14 +57,6 @@ def library() -> ctypes.CDLL | None:
     compiled.outlierq_gguf_superblocks.argtypes = (pointer, size, size, pointer, pointer, pointer, pointer, pointer)
     compiled.outlierq_dequantize.argtypes = (pointer, size, size, pointer, number, pointer, pointer)
     compiled.outlierq_any_masked.argtypes = (pointer, size, number, number)
-    # Of products.c: ops/compiled/products.py.
-    weight = (pointer, number, pointer, pointer)
-    compiled.outlierq_multiply.argtypes = (number, *weight, *3 * (size,), pointer, number, size, pointer, number)
-    held = (pointer, pointer, size, size)
-    compiled.outlierq_multiply_int8.argtypes = (number, *held, pointer, pointer, size, pointer, number, number)
-    shape = (size, size, size, number)
-    compiled.outlierq_decode_panels.argtypes = (pointer, size, number, pointer, pointer, *shape, pointer, pointer)
-    compiled.outlierq_runs_kernel.argtypes = (number,)
     return compiled
 
 
