@@ -29,10 +29,8 @@ from outlierq.core.stats import InputStats
 from outlierq.load import load_model, open_checkpoint
 from outlierq.load.model import skeleton
 from outlierq.load.source.folder import FolderCheckpoint
-from outlierq.ops import solve
-from outlierq.ops.grid import in_groups
 from outlierq.ops.hadamard import Rotation
-from outlierq.ops.search import refine, scale_search
+from outlierq.ops.search import scale_search, sweep
 from outlierq.pipeline import quantize as quantizing
 from outlierq.pipeline.asked.resources import Resources
 from outlierq.pipeline.block.sources import stats_source
@@ -308,24 +306,6 @@ def test_spilled_statistics_come_back_as_they_were_and_as_they_were_changed(tmp_
     assert torch.equal(spilled["b"].hessian, statistics(1).hessian)
 
 
-def test_the_factor_of_one_hessian_is_worked_out_once(monkeypatch):
-    hessian, calls = statistics(0).hessian, []
-    original = solve._climb
-    monkeypatch.setattr(solve, "_climb", lambda *args: calls.append(args[1]) or original(*args))
-    with solve.sharing_factors():
-        one, other = (solve.inverse_cholesky(hessian, 0.01) for _ in range(2))
-        solve.inverse_cholesky(hessian, 0.02)
-    assert calls == [0.01, 0.02] and one is other
-    assert torch.equal(solve.inverse_cholesky(hessian, 0.01)[0], one[0])
-
-
-def test_the_factor_is_the_same_as_without_working_in_place():
-    hessian, order = statistics(3).hessian, torch.tensor([3, 1, 5, 0, 2, 4])
-    damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(6)
-    expected = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    assert torch.equal(solve.inverse_cholesky(hessian, 0.01, order)[0], expected)
-
-
 IN_PIECES = {
     "symmetric": QuantScheme(4, 32),
     "zero points": QuantScheme(4, 32, symmetric=False),
@@ -336,30 +316,22 @@ IN_PIECES = {
 
 
 @pytest.mark.parametrize("name", IN_PIECES)
-def test_scales_searched_and_refitted_some_rows_at_a_time_are_those_of_all_at_once(name, monkeypatch):
+def test_scales_searched_and_rows_solved_some_at_a_time_are_those_of_all_at_once(name, monkeypatch):
     scheme, generator = IN_PIECES[name], torch.Generator().manual_seed(0)
     w, inputs = (torch.randn(rows, 256, generator=generator) for rows in (80, 300))
-    hessian = inputs.T @ inputs / len(inputs)
-    found = []
+    stats, found = InputStats(300, 1, hessian=inputs.T @ inputs / len(inputs)), []
+    solver = methods("quantize")["gptq"].function
     for pieces in (1 << 30, 1):
         monkeypatch.setattr(scale_search, "PIECE_WEIGHTS", pieces)
-        monkeypatch.setattr(refine, "FIT_ELEMENTS", pieces)
-        monkeypatch.setattr(refine, "LEAST_ROWS", 1)
-        grid = scale_search.search_grid(w, scheme, hessian)
-        if scheme.block is None:
-            codes = grid.encode(in_groups(w, scheme)).view(w.shape)
-            refitted = refine.refit_scales(w, codes, grid, hessian)
-            assert not torch.equal(refitted.scale, grid.scale)
-            found.append((grid, refitted))
-        else:
-            found.append((grid,))
+        monkeypatch.setattr(sweep, "PANEL_ROWS", pieces)
+        found.append((scale_search.search_grid(w, scheme, stats.hessian), solver(w, stats, scheme)))
     for whole, pieced in zip(*found, strict=True):
         # A sum over other numbers of rows may differ in its last bit, and then a group may prefer its neighbour.
-        close = torch.isclose(pieced.scale, whole.scale, rtol=1e-4)
-        assert close.float().mean() > 0.98
+        close = torch.isclose(pieced.scale.float(), whole.scale.float(), rtol=1e-4)
+        assert close.float().mean() > 0.95
         assert (pieced.zero_point is None) == (whole.zero_point is None)
         assert pieced.scale.shape == whole.scale.shape
-    assert refine.fitted_together(8, 256) == 1
+    assert torch.allclose(found[0][1].dequantize(), found[1][1].dequantize(), atol=0.5)
 
 
 def test_a_model_is_not_read_in_two_dtypes_at_once(untied_llama, monkeypatch):

@@ -20,6 +20,7 @@ from outlierq.core.notes import collecting, note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import DERIVED, InputStats
+from outlierq.ops import solve
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import Method, method, methods
 from outlierq.transform.stage import choose_move, storable_scale
@@ -303,11 +304,10 @@ def test_two_columns_are_no_worse_than_rounding_and_no_better_than_brute_force(s
 
 
 def test_the_width_of_a_block_does_not_change_the_codes(monkeypatch, w, stats):
-    gptq_module = sys.modules[method("quantize", "gptq").function.__module__]
     scheme = QuantScheme(4, 64)
     results = []
     for block in (1, 32, 128, COLUMNS):
-        monkeypatch.setattr(gptq_module, "BLOCK", block)
+        monkeypatch.setattr(solve, "BLOCK", block)
         results.append(plain_gptq(w, stats, scheme))
     for other in results[1:]:
         assert (other.codes == results[0].codes).all(1).sum() >= ROWS - 1

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
 
+from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme
 from outlierq.ops.activations import fake_quantize
 
@@ -11,6 +17,42 @@ from outlierq.ops.activations import fake_quantize
 def output_error(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """tr(D H D^T): mean over tokens of the squared change of the output. change: [out, in], hessian: [in, in]."""
     return ((change @ hessian) * change).sum()
+
+
+@dataclass
+class Told:
+    """What a quantizer said of its results. errors, power: [out] float64, of every row of `result`."""
+
+    result: QuantTensor | None = None
+    errors: torch.Tensor | None = None
+    power: torch.Tensor | None = None
+
+    def of(self, result: QuantTensor, rows: slice = slice(None)) -> list[torch.Tensor]:
+        """Errors and power of some rows, or nothing where that is not what was told of."""
+        if self.result is not result or self.errors is None or self.power is None:
+            return []
+        return [self.errors[rows], self.power[rows]]
+
+
+_told: ContextVar[Told | None] = ContextVar("errors", default=None)
+
+
+def tell(result: QuantTensor, errors: torch.Tensor, power: torch.Tensor) -> None:
+    """A quantizer knows the output error and power of every row, [out] float64; whoever listens need not ask."""
+    told = _told.get()
+    if told is not None:
+        told.result, told.errors, told.power = result, errors, power
+
+
+@contextmanager
+def told_errors() -> Iterator[Told]:
+    """What is told inside the block, the last of it."""
+    told = Told()
+    token = _told.set(told)
+    try:
+        yield told
+    finally:
+        _told.reset(token)
 
 
 class RelativeErrors:
@@ -23,15 +65,25 @@ class RelativeErrors:
         self._change = self._power = self._output_change = self._output_power = 0.0
         self._known = False
 
-    def add(self, rows: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> None:
-        """Some rows, float32 [rows, in], and what became of them; `approximation` is overwritten."""
+    def add(
+        self,
+        rows: torch.Tensor,
+        approximation: torch.Tensor,
+        hessian: torch.Tensor | None,
+        told: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Some rows, float32 [rows, in], and what became of them; `approximation` is overwritten.
+
+        told: errors and power of these rows, where they are known (`Told.of`).
+        """
         change = approximation.sub_(rows)
         self._change += change.square().sum().item()
         self._power += rows.square().sum().item()
         if hessian is not None:
             self._known = True
-            self._output_change += output_error(change, hessian).item()
-            self._output_power += output_error(rows, hessian).item()
+            lost, power = told or (output_error(change, hessian), output_error(rows, hessian))
+            self._output_change += lost.sum().item()
+            self._output_power += power.sum().item()
 
     @property
     def output(self) -> float | None:
@@ -70,7 +122,9 @@ def relative_error_of_both(
 
 
 def diagonal_blocks(hessian: torch.Tensor, columns: int) -> torch.Tensor:
-    """The diagonal blocks of `hessian` [in, in] as [groups, columns, columns]."""
+    """The diagonal blocks of `hessian` [in, in] as [groups, columns, columns]; the whole of it is no copy."""
     groups = hessian.shape[0] // columns
+    if groups == 1:
+        return hessian[None]
     index = torch.arange(groups, device=hessian.device)
     return hessian.view(groups, columns, groups, columns)[index, :, index, :]

@@ -315,11 +315,15 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme, units
     return Grid(scale, (-low / scale).round().clamp(0, scheme.code_max), scheme)
 
 
+def code_dtype(scheme: QuantScheme) -> torch.dtype:
+    """In which codes are stored, 8 bits each."""
+    return torch.float8_e4m3fn if scheme.kind == "float" else torch.int8 if scheme.symmetric else torch.uint8
+
+
 def to_quant_tensor(codes: torch.Tensor, grid: Grid) -> QuantTensor:
-    """Float32 codes [out, in] and their grid as a `QuantTensor`, with codes of 8 bits."""
+    """Codes [out, in], float32 or as stored, and their grid as a `QuantTensor`, with codes of 8 bits."""
     scheme = grid.scheme
-    integer = torch.int8 if scheme.symmetric else torch.uint8
-    codes = codes.to(torch.float8_e4m3fn if scheme.kind == "float" else integer)
+    codes = codes.to(code_dtype(scheme))
     if scheme.scales not in ("plain", "minimum"):
         return QuantTensor(codes, *_small_scales(grid), scheme, super_scale=_stored_units(grid))
     scale = grid.scale if scheme.block is None else grid.scale[:: scheme.block[0]]

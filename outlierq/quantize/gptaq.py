@@ -8,6 +8,7 @@ Zhang et al. 2025, arXiv:2505.11695). The paper adds the same correction term by
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -17,12 +18,13 @@ from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.solve import damped_solve
-from outlierq.quantize.gptq import gptq
+from outlierq.ops.errors import told_errors
+from outlierq.ops.solve import factored
+from outlierq.quantize.gptq import gptq, visiting_order
 from outlierq.registry import quantizer
 
 
-@quantizer("gptaq", needs=("hessian", "cross"), copies=12, factors=True, paper="arXiv:2504.02692")
+@quantizer("gptaq", needs=("hessian", "cross"), copies=6, factors=True, paper="arXiv:2504.02692")
 def gptaq(
     w: torch.Tensor,
     stats: InputStats,
@@ -40,12 +42,19 @@ def gptaq(
     rounded as by gptq. share: of the correction W D H^-1, whose D is known from few tokens; 0 is gptq. The other
     options are those of gptq.
     """
-    target = corrected(w, stats, damp, share)
-    return gptq(target, stats, scheme, damp=damp, order=order, scale_search=scale_search, refine_passes=refine_passes)
+    target = corrected(w, stats, scheme, damp, order, share)
+    rounded = partial(gptq, damp=damp, order=order, scale_search=scale_search, refine_passes=refine_passes)
+    with told_errors():  # they are of the target
+        return rounded(target, stats, scheme)
 
 
-def corrected(w: torch.Tensor, stats: InputStats, damp: float, share: float) -> torch.Tensor:
-    """W (I + share * D (H + damp)^-1), [out, in] float32; W where there are no pairs of inputs, which is noted."""
+def corrected(
+    w: torch.Tensor, stats: InputStats, scheme: QuantScheme, damp: float, order: str, share: float
+) -> torch.Tensor:
+    """W (I + share * D (H + damp)^-1), [out, in] float32; W where there are no pairs of inputs, which is noted.
+
+    The factor of H is that of gptq, in its order.
+    """
     hessian = stats.need("hessian")
     if stats.cross is None:
         note("its tokens are routed, so their original inputs are not known: rounded as by gptq")
@@ -53,4 +62,5 @@ def corrected(w: torch.Tensor, stats: InputStats, damp: float, share: float) -> 
     cross = stats.need("cross")
     if not share or not cross.any():
         return w
-    return w + share * damped_solve(hessian, (w @ cross).T, damp).T
+    factor = factored(hessian, damp, visiting_order(hessian, order, scheme))
+    return w + share * factor.solve((w @ cross).T).T

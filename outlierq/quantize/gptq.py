@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
 
 from outlierq.core.errors import NumbersError
+from outlierq.core.machine.threads import each_alone
 from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, nearest_code, to_quant_tensor
+from outlierq.ops.errors import tell
+from outlierq.ops.grid import Grid, code_dtype, from_groups, in_groups, joined, minmax_grid, to_quant_tensor
+from outlierq.ops.search.columns import ColumnGrid, check_compiled
+from outlierq.ops.search.level_fit import fits_levels, refit_levels
 from outlierq.ops.search.refine import refine
-from outlierq.ops.search.scale_search import search_grid
-from outlierq.ops.search.vectors import sweep_vectors, vector_order
-from outlierq.ops.solve import inverse_cholesky
+from outlierq.ops.search.scale_search import group_blocks, improved, rows_of
+from outlierq.ops.search.sweep import output_power, panel_rows, residuals, squared_errors, sweep
+from outlierq.ops.search.vectors import descend_vectors, sweep_vectors, vector_order
+from outlierq.ops.solve import Factor, factored
 from outlierq.registry import quantizer
 
-BLOCK = 128
 
-
-@quantizer("gptq", needs=("hessian",), copies=11, factors=True, paper="arXiv:2210.17323")
+@quantizer("gptq", needs=("hessian",), copies=2, factors=True, paper="arXiv:2210.17323")
 def gptq(
     w: torch.Tensor,
     stats: InputStats,
@@ -43,29 +47,117 @@ def gptq(
     coordinate descent and scale refitting after the sweep, each of which can only lower the error; 0 is plain GPTQ.
     """
     hessian = stats.need("hessian")
-    grid = search_grid(w, scheme, hessian) if scale_search == "hessian" else minmax_grid(w, scheme)
-    permutation = column_order(hessian.diagonal(), order, scheme.columns_per_group(w.shape[1]))
-    if scheme.vector > 1:
-        permutation = vector_order(hessian.diagonal(), permutation)
-    upper = _factor(hessian, damp, permutation)
-    if upper is None:
+    start = minmax_grid(w, scheme)
+    blocks = group_blocks(hessian, scheme) if scale_search == "hessian" else None
+    factor = _factor(hessian, damp, visiting_order(hessian, order, scheme))
+    if factor is None:
+        grid = start if blocks is None else improved(w, start, blocks)
         return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)
-    codes = (sweep_vectors if scheme.vector > 1 else sweep)(w, grid, upper, permutation)
-    del upper  # as large as the hessian, and not needed by what follows
-    codes, grid = refine(w, codes, grid, hessian, permutation, passes=refine_passes)
-    return to_quant_tensor(codes, grid)
+    check_compiled()
+    solver = _Solver(w, start, blocks, hessian, factor, refine_passes)
+    with each_alone(on_cpu=w.device.type == "cpu") as together:
+        together(solver.solve, range(0, len(w), solver.rows))
+    result = to_quant_tensor(solver.codes, solver.grid())
+    if scheme.vector == 1:
+        tell(result, solver.errors, solver.power)
+    return result
 
 
-def _factor(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> torch.Tensor | None:
-    """U of `inverse_cholesky`, or None when no damping helps; anything but the asked damping is noted."""
+class _Solver:
+    """One weight, solved panel by panel: rows do not depend on each other, and a panel needs little memory.
+
+    codes: [out, in] as they are stored. errors, power: [out] float64, (W - Q) H (W - Q)^T and W H W^T of every row;
+    not where codes stand for several weights.
+    """
+
+    def __init__(
+        self,
+        w: torch.Tensor,
+        start: Grid,
+        blocks: torch.Tensor | None,
+        hessian: torch.Tensor,
+        factor: Factor,
+        passes: int,
+    ):
+        self.w, self.start, self.blocks, self.hessian = w, start, blocks, hessian
+        self.factor, self.passes, self.scheme = factor, passes, start.scheme
+        self.inverse = factor.inverse() if self.scheme.vector > 1 else None
+        self.rows = panel_rows(self.scheme) if w.device.type == "cpu" else len(w)
+        self.codes = torch.empty(w.shape, dtype=code_dtype(self.scheme), device=w.device)
+        self.errors, self.power = torch.empty(2, len(w), dtype=torch.float64, device=w.device)
+        self._grids: dict[int, Grid] = {}
+
+    def solve(self, first: int) -> None:
+        """The panel that starts at row `first`."""
+        part = slice(first, first + self.rows)
+        grid = rows_of(self.start, part)
+        if self.blocks is not None:
+            grid = improved(self.w[part], grid, self.blocks)
+        if self.inverse is not None:
+            self.codes[part], self._grids[first] = self._by_vectors(self.w[part], grid, self.inverse)
+        else:
+            codes, self._grids[first] = self._by_columns(part, grid)
+            self.codes[part] = codes.T
+
+    def grid(self) -> Grid:
+        """That of all panels, when they are solved."""
+        parts = [self._grids[first] for first in sorted(self._grids)]
+        whole = joined(parts)
+        return whole if self.start.units is None or self.start.units.dim() > 1 else replace(whole, units=parts[0].units)
+
+    def _by_columns(self, part: slice, grid: Grid) -> tuple[torch.Tensor, Grid]:
+        """Codes [in, rows] float32 and grid of some rows."""
+        values = self.w[part].T[self.factor.order]
+        self.power[part] = output_power(values, self.factor)
+        columns = ColumnGrid.of(grid, self.w.shape[1])
+        codes, errors = sweep(values, columns, self.factor)
+        self.errors[part] = squared_errors(values, errors, self.factor)
+        if not self.passes:
+            return codes, grid
+        if fits_levels(self.scheme):
+            return codes, self._refine_levels(part, codes, grid)
+        left = residuals(values, errors, self.factor)
+        del values, errors
+        self.errors[part] -= refine(left, codes, columns, self.hessian, passes=self.passes)
+        return codes, columns.by_rows()
+
+    def _refine_levels(self, part: slice, codes: torch.Tensor, grid: Grid) -> Grid:
+        """The refined grid of a type of GGUF; `codes` [in, rows] are overwritten."""
+        w = self.w[part]
+        for _ in range(self.passes):
+            grid = refit_levels(w, codes.T.contiguous(), grid, self.hessian)
+            change = w.T - from_groups(grid.decode(in_groups(codes.T.contiguous(), self.scheme)), w.shape[1]).T
+            left = self.hessian @ change
+            columns = ColumnGrid.of(grid, w.shape[1])
+            self.errors[part] = (left * change).sum(0).double()
+            self.errors[part] -= refine(left, codes, columns, self.hessian, passes=1, refits=False)
+        return grid
+
+    def _by_vectors(self, w: torch.Tensor, grid: Grid, inverse: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        """Codes [rows, in] float32 and grid where one code stands for several weights."""
+        codes = sweep_vectors(w, grid, inverse, self.factor.order)
+        for _ in range(self.passes):
+            grid = refit_levels(w, codes, grid, self.hessian)
+            codes = descend_vectors(w, codes, grid, self.hessian, self.factor.order)
+        return codes, grid
+
+
+def visiting_order(hessian: torch.Tensor, order: str, scheme: QuantScheme) -> torch.Tensor:
+    """Permutation in which columns are rounded, those of a vector together."""
+    columns = column_order(hessian.diagonal(), order, scheme.columns_per_group(len(hessian)))
+    return columns if scheme.vector == 1 else vector_order(hessian.diagonal(), columns)
+
+
+def _factor(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> Factor | None:
+    """What `factored` gives, or None when no damping helps; anything but the asked damping is noted."""
     try:
-        upper, level = inverse_cholesky(hessian, damp, order)
+        factor = factored(hessian, damp, order)
     except NumbersError as error:
         note(f"rounded to nearest: {error.what}")
         return None
-    if level > damp:
-        note(f"damping raised from {damp:g} to {level:g} of the mean diagonal")
-    return upper
+    if factor.level > damp:
+        note(f"damping raised from {damp:g} to {factor.level:g} of the mean diagonal")
+    return factor
 
 
 def column_order(importance: torch.Tensor, order: str, columns: int) -> torch.Tensor:
@@ -73,38 +165,10 @@ def column_order(importance: torch.Tensor, order: str, columns: int) -> torch.Te
     if order == "activation":
         return torch.argsort(importance, descending=True, stable=True)
     if order == "group-aware":
-        grouped = importance.view(-1, columns)
+        missing = -len(importance) % columns  # the last block may be narrower
+        grouped = torch.nn.functional.pad(importance, (0, missing), value=float("-inf")).view(-1, columns)
         inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
         groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
-        return (inside + torch.arange(len(grouped), device=inside.device)[:, None] * columns)[groups].flatten()
+        places = (inside + torch.arange(len(grouped), device=inside.device)[:, None] * columns)[groups].flatten()
+        return places[places < len(importance)]
     return torch.arange(len(importance), device=importance.device)
-
-
-def sweep(w: torch.Tensor, grid: Grid, upper: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-    """The GPTQ loop (Algorithm 1) in blocks of 128 columns; returns float codes [out, in] in the original order.
-
-    The working copy is transposed: a column is then one contiguous row, which is what makes this loop fast on a CPU.
-    """
-    scheme = grid.scheme
-    scale, zero_point = grid.per_column(w.shape[1])
-    work = w.T[permutation].contiguous()  # [in, out]
-    scale = scale.T[permutation].contiguous()
-    zero_point = None if zero_point is None else zero_point.T[permutation].contiguous()
-    codes = torch.empty_like(work)
-    diagonal = upper.diagonal().tolist()
-    for start in range(0, len(work), BLOCK):
-        stop = min(start + BLOCK, len(work))
-        errors = torch.empty_like(work[start:stop])
-        for i in range(start, stop):
-            zero = None if zero_point is None else zero_point[i]
-            code = nearest_code(torch.div(work[i], scale[i]), zero, scheme)
-            value = code * scale[i] if zero is None else (code - zero).mul_(scale[i])
-            codes[i] = code
-            error = torch.sub(work[i], value, out=errors[i - start]).div_(diagonal[i])
-            if i + 1 < stop:
-                work[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-        if stop < len(work):
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
-    return codes[inverse].T.contiguous()

@@ -17,14 +17,17 @@ from outlierq.core.notes import collecting
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops.errors import RelativeErrors, relative_error_of_both
+from outlierq.ops.errors import RelativeErrors, relative_error_of_both, told_errors
 from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.ops.search.clip_search import static_scale, weighed_rows
+from outlierq.ops.search.sweep import PANEL_ROWS
 from outlierq.ops.solve import sharing_factors
 
 # Weights quantized at a time without statistics: their codes, of one byte, are still in the cache when they are packed
 # and read back. Half as many cost 7 % more time in Python, twice as many save nothing more.
 PIECE_WEIGHTS = 1 << 21
+# Panels that are in float32 at a time at least, and rows that are compared with what became of them.
+LEAST_PANELS, COMPARED_ROWS = 4, 1024
 # Of float16, whose smallest number is 2^-24: below, a scale has 4 bits or less. And what no method loses otherwise.
 SMALL_SCALE, ABSURD_ERROR = 2.0**-20, 0.5
 
@@ -192,10 +195,15 @@ def rows_of_a_piece(columns: int, scheme: QuantScheme) -> int:
     return _whole_blocks(PIECE_WEIGHTS // columns, scheme)
 
 
+def shares_over_all_rows(scheme: QuantScheme) -> bool:
+    """Whether all rows of a weight share a scale of scales."""
+    return scheme.kind == "float" and scheme.scales == "two-level"
+
+
 def _whole_blocks(rows: int, scheme: QuantScheme) -> int:
     """About as many rows, at least one, that share no scale with others."""
-    if scheme.kind == "float" and scheme.scales == "two-level":
-        return 1 << 62  # all rows share a scale of scales
+    if shares_over_all_rows(scheme):
+        return 1 << 62
     together = 1 if scheme.block is None else scheme.block[0]
     if not scheme.symmetric:
         together = math.lcm(together, ROWS_PER_WORD)  # zero points are packed along rows
@@ -206,6 +214,13 @@ def _sum_of_squares(values: torch.Tensor) -> float:
     """Sum of the squares of a float32 tensor, in one pass and without a copy."""
     flat = values.view(-1)
     return torch.dot(flat, flat).item()
+
+
+def _check_rows(site: LinearSite, rows: torch.Tensor) -> None:
+    """`_check_finite` of float32 rows [rows, in]."""
+    squares = _sum_of_squares(rows)
+    if not math.isfinite(squares):
+        _check_finite(site, int((~rows.isfinite()).sum()), squares)
 
 
 def _check_finite(site: LinearSite, bad: int, power: float) -> None:
@@ -243,14 +258,30 @@ def _quantize_stack(
     options: Mapping[str, Any],
     most_weights: int | None,
 ) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
-    """The members of a stack, together when it has no more than `most_weights` weights, else some rows at a time."""
-    if most_weights is None or sum(weight.numel() for _, weight in members) <= most_weights:
+    """The members of a stack, some rows at a time where that changes nothing or `most_weights` asks for it."""
+    together = sum(weight.numel() for _, weight in members)
+    piece = solved_at_once(together, members[0][0].in_features, scheme, method.factors, most_weights)
+    if piece >= together:
         return _quantize_together(members, scheme, stats, method, options)
     with sharing_factors():
         return {
-            site: _quantize_rows_of(site, weight, scheme, stats, method, options, most_weights)
-            for site, weight in members
+            site: _quantize_rows_of(site, weight, scheme, stats, method, options, piece) for site, weight in members
         }
+
+
+def solved_at_once(stack: int, width: int, scheme: QuantScheme, factors: bool, most_weights: int | None) -> int:
+    """How many weights of a stack of so many are in float32 at a time.
+
+    factors: whether the method solves rows panel by panel anyway, with one factor of the hessian for all.
+    """
+    whole = not factors or shares_over_all_rows(scheme)
+    piece = stack if whole else min(stack, rows_in_float32() * width)
+    return piece if most_weights is None else min(piece, most_weights)
+
+
+def rows_in_float32() -> int:
+    """Rows that are in float32 at a time where a method solves panels of them: enough for all threads."""
+    return PANEL_ROWS * max(LEAST_PANELS, torch.get_num_threads())
 
 
 def _quantize_together(
@@ -268,17 +299,17 @@ def _quantize_together(
     for site, weight in members:
         stack[places[site]] = weight
     for site, place in places.items():
-        _check_finite(site, int((~stack[place].isfinite()).sum()), stack[place].square().sum().item())
+        _check_rows(site, stack[place])
     started = time.perf_counter()
-    with collecting() as notes:
+    with collecting() as notes, told_errors() as told:
         result = method.function(stack, stats, scheme, **options)
     share = (time.perf_counter() - started) / len(stack)
     done = {}
     for site, place in places.items():
-        part, weight = result.rows(place.start, place.stop), stack[place]
-        errors = RelativeErrors()
-        errors.add(weight, part.dequantize(), stats.hessian)
-        done[site] = (part, _row(site, part, method.name, errors.output, errors.weight, share * len(weight), notes))
+        part, errors = result.rows(place.start, place.stop), RelativeErrors()
+        _compare(errors, stack[place], part, stats.hessian, told.of(result, place))
+        row = _row(site, part, method.name, errors.output, errors.weight, share * len(stack[place]), notes)
+        done[site] = (part, row)
     return done
 
 
@@ -289,19 +320,35 @@ def _quantize_rows_of(
     stats: InputStats,
     method: Method,
     options: Mapping[str, Any],
-    most_weights: int,
+    piece: int,
 ) -> tuple[QuantTensor, SiteRow]:
-    """One linear, as many of its rows at a time as have `most_weights` weights."""
+    """One linear, as many of its rows at a time as have `piece` weights."""
     started, done, errors = time.perf_counter(), [], RelativeErrors()
     with collecting() as notes:
-        for piece in torch.split(weight, _whole_blocks(most_weights // site.in_features, scheme)):
-            rows = piece.float()
-            _check_finite(site, int((~rows.isfinite()).sum()), rows.square().sum().item())
-            done.append(method.function(rows, stats, scheme, **options))
-            errors.add(rows, done[-1].dequantize(), stats.hessian)
+        for some in torch.split(weight, _whole_blocks(piece // site.in_features, scheme)):
+            rows = some.float()
+            _check_rows(site, rows)
+            with told_errors() as told:
+                done.append(method.function(rows, stats, scheme, **options))
+            _compare(errors, rows, done[-1], stats.hessian, told.of(done[-1]))
     result = QuantTensor.stack(done)
     seconds = time.perf_counter() - started
     return result, _row(site, result, method.name, errors.output, errors.weight, seconds, notes)
+
+
+def _compare(
+    errors: RelativeErrors,
+    rows: torch.Tensor,
+    quantized: QuantTensor,
+    hessian: torch.Tensor | None,
+    told: list[torch.Tensor],
+) -> None:
+    """Add what some rows [rows, in] lost, a part at a time. told: output errors and power by row, or nothing."""
+    together = _whole_blocks(COMPARED_ROWS, replace(quantized.scheme, scales="plain"))
+    for first in range(0, len(rows), together):
+        part = slice(first, min(first + together, len(rows)))
+        dense = quantized.rows(part.start, part.stop).dequantize()
+        errors.add(rows[part], dense, hessian, [each[part] for each in told])
 
 
 def _row(

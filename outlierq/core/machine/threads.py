@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 
 # Address space of a thread: its stack (8 MiB by default), and some for what it holds.
 THREAD_BYTES = 9 << 20
@@ -21,3 +23,60 @@ def check_room(count: int, more: int = 0) -> None:
     In Python 3.11 a thread that finds no memory while it starts leaves the one that started it waiting for ever.
     """
     bytearray(count * (THREAD_BYTES + more))  # asked for and given back; its pages are never touched
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Gives torch's number of threads, and restores it: threads that work side by side use one each."""
+    import torch
+
+    count = torch.get_num_threads()
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(count)
+
+
+def single_threaded() -> None:
+    """The calling thread computes alone (OpenMP keeps this number by thread)."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+Together = Callable[[Callable[[int], None], Iterable[int]], None]
+
+
+@contextmanager
+def each_alone(*, on_cpu: bool = True) -> Iterator[Together]:
+    """Gives a function that calls another for each number, in as many threads as torch has, each call in one thread.
+
+    What a call computes then does not depend on how many threads there are, as it may where torch or its libraries
+    divide a sum among them. on_cpu: False calls one after the other, and leaves torch as it is.
+    """
+    if not on_cpu:
+        yield _one_by_one
+        return
+    with one_thread_each() as count:
+        single_threaded()
+        if count == 1:
+            yield _one_by_one
+            return
+        with pool(count, "solving", single_threaded) as threads:
+            yield lambda call, numbers: _wait(threads, call, numbers)
+
+
+def _one_by_one(call: Callable[[int], None], numbers: Iterable[int]) -> None:
+    for number in numbers:
+        call(number)
+
+
+def _wait(threads: ThreadPoolExecutor, call: Callable[[int], None], numbers: Iterable[int]) -> None:
+    """All calls, side by side; the first error is raised when those that had begun are done."""
+    calls = [threads.submit(copy_context().run, call, number) for number in numbers]
+    try:
+        for each in calls:
+            each.result()
+    finally:
+        for each in calls:
+            each.cancel()

@@ -2,8 +2,8 @@
 
 For given codes the output error of a row is a quadratic in the row's scales and minima. Each of them is moved to the
 best value that can be stored, given all others, then the units of a block with all that counts in them. No step can
-raise the error, since what is stored now is a candidate of every step. (Solving for all at once and rounding, as
-`refine.refit_scales` does, gains nothing where scales have few bits.)
+raise the error, since what is stored now is a candidate of every step. (Solving for all at once and rounding gains
+nothing where scales have few bits.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from outlierq.core.scheme import QuantScheme
 from outlierq.ops.grid import SMALLEST_FLOAT16, Grid, in_groups, joined, small_scale
 
 # Elements of what a part of the rows is worked on with, in float32.
@@ -39,6 +40,11 @@ class _Part:
         slope = (self.residual[:, places] * direction).sum(1)
         bend = torch.einsum("rpq,rp,rq->r", self.gram[:, places][:, :, places], direction, direction)
         return torch.where(bend > 0, slope / bend, 0.0)
+
+
+def fits_levels(scheme: QuantScheme) -> bool:
+    """Whether it is a type of GGUF of which scales are refitted here."""
+    return scheme.type is not None and scheme.kind != "float"
 
 
 def refit_levels(w: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> Grid:

@@ -14,6 +14,7 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid
+from outlierq.ops.search.level_fit import fits_levels
 from outlierq.ops.search.type_search import search_types
 
 # Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
@@ -40,15 +41,18 @@ def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | No
     w: [out, in] float32. hessian: [in, in] or None. Shares of the group's range are tried coarsely, then around the
     best one (for asymmetric grids each end on its own); the scale is then fitted to its own codes.
     """
-    grouped = in_groups(w, scheme)
-    blocks = None if hessian is None else _group_blocks(hessian, grouped)
-    if scheme.type is not None and scheme.kind != "float":
+    return improved(w, minmax_grid(w, scheme), None if hessian is None else group_blocks(hessian, scheme))
+
+
+def improved(w: torch.Tensor, start: Grid, blocks: torch.Tensor | None) -> Grid:
+    """The same from a grid to start with. blocks: those of `group_blocks`, or None."""
+    grouped, scheme = in_groups(w, start.scheme), start.scheme
+    if fits_levels(scheme):
         return search_types(w, grouped, scheme, blocks)
-    start = minmax_grid(w, scheme)
     together = 1 if scheme.block is None else scheme.block[0]
     rows = max(1, PIECE_WEIGHTS // w.shape[1] // together) * together
     parts = [
-        _search(grouped[first : first + rows], scheme, blocks, _rows(start, slice(first, first + rows)))
+        _search(grouped[first : first + rows], scheme, blocks, rows_of(start, slice(first, first + rows)))
         for first in range(0, len(w), rows)
     ]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
@@ -69,16 +73,16 @@ def _search(grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | N
     return search.best
 
 
-def _rows(grid: Grid, part: slice) -> Grid:
+def rows_of(grid: Grid, part: slice) -> Grid:
     """Some rows of a grid; units that are of the whole weight stay."""
     zero_point = None if grid.zero_point is None else grid.zero_point[part]
     units = grid.units if grid.units is None or grid.units.dim() == 1 else grid.units[part]
     return replace(grid, scale=grid.scale[part], zero_point=zero_point, units=units)
 
 
-def _group_blocks(hessian: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
-    """The diagonal blocks of `hessian` for weights [out, groups, columns]; the last group may be filled up."""
-    groups, columns = grouped.shape[1:]
+def group_blocks(hessian: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """The diagonal blocks [groups, columns, columns] of a hessian [in, in]; the last group may be filled up."""
+    groups, columns = scheme.groups(len(hessian)), scheme.columns_per_group(len(hessian))
     missing = groups * columns - hessian.shape[0]
     if missing:
         hessian = torch.nn.functional.pad(hessian, (0, missing, 0, missing))

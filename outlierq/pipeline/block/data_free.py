@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import keep_freed_memory
-from outlierq.core.machine.threads import pool
+from outlierq.core.machine.threads import one_thread_each, pool, single_threaded
 from outlierq.core.model import Checkpoint, LinearSite, as_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import SiteRow
@@ -105,7 +105,7 @@ def done_in_order(units: list[Unit], output: Output, device: str) -> Generator[D
         # A GPU has work for one thread only.
         most = output.plan.checkpoint.most_threads or MOST_THREADS
         workers = min(count, most, MOST_THREADS) if device == "cpu" else 1
-        threads = pool(workers, "block", _single_threaded)
+        threads = pool(workers, "block", single_threaded)
         try:
             waiting = [threads.submit(_write, unit, output) for unit in units]
             yield from _results(waiting)
@@ -117,25 +117,6 @@ def _results(waiting: list[Future[Done]]) -> Iterator[Done]:
     """The results in order, each forgotten when it is given."""
     while waiting:
         yield waiting.pop(0).result()
-
-
-@contextmanager
-def one_thread_each() -> Iterator[int]:
-    """Gives torch's number of threads, and restores it: threads that work side by side use one each."""
-    import torch
-
-    count = torch.get_num_threads()
-    try:
-        yield count
-    finally:
-        torch.set_num_threads(count)
-
-
-def _single_threaded() -> None:
-    """The calling thread computes alone (OpenMP keeps this number by thread)."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _write(unit: Unit, output: Output) -> Done:

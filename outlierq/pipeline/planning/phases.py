@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from outlierq.calibrate.collect import CHUNK_ELEMENTS_DEVICE
 from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.model import Block
 from outlierq.export.writer import PIECE_BYTES
 from outlierq.ops.packing import ROWS_PER_WORD
-from outlierq.ops.search.refine import fitted_together
+from outlierq.ops.search.sweep import PANEL_ROWS
 from outlierq.pipeline.planning.work import Savings, Work
+from outlierq.quantize.stage import rows_in_float32
 from outlierq.recipe import Calibration
 
 FLOAT = 4  # bytes of a float32
@@ -41,6 +44,10 @@ TOKENIZER_FACTOR, TEXT_FACTOR = 6, 8
 WORKSPACE = 3 * FLOAT * CHUNK_ELEMENTS_DEVICE
 
 
+# Float32 copies of the rows of a panel that GPTQ solves: weights, codes, errors, residuals. And bytes beside them.
+# More of both where the grid is that of a type of GGUF, which is fitted with the panel's products with the hessian.
+PANEL_COPIES, SEARCHING = 4, 16 << 20
+TYPE_COPIES, FITTING = 12, 128 << 20
 # Float32 copies of the rows that judge a transform (AWQ: 1024 rows and their candidates).
 JUDGING_ROWS, JUDGING_COPIES = 1024, 10
 
@@ -208,8 +215,12 @@ class Phases:
         work, most = self.work, self.savings.most_weights
         stack = rows * width
         piece = stack if most is None else min(stack, max(most, ROWS_PER_WORD * width))
+        piece = min(piece, rows_in_float32() * width) if work.factors and not work.together else piece
         hessian = self._of_group(width)
         size = method_bytes(work.copies, work.factors, (stack, piece), width, work.group, hessian)
+        if work.factors and work.types:
+            more = (TYPE_COPIES - PANEL_COPIES) * FLOAT * min(piece, PANEL_ROWS * width) + FITTING
+            size += torch.get_num_threads() * more + hessian
         if work.activations:
             size = max(size, 3 * FLOAT * stack + 2 * hessian + 512 * (3 * width + 3 * rows) * FLOAT)
         # In a file they are read, weighed and moved; in memory one of them is, while all others are there.
@@ -270,14 +281,12 @@ def method_bytes(
     of `width`. group: columns that share a scale, None for all. hessian: its bytes.
     """
     stack, piece = weights
-    solved = copies * FLOAT * piece + (stack if piece < stack else 0)
+    solved = copies * FLOAT * piece + (2 * stack if piece < stack else 0)
     if not factors:
         return solved
-    # In the sweep and its refinement; and while the hessian is factored, at worst in float64.
-    groups = -(-width // (group or width))
-    refitting = 2 * FLOAT * groups * min(piece, fitted_together(groups, width) * width)
-    sweep = solved + max(refitting, hessian) + (hessian if piece < stack else 0)
-    return max(sweep, 3 * hessian + FLOAT * piece)
+    # Beside the factor of the hessian, in every thread: a panel, and what searching its scales takes.
+    panel = PANEL_COPIES * FLOAT * min(piece, PANEL_ROWS * width) + SEARCHING
+    return solved + torch.get_num_threads() * panel + hessian + FLOAT * width * min(group or 0, width)
 
 
 def _inputs(block: Block) -> Iterator[tuple[int, int, int]]:

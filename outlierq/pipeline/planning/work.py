@@ -14,6 +14,7 @@ from outlierq.core.dtypes import DTYPES
 from outlierq.core.model import LinearSite, Structure, StudiedModel, largest
 from outlierq.load.model.lookup import tables
 from outlierq.pipeline.asked.resources import USUAL, Resources
+from outlierq.quantize.stage import shares_over_all_rows
 from outlierq.registry import COPIES, method
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class Work:
     attention keeps its scores. calibration: None when no model is run. fields: statistics that are kept, and whether
     there are any. looked_up: tables of which rows are read when they are needed. unread: what lies outside of
     the blocks and no text runs through. by_rows: other tensors are copied some
-    rows at a time. copies, factors: as the method declares them. group: the smallest group size. permutes: a step looks
+    rows at a time. copies, factors: as the method declares them. group: the smallest group size.
+    together: all rows of a weight share a number, so that it is solved as a whole. types: scales are those of a type
+    of GGUF. permutes: a step looks
     at all statistics of a block together. from_file: statistics are read, not made. writes_stats: they are what is
     wanted, and the final logits. making: what reading a tensor holds beside the tensor, where a recipe rewrites the
     model; those that are not named: nothing. proves: the rewritten model is run beside the original, which is not done
@@ -100,6 +103,8 @@ class Work:
     unread: frozenset[str] = frozenset()
     by_rows: bool = False
     group: int | None = None
+    together: bool = False
+    types: bool = False
     transforms: bool = False
     activations: bool = False
     statistics: bool = False
@@ -129,6 +134,8 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
         from_file=stats and bool(needs),
         quantized=frozenset(plan.schemes),
         group=min((s.group_size for s in plan.schemes.values() if s.group_size), default=None),
+        together=any(shares_over_all_rows(scheme) for scheme in plan.schemes.values()),
+        types=any(scheme.type is not None for scheme in plan.schemes.values()),
         transforms=bool(recipe.group_transforms or recipe.permutations),
         permutes=bool(recipe.permutations),
         activations=any(scheme.activations for scheme in plan.schemes.values()),

@@ -1,0 +1,137 @@
+"""The compiled solver gives what torch gives, bit for bit, whatever the number of threads; a faulty one is not used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference.statistics import correlated_inputs, random_weight, row_errors, statistics_of
+
+from outlierq.core.notes import collecting
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme, gguf_scheme
+from outlierq.core.stats import InputStats
+from outlierq.ops.compiled import solving as native
+from outlierq.ops.errors import told_errors
+from outlierq.ops.search import columns
+from outlierq.ops.search.sweep import PANEL_ROWS
+from outlierq.registry import method
+
+COLUMNS = 320
+needs_compiled = pytest.mark.skipif(not native.available(), reason="nothing was compiled")
+SCHEMES = [
+    *(QuantScheme(bits, size, symmetric) for bits in (2, 4, 8) for size in (32, None) for symmetric in (True, False)),
+    QuantScheme(4, 64, scale_dtype="float16"),
+    QuantScheme(4, 40, symmetric=False, scales="two-level", scale_dtype="float16"),
+    QuantScheme(4, 16, kind="float", scales="two-level", scale_dtype="float32"),
+    QuantScheme(4, 32, kind="float", scales="power-of-two"),
+    QuantScheme(8, None, kind="float"),
+    QuantScheme(8, None, kind="float", block=(16, 128)),
+    gguf_scheme("Q4_1"),
+    gguf_scheme("IQ4_NL"),
+]
+
+
+@pytest.fixture(scope="module")
+def stats() -> InputStats:
+    x = correlated_inputs(256, COLUMNS, outliers=2)
+    x[:, [3, 100]] = 0  # dead channels
+    x[:, 7] = x[:, 8]
+    return statistics_of(x, sequence_length=64)
+
+
+def weight(rows: int) -> torch.Tensor:
+    w = random_weight(rows, COLUMNS)
+    w[0], w[:, 5] = 0, 0
+    w[-1] *= 1e-6
+    w[rows // 2, 40] = 30.0
+    return w
+
+
+def solved(w: torch.Tensor, stats: InputStats, scheme: QuantScheme, **options: Any) -> QuantTensor:
+    return method("quantize", "gptq").function(w, stats, scheme, **options)
+
+
+def same(a: QuantTensor, b: QuantTensor) -> bool:
+    parts = [(getattr(a, part), getattr(b, part)) for part in ("codes", "scale", "zero_point", "super_scale")]
+    return all(x is y is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in parts)
+
+
+@needs_compiled
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_codes_and_scales_are_those_of_torch(scheme, stats, monkeypatch):
+    w, options = weight(37), {"refine_passes": 2}
+    found = [solved(w, stats, scheme, order=order, **options) for order in ("none", "activation", "group-aware")]
+    monkeypatch.setattr(columns, "_trusted", lambda: False)
+    for order, each in zip(("none", "activation", "group-aware"), found, strict=True):
+        assert same(each, solved(w, stats, scheme, order=order, **options)), order
+
+
+@needs_compiled
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, PANEL_ROWS + 3])
+def test_any_number_of_rows_is_solved_as_torch_does(rows, stats, monkeypatch):
+    w, scheme = weight(rows), QuantScheme(3, 32)
+    found = solved(w, stats, scheme)
+    monkeypatch.setattr(columns, "_trusted", lambda: False)
+    assert same(found, solved(w, stats, scheme))
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(3, None, symmetric=False)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(scheme, stats):
+    w = weight(2 * PANEL_ROWS + 40)
+    alone, before = solved(w, stats, scheme), torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert same(solved(w, stats, scheme), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiled
+@pytest.mark.parametrize("scheme", columns._TRIED, ids=str)
+def test_every_kind_of_grid_is_tried_before_compiled_code_is_used(scheme):
+    assert columns._agrees(scheme)
+
+
+@needs_compiled
+@pytest.mark.parametrize("part", ["outlierq_sweep", "outlierq_descend"])
+def test_code_that_was_compiled_wrongly_is_not_used_and_that_is_noted(part, stats, monkeypatch):
+    w, scheme = weight(20), QuantScheme(4, 32)
+    expected, real = solved(w, stats, scheme), native._compiled()
+
+    class Faulty:
+        """The library, one function of which changes a bit of what it was given."""
+
+        def __getattr__(self, name: str) -> Any:
+            return wrong if name == part else getattr(real, name)
+
+    def wrong(grid: int, columns: int, rows: int, values: int, *rest: Any) -> int:
+        import ctypes
+
+        done = getattr(real, part)(grid, columns, rows, values, *rest)
+        ctypes.cast(values, ctypes.POINTER(ctypes.c_float))[3] += 1
+        return done
+
+    monkeypatch.setattr(native, "_compiled", lambda: Faulty())
+    columns._trusted.cache_clear()
+    try:
+        with collecting() as notes:
+            assert same(solved(w, stats, scheme), expected)
+        assert notes == ["the compiled solver does not give what torch gives: torch solves instead, slower"]
+    finally:
+        columns._trusted.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(4, 32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_the_errors_that_are_told_are_those_of_the_result(scheme, passes, stats):
+    w = weight(30)
+    with told_errors() as told:
+        result = solved(w, stats, scheme, refine_passes=passes)
+    errors, power = told.of(result)
+    assert not told.of(replace(result))
+    assert torch.allclose(errors, row_errors(result.dequantize() - w, stats.hessian), rtol=1e-3, atol=1e-9)
+    assert torch.allclose(power, row_errors(w, stats.hessian), rtol=1e-3, atol=1e-9)
