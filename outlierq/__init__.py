@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         read_recipe,
         recipe_text,
         recipes,
+        study_calibration,
         study_methods,
         verify,
     )
@@ -87,6 +88,7 @@ __all__ = [
     "read_recipe",
     "recipe_text",
     "recipes",
+    "study_calibration",
     "study_methods",
     "verify",
 ]

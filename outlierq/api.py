@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
+    from outlierq.pipeline.study_calibration import CalibrationStudy
     from outlierq.pipeline.study_methods import MethodStudy
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe, RecipeLike, Settings
@@ -637,6 +638,42 @@ def adapter(
         rounded = Source(compressed, None, trust_remote_code).open()
         resources = Resources.of("cpu", listen=listen)
         return make_adapter(source, rounded, Path(stats), Path(out), rank=rank, resources=resources)
+
+
+def study_calibration(
+    model: SourceLike,
+    texts: Sequence[str],
+    *,
+    samples: int = 32,
+    sequence_length: int = 512,
+    bits: int = 4,
+    group_size: int | None = 128,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> CalibrationStudy:
+    """How much it matters for a model on which text it is calibrated: one calibration each, compared with all others.
+
+    texts: files, "embedded", or "nonsense" (random signs); at least two. samples: windows of `sequence_length` tokens
+    of each. bits, group_size (None: per channel): of the weights that are rounded on each text, judged on the others.
+
+    >>> texts = ["embedded", "nonsense"]
+    >>> study = outlierq.study_calibration(model, texts, samples=4, sequence_length=32, group_size=32)
+    >>> study.error[0][0], study.error[0][1] > 1
+    (1.0, True)
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.study_calibration import study_calibration
+    from outlierq.recipe import Calibration
+    from outlierq.report.progress import listening
+
+    settings = Calibration(samples=samples, sequence_length=sequence_length)
+    rounding = [f"quantize.bits={bits}", f"quantize.group_size={group_size or 'channel'}"]
+    with listening(progress) as listen:
+        checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
+        return study_calibration(checkpoint, texts, settings, quantizer=rounding, resources=resources)
 
 
 def study_methods(

@@ -24,6 +24,7 @@ from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output
 from outlierq.ops.errors import output_error
 from outlierq.ops.low_rank import low_rank
 from outlierq.ops.one_dimension import k_means
+from outlierq.pipeline.study_calibration import nonsense
 from outlierq.pipeline.studying.replaced import replace
 from outlierq.quantize.studies.adadim import adadim
 from outlierq.quantize.studies.low_rank import with_branch
@@ -313,3 +314,22 @@ def test_unknown_names_and_inputs_are_refused_with_the_nearest(tiny_llama, stati
         study(tiny_llama, statistics, "gptqq")
     with pytest.raises(OutlierqError, match="choose 16, int8, int4"):
         study(tiny_llama, statistics, inputs="int2")
+
+
+# Calibration texts.
+
+
+def test_a_text_agrees_with_itself_and_nonsense_loses_more_on_text(tiny_llama, tmp_path):
+    texts = ["embedded", "nonsense", "embedded"]
+    settings = {"samples": 8, "sequence_length": 32, "group_size": 32, "device": "cpu"}
+    table = outlierq.study_calibration(tiny_llama, texts, **settings)
+    assert all(table.error[i][i] == pytest.approx(1.0) for i in range(3))
+    assert table.error[0][2] == pytest.approx(1.0) and table.agreement["rank_correlation"][0][2] == pytest.approx(1.0)
+    assert table.error[1][0] > 1.02 and table.error[0][1] > 1.02
+    for name, matrix in table.agreement.items():
+        assert matrix[0][1] == pytest.approx(matrix[1][0]), name
+        assert matrix[0][1] >= 1 if name == "scale_ratio" else matrix[0][1] < 1
+    assert ("hardly matters" in table.verdict) != table.sensitive
+    assert len(table.agreement) == 4 and nonsense(100) == nonsense(100)
+    with pytest.raises(OutlierqError, match="at least two"):
+        outlierq.study_calibration(tiny_llama, ["embedded"], **settings)

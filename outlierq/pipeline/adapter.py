@@ -19,6 +19,7 @@ from outlierq.core.report import Shown
 from outlierq.pipeline.asked.events import Event
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.detect import from_folder
+from outlierq.pipeline.studying.stacks import SINK_WEIGHT
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SINK_WEIGHT = 4.0  # as calibration counts first tokens by default
 DAMP = 0.01
 MOST_CHANGE = 0.9  # of a weight, by what rounding changes: beyond, it is another weight
 

@@ -6,11 +6,10 @@ model; whole recipes (those that change more than weights, or calibrate block by
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,14 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.asked.events import Event, silent
 from outlierq.pipeline.asked.resources import USUAL, Resources
-from outlierq.pipeline.block.starved import shares
-from outlierq.pipeline.detect import BlockData, from_folder
+from outlierq.pipeline.detect import from_folder
 from outlierq.pipeline.measuring import models
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.studying.contenders import Contender, contenders
 from outlierq.pipeline.studying.replaced import copied
 from outlierq.pipeline.studying.replaced import replace as put_in
+from outlierq.pipeline.studying.stacks import row_bounds, stacked, stacks
 from outlierq.recipe import load
 from outlierq.registry import method, methods
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from outlierq.recipe import Calibration
     from outlierq.registry import Method
 
-SINK_WEIGHT = 4.0  # as calibration counts first tokens by default
 INPUTS = {"16": None, "int8": ActivationScheme(bits=8), "int4": ActivationScheme(bits=4)}
 
 
@@ -242,8 +240,8 @@ class _Study:
             options = dict(contender.options)
             if sparsities:
                 options["sparsity"] = sparsities[block.index]
-            for members, stats in _stacks(block, schemes):
-                stack = self._stack(members)
+            for members, _, stats in stacks(block, schemes):
+                stack = stacked(members, self.plain)
                 started = time.process_time()
                 made = _approximated(asked, stack, stats, schemes[members[0]], options)
                 seconds += time.process_time() - started
@@ -251,12 +249,6 @@ class _Study:
                 sums.add(parts, stack, stats)
                 put_in(model, parts, INPUTS[self.conditions.inputs])
         return _Made(model, sums.bits, sums.output_error, seconds)
-
-    def _stack(self, members: Sequence[LinearSite]) -> torch.Tensor:
-        """The rows of linears with one input, float32 [out, in]."""
-        import torch
-
-        return torch.cat([as_matrix(site, self.plain.read(site.weight)).float() for site in members])
 
     def _sparsities(self, contender: Contender) -> dict[int, float]:
         """Share of zeros by block, where the contender has budgets by block; empty where all have the same."""
@@ -267,7 +259,7 @@ class _Study:
         ratios, sizes = {}, {}
         for block in from_folder(self.stats, self.checkpoint).blocks:
             linears = []
-            for members, stats in _stacks(block, self.schemes):
+            for members, _, stats in stacks(block, self.schemes):
                 rms = (stats.need("sum_sq") / stats.tokens).sqrt()
                 linears += [(as_matrix(site, self.plain.read(site.weight)), rms) for site in members]
             ratios[block.index] = outlier_ratio(linears)
@@ -339,19 +331,6 @@ class _Sums:
         return sum(self._errors) / len(self._errors)
 
 
-def _stacks(
-    block: BlockData, schemes: Mapping[LinearSite, QuantScheme]
-) -> Iterator[tuple[list[LinearSite], InputStats]]:
-    """The linears of a block that share an input and a scheme, and its statistics; those without any are left out."""
-    for group in block.groups:
-        for share in shares(group, block.inputs, 1):
-            members = [site for site in share.sites if site in schemes]
-            for scheme in dict.fromkeys(schemes[site] for site in members):
-                if share.stats is not None and share.stats.tokens:
-                    weighed = share.stats.weighing_sinks(SINK_WEIGHT)
-                    yield [site for site in members if schemes[site] == scheme], weighed
-
-
 def _approximated(
     asked: Method, stack: torch.Tensor, stats: InputStats, scheme: QuantScheme, options: Mapping[str, Any]
 ) -> Approximation:
@@ -364,8 +343,7 @@ def _approximated(
 
 def _split(members: Sequence[LinearSite], made: Approximation) -> dict[LinearSite, Approximation]:
     """The rows of every member of a stack."""
-    ends = [0, *itertools.accumulate(site.out_features for site in members)]
-    return {site: made.rows(*bounds) for site, bounds in zip(members, itertools.pairwise(ends), strict=True)}
+    return {site: made.rows(*bounds) for site, bounds in zip(members, row_bounds(members), strict=True)}
 
 
 def _paper(contender: Contender) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from outlierq.pipeline.study_calibration import CalibrationStudy
     from outlierq.pipeline.study_methods import MethodRow, MethodStudy
 
 HEADINGS = ("method", "bits", "output error", "KL", "perplexity", "of gptq's KL", "CPU s", "loads in")
@@ -32,6 +33,27 @@ def page(study: MethodStudy) -> str:
     lines.append(_line(["---"] * (len(HEADINGS) + 1)))
     lines += [_line((row.name, *_figures(row), row.note or row.loads_in, row.paper)) for row in study.rows]
     return "\n".join(lines) + "\n"
+
+
+def calibration(study: CalibrationStudy) -> RenderableType:
+    """The matrix of errors, the least agreement, and the verdict in words."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("rounded on \\ judged on")
+    for text in study.texts:
+        table.add_column(text, justify="right")
+    for text, row in zip(study.texts, study.error, strict=True):
+        table.add_row(text, *(f"{value:.3f}" for value in row))
+    lines = [f"{name.replace('_', ' ')}: {_range(matrix)}" for name, matrix in study.agreement.items()]
+    shared = (
+        f"output error over that of weights rounded on the text itself; {study.scheme}, {study.tokens:,} tokens each"
+    )
+    return Group(table, Text(shared, style="dim"), Text("\n".join(lines)), Text(study.verdict, style="bold"))
+
+
+def _range(matrix: Sequence[Sequence[float]]) -> str:
+    """The least and the largest value between different texts."""
+    values = [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j]
+    return f"{min(values):.3g} to {max(values):.3g}"
 
 
 def _shared(study: MethodStudy) -> str:

@@ -20,6 +20,10 @@ METHODS = (
     "  outlierq study methods ./SmolLM2-135M --stats stats --only gptq --only olive --bits 4 --group-size channel\n\n"
     "  outlierq study methods ./SmolLM2-135M --stats stats --inputs int4 -o w4a4.json"
 )
+CALIBRATION = (
+    "Examples:\n\n  outlierq study calibration ./SmolLM2-135M --text embedded --text nonsense\n\n"
+    "  outlierq study calibration ./SmolLM2-135M --text chats.txt --text code.txt --text news.txt --json"
+)
 
 
 @app.command("methods", epilog=METHODS)
@@ -68,6 +72,46 @@ def methods(
         shared.print_json(study.to_dict())
         return
     from outlierq.report.study_text import methods as table
+
+    shared.show(table(study))
+
+
+@app.command("calibration", epilog=CALIBRATION)
+def calibration(
+    model: shared.Model,
+    text: Annotated[
+        list[str], typer.Option(help="A text file, `embedded`, or `nonsense` (random signs). Give at least two.")
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 32,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights that are rounded on each text.")] = 4,
+    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """How much it matters on which text a model is calibrated: one calibration each, judged on all others."""
+    import outlierq
+
+    with shared.progress(quiet) as listen:
+        study = outlierq.study_calibration(
+            model,
+            text,
+            samples=samples,
+            sequence_length=sequence_length,
+            bits=bits,
+            group_size=_columns(group_size),
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+        )
+    if as_json:
+        shared.print_json(study.to_dict())
+        return
+    from outlierq.report.study_text import calibration as table
 
     shared.show(table(study))
 
