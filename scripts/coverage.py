@@ -5,7 +5,8 @@ loaded in its own Auto class and held against the original: missing tensors, eve
 config says is quantized. Every architecture and recipe is a line in a JSON lines file as soon as it is known, so that a
 run that was stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it.
 
-Random weights say nothing of quality: only right or wrong. Inputs are text.
+Random weights say nothing of quality: only right or wrong. Inputs are random tokens, and for recipes that calibrate
+held-out text of the kind that they see: GPTQ gives up what never occurs in it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ import torch
 from coverage_models import POSITIONS, VOCABULARY, architectures, auto_class, tiny_model, tokens, write_checkpoint
 
 import outlierq
+from outlierq.calibrate.text import embedded_text
 from outlierq.core.errors import OutlierqError
 from outlierq.load.model.conversion.class_named import class_named
 from outlierq.load.model.experts.apart import as_stored
 
 RECIPES = ("awq-gptq-w4", "rtn-w8", "fp8-dynamic")
+CALIBRATED = ("awq-gptq-w4",)
 SETTINGS = {"calibration.samples": 16, "calibration.sequence_length": 48}
 # The largest relative error that rounding leaves in a weight of random numbers, and, of the KL of shuffled weights, the
 # part that is left: both are far from what a wrong scale or a lost tensor makes.
@@ -53,7 +56,8 @@ PAGE = """# Which architectures come out right
 
 Made by `make coverage` with {versions}. For every architecture a tiny random model is
 compressed with {recipes}, loaded in its own Auto class, and compared in weights, logits and what
-its config says. The state is the worst of the three. Random weights say nothing of quality, and inputs were text.
+its config says. The state is the worst of the three. Random weights say nothing of quality. Inputs
+were random tokens, no images; for a recipe that calibrates held-out text, or random tokens, which is harder.
 """
 STATES = """
 **right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were quantized.
@@ -138,16 +142,24 @@ def measure(name: str, kind: str, recipes: list[str]) -> Iterator[Result]:
 
 
 @dataclass
+class Tried:
+    """Tokens to try a model with, its log-probabilities, and the KL of a model with shuffled weights."""
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    shuffled: float
+
+
+@dataclass
 class Original:
-    """A tiny model as transformers loads it, the tokens to try it with, and its log-probabilities."""
+    """A tiny model as transformers loads it, tried with random tokens, and with text of the kind that calibrates."""
 
     name: str
     kind: str
     source: Path
     model: torch.nn.Module
-    ids: torch.Tensor
-    logits: torch.Tensor
-    shuffled: float
+    random: Tried
+    text: Tried
 
     @classmethod
     def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path) -> Original:
@@ -157,13 +169,27 @@ class Original:
         if info["missing_keys"]:
             raise ValueError(f"transformers does not find {min(info['missing_keys'])} in what it saved")
         loaded.eval()
-        logits = _logits(loaded, ids)
-        return cls(name, kind, source, loaded, ids, logits, _kl(logits, _logits(_shuffled(model), ids)))
+        both = ids, _text(source, ids.shape)
+        logits, other = [_logits(loaded, each) for each in both], _shuffled(model)
+        tried = [Tried(*each, _kl(each[1], _logits(other, each[0]))) for each in zip(both, logits, strict=True)]
+        return cls(name, kind, source, loaded, *tried)
+
+    def tried(self, recipe: str) -> Tried:
+        """What a recipe is judged by: one that calibrates fits the model to its text, and is judged by such text."""
+        return self.text if recipe in CALIBRATED else self.random
+
+
+def _text(source: Path, shape: torch.Size) -> torch.Tensor:
+    """Tokens [sequences, tokens] of held-out text."""
+    from transformers import AutoTokenizer
+
+    text = embedded_text("evaluation")[: 4 * shape.numel()]
+    return torch.tensor(AutoTokenizer.from_pretrained(source)(text)["input_ids"][: shape.numel()]).view(shape)
 
 
 def _measured(original: Original, recipe: str, out: Path) -> Result:
     """Compress, load and compare."""
-    result = Result(original.name, original.kind, recipe, RIGHT, shuffled=original.shuffled)
+    result = Result(original.name, original.kind, recipe, RIGHT, shuffled=original.tried(recipe).shuffled)
     planned, settings = False, SETTINGS
     try:
         plan = outlierq.plan(original.source, recipe, settings=settings)
@@ -197,14 +223,15 @@ def _compare(original: Original, out: Path, result: Result) -> None:
     loaded.eval()
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
               for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]]  # fmt: skip
-    result.kl = _kl(original.logits, _logits(loaded, original.ids))  # first: packed weights are decoded by it
+    tried = original.tried(result.recipe)
+    result.kl = _kl(tried.logits, _logits(loaded, tried.ids))  # first: packed weights are decoded by it
     errors = dict(_errors(original.model, loaded, vectors="awq" not in result.recipe))
     result.error = max(errors.values(), default=0.0)
     if not result.error <= LARGEST_ERROR[result.recipe]:
         worst = max(errors, key=lambda key: errors[key])
         faults.append(f"{worst} differs by {errors[worst]:.3g}")
-    if not result.kl <= LARGEST_KL[result.recipe] * original.shuffled + 1e-3:
-        faults.append(f"KL {result.kl:.3g}, {original.shuffled:.3g} with shuffled weights")
+    if not result.kl <= LARGEST_KL[result.recipe] * tried.shuffled + 1e-3:
+        faults.append(f"KL {result.kl:.3g}, {tried.shuffled:.3g} with shuffled weights")
     declared = [fault for fault in outlierq.verify(out).faults if fault.check in DECLARED]
     faults += [f"verify: {fault}" for fault in declared[:1]]
     if faults:

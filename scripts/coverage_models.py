@@ -132,6 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "head_dim": 16, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "molmo2": {"vision_config": {"image_size": [56, 56]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256, "projector_hidden_size": HIDDEN},
     "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}},

@@ -302,3 +302,18 @@ def test_a_class_that_retypes_a_buffer_runs_as_it_was_written(made, tmp_path):
     ids = tokens(torch.Generator().manual_seed(0))
     before, after = logits(made("ctrl"), ids), logits(tmp_path / "out", ids)
     assert (before.exp() * (before - after)).sum(-1).mean() < 0.3
+
+
+def test_what_the_class_keeps_in_float32_is_given_so_and_calibration_runs(made, tmp_path):
+    checkpoint = open_checkpoint(str(made("inkling2_text")))
+    model = study(checkpoint)
+    load_tensors_into(model.skeleton, checkpoint, model.names, dtype="bfloat16")
+    router = model.skeleton.get_submodule("model.layers.0.mlp.gate")
+    assert router.weight.dtype == torch.float32 and model.skeleton.lm_head.weight.dtype == torch.bfloat16
+    quantized(made("inkling2_text"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["chameleon", "phi4_multimodal"])
+def test_the_blocks_of_the_text_are_found_beside_larger_ones_of_a_tower_inside_the_decoder(name, made):
+    structure = study(open_checkpoint(str(made(name)))).structure
+    assert len(structure.blocks) == 4 and all("self_attn" in block.sites[0].module for block in structure.blocks)

@@ -440,7 +440,8 @@ class BlockRunner:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
 
         def run(module: torch.nn.Module) -> torch.Tensor:
-            dtype = next(module.parameters()).dtype
+            # Some parameters are in float32 whatever the dtype of the model.
+            dtype = min((part.dtype for part in module.parameters()), key=lambda dtype: dtype.itemsize)
             with torch.no_grad(), routing(module, "probe"), forward_of(self.model, "calibrate"):
                 return hidden_of(call.run(module, noise.to(self.device, dtype, copy=True), dtype, before), module)
 

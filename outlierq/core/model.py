@@ -25,6 +25,8 @@ FLOAT32, EMBEDDING = "Float32", "Embedding"
 # Where a module of the skeleton that has no weight of its own keeps the pieces which it is made of: parameter -> name
 # of each piece -> the module that holds it.
 MADE_OF = "_made_of"
+# Where a module of the skeleton keeps the names of parameters and buffers that its class has in float32 in any dtype.
+IN_FLOAT32 = "_in_float32"
 # What configs, and modules of experts, call the number of experts in a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # And the number of experts chosen for a token.

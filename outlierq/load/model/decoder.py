@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.core.model import largest
 from outlierq.recipe.patterns import tower_of
 
 if TYPE_CHECKING:
@@ -16,18 +17,29 @@ if TYPE_CHECKING:
 
 
 def block_list(skeleton: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Name and members of the module list that holds most parameters of the text decoder."""
-    import torch
+    """Name and members of the module list that holds most parameters of the text decoder.
 
-    root = text_decoder(skeleton)
-    lists = [
-        (name, part)
-        for name, part in skeleton.named_modules()
-        if isinstance(part, torch.nn.ModuleList) and name and _is_inside(name, root)
-    ]
+    Of those that are in no other list; where one of them is as long as the config says that there are blocks, it counts
+    no other: some decoders hold a tower with larger ones.
+    """
+    lists = _outermost_lists(skeleton, text_decoder(skeleton))
     if not lists:
         raise SourceError(f"{type(skeleton).__name__} has no list of decoder blocks")
+    count = largest(skeleton.config.get_text_config(), "num_hidden_layers")
+    lists = [(name, part) for name, part in lists if len(part) == count] or lists
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def _outermost_lists(skeleton: torch.nn.Module, root: str) -> list[tuple[str, torch.nn.ModuleList]]:
+    """Every module list inside of a part that is in no other one."""
+    import torch
+
+    lists: list[tuple[str, torch.nn.ModuleList]] = []
+    for name, part in skeleton.named_modules():
+        is_list = isinstance(part, torch.nn.ModuleList) and name and _is_inside(name, root)
+        if is_list and not any(_is_inside(name, other) for other, _ in lists):
+            lists.append((name, part))
+    return lists
 
 
 def text_decoder(skeleton: torch.nn.Module) -> str:

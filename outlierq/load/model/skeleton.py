@@ -11,7 +11,7 @@ from outlierq.core.errors import SourceError, nearest
 from outlierq.core.machine.installed import check_versions
 from outlierq.core.machine.untrusted import brief
 from outlierq.core.machine.utf8_path import utf8_path
-from outlierq.core.model import EXPERT_COUNTS, FLOAT32, Block, LinearSite, Structure, largest
+from outlierq.core.model import EXPERT_COUNTS, FLOAT32, IN_FLOAT32, Block, LinearSite, Structure, largest
 from outlierq.load.model.decoder import block_list, towers
 from outlierq.load.model.names import checkpoint_names
 
@@ -46,6 +46,7 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     model = empty_model(checkpoint)
     separate_experts(model, checkpoint)
     separate_pieces(model, checkpoint)
+    _mark_float32(model)
     return model.eval().requires_grad_(False)
 
 
@@ -179,14 +180,20 @@ def _once(blocks: Iterable[Block]) -> tuple[Block, ...]:
 
 def _float32_modules(skeleton: torch.nn.Module) -> Collection[str]:
     """Modules that their class computes in float32, whatever the dtype of the model: a decoded weight would not fit."""
+    names = (name for name, part in skeleton.named_modules() if "weight" in part.__dict__.get(IN_FLOAT32, ()))
+    return frozenset(names)
+
+
+def _mark_float32(skeleton: torch.nn.Module) -> None:
+    """Let modules know which of their tensors the class keeps in float32, whatever the dtype of the model."""
     from transformers.core_model_loading import build_glob_alternation
 
     strict = list(getattr(skeleton, "_keep_in_fp32_modules_strict", None) or ())
-    if not strict:
-        return ()
-    pattern = build_glob_alternation(strict)[0]
-    names = (name.removesuffix(".weight") for name, _ in skeleton.named_parameters() if name.endswith(".weight"))
-    return frozenset(name for name in names if pattern.search(f"{name}.weight"))
+    pattern = build_glob_alternation(strict)[0] if strict else None
+    for name in (*_slots_of(skeleton, "", ()),) if pattern else ():
+        if pattern.search(name):
+            owner, _, leaf = name.rpartition(".")
+            skeleton.get_submodule(owner).__dict__.setdefault(IN_FLOAT32, set()).add(leaf)
 
 
 def _block(name: str, index: int, block: torch.nn.Module, names: Mapping[str, str], wide: Collection[str]) -> Block:
@@ -276,15 +283,17 @@ def load_tensors_into(
 
     module: the skeleton or a part of it; prefix: the full name of that part ("model.layers.3"). names: of
     `checkpoint_names`. skip: full names of parts to leave alone (all blocks, to fill what is outside of them). dtype:
-    of the floating-point tensors, default `source.dtype`. Slots that share a tensor share the parameter.
+    of the floating-point tensors, default `source.dtype`; what the class has in float32 is given so in any dtype. Slots
+    that share a tensor share the parameter.
     """
     import torch
 
     dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or source.dtype)
     slots = _slots_of(module, f"{prefix}." if prefix else "", tuple(f"{part}." for part in skip))
     sources = {slot: names[full] for slot, full in slots.items() if full in names}
+    wide = {tensor for slot, tensor in sources.items() if _is_in_float32(module, slot)}
     filled = {
-        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        name: tensor.to(device=device, dtype=_dtype_in(tensor, torch.float32 if name in wide else dtype))
         for some in _portions(source, dict.fromkeys(sources.values()))
         for name, tensor in source.read_many(some).items()
     }
@@ -292,6 +301,17 @@ def load_tensors_into(
     for slot, tensor in sources.items():
         _assign(module, slot, tensor, filled[tensor], shared)
     _move_buffers(module, slots, device)
+
+
+def _dtype_in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor is given in a model of some dtype: its own where it holds no floating-point numbers."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _is_in_float32(module: torch.nn.Module, slot: str) -> bool:
+    """Whether the class has a parameter or buffer in float32 in any dtype."""
+    owner, _, leaf = slot.rpartition(".")
+    return leaf in module.get_submodule(owner).__dict__.get(IN_FLOAT32, ())
 
 
 def _slots_of(module: torch.nn.Module, prefix: str, skip: tuple[str, ...]) -> dict[str, str]:

@@ -126,7 +126,7 @@ class Phases:
         expert = [s for s in self.block.sites if s.expert]
         plain = [s for s in self.block.sites if not s.expert]
         outputs = sum(s.out_features for s in plain) + 3 * max((s.out_features for s in expert), default=0)
-        widest = max(s.in_features for s in self.block.sites)
+        widest = max((s.in_features for s in self.block.sites), default=0)
         token = work.itemsize * (outputs + 2 * widest + 8 * work.hidden) + FLOAT * 2 * work.hidden
         length = self._text.sequence_length
         scores = self._batch_tokens * length * FLOAT  # a mask
