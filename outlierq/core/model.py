@@ -134,6 +134,31 @@ class StoredLinear:
     symmetric: bool = field(default=False, kw_only=True)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of one expert in a fused tensor. module: the name before the expert's number.
+
+    rows: which rows of the expert's matrix [out, in], or entries of its bias. transposed: it is stored as [in, out].
+    whole: the shape of the fused tensor.
+    """
+
+    tensor: str
+    module: str
+    expert: int
+    rows: slice
+    transposed: bool
+    whole: tuple[int, ...]
+
+    def of(self, fused: torch.Tensor) -> torch.Tensor:
+        """The part as a view of what the fused tensor holds of the expert, a matrix or a vector."""
+        return (fused.T if self.transposed else fused)[self.rows]
+
+    def shape(self, fused: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the part, when the fused tensor has this shape."""
+        rows, *columns = reversed(fused[1:]) if self.transposed else fused[1:]
+        return (len(range(*self.rows.indices(rows))), *columns)
+
+
 class TensorSource(ABC):
     """Where tensors come from. dtype: torch dtype name in which they are meant to be used ("bfloat16").
 
@@ -241,6 +266,10 @@ class Checkpoint(TensorSource):
         """The scheme of what `quantized` gives, from headers alone; None where they do not tell it."""
         return None
 
+    def piece(self, name: str) -> Piece | None:
+        """Where a tensor lies in one of all experts of the source; None for a tensor of its own."""
+        return None
+
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """Let a model with the weights of `read` compute what the checkpoint means: rounded inputs, a rounded cache.
 
@@ -295,6 +324,10 @@ class DerivedCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """The fingerprint of the original."""
         return self.original.fingerprint
+
+    def piece(self, name: str) -> Piece | None:
+        """Where the original has it."""
+        return self.original.piece(name)
 
     def digest(self, name: str) -> str:
         """The digest of the original's tensor."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from outlierq.core.errors import OutputError
-from outlierq.core.model import Checkpoint, LinearSite, StudiedModel, TensorInfo
+from outlierq.core.model import Checkpoint, LinearSite, Piece, StudiedModel, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export.clients import Mixture, client_facts
@@ -37,7 +37,8 @@ class Format(FormatLimits, ABC):
     container: how its files are read (`load.packed.reading.HEADERS`). copies_rows: a tensor that is not quantized is
     written under its name as it is, so that a large one may be copied some rows at a time. no_new_biases: why it holds
     no biases but the source's, "" where it does. holds_codes: whether codes can be told from what it writes. library:
-    that a model card names. stacks_experts: the experts of a block are in one tensor, whatever becomes of them.
+    that a model card names. stacks_experts: the experts of a block are in one tensor, whatever becomes of them. joins_experts: rows of several
+    linears are in one tensor (`stacked`).
     """
 
     config: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Format(FormatLimits, ABC):
     holds_codes: ClassVar[bool] = True
     stacks_experts: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
+    joins_experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """OutlierqError where a library that the format needs is not installed."""
@@ -119,6 +121,16 @@ class Format(FormatLimits, ABC):
     def by_rows(self, site: LinearSite, scheme: QuantScheme) -> bool:
         """Whether some rows of a linear can be encoded without the others."""
         return False
+
+    def stacked(self, name: str) -> Piece | None:
+        """Where the rows of a linear, or a tensor that is not quantized, lie in one that it shares with others; None
+        where it has tensors of its own. What is shared is written expert by expert.
+        """
+        return None
+
+    def role(self, name: str) -> str:
+        """What one of a linear's tensors is of it: the last part of its name."""
+        return name.rpartition(".")[2]
 
     def plain_spec(self, info: TensorInfo) -> TensorSpec:
         """What becomes of a tensor that is not quantized."""

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
-from outlierq.load.packed.codes.e2m1 import decode_e2m1
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.e2m1 import decode_e2m1, e2m1_rows
+from outlierq.load.packed.codes.numbers import Parts
 from outlierq.load.packed.decoded import DAMAGED, DecodedCheckpoint, StoredStack
 from outlierq.load.packed.described import check_member, nothing_packed
-from outlierq.load.packed.reading import presents
+from outlierq.load.packed.reading import presents, reads_rows
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +56,13 @@ def _check_exponents(name: str, scales: torch.Tensor) -> None:
     count = int((scales == NOT_A_NUMBER).sum())
     if count:
         raise SourceError(f"{count} of {scales.numel()} scales of {name} are NaN ({NOT_A_NUMBER})", hint=DAMAGED)
+
+
+@reads_rows("mxfp4", "blocks", "scales")
+def mxfp4_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
+    """Rows [start, stop) of one expert's linear. stored: blocks uint8 [out, groups, 16], scales uint8 [out, groups]."""
+    parts = {"weight_packed": stored["blocks"].flatten(1), "weight_scale": stored["scales"]}
+    return e2m1_rows(parts, scheme, shape, start, stop)
 
 
 @presents("mxfp4")

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from outlierq.calibrate.stored.stats_file import check_made_of
 from outlierq.core.errors import OutputError
 from outlierq.core.machine.record import digest_of_unit, file_entry, weights_entry
-from outlierq.core.model import Block, LinearSite, as_matrix, from_matrix
+from outlierq.core.model import Block, LinearSite, Piece, as_matrix, from_matrix
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import REPORT_NAME, SiteRow
 from outlierq.export.writer import PIECE_BYTES, ShardWriter, compare
 from outlierq.load import check_unchanged
 from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.pipeline.ledger.journal import Journal
+from outlierq.pipeline.ledger.stacks import Stacks
 from outlierq.pipeline.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Output:
         self.schemes = plan.schemes
         self.format = plan.format
         self.writer = ShardWriter(work, plan.layout)
+        self.stacks = Stacks(self.writer)
         self.committed: set[str] = set()
         self._told: set[str] = set(journal.read) if journal else set()
         self.made_of: dict[str, str] = dict(plan.checkpoint.made_of)
@@ -91,6 +93,9 @@ class Output:
         pieces: its rows [some, in] in order, in one or more parts. Where the format keeps rows apart, each is written
         and read back while it is still in the cache.
         """
+        piece = self.format.stacked(site.weight)
+        if piece is not None:
+            return self._put_stacked(site, QuantTensor.stack(list(pieces)), piece)
         if not self._by_rows(site):
             pieces = [QuantTensor.stack(list(pieces))]
         digests: dict[str, Any] = {}
@@ -110,6 +115,13 @@ class Output:
             # The parts are now known to be what lies on disk: reading them once is enough.
             self._check_decoded(site, parts, piece)
         return {name: digest.digest() for name, digest in digests.items()} if first is None else {}
+
+    def _put_stacked(self, site: LinearSite, quantized: QuantTensor, piece: Piece) -> Digests:
+        """The same for a linear whose rows lie in tensors of all experts; digests of those that are complete now."""
+        parts = self.format.encode(site, quantized)
+        self._check_decoded(site, parts, quantized)
+        digests = [self.stacks.put(name, piece, value) for name, value in parts.items()]
+        return {name: digest for made in digests for name, digest in made.items()}
 
     def _by_rows(self, site: LinearSite) -> bool:
         """Whether some rows of a linear can be encoded without the others."""
@@ -132,6 +144,9 @@ class Output:
 
         One that is a part of another has no digest of its own.
         """
+        piece = self.format.stacked(name)
+        if piece is not None:
+            return self.stacks.put(piece.tensor, piece, tensor)
         place, digests = self.format.number_in_stack(name), {}
         for written, part in self.format.plains(name, tensor):
             row = None if place is None else place * len(part)
@@ -201,12 +216,20 @@ class Output:
 
     def _stored(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """The tensors of a quantized linear as they lie on disk, by the last part of their names; weights [out, in]."""
-        specs = self.format.tensor_specs(site, self.schemes[site])
-        return self._in_rows(site, self._from_disk([name for name, _, _ in specs]))
+        names = [name for name, _, _ in self.format.tensor_specs(site, self.schemes[site])]
+        piece = self.format.stacked(site.weight)
+        parts = {name: self._part(name, piece) for name in names} if piece else self._from_disk(names)
+        return self._in_rows(site, parts)
+
+    def _part(self, name: str, piece: Piece) -> torch.Tensor:
+        """The rows of one expert's part in a tensor of all experts that is on disk."""
+        from outlierq.load.source.shards import read_some_rows
+
+        return read_some_rows(self._headers[name], [piece.expert])[0][piece.rows]
 
     def _in_rows(self, site: LinearSite, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A linear's tensors by the last part of their names, the weight [out, in]."""
-        stored = {name.rpartition(".")[2]: value for name, value in parts.items()}
+        stored = {self.format.role(name): value for name, value in parts.items()}
         if "weight" in stored:
             stored["weight"] = as_matrix(site, stored["weight"])
         return stored | self.format.row_order(site)
@@ -302,4 +325,6 @@ class Output:
         """Tensors as they lie in the unfinished shards."""
         from outlierq.load.source.shards import read_stored
 
-        return dict(read_stored(self._headers, names))
+        pieces = {name: piece for name in names if (piece := self.format.stacked(name)) is not None}
+        own = dict(read_stored(self._headers, [name for name in names if name not in pieces]))
+        return own | {name: self._part(piece.tensor, piece) for name, piece in pieces.items()}

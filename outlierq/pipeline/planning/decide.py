@@ -103,7 +103,8 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     model, format = with_embeddings(study(checkpoint), recipe), format_type(recipe.export.format).of(checkpoint)
     sites = [plan_site(site, recipe, format, model) for site in model.structure.sites]
     if recipe.quantize is not None:
-        sites = sites if format.stacks_experts else loadable_experts(sites, model, recipe.quantize)
+        is_read = format.stacks_experts or format.joins_experts
+        sites = sites if is_read else loadable_experts(sites, model, recipe.quantize)
         sites = alike_experts(sites, recipe.quantize.when_indivisible)
         sites = [_taken_over(p, recipe, format, checkpoint) for p in sites]
     return model, tuple(sites)
@@ -315,12 +316,30 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
 
 def _check_together(sites: tuple[SitePlan, ...], format: Format) -> None:
     """Refuse schemes that the format can hold one by one, but not in one checkpoint."""
+    _check_stacks(sites, format)
     fault = format.conflict({p.scheme for p in sites if p.scheme is not None})
     if fault:
         widths = gcd(*(p.site.in_features for p in sites if p.scheme is not None))
         common = [size for size in SMALLER_GROUPS if widths % size == 0]
         fitting = f"quantize.group_size={common[0]} fits all of its widths; " if common else ""
         raise RecipeError(fault, hint=f"{fitting}compressed-tensors can hold several schemes")
+
+
+def _check_stacks(sites: tuple[SitePlan, ...], format: Format) -> None:
+    """Refuse experts of which some are quantized and others not, where the format has them in one tensor."""
+    by_module: dict[str, list[SitePlan]] = {}
+    for planned in sites:
+        piece = format.stacked(planned.site.weight)
+        if piece is not None:
+            by_module.setdefault(piece.module, []).append(planned)
+    for module, parts in by_module.items():
+        kept = [p.site.module for p in parts if p.scheme is None]
+        if kept and len(kept) < len(parts):
+            raise RecipeError(
+                f"{format.name} has all experts of {module} in one tensor, and the recipe keeps {len(kept)} of their "
+                f"{len(parts)} linears in 16 bits, first {kept[0]}",
+                hint="quantize all experts of a block, or none",
+            )
 
 
 def _check_dtypes(sites: tuple[SitePlan, ...], checkpoint: Checkpoint) -> None:
@@ -360,7 +379,7 @@ def _output_tensors(
         if block.index in caches:
             cache = caches[block.index]
             tensors += [OutputTensor(name, scale_dtype, cache.shape, unit) for name in cache.names]
-    return _together(tensors) if format.stacks_experts else tensors
+    return _together(tensors) if format.stacks_experts else list(dict.fromkeys(tensors))
 
 
 def _together(tensors: list[OutputTensor]) -> list[OutputTensor]:

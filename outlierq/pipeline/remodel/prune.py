@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import RecipeError
-from outlierq.core.model import EXPERT_COUNTS, TOP_K, Block, Checkpoint, Structure, TensorInfo
+from outlierq.core.model import EXPERT_COUNTS, TOP_K, Block, Checkpoint, Piece, Structure, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 from outlierq.registry import Method
 
@@ -52,6 +52,10 @@ class PrunedCheckpoint(RemodelledCheckpoint):
             return info
         count = len(self._rows[name])
         return replace(info, shape=(count, *info.shape[1:]), nbytes=info.nbytes // info.shape[0] * count)
+
+    def piece(self, name: str) -> Piece | None:
+        """The experts that stay are not those of a tensor of the source."""
+        return None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of any shape, or the rows of it that stay."""

@@ -7,13 +7,13 @@ expert. `ExpertsTogether` is the way back, on top of whatever was done to the pa
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
-from outlierq.core.model import DerivedCheckpoint, StoredLinear, TensorInfo
+from outlierq.core.model import DerivedCheckpoint, Piece, StoredLinear, TensorInfo
 from outlierq.load.model.experts.finding import fused_modules
 from outlierq.load.model.experts.layout import Layout, Leaves, merged_leaves, rows_of, usual_leaves
 from outlierq.load.model.names import stored_names
@@ -26,29 +26,6 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.core.quant_tensor import QuantTensor
     from outlierq.core.scheme import QuantScheme
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of one expert in a fused tensor. module: the name before the expert's number.
-
-    rows: which rows of the expert's matrix [out, in], or entries of its bias. transposed: it is stored as [in, out].
-    """
-
-    tensor: str
-    module: str
-    expert: int
-    rows: slice
-    transposed: bool
-
-    def of(self, fused: torch.Tensor) -> torch.Tensor:
-        """The part as a view of what the fused tensor holds of the expert, a matrix or a vector."""
-        return (fused.T if self.transposed else fused)[self.rows]
-
-    def shape(self, fused: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the part, when the fused tensor has this shape."""
-        rows, *columns = reversed(fused[1:]) if self.transposed else fused[1:]
-        return (len(range(*self.rows.indices(rows))), *columns)
 
 
 def experts_apart(checkpoint: Checkpoint) -> Checkpoint:
@@ -92,7 +69,7 @@ def _of_module(
         for slot, leaf, which in of_one:
             shape = checkpoint.tensors[stored[slot]].shape
             rows = rows_of(which, shape[-1] if ways[slot] else shape[1])
-            yield f"{prefix}.{expert}.{leaf}", Piece(stored[slot], prefix, expert, rows, bool(ways[slot]))
+            yield f"{prefix}.{expert}.{leaf}", Piece(stored[slot], prefix, expert, rows, bool(ways[slot]), shape)
 
 
 def _leaves(skeleton: torch.nn.Module, name: str, layout: Layout) -> Leaves:
@@ -203,6 +180,10 @@ class ExpertsApart(DerivedCheckpoint):
     def code_scheme(self, name: str) -> QuantScheme | None:
         """Their scheme."""
         return self.original.code_scheme(name) if name not in self.pieces else None
+
+    def piece(self, name: str) -> Piece | None:
+        """Where a part of an expert is."""
+        return self.pieces.get(name)
 
     def install(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
         """What the original asks for."""
