@@ -37,8 +37,8 @@ class Format(FormatLimits, ABC):
     container: how its files are read (`load.packed.reading.HEADERS`). copies_rows: a tensor that is not quantized is
     written under its name as it is, so that a large one may be copied some rows at a time. no_new_biases: why it holds
     no biases but the source's, "" where it does. holds_codes: whether codes can be told from what it writes. library:
-    that a model card names. stacks_experts: the experts of a block are in one tensor, whatever becomes of them. joins_experts: rows of several
-    linears are in one tensor (`stacked`).
+    that a model card names. stacks_experts: the experts of a block are in one tensor, whatever becomes of them.
+    joins_experts: rows of several linears are in one tensor (`stacked`).
     """
 
     config: Mapping[str, Any]

@@ -93,9 +93,9 @@ class Output:
         pieces: its rows [some, in] in order, in one or more parts. Where the format keeps rows apart, each is written
         and read back while it is still in the cache.
         """
-        piece = self.format.stacked(site.weight)
-        if piece is not None:
-            return self._put_stacked(site, QuantTensor.stack(list(pieces)), piece)
+        place = self.format.stacked(site.weight)
+        if place is not None:
+            return self._put_stacked(site, QuantTensor.stack(list(pieces)), place)
         if not self._by_rows(site):
             pieces = [QuantTensor.stack(list(pieces))]
         digests: dict[str, Any] = {}
