@@ -126,7 +126,7 @@ class TestCache:
         measure(opened(tiny_llama), None, wanted)
         (data / "test.jsonl").write_text('{"question": "!"}\n')
         assert measure(opened(tiny_llama), None, wanted)["from_cache"] == ["divergence"]
-        monkeypatch.setattr(results, "_versions", lambda: {"torch": "9"})
+        monkeypatch.setattr(results, "versions", lambda: {"torch": "9"})
         assert measure(opened(tiny_llama), None, wanted)["from_cache"] == []
 
     def test_a_broken_entry_is_no_answer(self, faked, cache, tiny_llama):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,9 @@ CHUNK_ELEMENTS = 1 << 21
 class Divergence:
     """How well a model predicts a text, and how far it is from a reference; None where no reference was given.
 
-    tokens: predicted tokens, windows * (window_length - 1). perplexity: exp of the mean negative log-likelihood.
-    kl_per_token: mean of KL(reference || model) in nats; kl_standard_error: over windows, None for a single window.
-    top1_agreement: share of positions with the same most likely token, 0..1.
+    tokens: predicted tokens, windows * (window_length - 1); half of that as llama.cpp counts. perplexity: exp of the
+    mean negative log-likelihood. kl_per_token: mean of KL(reference || model) in nats; kl_standard_error: over windows,
+    None for a single window. top1_agreement: share of positions with the same most likely token, 0..1.
     flips_to_wrong: positions where the reference's most likely token is the true one and the model's is not;
     flips_to_right: the reverse. seconds: wall time of the whole measurement, both models. opening: the tokens that
     every window begins with, among its window_length; empty where it begins with text.
@@ -106,6 +106,22 @@ def measure(
             if progress is not None:
                 progress(len(windows), len(ids))
     return _summarise(windows, ids.shape[1], reference is not None, time.perf_counter() - start)
+
+
+def measure_scores(
+    scored: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]], length: int, positions: int
+) -> Divergence:
+    """The same of logits that another program computed, window by window.
+
+    scored: logits [positions, vocabulary], the reference's or None, and the true tokens [positions] of each window.
+    length: of the windows, of which so many positions are scored. OutlierqError, NumbersError as above.
+    """
+    start, compared = time.perf_counter(), False
+    windows: list[_Window] = []
+    for logits, reference, target in scored:
+        windows.append(_measure_window(len(windows), logits, reference, target))
+        compared = reference is not None
+    return _summarise(windows, length, compared, time.perf_counter() - start, positions)
 
 
 def text_windows(
@@ -216,16 +232,19 @@ def _kl(reference_logp: torch.Tensor, logp: torch.Tensor) -> float:
     return float(difference.mul_(reference_logp.exp()).sum(-1).double().sum())
 
 
-def _summarise(windows: list[_Window], length: int, compared: bool, seconds: float) -> Divergence:
-    """Means over all predicted tokens."""
-    tokens = len(windows) * (length - 1)
+def _summarise(
+    windows: list[_Window], length: int, compared: bool, seconds: float, positions: int | None = None
+) -> Divergence:
+    """Means over all predicted tokens. positions: of a window, all but the first when nothing else is said."""
+    positions = length - 1 if positions is None else positions
+    tokens = len(windows) * positions
     perplexity = _perplexity(sum(w.nll for w in windows) / tokens)
     alone = Divergence(
         perplexity=perplexity, tokens=tokens, windows=len(windows), window_length=length, seconds=seconds
     )
     if not compared:
         return alone
-    per_window = [w.kl / (length - 1) for w in windows]
+    per_window = [w.kl / positions for w in windows]
     return replace(
         alone,
         reference_perplexity=_perplexity(sum(w.reference_nll for w in windows) / tokens),

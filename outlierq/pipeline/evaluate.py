@@ -10,7 +10,15 @@ from outlierq.core.model import Checkpoint
 from outlierq.core.report import Evaluation
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
-from outlierq.pipeline.measuring.measure import Measurement, judge, measure, read_report, record, with_command
+from outlierq.pipeline.measuring.measure import (
+    LLAMA_CPP,
+    Measurement,
+    judge,
+    measure,
+    read_report,
+    record,
+    with_command,
+)
 from outlierq.pipeline.planning.memory import check_evaluation
 
 NO_LIMITS = Limits()
@@ -44,6 +52,8 @@ def evaluate(
     """Measure, and judge; a limit that was passed is in the result, and is no error."""
     if limits.needs_reference and reference is None:
         raise ArgumentError("quality gates compare with an original; give --reference", argument="reference")
+    if measurement.backend == LLAMA_CPP:
+        return _by_llama_cpp(source, reference, measurement, limits, keeping, resources)
     checkpoint, original = source.open(), None if reference is None else reference.open()
     if resources.max_memory is not None:
         _check_memory([each for each in (checkpoint, original) if each], measurement, resources.max_memory)
@@ -53,6 +63,26 @@ def evaluate(
     evaluation = with_command(evaluation, keeping.command)
     if keeping.record:
         record(checkpoint.path, evaluation)
+    return evaluation
+
+
+def _by_llama_cpp(
+    source: Source,
+    reference: Source | None,
+    measurement: Measurement,
+    limits: Limits,
+    keeping: Keeping,
+    resources: Resources,
+) -> Evaluation:
+    """The same of a GGUF file as llama.cpp computes it."""
+    from outlierq.pipeline.measuring.llama_cpp import file_of, measure_with_llama_cpp
+
+    if keeping.record:
+        read_report(file_of(source).parent)
+    measured = judge(measure_with_llama_cpp(source, reference, measurement, resources), limits)
+    evaluation = with_command(measured, keeping.command)
+    if keeping.record:
+        record(file_of(source).parent, evaluation)
     return evaluation
 
 

@@ -38,7 +38,11 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in tasks.")] = 1,
     backend: Annotated[
-        str, typer.Option(help="Who answers the tasks: transformers (outlierq loads the model) or vllm.")
+        str,
+        typer.Option(
+            help="Who answers the tasks: transformers (outlierq loads the model) or vllm; llama.cpp runs a GGUF "
+            "file, and counts as llama-perplexity does."
+        ),
     ] = "transformers",
     runtime: Annotated[
         str, typer.Option(help="How MODEL computes: dense (weights decoded first) or packed (multiplied as stored).")

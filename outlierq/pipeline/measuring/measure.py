@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 RESULTS_VERSION = 1
 PACKAGES = ("torch", "transformers")
-EMBEDDED = "embedded"
-BACKENDS = ("transformers", "vllm")
+EMBEDDED, LLAMA_CPP = "embedded", "llama.cpp"
+BACKENDS = ("transformers", "vllm", LLAMA_CPP)
 RUNTIMES = ("dense", "packed")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,9 +51,10 @@ class Measurement:
     """What to measure, and how. Everything here is part of the result.
 
     text: a file, or None for the held-out embedded text. windows: None takes all. tasks: of lm-eval, on the model and,
-    when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`.
-    runtime: "packed" multiplies the model's packed weights as they are; the reference is always dense. bos: windows
-    begin as the tokenizer begins a text. max_length: tokens of context in tasks, 0 for all of the model's positions.
+    when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`;
+    `llama.cpp` computes everything of a GGUF file. runtime: "packed" multiplies the model's packed weights as they are;
+    the reference is always dense. bos: windows begin as the tokenizer begins a text. max_length: tokens of context in
+    tasks, 0 for all of the model's positions.
     """
 
     text: str | None = None
@@ -72,8 +73,8 @@ class Measurement:
 
     def __post_init__(self) -> None:
         _one_of("runtime", self.runtime, RUNTIMES)
-        if self.runtime == "packed" and self.backend == "vllm":
-            raise ArgumentError("vLLM has its own kernels; leave one of the two out", argument="runtime")
+        if self.runtime == "packed" and self.backend != "transformers":
+            raise ArgumentError(f"{self.backend} has its own kernels; leave one of the two out", argument="runtime")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("backend", self.backend, BACKENDS)
         if self.tasks:
@@ -122,7 +123,7 @@ def measure(
     uncached: list[str | None] = []
 
     def ask(name: str, settings: Mapping[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        key = key_of({"question": name.removeprefix("reference_"), **settings, "versions": _versions()})
+        key = key_of({"question": name.removeprefix("reference_"), **settings, "versions": versions()})
         if cached and (known := recall(key)) is not None:
             reused.append(name)
             return known
@@ -147,7 +148,7 @@ def measure(
         "text_sha256": text_hash,
         **how,
         "conditions": _conditions(measurement, resources.device),
-        "versions": _versions(),
+        "versions": versions(),
         "divergence": ask(
             "divergence",
             {**hashes, **windows, **how, "text": text_hash},
@@ -310,7 +311,7 @@ def _conditions(measurement: Measurement, device: str) -> dict[str, Any]:
     return values | last
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What the figures depend on beside the bytes."""
     versions = {"outlierq": __version__, "python": platform.python_version()}
     packages = [*PACKAGES, *(["lm-eval"] if find_spec("lm_eval") else [])]
