@@ -293,7 +293,7 @@ def _in_16_bits(model: PreTrainedModel, generator: torch.Generator) -> PreTraine
         with torch.no_grad():
             model(input_ids=tokens(generator), use_cache=False)
     except RuntimeError as error:
-        if "dtype" not in str(error):
+        if "dtype" not in str(error) and "scalar type" not in str(error):
             raise
         model.config.dtype = "float32"
         return model.float()

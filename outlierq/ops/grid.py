@@ -23,6 +23,9 @@ SMALLEST_FLOAT16 = 2.0**-24
 # (from 2^-6) down to groups that are 100 times smaller than the rest.
 USUAL_UNIT, USUAL_WEIGHTS = 1024.0, (0.01, FP4_MAX * FP8_MAX / 1024)
 
+# Bits of a float32 mantissa that a number of so many bits times a power of two does not have.
+NO_SUCH_BITS = {4: 0x3FFFFF, 8: 0xFFFFF}
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -284,7 +287,24 @@ def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     scale = largest / scheme.code_max
     if scheme.scales == "power-of-two":
         scale = power_of_two(scale, up_from=0.5)
-    return storable(scale, None, scheme, float_unit(largest.amax()) if scheme.scales == "two-level" else None)
+    grid = storable(scale, None, scheme, float_unit(largest.amax()) if scheme.scales == "two-level" else None)
+    return _carrying(grouped, largest, grid) if scheme.kind == "float" else grid
+
+
+def _carrying(grouped: torch.Tensor, largest: torch.Tensor, grid: Grid) -> Grid:
+    """The grid with a power of two as scale wherever all weights of a group are numbers of the grid then.
+
+    So are those of a source that was published as such numbers with powers of two (MXFP4 in NVFP4 or FP8). The smallest
+    power that holds a group is enough: twice a number of E2M1 or E4M3 is one, as far as they reach. grouped: [out,
+    groups, columns]. largest: [out, groups].
+    """
+    first = grouped[:1].contiguous().view(torch.int32)
+    if bool((first & NO_SUCH_BITS[grid.scheme.bits]).any()):
+        return grid  # nearly all weights there are
+    powers = grid.with_scale(power_of_two(largest / grid.scheme.code_max, up_from=0.5))
+    wrong = [(each.round(grouped) != grouped).sum(-1).float() for each in (powers, grid)]
+    exact, is_exact = (over_blocks(count, grid.scheme, "sum") == 0 for count in wrong)
+    return grid.where(exact & ~is_exact, powers)
 
 
 def extreme_grid(grouped: torch.Tensor, scheme: QuantScheme) -> Grid:

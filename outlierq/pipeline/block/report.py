@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from outlierq import __version__
 from outlierq.calibrate.groups import NOT_RUN
 from outlierq.core.machine.heap import peak_bytes
-from outlierq.core.report import Report
+from outlierq.core.report import STORED, Report, SiteRow
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.starved import STARVED
 from outlierq.pipeline.block.stats import StatsSource
@@ -42,6 +43,7 @@ def make_report(
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
     # What is said of a starved expert's linears is said once for the block, too.
     noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith((STARVED, NOT_RUN))]
+    noted += carried_note(rows)
     if rewrite_error is not None:
         noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")
     return Report(
@@ -68,6 +70,15 @@ def make_report(
         seconds=dict(journal.seconds + clock.seconds),
         peak_bytes=peak_bytes(),
     )
+
+
+def carried_note(rows: Sequence[SiteRow]) -> list[str]:
+    """How many weights lost nothing, where some were numbers of their new grid already."""
+    carried = [row for row in rows if row.weight_error == 0 and row.method != STORED]
+    if not carried:
+        return []
+    numbers = " and ".join(sorted({row.numbers for row in carried}))
+    return [f"{len(carried)} of {len(rows)} quantized weights are carried bit for bit: they are numbers of {numbers}"]
 
 
 def _machine(device: str, ranks: Ranks) -> dict[str, Any]:

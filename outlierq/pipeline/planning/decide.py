@@ -62,7 +62,7 @@ def _planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return_memory_at_once()  # each part has weights for a moment, and a deep model would leave the heap full of holes
     model, sites, together = _as_stored(*_decided(checkpoint, recipe), recipe)
     refuse_other_model(model)
-    if recipe.calibration is not None:
+    if recipe.needs:
         refuse_rounds(model)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
