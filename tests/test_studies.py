@@ -115,6 +115,11 @@ def test_adadim_takes_the_dimension_that_errs_less(rounding):
         assert lost(weight, made, data) <= least * 1.0001
 
 
+def test_detect_says_in_which_dimension_groups_err_less(tiny_llama, statistics):
+    report = outlierq.detect(tiny_llama, stats=statistics, device="cpu")
+    assert report.groups and all(0.1 < group.measures["by_output"] < 10 for group in report.groups)
+
+
 # OliVe.
 
 

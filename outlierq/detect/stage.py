@@ -23,6 +23,7 @@ from outlierq.detect.sample import spread
 from outlierq.detect.verdict import ERRORS, verdict
 from outlierq.detect.weights import farms, hill, spectrum
 from outlierq.detect.weights.owl import outlier_ratio
+from outlierq.ops.by_output import dimension_ratio
 
 if TYPE_CHECKING:
     from outlierq.core.block_stats import BlockStats
@@ -35,6 +36,8 @@ T = TypeVar("T")
 SAMPLED_VALUES = 1 << 15
 # Channels of which every measure is kept: those with the largest |x|.
 LISTED_CHANNELS = 16
+# Rows that tell in which dimension groups err less.
+BY_OUTPUT_ROWS = 512
 Weights = Mapping["LinearSite", torch.Tensor]
 
 
@@ -200,7 +203,9 @@ def _measure_sites(
     if not all(map(_finite, weights.values())):
         return by_site, {}
     wide = {site.module: weight.float() for site, weight in weights.items()}
-    errors = _predict_group(group, stats, torch.cat(list(wide.values())), findings)
+    stack = torch.cat(list(wide.values()))
+    errors = _predict_group(group, stats, stack, findings)
+    findings.take("by_output", lambda: _by_output(stack, stats))
     for scheme, grid in _schemes(group).items():
         if scheme not in errors:
             continue
@@ -208,6 +213,14 @@ def _measure_sites(
             alone = len(wide) == 1  # then the group's figure is its own
             by_site[site][scheme] = errors[scheme] if alone else _predict(weight, stats, grid)
     return by_site, errors
+
+
+def _by_output(stack: torch.Tensor, stats: InputStats) -> float:
+    """AdaDim's ratio at 4 bits: below 1, single channels spoil the groups that they lie in. stack: [outputs, in]."""
+    scheme = output_error.w4a16(stack.shape[1])
+    most, size = min(BY_OUTPUT_ROWS, len(stack)), scheme.group_size or 1
+    rows = most // size * size or most  # whole groups, so that both ways spend the same bits
+    return dimension_ratio(spread(stack, rows), stats.need("hessian"), scheme)
 
 
 def _schemes(group: InputGroup) -> dict[str, QuantScheme]:
