@@ -17,14 +17,16 @@ import outlierq
 ROUNDING = ["rtn", "gptq", "gptq, then learned rounding", "gptaq", "awq, gptq", "adadim, gptq"]
 BRANCHES = ["low rank 8, by output", "low rank 32, by output", "svdquant, rank 32"]
 # Table -> what differs from the usual conditions, and who takes part (all, where the list is empty).
+ROTATED = ["rotate, gptq", "rotate from weights, gptq"]
 TABLES = {
     "4 bits": ({"bits": 4}, []),
     "3 bits": ({"bits": 3}, [*ROUNDING, *BRANCHES]),
     "4 bits per channel": ({"bits": 4, "group_size": None}, ["rtn", "gptq", "olive", "splitquant", "adadim"]),
-    "4-bit weights and inputs": ({"bits": 4, "inputs": "int4"}, ["rtn", "gptq", "rotate, gptq", *BRANCHES]),
+    "4-bit weights and inputs": ({"bits": 4, "inputs": "int4"}, ["rtn", "gptq", *ROTATED, *BRANCHES]),
 }
 # Table, method, rival, and the largest ratio of their KL that was hoped for.
 HOPES = [
+    ("4-bit weights and inputs", "rotate from weights, gptq", "rotate, gptq", 0.85),
     ("4 bits", "gptaq", "gptq", 1.0),
     ("3 bits", "gptaq", "gptq", 1.0),
     ("3 bits", "gptq, then learned rounding", "gptq", 0.8),

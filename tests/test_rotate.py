@@ -123,7 +123,13 @@ def test_logits_in_float32_stay_within_one_in_ten_thousand(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"), [({"residual": False}, "v_proj"), ({"values": False}, "q_proj"), ({"seed": 5}, "q_proj")]
+    ("options", "kind"),
+    [
+        ({"residual": False}, "v_proj"),
+        ({"values": False}, "q_proj"),
+        ({"seed": 5}, "q_proj"),
+        ({"start": "weights"}, "q_proj"),
+    ],
 )
 def test_every_option_keeps_the_function_and_changes_the_weights(options, kind, llama):
     checkpoint = open_checkpoint(str(llama))
@@ -134,6 +140,19 @@ def test_every_option_keeps_the_function_and_changes_the_weights(options, kind, 
     assert not torch.equal(other.read(name), checkpoint.read(name))
     assert any(not torch.equal(plain.read(n), other.read(n)) for n in plain.tensors if n in other.tensors)
     assert len({checkpoint.fingerprint, plain.fingerprint, other.fingerprint}) == 3
+
+
+def test_from_the_eigenvectors_of_the_weights_every_channel_gets_the_same_energy(llama, gpt2):
+    def energy(**options) -> torch.Tensor:
+        checkpoint = rewritten(open_checkpoint(str(llama)), rotating(**options))
+        readers = [n for n in checkpoint.tensors if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
+        readers += [n for n in checkpoint.tensors if n.endswith(("gate_proj.weight", "up_proj.weight"))]
+        return sum(checkpoint.read(n).double().square().mean(0) for n in readers)
+
+    usual, even = energy(), energy(start="weights")
+    assert even.max() / even.min() < 1.001 < 1.05 < usual.max() / usual.min()
+    with pytest.raises(RecipeError, match="LayerNorm"):
+        rewritten(open_checkpoint(str(gpt2[0])), rotating(start="weights"))
 
 
 def test_one_outlier_channel_of_the_stream_becomes_many_small_ones(llama):
@@ -242,7 +261,7 @@ def test_a_core_used_the_wrong_way_round_stops_the_run(llama, monkeypatch):
     right = hadamard.hadamard_transform
 
     class Wrong(Spin):
-        def __call__(self, x):
+        def __call__(self, x, read):
             signs = self.rotation.signs.to(x.dtype)
             return right(x * signs, transpose=True)
 

@@ -268,7 +268,7 @@ class _Study:
 
     def _of_recipe(self, contender: Contender) -> _Made:
         """A whole recipe, on these statistics where it can use some, else calibrated on their text."""
-        recipe = load(contender.recipe, self.conditions.settings)
+        recipe = load(contender.recipe, [*self.conditions.settings, *contender.settings])
         mode = recipe.calibration.mode if recipe.calibration else "static"
         runs = bool(recipe.rewrites) or mode == "sequential"
         if runs:

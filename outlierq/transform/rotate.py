@@ -14,6 +14,10 @@ gain 1. Embeddings are centred for LayerNorm only: for RMSNorm it would change t
 A LayerNorm's bias b moves into the readers' biases, W b. Readers without one (a head) get it through a direction that
 they never use: the output of a LayerNorm without gain has no mean, so the mean of a row of W is free. It becomes
 W b / n, and the norm's bias 1. No division by a gain is needed, and nothing is lost.
+
+A Hadamard matrix makes channels alike only where they do not depend on each other. In the basis of the eigenvectors V of
+their covariance they do not, so V H makes the energy of all channels equal (the KLT-enhanced rotation of MambaQuant,
+arXiv:2501.13484; of the weights that read the stream, as OSTQuant begins, arXiv:2501.13987, section 4.3).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -91,15 +95,48 @@ class Anatomy:
     values_obstacle: str = ""
 
 
+class Basis:
+    """The eigenvectors of what the linears of all blocks read of the residual stream, found when first asked for.
+
+    norms: with their readers; the gain of a norm counts as part of them. Equal weights give equal vectors on one
+    machine, and up to rounding on others.
+    """
+
+    def __init__(self, norms: tuple[Norm, ...]):
+        self.norms = norms
+        self._vectors: torch.Tensor | None = None
+
+    def vectors(self, read: Read) -> torch.Tensor:
+        """[channels, channels] float64, one a column. read: gives tensors of the source."""
+        if self._vectors is None:
+            inside = [(norm, site) for norm in self.norms for site in norm.readers if site.block is not None]
+            grams = [self._gram(norm, site, read) for norm, site in inside]
+            self._vectors = torch.linalg.eigh(sum(grams[1:], grams[0]))[1]
+        return self._vectors
+
+    def _gram(self, norm: Norm, site: LinearSite, read: Read) -> torch.Tensor:
+        """W^T W [channels, channels] of one reader with the gain merged, over its number of rows."""
+        stored = read(site.weight)
+        gain = read(norm.weight).double() + (1.0 if norm.offset else 0.0)
+        merged = (stored.T if site.transposed else stored).double() * gain
+        return merged.T @ merged / len(merged)
+
+
 @dataclass(frozen=True)
 class Spin:
-    """A rotation of one axis. places: the channels of each part that is rotated on its own; None for the whole axis."""
+    """A rotation of one axis. places: the channels of each part that is rotated on its own; None for the whole axis.
+
+    basis: whose vectors the axis is brought to before, None for none.
+    """
 
     rotation: Rotation
     places: tuple[tuple[int, ...], ...] | None = None
+    basis: Basis | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x with its last axis rotated."""
+    def __call__(self, x: torch.Tensor, read: Read) -> torch.Tensor:
+        """x with its last axis rotated. read: gives tensors of the source, for the basis."""
+        if self.basis is not None:
+            x = x @ self.basis.vectors(read).to(x)
         if self.places is None:
             return self.rotation.apply(x)
         places = torch.tensor(self.places, device=x.device)
@@ -134,7 +171,10 @@ class Change:
     def making_bytes(self, shape: tuple[int, ...]) -> int:
         """Upper bound of what float64 copies hold while a matrix of this shape is made (the weight, for a bias)."""
         elements = math.prod(shape)
-        return COPIES * 8 * (elements if self.whole or self.weight else min(elements, PIECE_WEIGHTS + shape[-1]))
+        spins = (*self.by_input, *self.by_output)
+        basis = max((spin.rotation.n**2 for spin in spins if spin.basis is not None), default=0)
+        pieces = elements if self.whole or self.weight else min(elements, PIECE_WEIGHTS + shape[-1])
+        return COPIES * 8 * (pieces + basis)
 
     def apply(self, read: Read, dtype: torch.dtype, *, rows: int | None = None) -> torch.Tensor:
         """The new tensor in `dtype`, computed in float64. read: gives tensors of the source. rows: only the first."""
@@ -145,9 +185,9 @@ class Change:
             return self._bias(stored, read).to(dtype)
         matrix = stored.T if self.transposed else stored
         if self.whole:
-            result = self._outputs(self._inputs(matrix.double(), read)).to(dtype)
+            result = self._outputs(self._inputs(matrix.double(), read), read).to(dtype)
         elif self.by_output or self.centred:
-            result = _by_pieces(matrix.T, dtype, lambda piece: self._outputs(piece.T).T).T
+            result = _by_pieces(matrix.T, dtype, lambda piece: self._outputs(piece.T, read).T).T
         else:
             result = _by_pieces(matrix, dtype, lambda piece: self._inputs(piece, read))
         return (result.T if self.transposed else result).contiguous()
@@ -157,16 +197,16 @@ class Change:
         if self.norm is not None:
             matrix = _merged(matrix, self.norm, read)
         for spin in self.by_input:
-            matrix = spin(matrix)
+            matrix = spin(matrix, read)
         return matrix
 
-    def _outputs(self, matrix: torch.Tensor) -> torch.Tensor:
+    def _outputs(self, matrix: torch.Tensor, read: Read) -> torch.Tensor:
         """Columns without mean and rotated."""
         columns = matrix.T
         if self.centred:
             columns = columns - columns.mean(-1, keepdim=True)
         for spin in self.by_output:
-            columns = spin(columns)
+            columns = spin(columns, read)
         return columns.T
 
     def _bias(self, stored: torch.Tensor, read: Read) -> torch.Tensor:
@@ -176,7 +216,7 @@ class Change:
             assert self.weight is not None and self.norm.bias is not None, "a norm's bias passes a weight"
             weight = read(self.weight).double()
             bias = bias + (weight.T if self.transposed else weight) @ read(self.norm.bias).double()
-        return self._outputs(bias[:, None])[:, 0]
+        return self._outputs(bias[:, None], read)[:, 0]
 
 
 def _by_pieces(
@@ -216,11 +256,20 @@ class Rewrite:
 
 
 @rewriter("rotate", paper="arXiv:2404.00456")
-def rotate(anatomy: Anatomy, *, residual: bool = True, values: bool = True, seed: int = 0) -> Rewrite:
+def rotate(
+    anatomy: Anatomy,
+    *,
+    residual: bool = True,
+    values: bool = True,
+    seed: int = 0,
+    start: Literal["channels", "weights"] = "channels",
+) -> Rewrite:
     """Rotate the residual stream and the values by randomized Hadamard matrices; the model computes the same.
 
     residual: R1, one matrix for the whole model. values: R2, one matrix per block, the same for all of its heads. seed:
-    of the random signs. A part that the model does not allow is left out with a note; RecipeError when none is left.
+    of the random signs. start: of R1, `weights` for the eigenvectors of the weights that read the stream, which takes a
+    matrix of its width squared. A part that the model does not allow is left out with a note; RecipeError when none is
+    left, or for eigenvectors with LayerNorm, whose mean they would mix.
     """
     build = _Builder(anatomy)
     notes = []
@@ -230,8 +279,15 @@ def rotate(anatomy: Anatomy, *, residual: bool = True, values: bool = True, seed
         if obstacle:
             notes.append(f"rotate: the residual stream is left as it is: {obstacle}")
         else:
-            build.residual(Spin(spin))
-            notes.append(f"rotate: residual stream by {spin}, seed {seed}")
+            basis = Basis(anatomy.norms) if start == "weights" else None
+            if basis is not None and spin.keeps_mean:
+                raise RecipeError(
+                    "rotate: `start: weights` mixes the mean into other channels, which LayerNorm would not take out",
+                    hint="use `start: channels` for this model",
+                )
+            build.residual(Spin(spin, basis=basis))
+            after = " after the eigenvectors of its readers" if basis else ""
+            notes.append(f"rotate: residual stream by {spin}, seed {seed}{after}")
     if values:
         sizes: dict[str, int] = {}
         for path in anatomy.values:

@@ -10,24 +10,21 @@ from typing import Any
 
 from outlierq.core.errors import ArgumentError, nearest
 
-PRUNED = "magnitude 50 %"
-BUDGETS = ("owl",)
-
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. method: a quantizer or an approximation; or recipe: a shipped one, run as it is.
+    """One row of the table. method: a quantizer or an approximation; or recipe: a shipped one, with settings of its own.
 
-    bits: at which it exists, empty for all. pruning: whether it keeps 16 bits of what is left. budget: `owl` for
+    bits: at which it exists, empty for all. budget: `owl` for
     sparsities by block. loads_in: which programs load what it makes.
     """
 
     name: str
     method: str = ""
     recipe: str = ""
+    settings: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     bits: Sequence[int] = ()
-    pruning: bool = False
     budget: str = ""
     loads_in: str = ""
 
