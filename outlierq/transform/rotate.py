@@ -15,9 +15,9 @@ A LayerNorm's bias b moves into the readers' biases, W b. Readers without one (a
 they never use: the output of a LayerNorm without gain has no mean, so the mean of a row of W is free. It becomes
 W b / n, and the norm's bias 1. No division by a gain is needed, and nothing is lost.
 
-A Hadamard matrix makes channels alike only where they do not depend on each other. In the basis of the eigenvectors V of
-their covariance they do not, so V H makes the energy of all channels equal (the KLT-enhanced rotation of MambaQuant,
-arXiv:2501.13484; of the weights that read the stream, as OSTQuant begins, arXiv:2501.13987, section 4.3).
+A Hadamard matrix makes channels alike only where they do not depend on each other. In the basis of the eigenvectors V
+of their covariance they do not, so V H makes the energy of all channels equal (the KLT-enhanced rotation of MambaQuant,
+arXiv:2501.13484; of the weights that read the stream, as OSTQuant begins, arXiv:2501.13987).
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from outlierq.core.errors import ArgumentError, nearest
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. method: a quantizer or an approximation; or recipe: a shipped one, with settings of its own.
+    """One row of the table.
 
-    bits: at which it exists, empty for all. budget: `owl` for
-    sparsities by block. loads_in: which programs load what it makes.
+    method: a quantizer or an approximation, with options; or recipe: a shipped one, with settings of its own.
+    bits: at which it exists, empty for all. budget: `owl` for sparsities by block. loads_in: which programs load it.
     """
 
     name: str
