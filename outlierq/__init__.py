@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         diff,
         evaluate,
         fit,
+        frontier,
         inspect,
         open,
         plan,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.asked.events import Event
     from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.fitting.fit import Fitted
+    from outlierq.pipeline.fitting.frontier import Frontier
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe
@@ -62,6 +64,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "Fitted",
+    "Frontier",
     "GateError",
     "Limits",
     "OutlierReport",
@@ -80,6 +83,7 @@ __all__ = [
     "diff",
     "evaluate",
     "fit",
+    "frontier",
     "inspect",
     "open",
     "plan",
@@ -101,6 +105,7 @@ _HOMES = {
     "Evaluation": "core.report",
     "Event": "pipeline.asked.events",
     "Fitted": "pipeline.fitting.fit",
+    "Frontier": "pipeline.fitting.frontier",
     "GateError": "core.errors",
     "Limits": "core.limits",
     "OutlierReport": "core.outliers",

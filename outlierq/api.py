@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.demo import Demo
     from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.fitting.fit import Fitted
+    from outlierq.pipeline.fitting.frontier import Frontier
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
     from outlierq.pipeline.study_calibration import CalibrationStudy
@@ -187,6 +188,49 @@ def fit(
     with listening(progress) as listen:
         resources = Resources.of(device, listen=listen)
         return fit(source, base, goal, run, out, told=told, resources=resources)
+
+
+def frontier(
+    model: SourceLike,
+    recipe: RecipeLike | None = None,
+    *,
+    stats: Place,
+    out: Place | None = None,
+    client: str = "transformers",
+    numbers: Sequence[str] = (),
+    settings: Settings = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trust_methods: bool = False,
+    progress: bool | Listener | None = None,
+) -> Frontier:
+    """For every size the least predicted loss, and what every layer is then, from statistics and weights alone.
+
+    out: a page on which one drags a budget (.html), or the same as JSON. Everything else as in `fit`.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> frontier = outlierq.frontier(model, stats="stats", numbers=["int4", "int8"], out="frontier.html")
+    >>> frontier.points[0].loss > frontier.points[-1].loss
+    True
+    """
+    from outlierq.pipeline.asked.request import Source, with_limits
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.fitting.frontier import frontier
+    from outlierq.report.frontier_page import check_place, write_frontier
+    from outlierq.report.progress import listening
+
+    check_place(_path(out))
+    base, source = (
+        with_limits(recipe, settings, trust_methods=trust_methods),
+        Source(model, revision, trust_remote_code),
+    )
+    with listening(progress) as listen:
+        resources = Resources.of(device, listen=listen)
+        found = frontier(source, base, Path(stats), client=client, numbers=numbers, resources=resources)
+    if out is not None:
+        write_frontier(found, os.fspath(stats), Path(out))
+    return found
 
 
 def convert(

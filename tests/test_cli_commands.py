@@ -14,7 +14,19 @@ from outlierq import __version__
 from outlierq.core.report import Report
 
 SMALL = ("--set", "calibration.samples=6", "--set", "calibration.sequence_length=32")
-COMMANDS = ["quantize", "calibrate", "fit", "plan", "eval", "publish", "compare", "inspect", "recipes", "demo"]
+COMMANDS = [
+    "quantize",
+    "calibrate",
+    "fit",
+    "frontier",
+    "plan",
+    "eval",
+    "publish",
+    "compare",
+    "inspect",
+    "recipes",
+    "demo",
+]
 SUBCOMMANDS = [("recipes", "list"), ("recipes", "show"), ("recipes", "check")]
 HEAVY = ["torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "compressed_tensors", "datasets"]
 

@@ -128,11 +128,14 @@ def test_losses_fall_with_bits_and_nothing_is_lost_by_keeping(tiny_llama, stats)
     space = space_of(open_checkpoint(str(tiny_llama)), given("gptq-w4"), "transformers")
     prediction = predicted(space, stats)
     for layer, losses in zip(space.layers, prediction.losses, strict=True):
-        assert losses.keys() == layer.choices.keys() and losses[None] == 0
-        integers = {s.bits: loss for s, loss in losses.items() if s and s.kind == "int" and s.group_size == 32}
-        assert len(integers) == 6 and all(loss > 0 for loss in integers.values())
+        assert losses.keys() <= layer.choices.keys() and losses[None] == 0
+        integers: dict[int, float] = {}
+        for scheme, loss in losses.items():
+            if scheme is not None and scheme.kind == "int":
+                integers[scheme.bits] = min(loss, integers.get(scheme.bits, loss))
+        assert len(integers) >= 4, "of most numbers of bits some scheme is worth looking at"
         ordered = [integers[bits] for bits in sorted(integers)]
-        assert ordered == sorted(ordered, reverse=True)
+        assert ordered == sorted(ordered, reverse=True) and ordered[-1] > 0
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gguf"])

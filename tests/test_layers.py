@@ -18,6 +18,7 @@ COMMANDS = (
     "quantize",
     "calibrate",
     "fit",
+    "frontier",
     "detect",
     "plan",
     "eval",

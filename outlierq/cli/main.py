@@ -22,6 +22,7 @@ from outlierq.cli.commands import (
     diff,
     evaluate,
     fit,
+    frontier,
     inspect,
     plan,
     publish,
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
 app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
 app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
+app.command("frontier", epilog=frontier.EXAMPLES)(translated(frontier.command))
 app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
 app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
 app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))

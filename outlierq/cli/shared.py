@@ -97,6 +97,12 @@ Format = Annotated[
         "already: convert it without loss.",
     ),
 ]
+Stats = Annotated[Path, typer.Option(help="The statistics that `outlierq calibrate` wrote.")]
+Client = Annotated[str, typer.Option(help="What has to load the result: transformers, vllm or llama.cpp.")]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option(help="Choose among these numbers only: int4, int8, fp8, nvfp4, Q4_K ... May be repeated."),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again even if the same was measured before.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along. Read it first.")

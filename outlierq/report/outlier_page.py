@@ -57,7 +57,7 @@ def write_pictures(report: OutlierReport, folder: Path) -> list[Path]:
         title = {"text": picture.title, "subtitle": report.model, "fontSize": 17, "subtitleFontSize": 13, "offset": 16}
         specification = {**picture.spec, "background": "white", "padding": 16, "title": title}
         path = folder / f"outliers-{picture.name}.png"
-        _write(path, vl_convert.vegalite_to_png(_json(specification), scale=PNG_SCALE))
+        _write(path, vl_convert.vegalite_to_png(page_json(specification), scale=PNG_SCALE))
         paths.append(path)
     return paths
 
@@ -70,11 +70,10 @@ def page(report: OutlierReport) -> str:
     drawn = pictures(report)
     library, script = _library(), _part("js")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=printable_value
     )
     environment.filters["breakable"] = _breakable
-    # "<" inside JSON text can be written as an escape, so no value can end the script element it stands in.
-    specifications = _json({picture.name: picture.spec for picture in drawn if picture.spec}).replace("<", "\\u003c")
+    specifications = element_json({picture.name: picture.spec for picture in drawn if picture.spec})
     return environment.from_string(_part("html")).render(
         **_content(report, drawn),
         version=__version__,
@@ -82,7 +81,7 @@ def page(report: OutlierReport) -> str:
         specifications=Markup(specifications),
         library=Markup(library),
         script=Markup(script),
-        script_hashes=Markup(f"{_policy_hash(library)} {_policy_hash(script)}"),
+        script_hashes=Markup(f"{policy_hash(library)} {policy_hash(script)}"),
     )
 
 
@@ -232,7 +231,7 @@ def _breakable(name: str) -> Markup:
     return Markup(".<wbr>").join(escape(printable(part)) for part in name.split("."))
 
 
-def _printable(value: T) -> T:
+def printable_value(value: T) -> T:
     """What the template writes: our own markup as it is, any other text without characters that act."""
     return cast("T", printable(str(value))) if type(value) is str else value
 
@@ -257,11 +256,17 @@ def _library() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
-def _json(values: Any) -> str:
+def page_json(values: Any) -> str:
+    """JSON in one line, without characters that act."""
     return json.dumps(over_texts(values, printable), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _policy_hash(script: str) -> str:
+def element_json(values: Any) -> str:
+    """The same for a script element: "<" can be written as an escape, so that no value ends the element."""
+    return page_json(values).replace("<", "\\u003c")
+
+
+def policy_hash(script: str) -> str:
     """The hash by which a Content-Security-Policy names an inline script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from outlierq.core.report import Evaluation, Report, SiteRow
     from outlierq.evaluate.comparison import Comparison
     from outlierq.evaluate.divergence import Divergence
+    from outlierq.pipeline.fitting.frontier import Frontier
     from outlierq.pipeline.planning.plan import Plan, PlanRow
 
 UNKNOWN = "–"
 FEW_PARTS = 8  # a group with more members shows only itself
+SIZES_SHOWN = 11  # of a frontier, beside the smallest
 PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
 
 
@@ -180,6 +182,21 @@ def comparison(compared: Comparison, names: tuple[str, str] = ("before", "after"
     changed = f"{len(compared.changed)} stored in another way, {compared.unchanged} as before"
     moved = f"{len(compared.added)} added, {len(compared.removed)} removed"
     return Group(table, Text(f"tensors: {changed}, {moved}", style="dim"))
+
+
+def frontier(found: Frontier) -> RenderableType:
+    """About a dozen sizes between the smallest and the largest, what each costs, and what most weights are then."""
+    table = _table("#size", "#bits", "#loss", "schemes, by weights")
+    last = len(found.points) - 1
+    for at in sorted({round(last * share / SIZES_SHOWN) for share in range(SIZES_SHOWN + 1)}):
+        point, names = found.points[at], found.schemes(at)
+        mix = ", ".join(f"{share:.0%} {name}" for name, share in names[:3])
+        size = human_bytes(point.layers_bytes + found.other_bytes)
+        table.add_row(size, f"{found.bits(point):.2f}", f"{point.loss:.3g}", mix + (" ..." if len(names) > 3 else ""))
+    unit = (
+        "KL per token in nats, predicted" if found.in_nats else "without a unit: the statistics hold no sensitivities"
+    )
+    return Group(table, Text(f"loss: {unit}; for {found.client}, {len(found.layers)} layers", style="dim"))
 
 
 def gate(rows: Sequence[GateRow]) -> Table:

@@ -248,6 +248,11 @@ class StatsReader:
         self._verified: set[str] = set()
 
     @property
+    def digest(self) -> str:
+        """Sha256 hex of the list of all files with their digests."""
+        return _sha256(self.folder / FINISHED)
+
+    @property
     def indices(self) -> tuple[int, ...]:
         """Indices of the blocks there are."""
         return tuple(sorted(self._blocks))

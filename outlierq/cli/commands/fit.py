@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +21,7 @@ EXAMPLES = (
 
 def command(
     model: shared.Model,
-    stats: Annotated[Path, typer.Option(help="The statistics that `outlierq calibrate` wrote.")],
+    stats: shared.Stats,
     out: Annotated[
         str | None,
         typer.Option("--out", "-o", help="The folder to write; without it only the recipe is printed."),
@@ -40,13 +39,8 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the cache (16 bits) that the card holds, too.")
     ] = None,
-    client: Annotated[
-        str, typer.Option(help="What has to load the result: transformers, vllm or llama.cpp.")
-    ] = "transformers",
-    numbers: Annotated[
-        list[str] | None,
-        typer.Option(help="Choose among these numbers only: int4, int8, fp8, nvfp4, mxfp4 ... May be repeated."),
-    ] = None,
+    client: shared.Client = "transformers",
+    numbers: shared.Numbers = None,
     recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
     max_perplexity_increase: shared.MaxPerplexityIncrease = None,

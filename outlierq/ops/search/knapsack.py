@@ -57,7 +57,7 @@ def total(units: Units, chosen: Sequence[int]) -> Choice:
 
 def frontier(units: Units) -> list[Step]:
     """All steps from the smallest solution along the convex frontier, most loss saved per byte first."""
-    steps = [step for number, unit in enumerate(units) for step in _hull(number, unit)]
+    steps = [step for number, unit in enumerate(units) for step in _steps(number, unit)]
     return sorted(steps, key=lambda step: (-step.gain, step.unit, step.nbytes))
 
 
@@ -75,17 +75,22 @@ def knapsack(units: Units, capacity: int) -> list[int] | None:
     return _closed(units, capacity, known, price)
 
 
-def _hull(number: int, unit: Sequence[Choice]) -> list[Step]:
-    """The steps along the lower convex hull of a unit's choices, from its smallest one."""
+def hull(unit: Sequence[Choice]) -> list[int]:
+    """The corners of the lower convex hull of a unit's choices, from its smallest one to its least loss."""
     order = sorted(range(len(unit)), key=lambda at: (unit[at].nbytes, unit[at].loss, at))
-    hull: list[int] = []
+    corners: list[int] = []
     for at in order:
-        if hull and unit[at].loss >= unit[hull[-1]].loss:
+        if corners and unit[at].loss >= unit[corners[-1]].loss:
             continue
-        while len(hull) > 1 and _gain(unit, hull[-2], hull[-1]) <= _gain(unit, hull[-1], at):
-            hull.pop()
-        hull.append(at)
-    pairs = pairwise(hull)
+        while len(corners) > 1 and _gain(unit, corners[-2], corners[-1]) <= _gain(unit, corners[-1], at):
+            corners.pop()
+        corners.append(at)
+    return corners
+
+
+def _steps(number: int, unit: Sequence[Choice]) -> list[Step]:
+    """The steps along the hull of a unit."""
+    pairs = pairwise(hull(unit))
     return [Step(number, b, unit[b].nbytes - unit[a].nbytes, unit[b].loss - unit[a].loss) for a, b in pairs]
 
 

@@ -36,14 +36,13 @@ class Options:
 
     @classmethod
     def of(cls, layers: Sequence[Layer], losses: Losses | None = None) -> Options:
-        """losses: none, where sizes alone are asked of."""
-        storages = [list(layer.choices) for layer in layers]
+        """losses: none, where sizes alone are asked of; a scheme without one is no choice."""
+        known = [dict.fromkeys(layer.choices, 0.0) for layer in layers] if losses is None else losses
+        pairs = list(zip(layers, known, strict=True))
+        storages = [[storage for storage in layer.choices if storage in loss] for layer, loss in pairs]
         units = [
-            [
-                Choice(size, 0.0 if losses is None else losses[number][storage])
-                for storage, size in layer.choices.items()
-            ]
-            for number, layer in enumerate(layers)
+            [Choice(layer.choices[storage], loss[storage]) for storage in held]
+            for (layer, loss), held in zip(pairs, storages, strict=True)
         ]
         return cls(storages, units)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from outlierq import __version__
 from outlierq.core.errors import ArgumentError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
@@ -22,6 +24,7 @@ from outlierq.pipeline.fitting.layers import Layer, Storage, layers_of
 from outlierq.pipeline.fitting.losses import Prediction, predict
 from outlierq.pipeline.fitting.storage import BESIDE, Client, asking, known_client, storages
 from outlierq.pipeline.fitting.written import recipe_text, recipe_with
+from outlierq.pipeline.measuring.cache import keep, key_of, recall
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.recipe import Recipe
@@ -128,14 +131,27 @@ def fitted(space: Space, goal: Goal, stats: Path, resources: Resources = USUAL) 
 
 
 def predicted(space: Space, stats: Path, resources: Resources = USUAL) -> Prediction:
-    """What every layer costs in every scheme, from the statistics in a folder."""
+    """What every layer costs in every scheme, from the statistics in a folder; kept by content for the next time."""
     plan = space.plan
     if plan.recipe.rewrites:
-        raise ArgumentError(
-            f"{plan.recipe.name} rewrites the model, and the statistics are not of it", argument="recipe"
-        )
+        raise ArgumentError(f"{plan.recipe.name} rewrites the model, and statistics are not of it", argument="recipe")
     source = StatsFromFile(stats, plan.checkpoint, plan.structure, plan.recipe.needs | {"hessian"})
-    return predict(plan, source, space.layers, source.reader.sensitivity(), listen=resources.listen)
+    key = key_of(
+        {
+            "question": "losses",
+            "statistics": source.reader.digest,
+            "recipe": plan.recipe.fingerprint,
+            "layers": [[layer.name, *map(str, layer.choices)] for layer in space.layers],
+            "versions": [__version__, version("torch")],
+            "device": resources.device,
+        }
+    )
+    known = recall(key)
+    if known is not None:
+        return Prediction.from_dict(known, space.layers)
+    made = predict(plan, source, space.layers, source.reader.sensitivity(), listen=resources.listen)
+    keep(key, made.to_dict())
+    return made
 
 
 def _written(space: Space, chosen: Chosen, budget: Budget, prediction: Prediction) -> Fitted:

@@ -8,14 +8,17 @@ share of the weights (no unit).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from outlierq.core.errors import StatsError
 from outlierq.core.machine.heap import return_freed_memory
-from outlierq.core.model import LinearSite, as_matrix
+from outlierq.core.model import InputGroup, LinearSite, as_matrix
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.sensitivity import Sensitivity
 from outlierq.detect.sample import spread
@@ -31,9 +34,13 @@ if TYPE_CHECKING:
 
     from outlierq.core.quant_tensor import QuantTensor
     from outlierq.core.stats import InputStats
+    from outlierq.registry import Method
 
-ROWS = 128  # of a linear that are rounded; what they lose stands for the others, whose output has so much more power
-Losses = list[dict[Storage, float]]  # by layer
+ROWS = 64  # of a linear that are rounded; what they lose stands for the others, whose output has so much more power
+# A scheme is rounded to by the recipe's method only where rounding to nearest, which is quick, loses at most so many
+# times what the line between the best smaller and the best larger scheme says (in the logarithm).
+PROMISING = 1.3
+Losses = list[dict[Storage, float]]  # by layer; schemes that promise nothing are missing
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,20 @@ class Prediction:
 
     losses: Losses
     in_nats: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; schemes by their words, which tell those of one layer apart."""
+        return {
+            "in_nats": self.in_nats,
+            "losses": [{str(storage): loss for storage, loss in one.items()} for one in self.losses],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], layers: Sequence[Layer]) -> Prediction:
+        """What `to_dict` gave, for the same layers."""
+        named = [{str(storage): storage for storage in layer.choices} for layer in layers]
+        pairs = zip(named, values["losses"], strict=True)
+        return cls([{names[text]: loss for text, loss in one.items()} for names, one in pairs], values["in_nats"])
 
 
 def predict(
@@ -57,46 +78,41 @@ def predict(
     source: of statistics, which have to hold the hessian.
     """
     of = {site: number for number, layer in enumerate(layers) for site in layer.sites}
-    losses: Losses = [dict.fromkeys(layer.choices, 0.0) for layer in layers]
-    unknown: Losses = [dict.fromkeys(layer.choices, 0.0) for layer in layers]
-    both = _Sums()
+    losses: list[dict[Storage, _Loss]] = [{None: _Loss(0.0, 0.0, 0.0)} for _ in layers]
     for block in plan.structure.blocks:
         listen(Event("predict", block.index, len(plan.structure.blocks), block.name))
         for site, scheme, loss in _block_losses(plan, source, layers, of, sensitivity, block.index):
-            both.add(loss)
-            (unknown if loss.nats is None else losses)[of[site]][scheme] += (
-                loss.relative if loss.nats is None else loss.nats
-            )
+            known = losses[of[site]]
+            known[scheme] = known[scheme] + loss if scheme in known else loss
         return_freed_memory()
     listen(Event("predict", len(plan.structure.blocks), len(plan.structure.blocks)))
-    total = sum(layer.weights for layer in layers)
-    rate = both.nats / both.relative if both.relative > 0 else 1 / total
-    summed = [{s: known[s] + rate * rest[s] for s in known} for known, rest in zip(losses, unknown, strict=True)]
-    return Prediction(summed, in_nats=sensitivity is not None)
+    rate = _rate(losses, sum(layer.weights for layer in layers))
+    return Prediction([{s: loss.total(rate) for s, loss in known.items()} for known in losses], sensitivity is not None)
+
+
+def _rate(losses: Sequence[Mapping[Storage, _Loss]], weights: int) -> float:
+    """Nats that stand for a relative loss where only that is known: as in the mean of all that is known."""
+    known = [loss for one in losses for loss in one.values()]
+    relative, nats = sum(loss.beside for loss in known), sum(loss.nats for loss in known)
+    return nats / relative if relative > 0 and nats > 0 else 1 / weights
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """Of a linear in a scheme. relative: squared error of the output over its power, times weights. nats: see above;
-    None where no gradient reached the linear.
+    """Of linears in a scheme. relative: of those that no gradient reached, squared error of the output over its power,
+    times weights. nats: of the others; beside: their relative loss.
     """
 
     relative: float
-    nats: float | None
+    nats: float
+    beside: float
 
+    def __add__(self, other: _Loss) -> _Loss:
+        return _Loss(self.relative + other.relative, self.nats + other.nats, self.beside + other.beside)
 
-@dataclass
-class _Sums:
-    """Of all losses that are known in nats: the rate at which others are taken for them."""
-
-    relative: float = 0.0
-    nats: float = 0.0
-
-    def add(self, loss: _Loss) -> None:
-        """Count one, if it is known."""
-        if loss.nats is not None:
-            self.relative += loss.relative
-            self.nats += loss.nats
+    def total(self, rate: float) -> float:
+        """Everything, with `rate` nats for a relative loss."""
+        return self.nats + rate * self.relative
 
 
 def _block_losses(
@@ -116,11 +132,53 @@ def _block_losses(
         samples = {
             site: _Sample.of(as_matrix(site, stored[site.weight]), inputs, _costs(site, sensitivity)) for site in sites
         }
-        schemes = dict.fromkeys(scheme for site in sites for scheme in layers[of[site]].choices if scheme is not None)
-        for scheme, changes in _rounded(plan, samples, inputs, list(schemes)):
-            for site, change in changes.items():
-                if scheme in layers[of[site]].choices:
-                    yield site, scheme, samples[site].loss(change)
+        choices = _promising(plan, group, [layers[of[site]] for site in sites], samples, inputs)
+        for scheme, changes in _rounded(plan, samples, inputs, list(dict.fromkeys(s for c in choices for s in c))):
+            for site, held in zip(sites, choices, strict=True):
+                if scheme in held:
+                    yield site, scheme, samples[site].loss(changes[site])
+
+
+def _promising(
+    plan: Plan,
+    group: InputGroup,
+    layers: Sequence[Layer],
+    samples: Mapping[LinearSite, _Sample],
+    stats: InputStats | None,
+) -> list[list[QuantScheme]]:
+    """For each of the linears the schemes that are worth rounding to, as rounding to nearest shows.
+
+    A layer with linears of other inputs keeps all: what these need is not known here.
+    """
+    from outlierq.registry import method
+
+    whole = [{*layer.sites} <= {*group.sites} for layer in layers]
+    schemes = [[scheme for scheme in layer.choices if scheme is not None] for layer in layers]
+    if method("quantize", rounding(plan.recipe).method).name == "rtn" or not any(whole):
+        return schemes
+    asked = list(dict.fromkeys(scheme for each in schemes for scheme in each))
+    quick: dict[LinearSite, dict[QuantScheme, float]] = {site: {} for site in samples}
+    for scheme, changes in _nearest(samples, asked):
+        for site, change in changes.items():
+            quick[site][scheme] = samples[site].loss(change).total(1.0)
+    return [
+        _near_the_hull(layer, each, quick) if alone else each
+        for layer, each, alone in zip(layers, schemes, whole, strict=True)
+    ]
+
+
+def _near_the_hull(
+    layer: Layer, schemes: Sequence[QuantScheme], quick: Mapping[LinearSite, Mapping[QuantScheme, float]]
+) -> list[QuantScheme]:
+    """The schemes whose quick loss is at most `PROMISING` times that of the line between their neighbours."""
+    from outlierq.ops.search.knapsack import Choice, hull
+
+    sizes = [layer.choices[scheme] for scheme in schemes]
+    levels = [math.log(max(sum(quick[site][scheme] for site in layer.sites), 1e-30)) for scheme in schemes]
+    corners = hull([Choice(size, level) for size, level in zip(sizes, levels, strict=True)])
+    line = np.interp(sizes, [sizes[at] for at in corners], [levels[at] for at in corners])
+    near = zip(schemes, levels, line, strict=True)
+    return [scheme for scheme, level, lowest in near if level <= lowest + math.log(PROMISING)]
 
 
 @dataclass(frozen=True)
@@ -187,8 +245,8 @@ class _Sample:
         errors = ((change @ self.hessian) * change).sum(1) * self.counts
         relative = errors.sum().item() / self.power * self.weights if self.power > 0 else 0.0
         if self.outputs is None:
-            return _Loss(relative, None)
-        return _Loss(relative, 0.5 * (errors * self.outputs).sum().item() * self._where_it_counts(change))
+            return _Loss(relative, 0.0, 0.0)
+        return _Loss(0.0, 0.5 * (errors * self.outputs).sum().item() * self._where_it_counts(change), relative)
 
     def _where_it_counts(self, change: torch.Tensor) -> float:
         """How much more the tokens count at which the changed columns are large, than all tokens do."""
@@ -203,21 +261,43 @@ def _known(stats: InputStats | None) -> bool:
     return stats is not None and stats.tokens > 0 and stats.hessian is not None
 
 
+Changes = Iterator[tuple[QuantScheme, dict[LinearSite, "torch.Tensor"]]]
+
+
 def _rounded(
     plan: Plan, samples: Mapping[LinearSite, _Sample], stats: InputStats | None, schemes: Sequence[QuantScheme]
-) -> Iterator[tuple[QuantScheme, dict[LinearSite, torch.Tensor]]]:
-    """By scheme, how the sampled rows of linears with one input change when they are rounded together."""
-    import torch
-
-    from outlierq.ops.solve import sharing_factors
+) -> Changes:
+    """By scheme, how the sampled rows of linears with one input change when the recipe's method rounds them."""
     from outlierq.registry import method
 
     section, calibration = rounding(plan.recipe), plan.recipe.calibration
     used, options = method("quantize", section.method), section.options
     if not _known(stats) and used.needs_with(options):
-        used, options, stats = method("quantize", "rtn"), UNKNOWN_INPUT, None
-    elif stats is not None and calibration is not None:
+        return _changes(method("quantize", "rtn"), UNKNOWN_INPUT, samples, None, schemes)
+    if stats is not None and calibration is not None:
         stats = stats.weighing_sinks(calibration.sink_weight)
+    return _changes(used, options, samples, stats, schemes)
+
+
+def _nearest(samples: Mapping[LinearSite, _Sample], schemes: Sequence[QuantScheme]) -> Changes:
+    """The same, rounded to nearest with the scales that just hold each group."""
+    from outlierq.registry import method
+
+    return _changes(method("quantize", "rtn"), {}, samples, None, schemes)
+
+
+def _changes(
+    used: Method,
+    options: Mapping[str, Any],
+    samples: Mapping[LinearSite, _Sample],
+    stats: InputStats | None,
+    schemes: Sequence[QuantScheme],
+) -> Changes:
+    """The same by a method, on all rows at once."""
+    import torch
+
+    from outlierq.ops.solve import sharing_factors
+
     stack = torch.cat([sample.rows for sample in samples.values()]) if samples else torch.empty(0)
     sizes = [len(sample.rows) for sample in samples.values()]
     # Group-aware columns have another order for every group size, and then there is no factor to share.

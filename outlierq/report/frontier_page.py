@@ -1,0 +1,69 @@
+"""A frontier as one HTML file that needs nothing else: one drags a budget and sees what every layer becomes.
+
+As in the outlier report, everything from outside goes through Jinja's escaping, and the page's
+Content-Security-Policy runs only the script whose hash it names and lets nothing load from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from outlierq import __version__
+from outlierq.core.errors import ArgumentError
+from outlierq.pipeline.asked.request import refuse_unwritable, write_file
+from outlierq.pipeline.fitting.frontier import Frontier
+from outlierq.report.outlier_page import element_json, policy_hash, printable_value
+
+NATS = "Predicted from sensitivities: the sum over all layers of what rounding costs at the end of the model, in nats."
+NO_UNIT = (
+    "The statistics hold no sensitivities, so losses rank choices and predict no KL divergence; "
+    "`outlierq calibrate --sensitivity` adds them."
+)
+
+
+def frontier_page(frontier: Frontier, stats: Path | str) -> str:
+    """The HTML text. stats: the folder of statistics, as the command on the page names it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    script = _part("frontier_page.js")
+    data = frontier.to_dict() | {
+        "stats": str(stats),
+        "client_name": frontier.client.lower(),
+        "recipe_text": frontier.recipe_text,
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=printable_value)
+    return environment.from_string(_part("frontier_page.html")).render(
+        model=frontier.model,
+        client=frontier.client,
+        recipe=frontier.recipe,
+        statistics=str(stats),
+        lead=NATS if frontier.in_nats else NO_UNIT,
+        loss_name="predicted KL per token, nats" if frontier.in_nats else "predicted loss, no unit",
+        version=__version__,
+        css=Markup(_part("outlier_page.css")),
+        data=Markup(element_json(data)),
+        script=Markup(script),
+        script_hash=Markup(policy_hash(script)),
+    )
+
+
+def _part(name: str) -> str:
+    """A file of this folder."""
+    return (files("outlierq.report") / name).read_text(encoding="utf-8")
+
+
+def check_place(out: Path | None) -> None:
+    """OutlierqError before any work when a page or JSON cannot be written there."""
+    if out is not None and out.suffix not in (".html", ".json"):
+        raise ArgumentError(f"{out} ends in neither .html nor .json", argument="out")
+    refuse_unwritable(out)
+
+
+def write_frontier(frontier: Frontier, stats: Path | str, out: Path) -> None:
+    """Write the page, or JSON, as the ending of the name says; all of it or nothing."""
+    page = out.suffix == ".html"
+    text = frontier_page(frontier, stats) if page else json.dumps(frontier.to_dict(), indent=1, allow_nan=False) + "\n"
+    write_file(out, text.encode())
