@@ -322,10 +322,10 @@ def test_mxfp4_is_converted_to_gguf_without_loss_and_nvfp4_says_why_not(made, tm
     [
         (["quantize.group_size=32"], "NVFP4 has groups of 16 columns"),
         (["quantize.scales=plain"], "4-bit floats have `two-level` scales"),
-        (["quantize.bits=8"], "`two-level` ones are for weights of 4 bits"),
+        (["quantize.bits=8"], "`two-level` ones are for floats of 4 bits"),
         (["quantize.bits=6"], "E4M3 with 8 bits or E2M1 with 4"),
         (["quantize.symmetric=false"], "has no zero points"),
-        (["quantize.activations={kind: float}"], "16-bit inputs only"),
+        (["quantize.activations={kind: float}"], "weights with `two-level` scales have inputs with such scales"),
         (["quantize.kind=int", "quantize.group_size=32"], "integers have `two-level` scales in `symmetric: false`"),
         (
             ["quantize.kind=int", "quantize.group_size=32", "quantize.symmetric=false"],

@@ -396,6 +396,15 @@ FP8 = ["quantize.bits=8", CHANNEL, "quantize.kind=float", "quantize.overrides=[]
 EIGHT = "quantize.overrides.0={match: '*', bits: 8, group_size: channel}"
 FLOAT = "quantize.overrides.0.kind=float"
 Q4_K = ["quantize.group_size=32", "quantize.symmetric=false", "export.format=gguf", "quantize.overrides.0.bits=4"]
+
+
+def float4(scales: str, columns: int, *, dynamic: bool) -> list[str]:
+    """4-bit floats for weights and inputs."""
+    inputs = f"{{kind: float, bits: 4, per: group, scales: {scales}, dynamic: {str(dynamic).lower()}}}"
+    weights = ["quantize.kind=float", f"quantize.group_size={columns}", f"quantize.scales={scales}"]
+    return [*weights, "quantize.overrides=[]", f"quantize.activations={inputs}"]
+
+
 STATIC = "quantize.activations={dynamic: false, per: tensor}"
 # By section and key: one setting that changes the key, or two lists of settings that differ in it.
 CHANGES = {
@@ -458,10 +467,15 @@ CHANGES = {
             [*FP8, "quantize.block=[128,128]", "quantize.activations={kind: float, per: group}"],
         ),
         "clip_search": ([STATIC], [STATIC, "quantize.activations.clip_search=none"]),
+        "scales": (float4("two-level", 16, dynamic=False), float4("power-of-two", 32, dynamic=True)),
     },
     recipe.KVCache: {"per": (["kv_cache={}"], ["kv_cache.per=head"])},
     recipe.Transform: {"method": "transform=[]", "options": "transform.0.scaling=duo"},
-    Export: {"format": "export.format=dense", "max_shard_size": "export.max_shard_size=1GB"},
+    Export: {
+        "format": "export.format=dense",
+        "max_shard_size": "export.max_shard_size=1GB",
+        "names": "export.names=class",
+    },
 }
 
 

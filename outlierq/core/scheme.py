@@ -14,12 +14,15 @@ FLOAT_MAX = {4: FP4_MAX, 8: FP8_MAX}
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """8-bit (int: also 4-bit) symmetric numbers for the input of a linear.
+    """Symmetric numbers of 8 or 4 bits for the input of a linear.
 
-    kind: "int" (-128..127, or -127..127 where rounding keeps it there) or "float" (E4M3, saturating at 448).
+    kind: "int" (-128..127, or -127..127 where rounding keeps it there) or "float" (E4M3 of 8 bits, saturating at 448;
+    E2M1 of 4, saturating at 6).
     dynamic: scales are computed at run time from the values themselves; otherwise one scale is fixed from calibration.
-    per: "token" (one scale per row), "tensor" (one scale), or "group" (one scale per row and 128 columns; the
-    companion of 128 x 128 weight blocks).
+    per: "token" (one scale per row), "tensor" (one scale), or "group" (one scale per row and group_size columns: 128
+    beside 128 x 128 weight blocks, 32 in MX formats, 16 in NVFP4).
+    scales: of groups. "plain" numbers; "power-of-two" (MXFP4, MXFP8); or "two-level" (NVFP4): E4M3 numbers computed at
+    run time, divided by one float32 that is fixed from calibration, so that such a scheme is not dynamic.
     """
 
     kind: Literal["int", "float"] = "int"
@@ -27,14 +30,24 @@ class ActivationScheme:
     dynamic: bool = True
     per: Literal["token", "tensor", "group"] = "token"
     group_size: int = 128
+    scales: Literal["plain", "two-level", "power-of-two"] = "plain"
 
     @property
     def code_max(self) -> float:
         """The magnitude that the largest value of a scale's range is mapped to."""
-        return FP8_MAX if self.kind == "float" else (1 << (self.bits - 1)) - 1
+        return FLOAT_MAX[self.bits] if self.kind == "float" else (1 << (self.bits - 1)) - 1
+
+    @property
+    def numbers(self) -> str:
+        """What the codes are: int8, int4, fp8, nvfp4, mxfp4, mxfp8."""
+        if self.kind == "int":
+            return f"int{self.bits}"
+        return {"two-level": "nvfp4", "power-of-two": f"mxfp{self.bits}"}.get(self.scales, f"fp{self.bits}")
 
     def __str__(self) -> str:
-        name = "fp8" if self.kind == "float" else f"int{self.bits}"
+        name = self.numbers
+        if self.scales != "plain":
+            return name
         return f"{name} per {self.per} {'dynamic' if self.dynamic else 'static'}"
 
 
@@ -58,9 +71,10 @@ class QuantScheme:
     `type` names, symmetric). block: (rows, columns) that share a
     scale instead of group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16
     bits. scales: "plain" numbers in scale_dtype; "minimum", such a scale and a real minimum (Q4_1 of GGUF);
-    "power-of-two" (E8M0, as in MXFP4); or "two-level", small numbers that count in units of a larger one: E4M3 in units
-    of one float32 of the whole weight (NVFP4), or integers in units of one or two float16 of some groups (Q4_K of
-    GGUF). type: the name of a type of GGUF, which then decides everything else; None where the other fields do.
+    "power-of-two" (E8M0, as in MXFP4 and MXFP8); or "two-level", small numbers that count in units of a larger one:
+    E4M3 in units of one float32 of the whole weight (NVFP4), or integers in units of one or two float16 of some groups
+    (Q4_K of GGUF). type: the name of a type of GGUF, which then decides everything else; None where the other fields
+    do.
     """
 
     bits: int = 4
@@ -129,12 +143,12 @@ class QuantScheme:
 
     @property
     def numbers(self) -> str:
-        """What the codes are: int4, fp8, nvfp4, mxfp4, or the name of a type of GGUF."""
+        """What the codes are: int4, fp8, nvfp4, mxfp4, mxfp8, or the name of a type of GGUF."""
         if self.type is not None:
             return self.type
         if self.kind == "int":
             return f"int{self.bits}"
-        return {"two-level": "nvfp4", "power-of-two": "mxfp4"}.get(self.scales, f"fp{self.bits}")
+        return {"two-level": "nvfp4", "power-of-two": f"mxfp{self.bits}"}.get(self.scales, f"fp{self.bits}")
 
     def __str__(self) -> str:
         if self.type is not None:

@@ -265,7 +265,7 @@ def _properties(scheme: QuantScheme) -> dict[str, Any]:
         "block": kinds.get(block, "other"),
         "block_rows": block and block[0],
         "block_columns": block and block[1],
-        "inputs": "none" if inputs is None else "fp8" if inputs.kind == "float" else f"int{inputs.bits}",
+        "inputs": "none" if inputs is None else inputs.numbers,
         "dynamic": inputs and inputs.dynamic,
     }
 

@@ -1,7 +1,7 @@
 """compressed-tensors: the formats that vLLM and transformers load without a plug-in.
 
 `pack-quantized` for integer weights, `int-quantized` for integer weights with int8 inputs, `float-quantized` for E4M3,
-`nvfp4-pack-quantized` and `mxfp4-pack-quantized` for E2M1.
+`nvfp4-pack-quantized` and `mxfp4-pack-quantized` for E2M1, `mxfp8-quantized` for E4M3 in groups of 32.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         """(name, dtype, shape) of every tensor that replaces the site's weight."""
         rows, columns = site.out_features, site.in_features
         if scheme.scales != "plain":
-            return _float4_specs(site, scheme)
+            return _float_specs(site, scheme)
         scale_dtype, scales = STORED_AS[scheme.scale_dtype], scheme.scale_shape(rows, columns)
         if format_of(scheme) != "pack-quantized":
             specs: list[TensorSpec] = [
@@ -82,7 +82,7 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         if quantized.outlier_columns is not None:
             raise OutputError(f"{site.module}: compressed-tensors has no place for outlier columns")
         if quantized.scheme.scales != "plain":
-            return _float4(site, quantized)
+            return _floats(site, quantized)
         if format_of(quantized.scheme) == "pack-quantized":
             return _packed(site, quantized)
         tensors = {site.weight: quantized.codes, f"{stem(site)}.weight_scale": quantized.scale}
@@ -121,25 +121,35 @@ def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]
     return tensors
 
 
-def _float4_specs(site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
-    """`tensor_specs` of NVFP4 and MXFP4."""
+def _float_specs(site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
+    """`tensor_specs` of NVFP4, MXFP4 and MXFP8."""
     rows, columns = site.out_features, site.in_features
-    small = "F8_E4M3" if scheme.scales == "two-level" else "U8"
-    specs: list[TensorSpec] = [
-        (f"{stem(site)}.weight_packed", "U8", (rows, columns // 2)),
+    small, units = "F8_E4M3" if scheme.scales == "two-level" else "U8", []
+    codes: TensorSpec = (site.weight, "F8_E4M3", (rows, columns))
+    if scheme.bits == 4:
+        codes = (f"{stem(site)}.weight_packed", "U8", (rows, columns // 2))
+    if scheme.scales == "two-level":
+        units.append("weight_global_scale")
+    if scheme.activations is not None and scheme.activations.scales == "two-level":
+        units.append("input_global_scale")
+    return [
+        codes,
         (f"{stem(site)}.weight_scale", small, scheme.scale_shape(rows, columns)),
+        *((f"{stem(site)}.{unit}", "F32", (1,)) for unit in units),
     ]
-    return [*specs, (f"{stem(site)}.weight_global_scale", "F32", (1,))] if scheme.scales == "two-level" else specs
 
 
-def _float4(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """Two E2M1 codes per byte, that of the even column in the low half."""
-    tensors = {
-        f"{stem(site)}.weight_packed": pack_e2m1(quantized.codes),
-        f"{stem(site)}.weight_scale": quantized.scale,
-    }
+def _floats(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
+    """Two E2M1 codes per byte, that of the even column in the low half; or E4M3 codes."""
+    tensors = {f"{stem(site)}.weight_scale": quantized.scale}
+    if quantized.scheme.bits == 4:
+        tensors[f"{stem(site)}.weight_packed"] = pack_e2m1(quantized.codes)
+    else:
+        tensors[site.weight] = quantized.codes
     if quantized.super_scale is not None:
         tensors[f"{stem(site)}.weight_global_scale"] = quantized.super_scale
+    if quantized.input_scale is not None:
+        tensors[f"{stem(site)}.input_global_scale"] = quantized.input_scale
     return tensors
 
 

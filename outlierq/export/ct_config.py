@@ -15,18 +15,20 @@ if TYPE_CHECKING:
 
 MIXED = "mixed-precision"
 DEQUANTIZE = "dequantize"
+NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 
 
 def format_of(scheme: QuantScheme) -> str:
     """The compressed-tensors format that holds a scheme.
 
-    Integers are packed into words where inputs stay in 16 bits; kernels for int8 inputs want plain int8 weights.
+    Integers are packed into words where inputs are floats; kernels for int8 inputs want plain int8 weights.
     """
     if scheme.scales != "plain":
-        return {"two-level": "nvfp4-pack-quantized", "power-of-two": "mxfp4-pack-quantized"}[scheme.scales]
+        return {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8}[scheme.numbers]
     if scheme.kind == "float":
         return "float-quantized"
-    return "pack-quantized" if scheme.activations is None else "int-quantized"
+    by_integers = scheme.activations is not None and scheme.activations.kind == "int"
+    return "int-quantized" if by_integers else "pack-quantized"
 
 
 def quantization_config(
@@ -96,10 +98,14 @@ def _inputs(scheme: QuantScheme) -> QuantizationArgs | None:
     inputs: ActivationScheme | None = scheme.activations
     if inputs is None:
         return None
-    group = {"group_size": inputs.group_size} if inputs.per == "group" else {}
-    return QuantizationArgs(
-        num_bits=inputs.bits, type=inputs.kind, symmetric=True, strategy=inputs.per, dynamic=inputs.dynamic, **group
-    )
+    how: dict[str, Any] = {"strategy": inputs.per, "dynamic": inputs.dynamic}
+    if inputs.per == "group":
+        how["group_size"] = inputs.group_size
+    if inputs.scales == "two-level":  # a unit from calibration, scales of groups at run time
+        how |= {"strategy": "tensor_group", "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
+    elif inputs.scales == "power-of-two":
+        how |= {"scale_dtype": "torch.uint8"}
+    return QuantizationArgs(num_bits=inputs.bits, type=inputs.kind, symmetric=True, **how)
 
 
 def _cache(cache: CacheScheme) -> QuantizationArgs:

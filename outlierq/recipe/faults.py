@@ -8,6 +8,7 @@ from outlierq.core.errors import RecipeError, nearest
 from outlierq.core.machine.untrusted import brief
 from outlierq.recipe.schema import WHOLE_MODEL, Recipe, overridden, scheme_of
 from outlierq.recipe.sections import (
+    GROUP_COLUMNS,
     SCHEME_KEYS,
     Activations,
     Calibration,
@@ -146,39 +147,36 @@ def _unstorable(settings: dict[str, Any]) -> list[str]:
             faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {settings['bits']})")
         if not settings["symmetric"]:
             faults.append("symmetric: `kind: float` has no zero points")
-        if settings["bits"] == 4:
-            faults += _unstorable_float4(settings)
+        if settings["bits"] == 4 and settings["scales"] == "plain":
+            faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
+        elif settings["scales"] != "plain":
+            faults += _unstorable_blocks(settings)
         elif settings["block"] is None and settings["group_size"] != "channel":
             faults.append("group_size: `kind: float` has one scale per `channel`, or per `block: [128, 128]`")
     elif settings["block"] is not None:
         faults.append("block: only weights of `kind: float` have scales per block")
-    if settings["scales"] != "plain" and settings["bits"] != 4:
-        faults.append(f"scales: `{settings['scales']}` ones are for weights of 4 bits (this is {settings['bits']})")
-    elif settings["scales"] != "plain" and settings["kind"] == "int":
+    elif settings["scales"] != "plain":
         faults += _unstorable_levels(settings)
     if isinstance(settings["activations"], Activations):
         faults += [f"activations.{fault}" for fault in _unstorable_inputs(settings, settings["activations"])]
     return faults
 
 
-def _unstorable_float4(settings: dict[str, Any]) -> list[str]:
-    """What neither NVFP4 nor MXFP4 is."""
-    faults = []
-    if settings["scales"] == "plain":
-        faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
-    else:
-        name, columns = {"two-level": ("NVFP4", 16), "power-of-two": ("MXFP4", 32)}[settings["scales"]]
-        if settings["block"] is not None or settings["group_size"] != columns:
-            faults.append(f"group_size: {name} has groups of {columns} columns")
-    if isinstance(settings["activations"], Activations):
-        faults.append("activations: 4-bit floats are written with 16-bit inputs only")
-    return faults
+def _unstorable_blocks(settings: dict[str, Any]) -> list[str]:
+    """What neither NVFP4, MXFP4 nor MXFP8 is."""
+    scales, columns = settings["scales"], GROUP_COLUMNS[settings["scales"]]
+    name = "NVFP4" if scales == "two-level" else f"MXFP{settings['bits']}"
+    if scales == "two-level" and settings["bits"] == 8:
+        return ["scales: `two-level` ones are for floats of 4 bits (this is 8); those of 8 have `power-of-two` ones"]
+    if settings["block"] is not None or settings["group_size"] != columns:
+        return [f"group_size: {name} has groups of {columns} columns"]
+    return []
 
 
 def _unstorable_levels(settings: dict[str, Any]) -> list[str]:
     """What Q4_K is not."""
-    shape = (settings["scales"], settings["symmetric"], settings["group_size"])
-    if shape != ("two-level", False, 32):
+    shape = (settings["scales"], settings["bits"], settings["symmetric"], settings["group_size"])
+    if shape != ("two-level", 4, False, 32):
         return ["scales: integers have `two-level` scales in `symmetric: false` groups of 32 (Q4_K), or `plain` ones"]
     return []
 
@@ -186,20 +184,40 @@ def _unstorable_levels(settings: dict[str, Any]) -> list[str]:
 def _unstorable_inputs(settings: dict[str, Any], activations: Activations) -> list[str]:
     """The same for the inputs of the linears."""
     faults = []
-    if activations.kind != settings["kind"]:
-        faults.append(f"kind: must be that of the weights, {settings['kind']} (this is {activations.kind})")
-    if activations.kind == "float" and activations.bits != 8:
-        faults.append(f"bits: `kind: float` is E4M3, which has 8 bits (this is {activations.bits})")
     if not settings["symmetric"]:
         faults.append("kind: quantized inputs need symmetric weights")
+    if activations.dynamic and "clip_search" in activations.model_fields_set:
+        faults.append("clip_search: scales computed at run time are not searched; leave it out")
+    if activations.scales != "plain":
+        return faults + _unstorable_input_blocks(settings, activations)
+    by_tokens = (activations.kind, activations.bits, activations.per) == ("float", 8, "token")
+    if settings["scales"] != "plain":
+        faults.append(f"scales: weights with `{settings['scales']}` scales have inputs with such scales")
+    elif activations.kind != settings["kind"] and not (by_tokens and settings["bits"] == 4):
+        faults.append(f"kind: must be that of the weights, {settings['kind']} (this is {activations.kind})")
+    if activations.kind == "float" and activations.bits != 8:
+        faults.append(f"bits: `kind: float` with plain scales is E4M3, which has 8 bits (this is {activations.bits})")
     if not activations.dynamic and activations.per != "tensor":
         faults.append("per: a static scale is one per `tensor`; set `dynamic: true` for scales per token")
     if activations.dynamic and activations.per == "tensor":
         faults.append("per: scales computed at run time are per `token`; one per tensor is static (`dynamic: false`)")
-    if activations.dynamic and "clip_search" in activations.model_fields_set:
-        faults.append("clip_search: scales computed at run time are not searched; leave it out")
     if (settings["block"] is None) == (activations.per == "group"):
         faults.append("per: `group` belongs to weights with a `block`, and they to it")
     elif settings["block"] is not None and settings["block"][1] != activations.scheme.group_size:
         faults.append(f"per: groups of inputs have {activations.scheme.group_size} columns, so must the block")
+    return faults
+
+
+def _unstorable_input_blocks(settings: dict[str, Any], activations: Activations) -> list[str]:
+    """What no client multiplies: inputs in groups of 16 or 32 columns beside weights that are stored otherwise."""
+    faults = []
+    if activations.kind != "float" or activations.per != "group":
+        faults.append(f"scales: `{activations.scales}` ones belong to `kind: float` and `per: group`")
+    elif (settings["kind"], settings["scales"]) != ("float", activations.scales):
+        faults.append(f"scales: inputs with `{activations.scales}` scales need float weights with such scales")
+    elif activations.bits < settings["bits"] or (activations.scales == "two-level" and activations.bits != 4):
+        faults.append(f"bits: no client multiplies {settings['bits']}-bit weights with {activations.bits}-bit inputs")
+    if activations.dynamic != (activations.scales == "power-of-two"):
+        how = "dynamic: their unit is fixed from calibration (`dynamic: false`)"
+        faults.append(how if activations.dynamic else "dynamic: powers of two are computed at run time; leave it out")
     return faults

@@ -19,6 +19,7 @@ GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
 SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales", "type")
 Scales = Literal["plain", "two-level", "power-of-two"]
+GROUP_COLUMNS = {"two-level": 16, "power-of-two": 32}  # of floats: NVFP4, and the OCP Microscaling formats
 
 
 class Section(BaseModel):
@@ -119,11 +120,12 @@ def _name_in(known: list[str], value: str, what: str) -> str:
 
 
 class Activations(Section):
-    """8-bit (or, as an experiment, 4-bit) symmetric inputs of the quantized linears (see `ActivationScheme`).
+    """Symmetric inputs of 8 or 4 bits for the quantized linears (see `ActivationScheme`).
 
     dynamic: a scale per token (or per group of columns) is computed at run time. Otherwise one scale per tensor is
     fixed from calibration; clip_search then chooses the one with the least output error (`output`), or the one that
-    just holds the largest input (`none`).
+    just holds the largest input (`none`). scales: of `per: group`: `two-level` is NVFP4, whose unit is fixed from
+    calibration (`dynamic: false`), `power-of-two` MXFP4 or MXFP8; plain ones belong to weights with a `block`.
     """
 
     kind: Literal["int", "float"] = "int"
@@ -131,11 +133,13 @@ class Activations(Section):
     dynamic: bool = True
     per: Literal["token", "tensor", "group"] = "token"
     clip_search: Literal["output", "none"] = "output"
+    scales: Scales = "plain"
 
     @property
     def scheme(self) -> ActivationScheme:
         """How inputs are stored."""
-        return ActivationScheme(self.kind, self.bits, self.dynamic, self.per)
+        columns = GROUP_COLUMNS.get(self.scales, ActivationScheme.group_size)
+        return ActivationScheme(self.kind, self.bits, self.dynamic, self.per, columns, self.scales)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -187,10 +191,10 @@ class Quantize(Section):
     kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
-    MXFP4. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of types
-    ("Q4_K_M", see `core/gguf/mixes.py`), which overrides can change; embeddings: the type of the table of embeddings,
-    which stays as it is without a mix or this key. ignore: patterns of the linears that stay in 16 bits. The output
-    head stays there, too, unless the list is empty or an override names it.
+    MXFP4 or MXFP8. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of
+    types ("Q4_K_M", see `core/gguf/mixes.py`), which overrides can change; embeddings: the type of the table of
+    embeddings, which stays as it is without a mix or this key. ignore: patterns of the linears that stay in 16 bits.
+    The output head stays there, too, unless the list is empty or an override names it.
     """
 
     method: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from outlierq.core.scheme import ActivationScheme
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 STRATEGIES = {("token", True), ("tensor", False), ("group", True), ("tensor", True)}
 
 NUMBERS = {("int", 4), ("int", 8), ("float", 8)}
+# (type, bits, strategy, dynamic, group_size) -> how scales are stored.
+BLOCKS: dict[tuple[Any, ...], Literal["two-level", "power-of-two"]] = {
+    ("float", 4, "tensor_group", "local", 16): "two-level",
+    ("float", 4, "group", True, 32): "power-of-two",
+    ("float", 8, "group", True, 32): "power-of-two",
+}
 
 
 def input_scheme(described: Mapping[str, Any] | None) -> ActivationScheme | str | None:
@@ -22,12 +28,16 @@ def input_scheme(described: Mapping[str, Any] | None) -> ActivationScheme | str 
         return None
     bits, kind = described.get("num_bits"), described.get("type")
     per, dynamic = described.get("strategy"), described.get("dynamic")
+    size = described.get("group_size")
+    scales = BLOCKS.get((kind, bits, per, dynamic, size)) if described.get("symmetric", True) else None
+    if scales == "two-level" or (scales and "uint8" in str(described.get("scale_dtype"))):
+        return ActivationScheme("float", bits, dynamic is True, "group", size, scales)
     if (kind, bits) not in NUMBERS or (per, dynamic) not in STRATEGIES:
         how = "dynamic" if dynamic is True else "static" if dynamic is False else dynamic
         return f"inputs of {bits}-bit {kind} numbers per {per} ({how})"
     if not described.get("symmetric", True):
         return "inputs with zero points"
-    return ActivationScheme(kind, bits, dynamic, per, described.get("group_size") or ActivationScheme.group_size)
+    return ActivationScheme(kind, bits, dynamic, per, size or ActivationScheme.group_size)
 
 
 def round_inputs(model: torch.nn.Module, schemes: Mapping[str, tuple[ActivationScheme, torch.Tensor | None]]) -> None:

@@ -13,7 +13,7 @@ from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
 from outlierq.load.packed.codes.bits import decode_pack_quantized, pack_quantized_rows
-from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized
+from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized, decode_mxfp8, mxfp8_rows
 from outlierq.load.packed.codes.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, checked_scales, without_codes
 from outlierq.load.packed.described import check_member, fits, nothing_packed
@@ -33,21 +33,23 @@ PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_
 BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
 GLOBAL = "weight_global_scale"
 NOT_OF_WEIGHTS = ("weight_shape", "input_scale", "input_global_scale")
-NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 MEMBERS = {
     "pack-quantized": PACKED_MEMBERS,
     "int-quantized": BYTE_MEMBERS,
     "float-quantized": BYTE_MEMBERS,
     NVFP4: ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     MXFP4: ("weight_packed", "weight_scale"),
+    MXFP8: ("weight", "weight_scale"),
 }
-SCALES = {NVFP4: "two-level", MXFP4: "power-of-two"}
+SCALES = {NVFP4: "two-level", MXFP4: "power-of-two", MXFP8: "power-of-two"}
 # What their parts may be, where that is not what the other formats have under the same name.
 FLOAT4_ROLES = {
     (NVFP4, "weight_packed"): "weight_packed of 4-bit floats",
     (MXFP4, "weight_packed"): "weight_packed of 4-bit floats",
     (NVFP4, "weight_scale"): "weight_scale of nvfp4",
     (MXFP4, "weight_scale"): "weight_scale of mxfp4",
+    (MXFP8, "weight_scale"): "weight_scale of mxfp4",
 }
 
 # Rotations at these places are already inside the stored weights; others would have to run with the model.
@@ -135,6 +137,8 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
         parts, scheme = self.parts(name), self._scheme(weight)
+        if weight.format == MXFP8:
+            return mxfp8_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         if weight.format in SCALES:
             return e2m1_rows(parts, scheme, weight.shape, 0, weight.shape[0])
         scale, scale_shape = parts["weight_scale"], scheme.scale_shape(*weight.shape)
@@ -187,6 +191,8 @@ class UnpackedCheckpoint(DecodedCheckpoint):
 
 def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
     """Float32 [out, in] by the decoder of the format."""
+    if weight.format == MXFP8:
+        return decode_mxfp8(parts["weight"], parts["weight_scale"])
     if weight.format in SCALES:
         return decode_e2m1(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
     if weight.format == "int-quantized":
@@ -302,7 +308,8 @@ def _packed(
     needed = [MEMBERS[layout][0], "weight_scale"]
     needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
     needed += ["weight_global_scale"] if layout == NVFP4 else []
-    needed += ["input_scale"] if inputs is not None and not inputs.dynamic else []
+    if inputs is not None and not inputs.dynamic:
+        needed += ["input_scale" if inputs.scales == "plain" else "input_global_scale"]
     for role in needed:
         if role not in members:
             raise SourceError(f"{checkpoint.source} has no {module}.{role}")
@@ -312,7 +319,7 @@ def _packed(
     size = weights.get("group_size") if in_groups else None
     if in_groups and (size is None or size < 1):
         raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
-    if layout in SCALES:
+    if layout in (NVFP4, MXFP4):
         rows, pairs = checkpoint.tensors[members["weight_packed"]].shape
         shape = rows, 2 * pairs
     shape = shape or checkpoint.tensors[members["weight"]].shape

@@ -141,7 +141,7 @@ class DecodedCheckpoint(DerivedCheckpoint):
         for slot, tensor in names.items():
             linear = self.linears.get(tensor)
             if isinstance(linear, ServedLinear) and linear.inputs is not None:
-                static = linear.members.get("input_scale")
+                static = linear.members.get("input_scale") or linear.members.get("input_global_scale")
                 scale = None if linear.inputs.dynamic or static is None else self.original.read(static).reshape(1)
                 inputs[slot.removesuffix(".weight")] = (linear.inputs, scale)
         round_inputs(model, inputs)

@@ -13,7 +13,7 @@ import torch
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.scheme import ActivationScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.activations import fake_quantize
+from outlierq.ops.activations import fake_quantize, unit_that_holds
 from outlierq.ops.precision import matmul_operands
 
 # Shares of the largest |x|: half powers of two down to 2^-8, then eighths of a power around the best one.
@@ -51,11 +51,15 @@ def static_scale(
 
     weight: all linears that read the input, stacked, as they were quantized. Without `search` the scale just holds the
     largest input seen; with it, no candidate has a smaller output error, so it is never worse than that one on the kept
-    rows. StatsError when the statistics hold no rows; NumbersError when they or the scale are not finite.
+    rows. StatsError when the statistics hold no rows; NumbersError when they or the scale are not finite. Of two-level
+    scales it is the float32 unit under which the largest input seen has the largest E4M3 scale; that is not searched,
+    since values of other blocks do not depend on it.
     """
     largest = stats.need("abs_max").max()
     if stats.first_abs_max is not None:  # also where first tokens are left out of all other statistics
         largest = largest.maximum(stats.need("first_abs_max").max())
+    if scheme.scales == "two-level":
+        return _stored(unit_that_holds(largest, scheme), torch.float32)
     full = torch.where(largest > 0, largest / scheme.code_max, torch.ones_like(largest)).reshape(1)
     if not search or not largest:
         return _stored(full, scale_dtype)

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 CHECK = "scales"
 # Scales are positive by definition; what is stored beside codes under these names is one.
-SCALES = ("weight_scale", "scales", "SCB", "weight_global_scale", "input_scale", "k_scale", "v_scale")
+SCALES = (
+    "weight_scale",
+    "scales",
+    "SCB",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+    "k_scale",
+    "v_scale",
+)
 MAY_BE_TURNED = ("weight_scale", "scales")
 FEWEST_TURNED = 0.02
 # A scale this many times the next smaller one and the median of its linear: no group of weights has ever been.
@@ -26,6 +35,7 @@ LONELY, FAR_FROM_MEDIAN = 32.0, 64.0
 # Inputs and caches hold activations: 1e-6 to 1e5 as far as anything is known, over 127 or 448.
 RANGES = {
     "input_scale": (1e-9, 1e3),
+    "input_global_scale": (1e-3, 1e10),  # 6 x 448 over the largest input
     "k_scale": (1e-9, 1e3),
     "v_scale": (1e-9, 1e3),
     "weight_global_scale": (0.0, 1e12),  # one of 0 divides: decoding says so
@@ -171,10 +181,10 @@ def check_zero_points(name: str, quantized: QuantTensor, config: Mapping[str, An
 
 def check_members(checkpoint: Checkpoint, config: Mapping[str, Any], findings: Findings) -> None:
     """Tensors that the config does not account for: scales of inputs or of a cache that it says nothing of."""
-    static = [name for name in checkpoint.tensors if name.endswith(".input_scale")]
+    static = [name for name in checkpoint.tensors if name.endswith((".input_scale", ".input_global_scale"))]
     groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
     inputs = [group.get("input_activations") or {} for group in groups]
-    if static and groups and not any(part and part.get("dynamic") is False for part in inputs):
+    if static and groups and not any(part and part.get("dynamic") in (False, "local") for part in inputs):
         what = "is the scale of an input, but config.json says of no linear that its input has one"
         findings.fault("config", static[0], what)
     caches = [name for name in checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import SourceError
+from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.codes.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
 from outlierq.load.packed.reading import reads_rows
@@ -18,19 +19,52 @@ if TYPE_CHECKING:
 
 
 @reads_rows("compressed-tensors", "weight", "weight_scale")
-def byte_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
-    """Output rows [start, stop), float32 [stop - start, in]. start: a multiple of a block's height.
+def byte_rows(
+    stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int
+) -> QuantTensor | torch.Tensor:
+    """Output rows [start, stop), float32 [stop - start, in]; codes of MXFP8. start: a multiple of a block's height.
 
     stored: weight [out, in] and weight_scale. SourceError when they do not fit.
     """
     import torch
 
+    if scheme.scales == "power-of-two":
+        return mxfp8_rows(stored, scheme, shape, start, stop)
     codes, scale = stored["weight"][start:stop], stored["weight_scale"]
     if scheme.kind == "int":
         return torch.from_numpy(decode_int_quantized(codes, scale[start:stop]))
     if scheme.block is None:
         return torch.from_numpy(decode_float_quantized(codes, scale[start:stop]))
     return torch.from_numpy(decode_float_quantized(codes, scale, block=scheme.block, first_row=start))
+
+
+def mxfp8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
+    """Rows [start, stop): codes and exponents as stored. SourceError when they do not fit, or an exponent is NaN.
+
+    stored: weight [out, in] E4M3, weight_scale [out, groups] uint8.
+    """
+    codes, scale = stored["weight"][start:stop], stored["weight_scale"][start:stop]
+    groups = (stop - start, scheme.groups(shape[1]))
+    if tuple(codes.shape) != (stop - start, shape[1]) or tuple(scale.shape) != groups:
+        raise SourceError(f"codes {list(codes.shape)} and scales {list(scale.shape)} are not those of {scheme}")
+    decode_mxfp8(codes[:1], scale[:1])
+    return QuantTensor(codes, scale, None, scheme)
+
+
+def decode_mxfp8(weight: Numbers, weight_scale: Numbers) -> np.ndarray:
+    """Float32 [out, in] of `mxfp8-quantized`: E4M3 value * 2^(byte - 127). weight_scale: [out, groups] bytes.
+
+    SourceError when they do not fit, a value is NaN or an exponent 255, which stands for NaN.
+    """
+    import numpy as np
+
+    exponents = as_bytes_array(weight_scale)
+    if (exponents == 255).any():
+        raise SourceError(f"{int((exponents == 255).sum())} scales are NaN (255)")
+    values = e4m3_values()[as_bytes_array(weight)]
+    if not np.isfinite(values).all():
+        raise SourceError("mxfp8-quantized weights hold a NaN")
+    return _scaled(values, np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
 
 
 def decode_int_quantized(weight: Numbers, weight_scale: Numbers) -> np.ndarray:

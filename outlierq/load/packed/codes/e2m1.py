@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
     """Rows [start, stop): codes (E2M1 numbers as E4M3 ones), scales as stored. SourceError when they do not fit.
 
-    stored: weight_packed uint8 [out, in / 2], weight_scale [out, groups], weight_global_scale [1]. shape: (out, in).
+    stored: weight_packed uint8 [out, in / 2], weight_scale [out, groups], weight_global_scale and
+    input_global_scale [1] where there are any. shape: (out, in).
     """
     import numpy as np
     import torch
@@ -42,7 +43,8 @@ def e2m1_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
     halves, byte_of = np.arange(256), e4m3_of_e2m1()
     pairs = np.stack([byte_of[halves & 15], byte_of[halves >> 4]], -1).view("<u2")[:, 0]  # two codes at a time
     codes = pairs[packed].view(np.uint8).reshape(stop - start, -1)
-    return QuantTensor(torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme, super_scale=whole)
+    parts = torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme
+    return QuantTensor(*parts, input_scale=stored.get("input_global_scale"), super_scale=whole)
 
 
 def decode_e2m1(

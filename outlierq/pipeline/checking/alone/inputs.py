@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from outlierq.core.scheme import FP4_MAX, FP8_MAX
 from outlierq.pipeline.checking.finding import Findings
 from outlierq.pipeline.checking.plain import is_norm, offset_of
 
@@ -24,6 +26,8 @@ CHECK = "scales"
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 BEHIND_A_NORM = frozenset(name for names in TOGETHER for name in names) | {"qkv_proj", "gate_up_proj", "c_attn", "c_fc"}
 CODES = {"k_scale": ("k_proj", 2.0**0.5), "v_scale": ("v_proj", 1.0)}  # rotation may join two channels of a key
+# A scale of inputs; and by what their E4M3 scales are divided, 6 x 448 over the largest input.
+UNITS = ("input_scale", "input_global_scale")
 # The largest numbers of 8 bits are 127 and 448; the smaller bound holds for both.
 LEAST_LARGEST = 127.0
 SLACK = 1.05
@@ -37,13 +41,14 @@ def check_inputs(
     gains = _gains(plain, skeleton, names)
     for name in stored.tensors:
         module, _, role = name.rpartition(".")
-        if role == "input_scale" and module.rpartition(".")[2] in BEHIND_A_NORM:
+        if role in UNITS and module.rpartition(".")[2] in BEHIND_A_NORM:
             bound = _of_input(plain, module, gains)
         elif role in CODES:
             bound = _of_cache(plain, module, role, gains)
         else:
             continue
-        largest = float(stored.read(name).float().abs().max()) * LEAST_LARGEST
+        value = float(stored.read(name).float().abs().max())
+        largest = FP4_MAX * FP8_MAX / value if role == UNITS[1] else value * LEAST_LARGEST
         if bound is not None and largest > SLACK * bound:
             what = f"stands for values up to {largest:.3g}; norm and weights before it let through {bound:.3g} at most"
             findings.fault(CHECK, name, what)
@@ -63,14 +68,13 @@ def _check_together(stored: Checkpoint, findings: Findings) -> None:
 def _read_together(stored: Checkpoint) -> Iterator[tuple[list[str], list[float]]]:
     """Names and values of the scales of each input that several linears read."""
     parents = dict.fromkeys(
-        n.rpartition(".")[0].rpartition(".")[0] for n in stored.tensors if n.endswith(".input_scale")
+        n.rpartition(".")[0].rpartition(".")[0] for n in stored.tensors if n.rpartition(".")[2] in UNITS
     )
-    for parent in parents:
-        for linears in TOGETHER:
-            names = [f"{parent}.{each}.input_scale" for each in linears]
-            names = [name for name in names if name in stored.tensors and stored.tensors[name].shape in ((), (1,))]
-            if len(names) > 1:
-                yield names, [float(stored.read(name).float()) for name in names]
+    for parent, linears, unit in product(parents, TOGETHER, UNITS):
+        names = [f"{parent}.{each}.{unit}" for each in linears]
+        names = [name for name in names if name in stored.tensors and stored.tensors[name].shape in ((), (1,))]
+        if len(names) > 1:
+            yield names, [float(stored.read(name).float()) for name in names]
 
 
 def _gains(plain: Checkpoint, skeleton: Any, names: Mapping[str, str]) -> dict[str, list[torch.Tensor]]:

@@ -43,6 +43,8 @@ def _of_inputs(recipe: Mapping[str, Any] | None, config: Mapping[str, Any]) -> I
             yield f"the recipe quantizes {'inputs' if recipe else 'no inputs'}, but config.json says otherwise"
         elif said and recipe:
             pairs = {"num_bits": "bits", "type": "kind", "dynamic": "dynamic", "strategy": "per"}
+            if said.get("strategy") == "tensor_group":  # a unit from calibration, and scales of groups at run time
+                said = {**said, "strategy": "group", "dynamic": False}
             for key, own in pairs.items():
                 if key in said and said[key] != recipe.get(own):
                     yield f"config.json says of inputs {key} {said[key]}, the recipe {recipe.get(own)}"

@@ -1,0 +1,154 @@
+"""Inputs in blocks with scales of their own, NVFP4, MXFP4 and MXFP8, against the package, from recipe to file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from outlierq.core.errors import RecipeError
+from outlierq.core.scheme import FP4_MAX, FP8_MAX, ActivationScheme
+from outlierq.load import load_model, open_checkpoint, unpacked
+from outlierq.ops.activations import fake_quantize, mx_scale
+from outlierq.pipeline.convert import convert, make_conversion
+from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.quantize import quantize
+from outlierq.pipeline.verify import verify
+from outlierq.recipe import load
+
+SCHEMES = {
+    "NVFP4": ActivationScheme("float", 4, False, "group", 16, "two-level"),
+    "MXFP4": ActivationScheme("float", 4, True, "group", 32, "power-of-two"),
+    "MXFP8": ActivationScheme("float", 8, True, "group", 32, "power-of-two"),
+}
+RECIPES = ("nvfp4-w4a4", "mxfp4-w4a4", "mxfp4-w4a8", "mxfp8", "w4afp8")
+SMALL = ["calibration.samples=4", "calibration.sequence_length=32"]
+
+
+def blocks() -> dict[str, torch.Tensor]:
+    """Values [256, 128] of every kind that rounding could get wrong."""
+    make = torch.Generator().manual_seed(0)
+    normal = torch.randn(256, 128, generator=make)
+    return {
+        "normal": normal,
+        "heavy tails": normal / torch.rand(256, 128, generator=make).clamp(min=1e-3),
+        "zeros": torch.zeros(256, 128),
+        "blocks of zeros": normal * (torch.arange(128) < 64),
+        "ties": torch.randint(-24, 25, (256, 128), generator=make) / 4,
+        "tiny": normal * 1e-30,
+        "huge": normal * 1e30,
+        "powers": torch.exp2(torch.randint(-20, 20, (256, 128), generator=make).float()) * 1.75,
+        "an outlier": normal.index_fill(1, torch.tensor([5]), 3e4),
+    }
+
+
+@pytest.mark.parametrize("kind", blocks())
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rounding_is_that_of_the_package_bit_for_bit(name, kind):
+    from compressed_tensors.quantization import quant_scheme
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize as theirs
+    from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp, generate_gparam
+
+    x, said = blocks()[kind], getattr(quant_scheme, name)["input_activations"]
+    unit = generate_gparam(x.min(), x.max()) if name == "NVFP4" else None
+    scale, zero = compute_dynamic_scales_and_zp(x, said, torch.nn.Linear(1, 1), global_scale=unit)
+    assert torch.equal(fake_quantize(x, SCHEMES[name], unit), theirs(x, scale, zero, said, global_scale=unit))
+
+
+def test_the_power_of_a_block_rises_where_its_largest_value_would_not_fit():
+    largest = torch.tensor([4.0, 6.0, 6.99, 7.0, 8.0, 447.0, 448.0, 0.0])
+    assert mx_scale(largest, 4).tolist() == [1, 1, 1, 2, 2, 64, 128, 1]
+    assert mx_scale(largest, 8)[5:7].tolist() == [1, 2]
+    assert mx_scale(torch.tensor([float("inf"), float("nan")]), 4).isnan().all()
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama, tmp_path_factory) -> Callable[[str], Path]:
+    """A checkpoint by recipe. Read-only."""
+    known: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in known:
+            known[name] = tmp_path_factory.mktemp(name) / "out"
+            recipe = load(name, SMALL if load(name).calibration else [])
+            quantize(make_plan(open_checkpoint(str(tiny_llama)), recipe), known[name])
+        return known[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_written_verified_and_declared_as_the_package_declares_it(name, made, tiny_llama):
+    from compressed_tensors.quantization import QuantizationScheme, quant_scheme
+
+    found = verify(str(made(name)), str(tiny_llama))
+    assert found.sound and found.linears == 14
+    config = json.loads((made(name) / "config.json").read_text())["quantization_config"]
+    group = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    presets = {"nvfp4-w4a4": "NVFP4", "mxfp4-w4a4": "MXFP4", "mxfp8": "MXFP8", "w4afp8": "W4AFP8"}
+    preset = getattr(quant_scheme, presets.get(name, "MXFP4"))
+    inputs = quant_scheme.MXFP8["input_activations"] if name == "mxfp4-w4a8" else preset["input_activations"]
+    for ours, theirs in ((group.weights, preset["weights"]), (group.input_activations, inputs)):
+        for key in ("num_bits", "type", "symmetric", "strategy", "dynamic", "scale_dtype"):
+            assert getattr(ours, key) == getattr(theirs, key), key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_transformers_loads_the_weights_that_we_decode_and_rounds_inputs(name, made):
+    from transformers import AutoModelForCausalLM
+
+    # The package decodes blocks to 16 bits, whatever is asked; scales of tokens it computes in the dtype of the inputs.
+    dtype = torch.float32 if name == "w4afp8" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(made(name), dtype=dtype)
+    stored = open_checkpoint(str(made(name)))
+    plain, ids = unpacked(stored), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs = model(ids).logits
+        ours = load_model(stored, dtype=str(dtype).removeprefix("torch."))(ids).logits
+    for weight in plain.linears:
+        assert torch.equal(model.get_submodule(weight.removesuffix(".weight")).weight, plain.read(weight).to(dtype))
+    if name == "nvfp4-w4a4":  # the package computes its E4M3 scales in 16 bits, vLLM's kernels, as we do, in 32
+        assert torch.nn.functional.cosine_similarity(theirs.float(), ours.float(), -1).min() > 0.95
+    else:
+        assert torch.equal(theirs, ours)
+
+
+def test_linears_of_one_input_share_the_unit_that_holds_what_calibration_saw(made):
+    stored = open_checkpoint(str(made("nvfp4-w4a4")))
+    for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        units = [stored.read(f"model.layers.1.{part}.input_global_scale") for part in parts]
+        assert all(unit.dtype == torch.float32 and unit.shape == (1,) for unit in units)
+        assert len({unit.item() for unit in units}) == 1
+        assert 1e-3 < FP4_MAX * FP8_MAX / units[0].item() < 1e3
+
+
+def test_codes_and_units_survive_a_conversion(made, tmp_path):
+    out = tmp_path / "out"
+    convert(make_conversion(open_checkpoint(str(made("nvfp4-w4a4"))), "compressed-tensors"), out)
+    one, other = open_checkpoint(str(made("nvfp4-w4a4"))), open_checkpoint(str(out))
+    assert set(one.tensors) == set(other.tensors)
+    assert all(
+        torch.equal(one.read(name).view(torch.uint8), other.read(name).view(torch.uint8)) for name in one.tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "said"),
+    [
+        ("nvfp4-w4a4", ["quantize.activations.dynamic=true"], "their unit is fixed from calibration"),
+        ("nvfp4-w4a4", ["quantize.activations.bits=8"], "no client multiplies 4-bit weights with 8-bit inputs"),
+        ("nvfp4-w4a4", ["quantize.activations.per=token"], "belong to `kind: float` and `per: group`"),
+        ("mxfp4-w4a4", ["quantize.activations.scales=two-level"], "need float weights with such scales"),
+        ("mxfp4-w4a4", ["quantize.activations.dynamic=false"], "powers of two are computed at run time"),
+        ("mxfp8", ["quantize.activations.bits=4"], "no client multiplies 8-bit weights with 4-bit inputs"),
+        ("mxfp8", ["quantize.group_size=64"], "MXFP8 has groups of 32 columns"),
+        ("w4afp8", ["quantize.symmetric=false"], "quantized inputs need symmetric weights"),
+        ("rtn-w8", ["quantize.activations={kind: float}"], "must be that of the weights, int"),
+    ],
+)
+def test_what_no_client_multiplies_is_refused_before_work(recipe, settings, said):
+    with pytest.raises(RecipeError, match=said):
+        load(recipe, settings)
