@@ -54,6 +54,7 @@ def plan(
     settings: Settings = None,
     format: str | None = None,
     max_memory: str | int | None = None,
+    like: Place | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     trust_methods: bool = False,
@@ -62,7 +63,8 @@ def plan(
     """What a recipe would do to a model: what each tensor becomes and why, the exact size; reads headers only.
 
     settings: keys of the recipe to override. format: what to write, instead of the recipe's `export.format`; alone,
-    with a compressed model: whether that can be converted without loss, for which every weight is read.
+    with a compressed model: whether that can be converted without loss, for which every weight is read. like: a GGUF
+    file in whose frame the result is written (see `quantize`).
     `plan.expected` holds memory and time; with `max_memory` `plan.savings` says what is done to stay below it.
 
     >>> plan = outlierq.plan(model, "gptq-w4", settings={"quantize.group_size": 32})
@@ -77,7 +79,8 @@ def plan(
 
     asked = request(recipe, settings, format=format, trust_methods=trust_methods)
     with listening(progress) as listen:
-        return plan(Source(model, revision, trust_remote_code), asked, max_memory=max_memory, listen=listen)
+        source = Source(model, revision, trust_remote_code, like=_path(like))
+        return plan(source, asked, max_memory=max_memory, listen=listen)
 
 
 def quantize(
@@ -87,6 +90,7 @@ def quantize(
     out: Place,
     settings: Settings = None,
     format: str | None = None,
+    like: Place | None = None,
     stats: Place | None = None,
     limits: Limits | None = None,
     data_dir: Place | None = None,
@@ -106,7 +110,9 @@ def quantize(
 
     An interrupted run continues where it stopped when it is called in the same way again; `restart` throws it away.
     settings: keys of the recipe to override. format: what to write, instead of the recipe's `export.format`; alone,
-    with a compressed model: convert it without loss. stats: what `calibrate` wrote; then no forward pass runs.
+    with a compressed model: convert it without loss. like: a GGUF file of this very model, from llama.cpp's converter:
+    the result gets its metadata, tokenizer and names, and values of every tensor are compared first. stats: what
+    `calibrate` wrote; then no forward pass runs.
     limits: of quality, instead of the recipe's `gate`; the result is measured beside the model then, and
     `report.evaluation.passed` says whether it kept them. data_dir: the data of the gate's tasks. junit: a file for
     what the gate says.
@@ -129,7 +135,7 @@ def quantize(
         raise ArgumentError("there is no gate; give a limit such as --max-kl", argument="junit")
     refuse_unwritable(_path(junit))
     run = Run(_path(stats), _path(data_dir), restart, planned or (lambda plan: None), command)
-    source = Source(model, revision, trust_remote_code, stream_from_hub)
+    source = Source(model, revision, trust_remote_code, stream_from_hub, _path(like))
     with listening(progress) as listen:
         report = compress(source, asked, out, run, Resources.of(device, max_memory, listen))
     if report.evaluation is not None and junit is not None:

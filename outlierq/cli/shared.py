@@ -28,6 +28,10 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in shipped() if name.startswith(incomplete)]
 
 
+Like = Annotated[
+    Path | None,
+    typer.Option(help="A GGUF file that llama.cpp's converter made of MODEL: the result is written into its frame."),
+]
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name), or a GGUF file.")]
 RecipeName = Annotated[
     str,

@@ -82,6 +82,8 @@ class Frame:
 
     keys: each key with its value, as bytes of the file, without those of a split. version: of the format. alignment:
     of tensors, in bytes. tensors: in file order. own_names: the tensors of the checkpoint have the names of the file.
+    architecture: llama.cpp's. extras: bytes of the tensors that no model has, factors of the rotary embedding. rotated,
+    gains_less_one: what was done to the model's tensors (`export.gguf.architectures.Architecture`).
     """
 
     source: str
@@ -90,6 +92,10 @@ class Frame:
     alignment: int
     tensors: tuple[FrameTensor, ...]
     own_names: bool
+    architecture: str = ""
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    rotated: bool = False
+    gains_less_one: bool = False
 
     @cached_property
     def by_name(self) -> Mapping[str, FrameTensor]:

@@ -14,6 +14,7 @@ EXAMPLES = (
     "  outlierq quantize ./SmolLM2-135M --recipe awq-gptq-w4 -o ./SmolLM2-135M-W4\n\n"
     "  outlierq quantize meta-llama/Llama-3.1-8B -r gptq-w4 --set quantize.group_size=64 -o out\n\n"
     "  outlierq quantize model.gguf -r my-recipe.yaml --stats ./stats -o out\n\n"
+    "  outlierq quantize ./model -r gguf-q4_k --like model-f16.gguf -o model-Q4_K.gguf\n\n"
     "  outlierq quantize ./SmolLM2-135M -o out --max-kl 0.05 --max-perplexity-increase 3% --junit gate.xml"
 )
 
@@ -24,6 +25,7 @@ def command(
     recipe: shared.OptionalRecipe = None,
     settings: shared.Settings = None,
     format: shared.Format = None,
+    like: shared.Like = None,
     stats: Annotated[
         Path | None, typer.Option(help="Reuse the statistics that `outlierq calibrate` wrote; no forward pass runs.")
     ] = None,
@@ -57,6 +59,7 @@ def command(
             out=out,
             settings=settings,
             format=format,
+            like=like,
             stats=stats,
             limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
             data_dir=data_dir,

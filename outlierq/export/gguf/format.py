@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from outlierq.core.errors import SourceError
 from outlierq.core.gguf.mixes import Shape, type_in_mix
 from outlierq.core.gguf.types import block_types
 from outlierq.core.machine.installed import needs_extra
@@ -81,7 +82,7 @@ class GgufFormat(Format, name="gguf"):
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
         """The format for the model of a checkpoint, in the frame that it has. SourceError for one that has no row."""
-        if checkpoint.frame is None or not checkpoint.frame.own_names:
+        if checkpoint.frame is None:
             known_architecture(checkpoint.config, checkpoint.source)
         return cls(checkpoint.config, checkpoint.frame)
 
@@ -152,7 +153,7 @@ class GgufFormat(Format, name="gguf"):
         name, shape = self._name(info.name), _without_middle(info.shape)
         if self.number_in_stack(info.name) is not None and len(shape) == 1:  # a bias, one row for each expert
             return name, "F32", (1, *shape)
-        return name, "F32" if len(shape) == 1 or WIDE.search(name) else info.dtype, shape
+        return name, "F32" if len(shape) == 1 or self._is_wide(name) else info.dtype, shape
 
     def plain(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """The tensor of `plain_spec`, in the same shape; rows in the order of the file."""
@@ -165,7 +166,7 @@ class GgufFormat(Format, name="gguf"):
             tensor = tensor.float() + 1
         is_bias = self.number_in_stack(name) is not None and tensor.ndim == 1
         name = self._name(name)
-        tensor = tensor.float() if tensor.ndim == 1 or WIDE.search(name) else tensor
+        tensor = tensor.float() if tensor.ndim == 1 or self._is_wide(name) else tensor
         return name, tensor[None] if is_bias else tensor
 
     def plain_specs(self, info: TensorInfo) -> list[TensorSpec]:
@@ -207,6 +208,11 @@ class GgufFormat(Format, name="gguf"):
         beyond = number is not None and int(number[1]) >= int(text_of(self.config).get("num_hidden_layers") or 1 << 30)
         return beyond or name.startswith("mtp.") or tower_of(name) is not None
 
+    def _is_wide(self, name: str) -> bool:
+        """Whether a tensor is float32 in the file whatever it was: as llama.cpp reads it, or as the template has it."""
+        known = None if self.frame is None else self.frame.by_name.get(name)
+        return bool(WIDE.search(name)) if known is None else known.type == "F32"
+
     def number_in_stack(self, name: str) -> int | None:
         """The number of the expert, whose rows lie in the tensor of all experts of its block."""
         return None if self._in_own_names else expert_of(name)
@@ -236,8 +242,12 @@ class GgufFormat(Format, name="gguf"):
 
     @property
     def _architecture(self) -> Architecture:
-        """The row of the model's architecture; that of Llama where none is known, which the header refuses."""
-        return architecture_of(self.config) or architectures()["llama"]
+        """The row of the model's architecture, with what a frame says of it; that of Llama where none is known."""
+        row = architecture_of(self.config) or architectures()["llama"]
+        if self.frame is None or self._in_own_names:
+            return row
+        said = self.frame
+        return replace(row, name=said.architecture, rotated=said.rotated, gains_less_one=said.gains_less_one)
 
     def _heads(self, name: str) -> int | None:
         """Number of heads whose rows the file has in rotary order, None where rows are in the model's order."""
@@ -254,7 +264,7 @@ class GgufFormat(Format, name="gguf"):
         import numpy as np
 
         types = {self._name(site.weight): held_as(scheme).name for site, scheme in schemes.items()}
-        if self.frame is not None and self._in_own_names:
+        if self.frame is not None:
             return _framed_layout(self.frame, tensors, types)
         factors = {name: np.array(values, "<f4") for name, values in self._factors.items()}
         own = [OutputTensor(name, "F32", values.shape, HEADER) for name, values in factors.items()]
@@ -299,22 +309,42 @@ class GgufFormat(Format, name="gguf"):
 
 
 def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping[str, str]) -> Layout:
-    """The layout in a frame: tensors in its order. types: ggml's of those that are quantized, by name."""
+    """The layout in a frame: tensors in its order. types: ggml's of those that are quantized, by name.
+
+    What no model has comes first: it is written with the header. SourceError where frame and model do not fit.
+    """
     from gguf import GGMLQuantizationType
 
     outputs = {tensor.name: tensor for tensor in tensors}
-    entries = []
+    _check_frame(frame, outputs)
+    own, entries = [tensor for tensor in frame.tensors if tensor.name in frame.extras], []
     for tensor in frame.tensors:
-        kind = types.get(tensor.name, tensor.type)
-        number = int(GGMLQuantizationType[kind]) if tensor.name in types else tensor.number
-        entries.append((replace(tensor, type=kind, number=number), outputs[tensor.name].nbytes))
-    most = file_type((tensor.type, nbytes) for tensor, nbytes in entries if tensor.name in types) if types else None
-    header = framed_header(frame, entries, most)
-    offset, places = len(header), {}
+        if tensor.name in outputs:
+            kind = types.get(tensor.name) or (tensor.type if frame.own_names else outputs[tensor.name].dtype)
+            number = tensor.number if kind == tensor.type else int(GGMLQuantizationType[kind])
+            entries.append((replace(tensor, type=kind, number=number), outputs[tensor.name].nbytes))
+    rounded = [(tensor.type, nbytes) for tensor, nbytes in entries if not types or tensor.name in types]
+    most = None if frame.own_names and not types else file_type(rounded)
+    header = framed_header(frame, [*((tensor, len(frame.extras[tensor.name])) for tensor in own), *entries], most)
+    places = {}
+    for tensor in own:
+        raw, output = frame.extras[tensor.name], OutputTensor(tensor.name, tensor.type, tensor.shape, HEADER)
+        places[tensor.name] = Place(output, FILE_NAME, len(header))
+        header += raw + b"\0" * (-len(raw) % frame.alignment)
+    offset = len(header)
     for tensor, nbytes in entries:
         places[tensor.name] = Place(outputs[tensor.name], FILE_NAME, offset)
         offset += nbytes + -nbytes % frame.alignment
     return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset})
+
+
+def _check_frame(frame: Frame, outputs: Mapping[str, OutputTensor]) -> None:
+    """SourceError for a tensor that only one of both has."""
+    without = [name for name in outputs if name not in frame.by_name]
+    beyond = [name for name in frame.by_name if name not in outputs and name not in frame.extras]
+    if without or beyond:
+        said = f"has no tensor {without[0]}" if without else f"has the tensor {beyond[0]}, which the model has not"
+        raise SourceError(f"{frame.source} {said}", hint="name a template that was made of this very model")
 
 
 def _without_middle(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.load.gguf.file import GgufHeader, check_decodable, dequantized, head_bytes
-from outlierq.load.gguf.frame import frame_of
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.split import read_gguf
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
@@ -59,7 +58,6 @@ class GgufCheckpoint(Checkpoint):
         # Until the names are known, which takes the skeleton, the tensors are those of the file.
         self.tensors = {t.name: TensorInfo(t.name, t.type, t.shape, t.nbytes) for t in self._header.tensors.values()}
         self._parts, self.tensors = self._named_tensors()
-        self.frame = frame_of(self._header, own_names=False)
 
     @cached_property
     def files(self) -> tuple[CarriedFile, ...]:

@@ -7,7 +7,7 @@ and tensors are read with plain reads, so that no mapped page stays resident. Pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -231,6 +231,17 @@ def dequantized_rows(tensor: GgufTensor, count: int, digests: dict[str, str] | N
     for raw in raw_rows(tensor, count, digests):
         plain = dequantize(raw.numpy().view(_plain_dtype(tensor.type)), GGMLQuantizationType[tensor.type])
         yield torch.from_numpy(np.ascontiguousarray(plain))
+
+
+def some_rows(tensor: GgufTensor, first: int, count: int) -> torch.Tensor | None:
+    """Float32 rows [count, in] from `first` on, of all matrices below each other; None of a type that is not read."""
+    import torch
+
+    if tensor.type not in SUPPORTED:
+        return None
+    start, nbytes = tensor.start + first * tensor.row_bytes, count * tensor.row_bytes
+    part = replace(tensor, shape=(count, tensor.shape[-1]), start=start, nbytes=nbytes)
+    return dequantized(part, torch.float32)
 
 
 def raw_rows(tensor: GgufTensor, count: int, digests: dict[str, str] | None = None) -> Iterator[torch.Tensor]:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 PLAIN = ("F32", "F16", "BF16")
 BLOCK = re.compile(r"(?P<list>blk|enc\.blk|dec\.blk)\.(?P<number>\d+)\.")
-HEAD, EMBEDDING = "output", "token_embd"
+HEAD, EMBEDDING, FACTORS = "output", "token_embd", "rope_f"
 # Matrices that llama.cpp keeps: routers, gains, kernels of convolutions, small tables and those that are looked up.
 KEPT = re.compile(
     r"_norm\.|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|position_embd|token_types|conv1d|convnext"
@@ -187,7 +187,10 @@ def frame_of(header: GgufHeader, *, own_names: bool) -> Frame:
                 file.seek(start)
                 keys[name] = file.read(end - start)
     tensors = tuple(FrameTensor(t.name, t.shape, t.type, t.number) for t in header.tensors.values())
-    return Frame(header.path.name, keys, header.version, header.alignment, tensors, own_names)
+    factors = [] if own_names else [t for t in header.tensors.values() if t.name.startswith(FACTORS)]
+    extras = {tensor.name: b"".join(raw.numpy().tobytes() for raw in raw_rows(tensor, 1)) for tensor in factors}
+    architecture = _config(header)["model_type"]
+    return Frame(header.path.name, keys, header.version, header.alignment, tensors, own_names, architecture, extras)
 
 
 def _studied(checkpoint: FramedCheckpoint) -> StudiedModel:

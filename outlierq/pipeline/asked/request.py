@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from outlierq.core.errors import ArgumentError, OutlierqError
 from outlierq.core.limits import Limits
@@ -17,6 +17,7 @@ from outlierq.pipeline.processes.ranks import refuse_several
 from outlierq.recipe import USUAL_RECIPE, Calibration, Recipe, RecipeLike, Settings, as_texts, given, parse
 from outlierq.registry import formats
 
+Opened = TypeVar("Opened", bound=Checkpoint)
 SourceLike = str | os.PathLike[str] | Checkpoint
 
 
@@ -24,13 +25,15 @@ SourceLike = str | os.PathLike[str] | Checkpoint
 class Source:
     """A checkpoint as a user names it: a folder, a Hub id, a GGUF file, or one that is open already.
 
-    stream_from_hub: the weight files of a Hub id come when they are needed and go again.
+    stream_from_hub: the weight files of a Hub id come when they are needed and go again. like: a GGUF file in whose
+    frame the result is written.
     """
 
     place: SourceLike
     revision: str | None = None
     trust_remote_code: bool = False
     stream_from_hub: bool = False
+    like: Path | None = None
 
     @property
     def name(self) -> str:
@@ -53,10 +56,21 @@ class Source:
             from huggingface_hub import is_offline_mode
 
             if not is_offline_mode():
-                return stream_checkpoint(
-                    self.name, None, revision=self.revision, trust_remote_code=self.trust_remote_code
+                return self._framed(
+                    stream_checkpoint(
+                        self.name, None, revision=self.revision, trust_remote_code=self.trust_remote_code
+                    ),
+                    prove=False,
                 )
-        return self.open()
+        return self._framed(self.open(), prove=False)
+
+    def _framed(self, checkpoint: Opened, *, prove: bool) -> Opened:
+        """The checkpoint with the frame that its result is written into."""
+        if self.like is not None:
+            from outlierq.pipeline.asked.like import framed_like
+
+            checkpoint.frame = framed_like(checkpoint, self.like, prove=prove)
+        return checkpoint
 
     def in_its_frame(self, request: Request) -> Source:
         """The same, or a GGUF file under its own names where it becomes another one by a recipe that runs no model: so
@@ -65,7 +79,7 @@ class Source:
         if isinstance(recipe, FormatAlone) or path is None or not is_gguf(path) or recipe.export.format != "gguf":
             return self
         if recipe.needs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
-            return self
+            return self if self.like else replace(self, like=path)
         from outlierq.load import FramedCheckpoint
 
         return replace(self, place=FramedCheckpoint(path, source=self.name))
@@ -74,8 +88,10 @@ class Source:
     def opened_for(self, out: Path, *, restart: bool = False) -> Iterator[Checkpoint]:
         """The checkpoint for work whose result goes to `out`; what is streamed lies beside it, and stays for a run that
         goes on."""
+        if self.like is not None and self.stream_from_hub:
+            raise ArgumentError("a template is compared with all weights, which are not there yet", argument="like")
         if not self.stream_from_hub:
-            yield self.open()
+            yield self._framed(self.open(), prove=True)
             return
         from outlierq.load import stream_checkpoint
 
