@@ -13,9 +13,10 @@ from outlierq.core.notes import collecting
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme, gguf_scheme
 from outlierq.core.stats import InputStats
+from outlierq.ops import precision
 from outlierq.ops.compiled import solving as native
 from outlierq.ops.errors import told_errors
-from outlierq.ops.search import columns
+from outlierq.ops.search import columns, refine, sweep
 from outlierq.ops.search.sweep import PANEL_ROWS
 from outlierq.registry import method
 
@@ -88,6 +89,41 @@ def test_any_number_of_threads_gives_the_same_bits(scheme, stats):
             assert same(solved(w, stats, scheme), alone)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(3, None, symmetric=False)], ids=str)
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_products_far_from_a_block_change_little_however_they_are_cut_and_rounded(scheme, passes, stats, monkeypatch):
+    w, errors = weight(40), []
+    short = precision._has_bfloat16()
+    for wide, bfloat16 in ((COLUMNS, False), (128, False), (128, short), (256, short)):
+        monkeypatch.setattr(sweep, "WIDE", wide)
+        monkeypatch.setattr(refine, "WIDE", wide)
+        monkeypatch.setattr(precision, "takes_bfloat16", lambda *given, answer=bfloat16: answer)
+        with told_errors() as told:
+            result = solved(w, stats, scheme, refine_passes=passes)
+        found = row_errors(result.dequantize() - w, stats.hessian)
+        errors.append(found.sum().item())
+        assert told.errors.sum().item() == pytest.approx(errors[-1], rel=0.01 if bfloat16 else 1e-3)
+    assert errors == pytest.approx([errors[0]] * 4, rel=0.03)
+
+
+@needs_compiled
+def test_wide_products_are_the_same_with_and_without_compiled_code(stats, monkeypatch):
+    w, scheme = weight(40), QuantScheme(4, 32)
+    for module in (sweep, refine):
+        monkeypatch.setattr(module, "WIDE", 128)
+    monkeypatch.setattr(precision, "takes_bfloat16", lambda *given: precision._has_bfloat16())
+    found = solved(w, stats, scheme)
+    monkeypatch.setattr(columns, "_trusted", lambda: False)
+    assert same(found, solved(w, stats, scheme))
+
+
+def test_narrow_and_foreign_products_stay_in_float32():
+    cpu = torch.device("cpu")
+    assert not precision.takes_bfloat16(precision.LEAST_WIDTH - 1, cpu)
+    assert not precision.takes_bfloat16(1 << 14, torch.device("cuda"))
+    assert precision.takes_bfloat16(precision.LEAST_WIDTH, cpu) == precision._has_bfloat16()
 
 
 @needs_compiled

@@ -29,7 +29,7 @@ def test_the_factor_is_upper_and_its_square_is_the_damped_hessian_in_that_order(
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     found = factored(hessian, 0.01, order)
     assert found.level == 0.01
-    for block in found.blocks():
+    for block in found.blocks(solve.BLOCK):
         assert torch.equal(found.upper[block, block], found.upper[block, block].triu())
     upper, expected = root(hessian, 0.01, order), damped(hessian, 0.01)[order][:, order]
     assert torch.allclose(upper @ upper.T, expected, rtol=1e-5, atol=1e-5 * expected.diagonal().mean().item())

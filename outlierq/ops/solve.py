@@ -51,10 +51,10 @@ class Factor:
         solved[self.order] = torch.linalg.solve_triangular(self.upper.T, half, upper=False)
         return solved
 
-    def blocks(self) -> Iterator[slice]:
-        """The columns, block by block."""
-        width = len(self.upper)
-        return (slice(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK))
+    def blocks(self, size: int, inside: slice | None = None) -> Iterator[slice]:
+        """The columns, or those of a part, in blocks of `size`."""
+        first, last = (0, len(self.upper)) if inside is None else (inside.start, inside.stop)
+        return (slice(start, min(start + size, last)) for start in range(first, last, size))
 
 
 _shared: ContextVar[dict[tuple[int, float, bytes], Factor | NumbersError] | None] = ContextVar("factors", default=None)

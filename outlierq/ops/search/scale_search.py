@@ -14,6 +14,7 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid
+from outlierq.ops.precision import takes_bfloat16
 from outlierq.ops.search.level_fit import fits_levels
 from outlierq.ops.search.type_search import search_types
 
@@ -28,11 +29,18 @@ EACH_END = ((-1, 0), (0, -1), (1, 0), (0, 1))
 
 
 def group_error(change: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
-    """d^T H_gg d for every (row, group). change: [out, groups, columns]; blocks: [groups, columns, columns]."""
+    """d^T H_gg d for every (row, group). change: [out, groups, columns]; blocks: [groups, columns, columns], in float32
+    or bfloat16.
+    """
     if blocks is None:
         return change.square().sum(-1)
     by_group = change.transpose(0, 1)
-    return ((by_group @ blocks) * by_group).sum(-1).T
+    return _times(by_group, blocks).mul_(by_group).sum(-1).T
+
+
+def _times(by_group: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Every group [groups, out, columns] times its block, in float32."""
+    return (by_group.to(blocks.dtype) @ blocks).float()
 
 
 def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | None) -> Grid:
@@ -51,13 +59,18 @@ def improved(w: torch.Tensor, start: Grid, blocks: torch.Tensor | None) -> Grid:
         return search_types(w, grouped, scheme, blocks)
     together = 1 if scheme.block is None else scheme.block[0]
     rows = max(1, PIECE_WEIGHTS // w.shape[1] // together) * together
-    parts = [
-        _search(grouped[first : first + rows], scheme, blocks, rows_of(start, slice(first, first + rows)))
-        for first in range(0, len(w), rows)
-    ]
+    if blocks is not None and takes_bfloat16(w.shape[1], w.device):
+        blocks = blocks.bfloat16()  # candidates are compared: a part in a thousand of an error does not matter
+    pieces = [slice(first, first + rows) for first in range(0, len(w), rows)]
+    parts = [_search(_by_group(grouped[piece]), scheme, blocks, rows_of(start, piece)) for piece in pieces]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
     zero_point = torch.cat(zero_points) if zero_points else None
     return replace(start, scale=torch.cat([part.scale for part in parts]), zero_point=zero_point)
+
+
+def _by_group(grouped: torch.Tensor) -> torch.Tensor:
+    """A copy [out, groups, columns] in which the rows of a group lie together, as their products take them."""
+    return grouped.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _search(grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid) -> Grid:
@@ -136,7 +149,7 @@ def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Gr
     codes = grid.encode(grouped)
     if grid.zero_point is not None:
         codes = codes - grid.zero_point[..., None]
-    weighted = codes if blocks is None else (codes.transpose(0, 1) @ blocks).transpose(0, 1)
+    weighted = codes if blocks is None else _times(codes.transpose(0, 1), blocks).transpose(0, 1)
     power = over_blocks((weighted * codes).sum(-1), grid.scheme, "sum")
     fitted = over_blocks((weighted * grouped).sum(-1), grid.scheme, "sum")
     scale = fitted / torch.where(power > 0, power, torch.ones_like(power))

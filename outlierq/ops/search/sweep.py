@@ -1,8 +1,9 @@
 """The sweep of GPTQ over the columns of some rows, by the factor R (Frantar et al. 2022, arXiv:2210.17323).
 
-All is [in, rows], in the order of the factor. What the columns before a block pull on it is one product, taken when the
-block is reached: sum over i < j of (W - Q)_i R_ij. The order of sums is that of the product of the library in use, over
-the columns before the block; then that of the columns inside it, one after the other.
+All is [in, rows], in the order of the factor. What the columns before a block pull on it, the sum over i < j of
+(W - Q)_i R_ij, is added up when the block is reached: first over all columns before the 512 that it is one of, in one
+product, of bfloat16 operands where the processor has them; then over those among the 512 that come before it, in one
+product; then over those inside it, one after the other. In a product the order is that of the library.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import torch
 
 from outlierq.core.scheme import QuantScheme
+from outlierq.ops.precision import Operand
 from outlierq.ops.search.columns import ColumnGrid, sweep_block
 from outlierq.ops.solve import Factor
 
+# Columns of a block, and of several together, on which all columns before them pull by one product.
+BLOCK, WIDE = 128, 512
 # Rows that are solved at a time by one thread. Half as many take a tenth more time for their products; twice as many
 # take twice the memory, four matrices of [rows, in], and save nothing.
 PANEL_ROWS = 512
@@ -30,20 +34,30 @@ def sweep(values: torch.Tensor, grid: ColumnGrid, factor: Factor) -> tuple[torch
     The codes are in the columns' own order, the others in the factor's.
     """
     codes, errors = torch.empty_like(values), torch.empty_like(values)
-    for block in factor.blocks():
-        torch.mm(factor.upper[: block.start, block].T, values[: block.start], out=errors[block])
-        columns = factor.order[block]
-        corner = factor.upper[block, block]
-        codes[columns] = sweep_block(grid.part(columns), values[block], errors[block], corner)
+    lost = Operand(values, len(values))
+    for wide in factor.blocks(WIDE):
+        errors[wide] = lost.times(factor.upper[: wide.start, wide].T, slice(0, wide.start))
+        for block in factor.blocks(BLOCK, wide):
+            near = slice(wide.start, block.start)
+            errors[block].addmm_(factor.upper[near, block].T, values[near])
+            columns, corner = factor.order[block], factor.upper[block, block]
+            codes[columns] = sweep_block(grid.part(columns), values[block], errors[block], corner)
+        lost.renew(wide)
     return codes, errors
 
 
 def residuals(values: torch.Tensor, errors: torch.Tensor, factor: Factor) -> torch.Tensor:
     """H (W - Q)^T = R errors - damping (W - Q)^T, [in, rows] in the columns' own order."""
-    found = torch.empty_like(errors)
-    for block in factor.blocks():
-        pulled = factor.upper[block, block.start :] @ errors[block.start :]
-        found[factor.order[block]] = pulled.sub_(values[block], alpha=factor.damping)
+    found, right = torch.empty_like(errors), Operand(errors, len(errors))
+    right.renew(slice(0, len(errors)))
+    for wide in factor.blocks(WIDE):
+        far = slice(wide.stop, len(errors))
+        pulled = right.times(factor.upper[wide, far], far)
+        for block in factor.blocks(BLOCK, wide):
+            near = slice(block.start, wide.stop)
+            part = pulled[block.start - wide.start : block.stop - wide.start]
+            part.addmm_(factor.upper[block, near], errors[near]).sub_(values[block], alpha=factor.damping)
+        found[factor.order[wide]] = pulled
     return found
 
 
@@ -54,9 +68,15 @@ def squared_errors(values: torch.Tensor, errors: torch.Tensor, factor: Factor) -
 
 def output_power(values: torch.Tensor, factor: Factor) -> torch.Tensor:
     """[rows] float64: W H W^T of each row of W, `values` [in, rows] in the order of the factor."""
-    power = -factor.damping * _squares(values)
-    for block in factor.blocks():
-        power += _squares(factor.upper[: block.stop, block].T @ values[: block.stop])
+    power, right = -factor.damping * _squares(values), Operand(values, len(values))
+    right.renew(slice(0, len(values)))
+    for wide in factor.blocks(WIDE):
+        product = right.times(factor.upper[: wide.start, wide].T, slice(0, wide.start))
+        for block in factor.blocks(BLOCK, wide):
+            near = slice(wide.start, block.stop)
+            part = product[block.start - wide.start : block.stop - wide.start]
+            part.addmm_(factor.upper[near, block].T, values[near])
+        power += _squares(product)
     return power
 
 
