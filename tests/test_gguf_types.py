@@ -87,8 +87,8 @@ def test_rounding_errs_as_little_as_the_bits_allow(name):
 def test_the_nearest_vector_is_the_nearest_that_can_be_stored(name):
     kind = block_types()[name]
     ratio = torch.randn(40, 8, generator=torch.Generator().manual_seed(2)) * kind.codes[1] / 2
-    importance = torch.rand(8, generator=torch.Generator().manual_seed(3)) + 0.1
-    vectors = nearest_vectors(ratio, kind, importance)
+    importance = torch.rand(8, generator=torch.Generator().manual_seed(3)) + 0.1  # of a vector
+    vectors = nearest_vectors(ratio, kind, importance[None])
     distance = ((vectors - ratio).square() * importance).sum(1)
     words = codewords(name)
     if kind.vector == 8:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from outlierq.core.gguf.types import BlockType
+from outlierq.ops.compiled import vectors as native_vectors
 
 SIGNS = 8  # weights whose signs are stored together
 # Vectors of weights that are held against a codebook at a time: their distances stay in the cache.
@@ -45,33 +46,27 @@ def nearest_level(ratio: torch.Tensor, name: str) -> torch.Tensor:
 def nearest_vectors(ratio: torch.Tensor, kind: BlockType, importance: torch.Tensor | None = None) -> torch.Tensor:
     """`ratio` [n, 8] rounded to codewords with signs, float32: of those that can be stored the nearest.
 
-    importance: [8] or [n, 8] weights of the squared distance, positive; None: all alike. Where the signs must be even
-    the one is turned that costs least, its magnitude then being as small as possible.
+    importance: [period, 8] weights of the squared distance, positive, of vector i the row i modulo period; None: all
+    alike. Where the signs must be even the one is turned that costs least, its magnitude then being as small as it can.
     """
-    return torch.cat(
-        [
-            _nearest(part, kind, importance if importance is None or importance.dim() == 1 else importance[first])
-            for part, first in _parts(ratio)
-        ]
-    )
+    importance = torch.ones(1, SIGNS, device=ratio.device) if importance is None else importance
+    words = codewords(kind.name).to(ratio.device)
+    found = native_vectors.nearest_vectors(ratio, words, importance, even_signs=kind.even_signs)
+    if found is not None:
+        return found
+    places = torch.arange(len(ratio), device=ratio.device) % len(importance)
+    parts = zip(torch.split(ratio, VECTORS_AT_ONCE), torch.split(places, VECTORS_AT_ONCE), strict=True)
+    return torch.cat([_nearest(part, kind, words, importance[place]) for part, place in parts])
 
 
-def _parts(ratio: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
-    """Some rows at a time, and which."""
-    slices = [slice(start, start + VECTORS_AT_ONCE) for start in range(0, len(ratio), VECTORS_AT_ONCE)]
-    return [(ratio[part], part) for part in slices]
-
-
-def _nearest(ratio: torch.Tensor, kind: BlockType, importance: torch.Tensor | None) -> torch.Tensor:
-    """`nearest_vectors` of a handful of vectors."""
-    weight = torch.ones_like(ratio) if importance is None else importance.expand_as(ratio)
+def _nearest(ratio: torch.Tensor, kind: BlockType, words: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`nearest_vectors` of a handful of vectors. weight: of each of their values."""
     size, sign = ratio.abs(), torch.where(ratio < 0, -1.0, 1.0)
     if kind.even_signs:
         odd = (ratio < 0).sum(1) % 2 == 1
         cheapest = (weight * size.square()).argmin(1)
         turned = torch.zeros_like(ratio, dtype=torch.bool).scatter_(1, cheapest[:, None], odd[:, None])
         size, sign = torch.where(turned, -size, size), torch.where(turned, -sign, sign)
-    words = codewords(kind.name).to(ratio.device)
     weight, size = weight.reshape(-1, kind.vector), size.reshape(-1, kind.vector)
     distance = torch.addmm(weight @ words.square().T, weight * size, words.T, alpha=-2)
     return words[distance.argmin(1)].view(ratio.shape) * sign

@@ -130,9 +130,7 @@ class _TypeSearch:
         scale = torch.where(numbers.scale == 0, 1.0, numbers.scale)[..., None]
         if self.scheme.vector > 1:
             ratio = (self.grouped / scale).view(-1, SIGNS)
-            importance = self.importance
-            if importance is not None:
-                importance = importance.reshape(1, -1, SIGNS).expand(len(self.grouped), -1, -1).reshape(-1, SIGNS)
+            importance = None if self.importance is None else self.importance.reshape(-1, SIGNS)
             return nearest_vectors(ratio, self.scheme.blocks, importance).view(self.grouped.shape)
         zero = None if numbers.minimum is None else numbers.minimum[..., None] / scale
         return nearest_code(self.grouped / scale, zero, self.scheme)

@@ -41,7 +41,7 @@ def sweep_vectors(w: torch.Tensor, grid: Grid, upper: torch.Tensor, order: torch
             inverse = torch.linalg.solve_triangular(
                 upper[part, part], torch.eye(SIGNS, device=w.device, dtype=upper.dtype), upper=True
             )
-            codes[part] = nearest_vectors((work[part] / scale[part]).T, kind, inverse.square().sum(1)).T
+            codes[part] = nearest_vectors((work[part] / scale[part]).T, kind, inverse.square().sum(1)[None]).T
             error = inverse.T @ (work[part] - codes[part] * scale[part])
             errors[first - start : first - start + SIGNS] = error
             if first + SIGNS < stop:
@@ -73,7 +73,7 @@ def descend_vectors(
             part = slice(first, first + SIGNS)
             curvature = ordered[part, part] + ridge
             target = value[part] + torch.linalg.solve(curvature, residual[part])
-            new = nearest_vectors((target / scale[part]).T, kind, curvature.diagonal()).T
+            new = nearest_vectors((target / scale[part]).T, kind, curvature.diagonal()[None]).T
             before, after = value[part] - target, new * scale[part] - target
             better = ((curvature @ after) * after).sum(0) < ((curvature @ before) * before).sum(0)
             code[part] = torch.where(better, new, code[part])
