@@ -86,9 +86,7 @@ def with_bytes(source: Path, pieces: list[str], out: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("~", "~")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     model.save_pretrained(out)
     fast.save_pretrained(out)
 
@@ -110,12 +108,13 @@ def written_by(model: LlamaForCausalLM, tokens: int, seed: int, pieces: list[str
     torch.manual_seed(seed)
     length = model.config.max_position_embeddings - 1
     banned = [number for number, piece in enumerate(pieces) if number < 3 or not (piece.isascii() or piece == "\u2581")]
+    banned += range(len(pieces), VOCABULARY)
     texts, count = [], 0
     while count < tokens:
         start = torch.full((32, 1), model.config.bos_token_id)
         made = model.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, temperature=1.0,
-            max_new_tokens=length, min_new_tokens=length, bad_words_ids=[[number] for number in [*banned, *range(len(pieces), VOCABULARY)]],
+            max_new_tokens=length, min_new_tokens=length, bad_words_ids=[[number] for number in banned],
         )  # fmt: skip
         texts += ["".join(pieces[number] for number in row[1:].tolist()).replace("\u2581", " ") for row in made]
         count += made.numel()

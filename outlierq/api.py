@@ -368,6 +368,7 @@ def calibrate(
     chat_template: bool = False,
     seed: int | None = None,
     sensitivity: bool = False,
+    imatrix: Place | None = None,
     device: str = "auto",
     max_memory: str | int | None = None,
     revision: str | None = None,
@@ -383,13 +384,14 @@ def calibrate(
     windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses among windows.
     sensitivity: also what an error of each linear costs at the end of the model, for `fit` to predict the KL by;
     finished statistics that lack it get it.
+    imatrix: a file that gets them as llama.cpp's importance matrix, too.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
     >>> stats.description
     '4 x 32 tokens of ...'
     >>> report = outlierq.quantize(model, "gptq-w4", out="w4", stats="stats")
     """
-    from outlierq.pipeline.asked.request import Source, calibration, folder_of
+    from outlierq.pipeline.asked.request import Source, calibration, folder_of, refuse_unwritable
     from outlierq.pipeline.asked.resources import Resources
     from outlierq.pipeline.calibrate import make_statistics
     from outlierq.report.progress import listening
@@ -402,10 +404,13 @@ def calibrate(
         "chat_template": chat_template or None,
     }
     section = calibration(recipe, settings, options, trust_methods=trust_methods)
-    source = Source(model, revision, trust_remote_code, stream_from_hub)
+    source, file = Source(model, revision, trust_remote_code, stream_from_hub), _path(imatrix)
+    refuse_unwritable(file)
     with listening(progress) as listen:
         resources = Resources.of(device, max_memory, listen)
-        return make_statistics(source, section, folder_of(out), sensitivity=sensitivity, resources=resources)
+        return make_statistics(
+            source, section, folder_of(out), imatrix=file, sensitivity=sensitivity, resources=resources
+        )
 
 
 def detect(

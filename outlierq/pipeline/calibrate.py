@@ -19,6 +19,7 @@ from outlierq.pipeline.asked.events import Event, Listener, fetching
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.hidden_files import forget_hidden_beyond, saved_hidden
+from outlierq.pipeline.block.imatrix import imatrix_from
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
@@ -52,17 +53,26 @@ class StoredStatistics:
 
 
 def make_statistics(
-    source: Source, settings: Calibration, out: Path, *, sensitivity: bool = False, resources: Resources = USUAL
+    source: Source,
+    settings: Calibration,
+    out: Path,
+    *,
+    imatrix: Path | None = None,
+    sensitivity: bool = False,
+    resources: Resources = USUAL,
 ) -> StoredStatistics:
     """Calibrate a model as a user names it; all processes that share the work are told what was stored.
 
-    sensitivity: also what an error of each linear costs at the end of the model.
+    imatrix: a file that gets the statistics as llama.cpp has them. sensitivity: also what an error of each linear costs
+    at the end of the model.
     """
     with source.opened_for(out) as checkpoint:
         resources.ranks.first(lambda: check_recorded(checkpoint))
         identity = calibrate(checkpoint, settings, out, sensitivity=sensitivity, resources=resources)
         if resources.ranks.lead:
             checkpoint.drop_shards()
+            if imatrix is not None:
+                imatrix_from(out, checkpoint.config, imatrix)
     return resources.ranks.first(lambda: _stored(out, identity))
 
 

@@ -65,9 +65,9 @@ def compress(
     """
     file = file_of(folder_of(out), format_of(request))
     if file is not None:
-        report = _into_folder(source.in_its_frame(request), request, folder_for(file), run, resources)
+        report = _into_folder(source.in_its_frame(request, run.stats), request, folder_for(file), run, resources)
         return put_in_place(folder_for(file), file, report) if resources.ranks.lead else report
-    return _into_folder(source.in_its_frame(request), request, folder_of(out), run, resources)
+    return _into_folder(source.in_its_frame(request, run.stats), request, folder_of(out), run, resources)
 
 
 def _into_folder(source: Source, request: Request, out: Path, run: Run, resources: Resources) -> Report:

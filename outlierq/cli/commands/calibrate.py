@@ -52,6 +52,10 @@ def command(
             "`outlierq fit` predicts the KL divergence. Finished statistics get it, too.",
         ),
     ] = False,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(help="Write them to this file, too, as llama.cpp's importance matrix (GGUF)."),
+    ] = None,
     device: shared.Device = "auto",
     max_memory: shared.MaxMemory = None,
     revision: shared.Revision = None,
@@ -76,6 +80,7 @@ def command(
             chat_template=chat_template,
             seed=seed,
             sensitivity=sensitivity,
+            imatrix=imatrix,
             device=device,
             max_memory=max_memory,
             revision=revision,

@@ -77,7 +77,6 @@ class GgufFormat(Format, name="gguf"):
     container = "gguf"
     copies_rows = False
     holds_types = True
-    holds_unquantized = True
     no_new_biases = "llama.cpp reads of most architectures only the biases that their models usually have"
 
     @classmethod

@@ -46,8 +46,9 @@ def _times(by_group: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def search_grid(w: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor | None) -> Grid:
     """The best grid found per (row, group): never worse than the min-max grid in group error.
 
-    w: [out, in] float32. hessian: [in, in] or None. Shares of the group's range are tried coarsely, then around the
-    best one (for asymmetric grids each end on its own); the scale is then fitted to its own codes.
+    w: [out, in] float32. hessian: [in, in], [in] for its diagonal, or None. Shares of the group's range are tried
+    coarsely, then around the best one (for asymmetric grids each end on its own); the scale is then fitted to its own
+    codes.
     """
     return improved(w, minmax_grid(w, scheme), None if hessian is None else group_blocks(hessian, scheme))
 
@@ -94,9 +95,15 @@ def rows_of(grid: Grid, part: slice) -> Grid:
 
 
 def group_blocks(hessian: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """The diagonal blocks [groups, columns, columns] of a hessian [in, in]; the last group may be filled up."""
+    """The diagonal blocks [groups, columns, columns] of a hessian [in, in]; the last group may be filled up.
+
+    Of a diagonal [in] alone, the same, or [groups, columns] for `search_types`.
+    """
     groups, columns = scheme.groups(len(hessian)), scheme.columns_per_group(len(hessian))
     missing = groups * columns - hessian.shape[0]
+    if hessian.dim() == 1:
+        diagonal = torch.nn.functional.pad(hessian, (0, missing)).view(groups, columns)
+        return diagonal if fits_levels(scheme) else torch.diag_embed(diagonal)
     if missing:
         hessian = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
     return diagonal_blocks(hessian, columns)

@@ -72,13 +72,17 @@ class Source:
             checkpoint.frame = framed_like(checkpoint, self.like, prove=prove)
         return checkpoint
 
-    def in_its_frame(self, request: Request) -> Source:
+    def in_its_frame(self, request: Request, stats: Path | None = None) -> Source:
         """The same, or a GGUF file under its own names where it becomes another one by a recipe that runs no model: so
-        it needs no class, and all but the weights that are rounded is carried byte for byte."""
+        it needs no class, and all but the weights that are rounded is carried byte for byte.
+
+        stats: an importance matrix, a file, is all that a recipe needs that reads no more.
+        """
         recipe, path = request, None if isinstance(self.place, Checkpoint) else Path(self.name).expanduser()
         if isinstance(recipe, FormatAlone) or path is None or not is_gguf(path) or recipe.export.format != "gguf":
             return self
-        if recipe.needs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
+        runs = bool(recipe.needs) and not (stats is not None and stats.is_file())
+        if runs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
             return self if self.like else replace(self, like=path)
         from outlierq.load import FramedCheckpoint
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import InputGroup
 from outlierq.pipeline.asked.resources import USUAL, Resources
+from outlierq.pipeline.block.imatrix import StatsFromImatrix
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning.plan import Plan
@@ -58,6 +59,8 @@ def stats_source(
                 hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
                 "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
             )
+        if stats.is_file():
+            return StatsFromImatrix(stats, plan)
         return StatsFromFile(
             stats, original_of(plan.checkpoint), plan.structure, needs, shifts=new_shifts(plan.checkpoint)
         )

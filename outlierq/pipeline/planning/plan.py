@@ -105,6 +105,12 @@ class Plan(Shown):
         return self.model.checkpoint
 
     @property
+    def in_own_names(self) -> bool:
+        """Whether tensors have the names of a GGUF file, whose frame the result gets."""
+        frame = self.checkpoint.frame
+        return frame is not None and frame.own_names
+
+    @property
     def structure(self) -> Structure:
         """Blocks, linears and other tensors of the model."""
         return self.model.structure
