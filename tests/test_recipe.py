@@ -216,7 +216,10 @@ def test_an_option_of_another_method_is_unknown():
             "overrides.0.match: is no regular expression: nothing",
         ),
         (RTN + "  overrides:\n    - bits: 4\n", "line 4, quantize.overrides.0.match: Field required"),
-        (RTN + "  scale_search: best\n", "line 3, quantize.scale_search: Input should be 'minmax', 'mse', 'importance' or 'hessian'"),
+        (
+            RTN + "  scale_search: best\n",
+            "line 3, quantize.scale_search: Input should be 'minmax', 'mse', 'importance' or 'hessian'",
+        ),
         ("quantize:\n  bits: 4\n", "line 1, quantize.method: Field required"),
         ("quantize:\n  method: 4\n", "line 2, quantize.method: Input should be a valid string"),
         ("quantize: rtn\n", "line 1, quantize: Input should be a valid dictionary"),

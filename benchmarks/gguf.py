@@ -1,0 +1,195 @@
+"""Our GGUF files beside those of llama-quantize with an importance matrix: same mix, same bytes, same text, judged by
+llama.cpp's own `llama-perplexity --kl-divergence`.
+
+Two models of which every width is a multiple of 256 (`gguf_models.py`): BabyLlama, whose texts it writes itself, and
+SmolLM2-135M, rotated, since its weights were once Q4_1 and every tool finds that lattice; texts of WikiText-2.
+"""
+
+from __future__ import annotations
+
+# This file has the name of a package that our command imports; it does so in processes of its own, which never see it.
+import argparse
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import geometric_mean
+
+import gguf_models
+import protocol
+import torch
+from record import write_results
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+LIMITS = {"Q4_K_M": 0.6, "Q5_K_M": 0.6, "IQ4_XS": 0.6, "Q3_K_M": 0.5, "Q2_K": 0.5, "IQ3_M": 0.5, "IQ2_M": 0.5}
+ROTATED = """
+description: rotated and not compressed
+transform:
+  - {method: rotate, residual: true, values: true, seed: 0}
+export: {format: dense}
+"""
+MEAN, TOP = re.compile(r"Mean\s+KLD:\s*(\S+) ±\s*(\S+)"), re.compile(r"Same top p:\s*(\S+) ±")
+# llama-perplexity ends before its own log is written now and then.
+TRIES = 10
+
+
+@dataclass
+class Bench:
+    """One model in its folder. length: tokens of a window. calibration, test: windows of each text."""
+
+    name: str
+    folder: Path
+    llama: Path
+    length: int
+    calibration: int
+    test: int
+    proof: dict = field(default_factory=dict)
+
+    @property
+    def plain(self) -> Path:
+        """The padded model as a GGUF file in float32."""
+        return self.folder / "plain" / "model.gguf"
+
+    def tool(self, name: str, *words: object) -> tuple[str, float]:
+        """What one of llama.cpp's tools says, and its seconds of processor time."""
+        return timed([str(self.llama / f"llama-{name}"), *map(str, words)])
+
+    def outlierq(self, *words: object) -> float:
+        """Run our command; its seconds of processor time."""
+        return timed([sys.executable, "-m", "outlierq", *map(str, words)])[1]
+
+
+def timed(words: list[str]) -> tuple[str, float]:
+    """Output and seconds of processor time of a program; RuntimeError with its last words when it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=os.environ)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}\n{said[-2000:]}")
+    return said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def babyllama(source: Path, folder: Path, llama: Path, windows: int) -> Bench:
+    """BabyLlama, padded, with texts that it wrote itself. source: a Hugging Face folder with tokenizer.model."""
+    import sentencepiece
+
+    bench = Bench("BabyLlama", folder, llama, 256, 256, windows)
+    if not (folder / "padded").exists():
+        tokens = sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model"))
+        pieces = [tokens.id_to_piece(number) for number in range(tokens.get_piece_size())]
+        gguf_models.with_bytes(source, pieces, folder / "bytes")
+        model = LlamaForCausalLM.from_pretrained(folder / "bytes", dtype=torch.float32)
+        for seed, name, count in ((1, "calibration", bench.calibration), (2, "test", bench.test)):
+            text = gguf_models.written_by(model, (count + 8) * bench.length, seed, pieces)
+            (folder / f"{name}.txt").write_text(text)
+        gguf_models.save(gguf_models.padded(model), folder / "bytes", folder / "padded")
+    bench.proof = proof(folder / "bytes", folder)
+    return bench
+
+
+def smollm2(source: Path, data: Path, folder: Path, llama: Path, windows: int) -> Bench:
+    """SmolLM2, rotated, then padded, with the texts of WikiText-2."""
+    bench = Bench("SmolLM2-135M rotated", folder, llama, 512, 128, windows)
+    if not (folder / "padded").exists():
+        (folder / "rotated.yaml").write_text(ROTATED)
+        bench.outlierq("quantize", source, "-r", folder / "rotated.yaml", "-o", folder / "rotated", "-q")
+        model = LlamaForCausalLM.from_pretrained(folder / "rotated", dtype=torch.float32)
+        gguf_models.save(gguf_models.padded(model), folder / "rotated", folder / "padded")
+        for name, text in (("calibration", protocol.CALIBRATION_TEXT), ("test", protocol.TEST_TEXT)):
+            (folder / f"{name}.txt").write_bytes((data / text).read_bytes())
+    bench.proof = proof(folder / "rotated", folder)
+    return bench
+
+
+def proof(unpadded: Path, folder: Path) -> dict:
+    """How far the logits of the padded model are from those of the one it was made of, on a window of the test text."""
+    models = [LlamaForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (unpadded, folder / "padded")]
+    ids = AutoTokenizer.from_pretrained(unpadded)((folder / "test.txt").read_text()[:2000]).input_ids[:200]
+    return {
+        "widths": [model.config.hidden_size for model in models] + [model.config.intermediate_size for model in models],
+        "largest_difference_of_logits": gguf_models.difference(*models, torch.tensor([ids])),
+    }
+
+
+def prepare(bench: Bench) -> dict:
+    """What all mixes share: the plain file and its logits, the importance matrix, our statistics; seconds of both."""
+    text, folder, chunks, padded = bench.folder / "calibration.txt", bench.folder, bench.calibration, "padded"
+    if not bench.plain.exists():
+        bench.outlierq("quantize", folder / padded, "-r", "dense", "--format", "gguf", "-o", bench.plain.parent, "-q")
+    shared = ("-m", bench.plain, "-c", bench.length, "-t", 1)
+    _, theirs = bench.tool("imatrix", *shared, "-f", text, "-o", folder / "imatrix.gguf", "--chunks", chunks)
+    shutil.rmtree(folder / "stats", ignore_errors=True)
+    asked = ("--text", text, "--samples", chunks, "--sequence-length", bench.length, "-q")
+    ours = bench.outlierq("calibrate", folder / padded, "-o", folder / "stats", *asked)
+    base = ("--kl-divergence-base", folder / "base.kld", "--chunks", bench.test)
+    bench.tool("perplexity", "--no-repack", *shared, "-f", folder / "test.txt", *base)
+    return {"imatrix_cpu_seconds": theirs, "calibrate_cpu_seconds": ours}
+
+
+def judged(bench: Bench, file: Path) -> dict:
+    """Bytes, KL and top-1 agreement of a file, as llama-perplexity has them."""
+    words = ("--no-repack", "-m", file, "-t", 1, "--kl-divergence-base", bench.folder / "base.kld", "--kl-divergence")
+    for _ in range(TRIES):
+        said, _ = bench.tool("perplexity", *words, "--chunks", bench.test)
+        mean, top = MEAN.search(said), TOP.search(said)
+        if mean and top:
+            kl, error = map(float, mean.groups())
+            return {"bytes": file.stat().st_size, "kl": kl, "kl_error": error, "top1": float(top[1]) / 100}
+    raise RuntimeError(f"llama-perplexity says no KL of {file}:\n{said[-2000:]}")
+
+
+def compared(bench: Bench, mix: str, settings: list[str], shared: dict) -> dict:
+    """One mix by both."""
+    theirs, ours = bench.folder / f"theirs-{mix}.gguf", bench.folder / f"ours-{mix}.gguf"
+    matrix = ("--imatrix", bench.folder / "imatrix.gguf")
+    _, their_seconds = bench.tool("quantize", *matrix, bench.plain, theirs, mix, 1)
+    ours.unlink(missing_ok=True)
+    words = ("-r", f"gguf-{mix.lower()}", "--stats", bench.folder / "stats", "-o", ours, "-q")
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    our_seconds = bench.outlierq("quantize", bench.folder / "padded", *words, *chosen)
+    rows = {"theirs": judged(bench, theirs), "ours": judged(bench, ours)}
+    rows["theirs"]["cpu_seconds"], rows["ours"]["cpu_seconds"] = their_seconds, our_seconds
+    whole = (our_seconds + shared["calibrate_cpu_seconds"]) / (their_seconds + shared["imatrix_cpu_seconds"])
+    ratio = rows["ours"]["kl"] / rows["theirs"]["kl"]
+    met = ratio <= LIMITS[mix]
+    print(f"{bench.name} {mix}: {rows['theirs']['kl']:.4f} {rows['ours']['kl']:.4f}, ratio {ratio:.3f}", flush=True)
+    return {"mix": mix, **rows, "kl_ratio": ratio, "limit": LIMITS[mix], "met": met, "cpu_ratio": whole}
+
+
+def main() -> None:
+    """Make the models, run both tools, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-quantize and the other tools")
+    parser.add_argument("--babyllama", type=Path, help="Hugging Face folder of BabyLlama")
+    parser.add_argument("--smollm2", type=Path, help="Hugging Face folder of SmolLM2-135M")
+    parser.add_argument("--data-dir", type=Path, help="folder of WikiText-2, for SmolLM2")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--windows", type=int, default=32, help="test windows (default: 32)")
+    parser.add_argument("--mixes", nargs="+", choices=LIMITS, default=list(LIMITS), help="default: all")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="of our recipes")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the JSON file")
+    asked = parser.parse_args()
+    found = []
+    for name, source in (("babyllama", asked.babyllama), ("smollm2", asked.smollm2)):
+        if source is None:
+            continue
+        folder = asked.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        places = (source, folder) if name == "babyllama" else (source, asked.data_dir, folder)
+        bench = {"babyllama": babyllama, "smollm2": smollm2}[name](*places, asked.llama_cpp, asked.windows)
+        shared = prepare(bench)
+        rows = [compared(bench, mix, asked.settings, shared) for mix in asked.mixes]
+        texts = {"calibration": f"{bench.calibration} x {bench.length}", "test": f"{bench.test} x {bench.length}"}
+        mean = geometric_mean(row["kl_ratio"] for row in rows)
+        about = {"model": bench.name, "tokens": texts, "padding": bench.proof, **shared}
+        found.append({**about, "mean_kl_ratio": mean, "mixes": rows})
+        write_results(asked.out, {"settings": asked.settings, "models": found})
+
+
+if __name__ == "__main__":
+    main()
