@@ -45,6 +45,8 @@ LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
 OFFER, OFFERED = "export.names: class", {"export.names": "class"}  # what a plan says where it helps, and doing so
+LEAST = 32  # rows and columns: what is smaller (states, streams of hyper-connections) is none of a linear
+TABLES = ("A_log", ".ape")  # of states and positions
 ENOUGH = 0.99  # of the linear weights quantized
 ROOT = Path(__file__).parents[1]
 
@@ -321,7 +323,7 @@ def _of_text(model: Any, names: list[str]) -> set[str]:
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     if {VOCABULARY, POSITIONS} & set(shape) or "embed" in name or "conv" in name:
         return False
-    return len(shape) in (2, 3) and min(shape[-2:]) >= 16 and not name.endswith("A_log")
+    return len(shape) in (2, 3) and min(shape[-2:]) >= LEAST and not name.endswith(TABLES)
 
 
 def _brief(error: Exception) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import fuzz_mutate as mutate
+from fuzz_sources import CASES, state_bytes
 
 Folder = Path
 
@@ -58,7 +59,7 @@ def dump(value: Any) -> bytes:
 
 # ------------------------------------------------------------------------------------------------ safetensors, folders
 
-WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
 
 def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
@@ -286,6 +287,8 @@ CONTENT: dict[str, Callable[[bytes], bytes]] = {
     "g_idx": lambda raw: b"".join((i // 8).to_bytes(4, "little") for i in range(len(raw) // 4)),
     "outlier_columns": lambda raw: b"".join(i.to_bytes(8, "little") for i in range(len(raw) // 8)),
     "weight_format": lambda raw: bytes(len(raw)),
+    "bitsandbytes__nf4": state_bytes,
+    "bitsandbytes__fp4": lambda raw: state_bytes(raw).replace(b"nf4", b"fp4"),
 }
 
 
@@ -301,10 +304,35 @@ def write_packed(folder: Folder, case: bytes) -> None:
     forms = said.get("tensors")
     for name, form in forms.items() if isinstance(forms, dict) else ():
         shape = form[1] if isinstance(form, list) and len(form) == 2 and isinstance(form[1], list) else None
-        if shape is not None and str(form[0]) in WIDTHS and all(type(n) is int and 0 <= n <= 300 for n in shape):
-            dtype, sizes, raw = filled(str(form[0]), *shape[:3])
+        if (
+            shape is not None
+            and str(form[0]) in WIDTHS
+            and all(type(n) is int and 0 <= n <= 300 for n in shape)
+            and prod(shape) <= 1 << 22
+        ):
+            dtype, sizes, raw = filled(str(form[0]), *shape[:4])
             tensors[name] = (dtype, sizes, CONTENT.get(name.rpartition(".")[2], lambda raw: raw)(raw))
     (folder / "model.safetensors").write_bytes(safetensors(tensors))
+
+
+def source_seeds() -> list[bytes]:
+    """One of each method by which sources are published that is only decoded."""
+    return [packed_case(config, tensors) for config, tensors in CASES]
+
+
+def read_source(folder: Folder) -> None:
+    """What a compressed source serves: its scales checked, every weight decoded."""
+    from outlierq.load import open_checkpoint, served
+
+    checkpoint = served(open_checkpoint(str(folder)))
+    original = getattr(checkpoint, "original", None)
+    for name in checkpoint.packed:
+        if hasattr(original, "original") and hasattr(original.original, "check_scales"):
+            original.original.check_scales(name)
+        elif hasattr(original, "check_scales"):
+            original.check_scales(name)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
 
 
 def read_packed(folder: Folder) -> None:
@@ -371,7 +399,7 @@ def read_gguf_headers(folder: Folder) -> None:
 
     header = read_gguf_header(folder / "model.gguf")
     for tensor in header.tensors.values():
-        dequantized(header.path, tensor, torch.bfloat16)
+        dequantized(tensor, torch.bfloat16)
 
 
 def read_gguf(folder: Folder) -> None:
@@ -1071,6 +1099,7 @@ READERS: dict[str, Reader] = {
     "config": Reader("config.json", config_seeds, mutate.json_file, read_config, config_folder),
     "index": Reader("model.safetensors.index.json", index_seeds, mutate.json_file, open_folder, index_folder),
     "packed": Reader("case.json", packed_seeds, mutate.json_file, read_packed, written=write_packed),
+    "source": Reader("case.json", source_seeds, mutate.json_file, read_source, written=write_packed),
     "gguf-header": Reader("model.gguf", gguf_header_seeds, mutate.gguf_from, read_gguf_headers),
     "recipe": Reader("recipe.yaml", recipe_seeds, mutate.yaml_file, read_recipe),
     "setting": Reader("setting.txt", lambda: [b"quantize.bits=4", b"gate.max_kl=0.1"], change_setting, read_settings),

@@ -235,6 +235,21 @@ def awq_layout(size: int) -> Coder:
     return code
 
 
+def pack_quantized(size: int) -> Coder:
+    """compressed-tensors in 4 bits without zero points: codes plus 8 in words along the columns."""
+
+    def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        grouped = weight.view(len(weight), -1, size)
+        scale = (grouped.abs().amax(-1) / 7.5).bfloat16()
+        codes = (grouped / scale.float()[..., None]).round().clamp(-8, 7)
+        stem = name.removesuffix("weight")
+        parts = {f"{stem}weight_packed": in_words((codes + 8).flatten(1).byte(), 4), f"{stem}weight_scale": scale}
+        parts[f"{stem}weight_shape"] = torch.tensor(weight.shape)
+        return parts, (codes * scale.float()[..., None]).view_as(weight)
+
+    return code
+
+
 # -------------------------------------------------------------------------------------------------------- bitsandbytes
 
 NF4 = torch.tensor(
@@ -242,15 +257,18 @@ NF4 = torch.tensor(
      0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 )  # fmt: skip
 
+FP4 = torch.tensor([0.0, 0.0052, 0.6667, 1.0, 0.3333, 0.5, 0.1667, 0.25])
+TABLES = {"nf4": NF4, "fp4": torch.cat([FP4, -FP4])}  # of bitsandbytes' codes
+
 
 def four_bit(kind: str = "nf4", *, nested: bool = False, blocksize: int = 64) -> Coder:
     """bitsandbytes in 4 bits; nested: the scales are bytes of a table, too."""
 
     def code(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        blocks = weight.reshape(-1, blocksize)
+        blocks, numbers = weight.reshape(-1, blocksize), TABLES[kind]
         scale, state = blocks.abs().amax(1), {"quant_type": kind, "blocksize": blocksize, "dtype": "bfloat16"}
         state["shape"] = list(weight.shape)
-        parts: dict[str, torch.Tensor] = {f"{name}.quant_map": NF4.clone(), f"{name}.absmax": scale}
+        parts: dict[str, torch.Tensor] = {f"{name}.quant_map": numbers.clone(), f"{name}.absmax": scale}
         if nested:
             table, offset = torch.linspace(-1, 1, 256), scale.mean().item()
             outer = torch.stack([part.abs().max() for part in (scale - offset).split(32)])
@@ -263,10 +281,10 @@ def four_bit(kind: str = "nf4", *, nested: bool = False, blocksize: int = 64) ->
                 f"{name}.nested_absmax": outer,
                 f"{name}.nested_quant_map": table.clone(),
             }
-        codes = (blocks / scale[:, None])[..., None].sub(NF4).abs().argmin(-1).to(torch.uint8)
+        codes = (blocks / scale[:, None])[..., None].sub(numbers).abs().argmin(-1).to(torch.uint8)
         parts[name] = in_pairs(codes.flatten(), high_first=True)[:, None]
         text = json.dumps(state).encode()
         parts[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        return parts, (NF4[codes.long()] * scale[:, None]).view_as(weight)
+        return parts, (numbers[codes.long()] * scale[:, None]).view_as(weight)
 
     return code

@@ -47,6 +47,7 @@ FORMS = {
     "Metal": (mlx(4, 32, biases="qbiases"), {"quant_method": "metal", "bits": 4, "group_size": 32}),
     "bitsandbytes nf4": (four_bit(), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "bitsandbytes nf4, nested": (four_bit(nested=True), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bitsandbytes fp4": (four_bit("fp4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 }
 # The tensor that scales a weight, by its ending.
 SCALES = ("weight_scale", "weight_scale_2", "scales", "absmax", "biases", "qbiases")

@@ -166,7 +166,8 @@ def assembled(
     packed = [site.weight for site in schemes if site.weight not in written]
     is_fp8 = all(scheme.kind == "float" and scheme.bits == 8 for scheme in schemes.values())
     can_decode = format.dense_key(set(schemes.values()))
-    added = [name for name in written if name not in checkpoint.tensors] if can_decode else []
+    is_run = format.name == "compressed-tensors"  # by transformers, not by a plug-in with kernels of its own
+    added = [name for name in written if name not in checkpoint.tensors] if is_run else []
     fault = packed_fault(model, [site.weight for site in schemes], packed, added, is_fp8=is_fp8)
     dense_key = can_decode if fault is not None and fault.loads_dense else None
     carried = [file for file in checkpoint.files if file.name != REPORT_NAME and format.keeps_file(file.name)]
