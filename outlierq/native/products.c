@@ -14,7 +14,7 @@
 #else
 #define ON_X86 0
 #endif
-#if defined(__aarch64__) && defined(__GNUC__)
+#if defined(__aarch64__) && defined(__GNUC__) && defined(__linux__)
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define ON_ARM 1

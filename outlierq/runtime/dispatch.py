@@ -56,7 +56,7 @@ def _packed_on_cpu(
     if in_panels and x.dtype not in (*DTYPES, torch.float32):
         raise KernelError(f"packed weights take float32 or 16-bit inputs; got {_named(x=x)}")
     flat = x.reshape(-1, x.shape[-1])
-    direct_now = cpu.is_direct(direct, len(flat))
+    direct_now = cpu.is_direct(direct, flat.shape[0])
     y = cpu.packed_linear(flat, words, scale, zero_point, bits, out_features, direct_now)
     return _finished(y, x, bias)
 
@@ -100,7 +100,7 @@ def int8_on_cpu(
     in_features = codes.shape[0] if opaque else 4 * (codes.shape[1] - 1) if codes.ndim == 3 else codes.shape[1]
     _check_input(x, in_features, codes=codes, scale=scale)
     flat = x.reshape(-1, x.shape[-1])
-    how = (per_token, opaque, cpu.is_direct(direct, len(flat)))
+    how = (per_token, opaque, cpu.is_direct(direct, flat.shape[0]))
     y = cpu.int8_linear(flat, codes, scale, input_scale, columns, outlier_weight, *how)
     return _finished(y, x, bias)
 

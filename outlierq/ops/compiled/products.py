@@ -100,7 +100,7 @@ def multiply(
     compiled = _compiled()
     assert compiled is not None and kernel is not None, "nothing was packed for a machine without a kernel"
     x = x.contiguous()
-    y = x.new_empty(len(x), rows)
+    y = x.new_empty(x.shape[0], rows)
     failed = compiled.outlierq_multiply(
         FLOAT_KERNELS[kernel],
         words.data_ptr(),
@@ -112,7 +112,7 @@ def multiply(
         scale.shape[1],
         x.data_ptr(),
         native.DTYPES[x.dtype],
-        len(x),
+        x.shape[0],
         y.data_ptr(),
         torch.get_num_threads(),
     )
@@ -134,16 +134,17 @@ def multiply_int8(
     kernel = kernel or int8_kernel()
     compiled = _compiled()
     assert compiled is not None and kernel is not None, "nothing was packed for a machine without a kernel"
-    x, y = x.contiguous(), torch.empty(len(x), len(scale), dtype=dtype)
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], scale.shape[0], dtype=dtype)
     failed = compiled.outlierq_multiply_int8(
         INT8_KERNELS[kernel],
         words.data_ptr(),
         scale.data_ptr(),
-        len(scale),
+        scale.shape[0],
         x.shape[1],
         x.data_ptr(),
         None if token_scale is None else token_scale.data_ptr(),
-        len(x),
+        x.shape[0],
         y.data_ptr(),
         native.DTYPES[dtype],
         torch.get_num_threads(),

@@ -109,7 +109,7 @@ def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     compiled = library()
     if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous() or compiled is None:
         return None
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
     places = (codes.data_ptr(), scale.data_ptr())
     failed = compiled.outlierq_round_tokens(x.data_ptr(), DTYPES[x.dtype], *x.shape, *places)
     return None if failed else (codes, scale)
