@@ -17,7 +17,7 @@ from record import write_results
 
 import outlierq
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.fitting.fit import predicted, space_of
+from outlierq.pipeline.fitting.space import predicted, space_of
 from outlierq.pipeline.fitting.written import recipe_text
 from outlierq.recipe import given
 

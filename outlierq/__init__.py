@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         recipes,
         study_calibration,
         study_methods,
+        sweep,
         verify,
     )
     from outlierq.core.errors import GateError, OutlierqError
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
     from outlierq.evaluate.comparison import Comparison
     from outlierq.pipeline.asked.events import Event
     from outlierq.pipeline.diff import Difference
-    from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.fitting.frontier import Frontier
+    from outlierq.pipeline.fitting.space import Fitted
+    from outlierq.pipeline.fitting.sweep import Sweep, SweepRow
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe
@@ -72,6 +74,8 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "Sweep",
+    "SweepRow",
     "Verification",
     "adapter",
     "bench",
@@ -94,6 +98,7 @@ __all__ = [
     "recipes",
     "study_calibration",
     "study_methods",
+    "sweep",
     "verify",
 ]
 
@@ -104,7 +109,7 @@ _HOMES = {
     "Difference": "pipeline.diff",
     "Evaluation": "core.report",
     "Event": "pipeline.asked.events",
-    "Fitted": "pipeline.fitting.fit",
+    "Fitted": "pipeline.fitting.space",
     "Frontier": "pipeline.fitting.frontier",
     "GateError": "core.errors",
     "Limits": "core.limits",
@@ -113,6 +118,8 @@ _HOMES = {
     "Plan": "pipeline.planning.plan",
     "Recipe": "recipe",
     "Report": "core.report",
+    "Sweep": "pipeline.fitting.sweep",
+    "SweepRow": "pipeline.fitting.sweep",
     "Verification": "pipeline.verify",
 }
 

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from outlierq.pipeline.calibrate import StoredStatistics
     from outlierq.pipeline.demo import Demo
     from outlierq.pipeline.diff import Difference
-    from outlierq.pipeline.fitting.fit import Fitted
     from outlierq.pipeline.fitting.frontier import Frontier
+    from outlierq.pipeline.fitting.space import Fitted
+    from outlierq.pipeline.fitting.sweep import Sweep, SweepRow
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
     from outlierq.pipeline.study_calibration import CalibrationStudy
@@ -153,6 +154,7 @@ def fit(
     bits: float | None = None,
     card: str | int | None = None,
     context: int | None = None,
+    max_kl: float | None = None,
     client: str = "transformers",
     numbers: Sequence[str] = (),
     settings: Settings = None,
@@ -169,10 +171,12 @@ def fit(
 ) -> Fitted:
     """Choose bits and format of every layer for one goal, from statistics; with `out` also quantize by the choice.
 
-    Exactly one goal: `size` of the whole result ("18GiB"), mean `bits` of the linears' weights with their scales, or
-    the `card` that has to hold the weights and a cache of `context` tokens. recipe: whose method rounds (usually
-    gptq-w4). stats: what `calibrate` wrote. client: what has to load the result: "transformers", "vllm" or "llama.cpp".
-    numbers: to choose from, as ["int4", "int8"]; all that the client loads, when it is empty.
+    Exactly one goal: `size` of the whole result ("18GiB"), mean `bits` of the linears' weights with their scales, the
+    `card` that has to hold the weights and a cache of `context` tokens, or the `max_kl` per token in nats: then the
+    result is measured, and chosen anew by what was found, until the smallest that passes stands.
+    recipe: whose method rounds (usually gptq-w4). stats: what `calibrate` wrote. client: what has to load the result:
+    "transformers", "vllm" or "llama.cpp". numbers: to choose from, as ["int4", "int8"]; all that the client loads, when
+    it is empty.
     The recipe that was found is `.recipe`, and its text `.text`; the exact size is that of `.plan`. found: is given it
     before work starts. Everything else as in `quantize`, whose report is `.report`.
 
@@ -187,7 +191,7 @@ def fit(
     from outlierq.pipeline.fitting.fit import Goal, fit
     from outlierq.report.progress import listening
 
-    goal = Goal(_text(size), bits, _text(card), context, client, numbers)
+    goal = Goal(_text(size), bits, _text(card), context, max_kl, client, numbers)
     base = with_limits(recipe, settings, limits, trust_methods=trust_methods)
     run = Run(_path(stats), None, restart, planned or (lambda plan: None), command)
     source, told = Source(model, revision, trust_remote_code), found or (lambda fitted: None)
@@ -237,6 +241,50 @@ def frontier(
     if out is not None:
         write_frontier(found, os.fspath(stats), Path(out))
     return found
+
+
+def sweep(
+    model: SourceLike,
+    recipes: Sequence[RecipeLike],
+    *,
+    out: Place,
+    bits: Sequence[int] = (),
+    settings: Settings = None,
+    text: Place | None = None,
+    windows: int | None = 24,
+    window_length: int = 512,
+    tasks: Sequence[str] = (),
+    data_dir: Place | None = None,
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    trust_remote_code: bool = False,
+    trust_methods: bool = False,
+    progress: bool | Listener | None = None,
+    told: Callable[[SweepRow], Any] | None = None,
+) -> Sweep:
+    """Compress a model by many recipes from one calibration and measure every result; the folder `out` holds them all.
+
+    What was done is not done again, also after a stop. bits: each recipe at these numbers of bits; one that cannot have
+    them is a row that says why. settings: of all recipes. text, windows, window_length, tasks, data_dir: what to
+    measure on, as in `evaluate`. told: is given every row. The table is `.rows`, `.markdown()` and `.csv()`.
+
+    >>> small = {"calibration.samples": 4, "calibration.sequence_length": 32}
+    >>> swept = outlierq.sweep(model, ["rtn-w8", "gptq-w4"], out="runs", settings=small, windows=1, window_length=32)
+    >>> [row.name for row in sorted(swept.rows, key=lambda row: row.kl)]
+    ['rtn-w8', 'gptq-w4']
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.fitting.sweep import asked_recipes, sweep
+    from outlierq.pipeline.measuring.measure import Measurement
+    from outlierq.report.progress import listening
+
+    content = None if text is None else os.fspath(text)
+    measurement = Measurement(content, windows, window_length, tuple(dict.fromkeys(tasks)), _path(data_dir))
+    asked = asked_recipes(recipes, bits, settings, trust_methods=trust_methods)
+    with listening(progress) as listen:
+        source, resources = Source(model, None, trust_remote_code), Resources.of(device, max_memory, listen)
+        return sweep(source, asked, Path(out), measurement, told=told or (lambda row: None), resources=resources)
 
 
 def convert(

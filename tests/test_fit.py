@@ -12,8 +12,9 @@ from conftest import folder_hashes
 import outlierq as public
 from outlierq.core.errors import ArgumentError
 from outlierq.load import open_checkpoint
-from outlierq.pipeline.fitting.fit import Goal, predicted, space_of
+from outlierq.pipeline.fitting.fit import Goal
 from outlierq.pipeline.fitting.goal import cache_size
+from outlierq.pipeline.fitting.space import predicted, space_of
 from outlierq.pipeline.fitting.storage import CLIENTS, catalogue, keys_of
 from outlierq.recipe import given
 

@@ -19,6 +19,7 @@ COMMANDS = (
     "calibrate",
     "fit",
     "frontier",
+    "sweep",
     "detect",
     "plan",
     "eval",

@@ -29,6 +29,7 @@ from outlierq.cli.commands import (
     quantize,
     recipes,
     study,
+    sweep,
     verify,
 )
 from outlierq.cli.shared import translated
@@ -52,6 +53,7 @@ app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
 app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
 app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
 app.command("frontier", epilog=frontier.EXAMPLES)(translated(frontier.command))
+app.command("sweep", epilog=sweep.EXAMPLES)(translated(sweep.command))
 app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
 app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
 app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))

@@ -137,6 +137,14 @@ def show(*parts: Any, stderr: bool = False) -> None:
         console.print(part)
 
 
+def numbers_of(text: str | None, argument: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas: 3,4,5; ArgumentError names the argument."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ArgumentError(f"{text!r} are no whole numbers separated by commas", argument=argument) from None
+
+
 def say(text: str, quiet: bool = False) -> None:
     """One line of log on stderr."""
     if not quiet:

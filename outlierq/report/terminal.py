@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from outlierq.evaluate.comparison import Comparison
     from outlierq.evaluate.divergence import Divergence
     from outlierq.pipeline.fitting.frontier import Frontier
+    from outlierq.pipeline.fitting.sweep import Sweep
     from outlierq.pipeline.planning.plan import Plan, PlanRow
 
 UNKNOWN = "–"
@@ -197,6 +198,18 @@ def frontier(found: Frontier) -> RenderableType:
         "KL per token in nats, predicted" if found.in_nats else "without a unit: the statistics hold no sensitivities"
     )
     return Group(table, Text(f"loss: {unit}; for {found.client}, {len(found.layers)} layers", style="dim"))
+
+
+def sweep(swept: Sweep) -> RenderableType:
+    """All recipes, the one with the least KL first."""
+    titles, *rows = swept.cells()
+    table = _table(titles[0], *(f"#{title}" for title in titles[1:-1]), titles[-1])
+    for row in rows:
+        table.add_row(*row)
+    original = f"original: {human_bytes(swept.source_bytes)}"
+    return Group(
+        table, Text(original + ("" if swept.perplexity is None else f", perplexity {swept.perplexity:.3f}"), "dim")
+    )
 
 
 def gate(rows: Sequence[GateRow]) -> Table:

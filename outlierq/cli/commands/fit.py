@@ -39,6 +39,13 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the cache (16 bits) that the card holds, too.")
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Most KL per token, in nats: the result is measured, and chosen anew, until the smallest passes.",
+        ),
+    ] = None,
     client: shared.Client = "transformers",
     numbers: shared.Numbers = None,
     recipe: shared.OptionalRecipe = None,
@@ -56,7 +63,7 @@ def command(
 
     What a choice costs is predicted from statistics and weights. The recipe goes to stdout, with overrides for single
     layers, to be read and changed; with --out MODEL is compressed by it. The size of the result is that of the plan, to
-    the byte, and never above the goal.
+    the byte, and never above the goal. With --max-kl and --out the result is measured; exit code 3 when none passes.
     """
     import outlierq
 
@@ -75,6 +82,7 @@ def command(
             bits=bits,
             card=card,
             context=context,
+            max_kl=max_kl,
             client=client,
             numbers=numbers or (),
             settings=settings,

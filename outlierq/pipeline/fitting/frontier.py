@@ -14,10 +14,10 @@ from outlierq.ops.search.knapsack import smallest, total
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.fitting.choosing import Options
-from outlierq.pipeline.fitting.fit import ANY, Space, predicted, space_of
 from outlierq.pipeline.fitting.goal import cache_size, loaded_bytes
 from outlierq.pipeline.fitting.layers import Layer, Storage
 from outlierq.pipeline.fitting.losses import Prediction
+from outlierq.pipeline.fitting.space import ANY, Space, predicted, space_of
 from outlierq.pipeline.fitting.storage import keys_of, rounding
 from outlierq.pipeline.fitting.written import recipe_text
 from outlierq.recipe import Recipe

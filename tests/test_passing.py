@@ -1,0 +1,76 @@
+"""`outlierq fit --max-kl`: the smallest checkpoint that passes, measured; and what cannot be is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+import outlierq as public
+from outlierq.core.errors import ArgumentError, StatsError
+from outlierq.ops.search.knapsack import Choice, total
+from outlierq.pipeline.fitting.passing import least_bytes
+
+GATE = {"gate.windows": 2, "gate.window_length": 64}
+FEW = {"numbers": ["int3", "int4", "int8"], "settings": GATE, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def stats(tiny_llama, tmp_path_factory) -> Path:
+    """Statistics of the tiny model with sensitivities. Read-only."""
+    folder = tmp_path_factory.mktemp("stats") / "stats"
+    public.calibrate(tiny_llama, out=folder, samples=4, sequence_length=64, sensitivity=True, device="cpu")
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smallest_choice_below_a_loss_is_what_trying_everything_finds(seed):
+    from test_knapsack import made
+
+    units = made(seed, units=4)
+    solutions = [[]]
+    for unit in units:
+        solutions = [[*before, at] for before in solutions for at in range(len(unit))]
+    known = [total(units, each) for each in solutions]
+    for limit in (
+        min(one.loss for one in known) * 1.0001,
+        sorted(one.loss for one in known)[len(known) // 2],
+        math.inf,
+    ):
+        found = total(units, least_bytes(units, limit))
+        assert found.loss <= limit
+        assert found.nbytes == min(one.nbytes for one in known if one.loss <= limit)
+
+
+def test_a_loss_that_nothing_reaches_gives_the_least_there_is():
+    units = [[Choice(1, 2.0), Choice(2, 1.0)]]
+    assert least_bytes(units, 0.5) == [1]
+
+
+def test_the_smallest_passing_checkpoint_stands_and_its_rounds_are_gone(tiny_llama, stats, tmp_path):
+    limit = public.fit(tiny_llama, stats=stats, bits=5.2, **FEW).loss
+    rounds = []
+    fitted = public.fit(tiny_llama, stats=stats, max_kl=limit, out=tmp_path / "out", found=rounds.append, **FEW)
+    # Steps are coarse in a model of 14 linears; what a real one reaches is in benchmarks/results.
+    assert fitted.report.evaluation.passed and 0.3 * limit < fitted.report.evaluation.kl <= limit
+    assert 1 <= len(rounds) <= 4 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert public.verify(tmp_path / "out", tiny_llama).sound
+    larger = public.fit(tiny_llama, stats=stats, max_kl=2 * limit, **FEW)
+    assert larger.plan.output_bytes < fitted.plan.output_bytes and larger.report is None
+
+
+def test_a_kl_that_leaves_nothing_to_quantize_is_refused_with_the_nearest(tiny_llama, stats):
+    with pytest.raises(ArgumentError, match=r"leaves nothing to quantize; the least that a mixture costs is [\d.e-]+"):
+        public.fit(tiny_llama, stats=stats, max_kl=1e-12, **FEW)
+    with pytest.raises(ArgumentError, match="that of the original alone"):
+        public.fit(tiny_llama, stats=stats, max_kl=0.0, **FEW)
+    with pytest.raises(ArgumentError, match="--bits and --max-kl are several goals"):
+        public.fit(tiny_llama, stats=stats, max_kl=1.0, bits=4, **FEW)
+
+
+def test_statistics_without_sensitivities_predict_no_kl(tiny_llama, tmp_path):
+    public.calibrate(tiny_llama, out=tmp_path / "plain", samples=2, sequence_length=32, device="cpu")
+    with pytest.raises(StatsError, match="hold no sensitivities") as refused:
+        public.fit(tiny_llama, stats=tmp_path / "plain", max_kl=0.1, **FEW)
+    assert "--sensitivity" in refused.value.hint
