@@ -13,13 +13,13 @@ from outlierq.evaluate.divergence import measure, text_windows
 VOCABULARY = 96
 
 
-def tiny_llama(seed):
+def tiny_llama(seed, blocks=2):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -91,6 +91,7 @@ def test_chunks_of_positions_do_not_change_the_result(ids, monkeypatch, chunk):
     parts = measure(tiny_llama(1), ids, reference=tiny_llama(2)).to_dict()
     del whole["seconds"], parts["seconds"]
     assert parts.pop("opening") == whole.pop("opening")
+    assert parts.pop("hidden_errors") == whole.pop("hidden_errors") and len(whole) > 8
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
@@ -176,3 +177,29 @@ def test_windows_are_one_stream_without_overlap():
 def test_a_text_that_is_too_short_is_refused_with_its_size(text, windows, need):
     with pytest.raises(OutlierqError, match=f"the text has {len(text)} tokens.*{need}"):
         text_windows(Letters(), text, 3, windows)
+
+
+def test_the_error_of_hidden_states_is_told_block_by_block():
+    reference, model = tiny_llama(1), tiny_llama(1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    ids = torch.randint(3, VOCABULARY - 1, (3, 16))
+    measured = measure(model, ids, reference=reference)
+    assert len(measured.hidden_errors) == 2 and measured.hidden_errors[0] == 0 < measured.hidden_errors[1]
+    states: dict[str, list[torch.Tensor]] = {"before": [], "after": []}
+    for name, each in (("before", reference), ("after", model)):
+        handle = each.model.layers[1].register_forward_hook(
+            lambda _, __, output, name=name: states[name].append(output)
+        )
+        each(ids)
+        handle.remove()
+    before, after = (torch.cat([o if torch.is_tensor(o) else o[0] for o in states[name]]) for name in states)
+    expected = ((after - before).square().sum() / before.square().sum()).item()
+    assert measured.hidden_errors[1] == pytest.approx(expected, rel=1e-3)
+    assert measure(model, ids).hidden_errors == ()
+
+
+def test_models_with_other_blocks_have_no_common_depth():
+    ids = torch.randint(3, VOCABULARY - 1, (2, 16))
+    measured = measure(tiny_llama(1), ids, reference=tiny_llama(1, blocks=3))
+    assert measured.hidden_errors == () and measured.kl_per_token > 0

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import NumbersError, OutlierqError
 from outlierq.core.forward import forward_of
 from outlierq.core.windows import begun, check_ids, check_length, room_beside
+from outlierq.evaluate.depth import HiddenDifference
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class Divergence:
     flips_to_wrong: positions where the reference's most likely token is the true one and the model's is not;
     flips_to_right: the reverse. seconds: wall time of the whole measurement, both models. opening: the tokens that
     every window begins with, among its window_length; empty where it begins with text.
+    hidden_errors: after each block, squared difference of the hidden states over the power of the reference's; empty
+    where the models have no blocks in common that are known.
     """
 
     tokens: int
@@ -54,6 +57,7 @@ class Divergence:
     flips_to_wrong: int | None = None
     flips_to_right: int | None = None
     opening: str = ""
+    hidden_errors: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
@@ -92,20 +96,25 @@ def measure(
     _check_ids(model, ids)
     start = time.perf_counter()
     windows: list[_Window] = []
+    depths = HiddenDifference()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for module in (model, reference):
             if module is not None:
                 stack.enter_context(evaluating(module))
+        if reference is not None and reference is not model:
+            stack.enter_context(depths.watching(model, reference))
         for batch in ids.split(batch_size):
-            logits = _logits(model, batch)
             reference_logits = None if reference is None else _logits(reference, batch)
+            logits = _logits(model, batch)
+            depths.batch_done()
             for row, target in enumerate(batch[:, 1:]):
                 beside = None if reference_logits is None else reference_logits[row]
                 windows.append(_measure_window(len(windows), logits[row], beside, target))
             if progress is not None:
                 progress(len(windows), len(ids))
-    return _summarise(windows, ids.shape[1], reference is not None, time.perf_counter() - start)
+    summary = _summarise(windows, ids.shape[1], reference is not None, time.perf_counter() - start)
+    return replace(summary, hidden_errors=depths.relative)
 
 
 def measure_scores(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
@@ -258,6 +259,12 @@ def _add_divergence(table: Table, measured: Divergence | Mapping[str, Any]) -> N
     table.add_row("KL divergence per token", "", f"{values['kl_per_token']:.{decimals}f} nats", spread)
     flips = f"{values['flips_to_wrong']:,} lost, {values['flips_to_right']:,} won"
     table.add_row("top-1 agreement", "", f"{100 * values['top1_agreement']:.2f} %", flips)
+    errors = values.get("hidden_errors") or ()
+    if len(errors) > 1:
+        steps = [after / before if before > 0 else 0.0 for before, after in pairwise(errors)]
+        most = max(range(len(steps)), key=steps.__getitem__) + 1
+        shown = f"{errors[0]:.2g} after block 0, {errors[-1]:.2g} after the last"
+        table.add_row("error of the hidden states", "", shown, f"grows most in block {most}")
 
 
 def _kinds(rows: Sequence[SiteRow]) -> Table:

@@ -46,6 +46,8 @@ def evaluation_bytes(models: Sequence[PreTrainedModel], dtype: str, window_lengt
         hidden = largest(config, "hidden_size")
         held += sum(sizes) * itemsize + window_length * config.vocab_size * (itemsize + FLOAT)
         token = itemsize * (4 * min(inner, 8 * hidden) + 12 * hidden)
+        if len(models) > 1:  # states of every block of the reference, to compare with
+            held += largest(config, "num_hidden_layers") * window_length * hidden * itemsize // len(models)
         scores = largest(config, "num_attention_heads", 1) * window_length * 2 * FLOAT
         most = max(most, window_length * (token + scores), 2 * FLOAT * max(sizes))
     logits: int = 4 * FLOAT * min(CHUNK_ELEMENTS, window_length * models[0].config.get_text_config().vocab_size)
