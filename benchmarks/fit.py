@@ -48,7 +48,8 @@ def random_assignments(asked: argparse.Namespace, work: Path, stats: Path) -> di
     draw, rows = random.Random(asked.seed), []
     for number in range(asked.assignments):
         bits = MIXES[number % len(MIXES)]
-        chosen = [draw.choice([s for s in layer.choices if s and s.bits in bits]) for layer in space.layers]
+        held = [sorted((s for s in losses if s), key=str) for losses in prediction.losses]
+        chosen = [draw.choice([s for s in schemes if s.bits in bits] or schemes) for schemes in held]
         loss = sum(losses[storage] for losses, storage in zip(prediction.losses, chosen, strict=True))
         recipe = work / "random.yaml"
         recipe.write_text(recipe_text(base, space.layers, chosen, ""))

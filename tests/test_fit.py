@@ -197,3 +197,21 @@ def test_the_choices_of_llama_cpp_are_the_types_that_divide_the_widths(tiny_llam
     space = space_of(open_checkpoint(str(tiny_llama)), given("gptq-w4"), "llama.cpp")
     kinds = {scheme.numbers for layer in space.layers for scheme in layer.choices if scheme}
     assert kinds >= {"Q4_0", "Q8_0", "MXFP4"} and "Q4_K" not in kinds, "its widths are no multiples of 256"
+
+
+def test_a_mixture_that_no_version_of_the_client_loads_is_refused():
+    from outlierq.core.errors import RecipeError
+    from outlierq.pipeline.fitting.space import check_loads
+
+    vllm = CLIENTS["vllm"]
+    check_loads(vllm, ["vLLM 0.32 (CPU build): does not load it: x", "vLLM 0.33 (GPU): loads", "transformers: loads"])
+    with pytest.raises(RecipeError, match="does not load it: two"):
+        check_loads(vllm, ["vLLM 0.32: does not load it: one", "vLLM 0.33: does not load it: two", "other: loads"])
+
+
+def test_a_cache_of_eight_bits_leaves_more_of_a_card(tiny_llama, stats):
+    kv = {"settings": {"kv_cache.per": "tensor"}}
+    losses = [
+        public.fit(tiny_llama, stats=stats, card="150KiB", context=150, **FEW, **extra).loss for extra in ({}, kv)
+    ]
+    assert losses[1] < losses[0]

@@ -14,7 +14,7 @@ from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.compress import Run, compress
 from outlierq.pipeline.fitting.choosing import check_budget, choose
-from outlierq.pipeline.fitting.goal import Budget, bits_budget, card_budget, size_budget
+from outlierq.pipeline.fitting.goal import CACHE_BYTES, Budget, bits_budget, card_budget, size_budget
 from outlierq.pipeline.fitting.layers import Layer
 from outlierq.pipeline.fitting.passing import Job, check_limit, pass_limit, smallest_of
 from outlierq.pipeline.fitting.space import Fitted, Space, predicted, space_of, written
@@ -57,7 +57,8 @@ class Goal:
         if self.bits is not None:
             return bits_budget(self.bits, layers)
         assert self.card is not None and self.context is not None, "`check` was not asked"
-        return card_budget(self.card, self.context, plan.checkpoint.config)
+        cache_bytes = CACHE_BYTES if plan.recipe.kv_cache is None else plan.recipe.kv_cache.scheme.bits // 8
+        return card_budget(self.card, self.context, plan.checkpoint.config, cache_bytes=cache_bytes)
 
 
 def fitted(space: Space, goal: Goal, stats: Path, resources: Resources = USUAL) -> Fitted:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from outlierq import __version__
-from outlierq.core.errors import ArgumentError
+from outlierq.core.errors import ArgumentError, RecipeError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -104,9 +104,17 @@ def predicted(space: Space, stats: Path, resources: Resources = USUAL) -> Predic
 
 
 def written(space: Space, chosen: Chosen, held: str, prediction: Prediction) -> Fitted:
-    """The recipe of a choice. held: what it keeps, in words."""
+    """The recipe of a choice. held: what it keeps, in words. RecipeError when the client does not load it."""
+    check_loads(space.client, chosen.plan.clients)
     loss = f"KL {chosen.loss:.4f} nats" if prediction.in_nats else f"loss {chosen.loss:.4g} (no unit)"
     description = f"fitted for {space.client.word}: {held}, predicted {loss}"
     text = recipe_text(space.base, space.layers, chosen.storages, description)
     recipe = recipe_with(space.base, space.layers, chosen.storages, description)
     return Fitted(recipe, text, chosen.plan, chosen.loss, prediction.in_nats)
+
+
+def check_loads(client: Client, lines: Sequence[str]) -> None:
+    """RecipeError when a plan's clients say of every version of this one that it does not load the result."""
+    said = [line for line in lines if line.startswith(client.word)]
+    if said and all("does not load" in line for line in said):
+        raise RecipeError(said[-1], hint="choose among other numbers by --numbers, or take another --client")
