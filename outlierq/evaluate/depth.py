@@ -72,7 +72,7 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder blocks, in order, and those of any tower with as many, which no text calls; empty when not known."""
     from torch.nn import ModuleList
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = getattr(text, "num_hidden_layers", None)
     lists = [part for part in model.modules() if isinstance(part, ModuleList) and count and len(part) == count]

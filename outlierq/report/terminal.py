@@ -259,7 +259,7 @@ def _add_divergence(table: Table, measured: Divergence | Mapping[str, Any]) -> N
     table.add_row("KL divergence per token", "", f"{values['kl_per_token']:.{decimals}f} nats", spread)
     flips = f"{values['flips_to_wrong']:,} lost, {values['flips_to_right']:,} won"
     table.add_row("top-1 agreement", "", f"{100 * values['top1_agreement']:.2f} %", flips)
-    errors = values.get("hidden_errors") or ()
+    errors: list[float] = list(values.get("hidden_errors", ()))
     if len(errors) > 1:
         steps = [after / before if before > 0 else 0.0 for before, after in pairwise(errors)]
         most = max(range(len(steps)), key=steps.__getitem__) + 1
