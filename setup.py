@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 # Not a Python module: outlierq/ops/compiled/rounding.py loads it. Contracted or reordered sums would change last bits.
 NATIVE = Extension(
     "outlierq.native.compiled",
-    [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens", "products", "vectors", "solve")],
+    [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens", "products", "vectors", "solve", "gram")],
     depends=[str(header) for header in Path("outlierq/native").glob("*.h")],
     extra_compile_args=["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     optional=True,

@@ -202,7 +202,7 @@ class _GroupSums:
 
             with matmul_operands(rows.dtype):
                 for some in rows.split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
-                    add_gram(self.values["hessian"], some.float())
+                    add_gram(self.values["hessian"], some)
         if self.rows:
             self.rows.add(rows)
 

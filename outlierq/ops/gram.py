@@ -1,15 +1,24 @@
-"""Sums of x x^T: only the upper half is computed, tile by tile; the lower half is mirrored once at the end."""
+"""Sums of x x^T: only the upper half is computed, tile by tile; the lower half is mirrored once at the end.
+
+Inputs of bfloat16 are added by compiled code where the processor has instructions for them and no matrix unit
+(ops/compiled/gram.py), at twice the speed of float32 products; sums are float32 either way, in another order.
+"""
 
 from __future__ import annotations
 
 import torch
+
+from outlierq.ops.compiled import gram as native
 
 # Below this width one product is faster than its tiles (measured on 2 CPU cores with AMX: 1.4 times at 1536 columns).
 TILE = 512
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows^T rows to the upper tiles of `total` [K, K], in place. rows: [N, K] float32."""
+    """Add rows^T rows to the upper tiles of `total` [K, K] float32, in place. rows: [N, K]."""
+    if native.add_gram(total, rows):
+        return
+    rows = rows.float()
     width = total.shape[0]
     tile = TILE if width >= 2 * TILE else width
     for i in range(0, width, tile):
