@@ -41,8 +41,11 @@ def config_of(hidden: int, blocks: int, vocabulary: int) -> dict:
     }
 
 
-def operations(hidden: int, tokens: int) -> dict[str, float]:
-    """Multiplications and additions of a block by stage, as docs/scaling.md counts them."""
+def operations(hidden: int, tokens: int, products: int = 4) -> dict[str, float]:
+    """Multiplications and additions of a block by stage, as docs/scaling.md counts them.
+
+    products: of a weight with half of a matrix: the sweep, the power of the output, and for one pass of refinement two.
+    """
     inner, keys = WIDTHS[hidden], hidden // SHARE
     weights = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
     inputs = 3 * hidden**2 + inner**2  # squared widths of the inputs: q/k/v, o, gate/up, down
@@ -54,7 +57,7 @@ def operations(hidden: int, tokens: int) -> dict[str, float]:
     }
     return {
         "calibrate": 2 * weights * tokens + 2 * inputs * tokens,
-        "quantize": sum(out * width**2 for out, width in rows.values()) + 3 * hidden**3 + inner**3,
+        "quantize": products * sum(out * width**2 for out, width in rows.values()) + (3 * hidden**3 + inner**3) / 3,
         "weights": weights,
     }
 
