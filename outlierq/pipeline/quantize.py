@@ -443,7 +443,8 @@ class _Run:
         options = {} if not self.plan.recipe.needs else UNKNOWN_INPUT
         done = quantize_group({site: weight}, self.schemes, None, method("quantize", "rtn"), options)
         quantized, row = done[site]
-        return {site: (quantized, replace(row, note="outside of the blocks: rounded to nearest, no statistics"))}
+        note = "outside of the blocks: rounded to nearest, no statistics" if self.plan.recipe.needs else ""
+        return {site: (quantized, replace(row, note=note))}
 
 
 def noted(result: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:

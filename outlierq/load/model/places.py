@@ -35,13 +35,13 @@ def misplaced(checkpoint: Checkpoint, skeleton: torch.nn.Module, names: Mapping[
     """Every such tensor. names: of `checkpoint_names`."""
     shared = shared_parameters(skeleton)
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or []
-    known, beyond = set(names.values()), _beyond(skeleton)
+    known, (announced, beyond) = set(names.values()), _blocks_beyond(skeleton)
     found = []
     for name in checkpoint.tensors:
         if name in shared and names.get(name, name) != name:
             said = f"is stored, though config.json says that it shares {names[name]}"
             found.append(Misplaced("tied weights", name, said))
-        elif name not in known and not any(re.search(pattern, name) for pattern in ignored):
+        elif name not in known and not any(re.search(pattern, name) for pattern in [*ignored, announced]):
             said = "belongs to no parameter of the model and to no quantized weight"
             found.append(Misplaced("tensors", name, said, bool(beyond.match(name))))
     for target, owner in shared.items():
@@ -68,10 +68,14 @@ def refuse_other_model(model: StudiedModel) -> None:
     )
 
 
-def _beyond(skeleton: torch.nn.Module) -> re.Pattern[str]:
-    """Fits names of tensors in blocks behind those that the model has, but for the extra ones that it announces."""
+def _blocks_beyond(skeleton: torch.nn.Module) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Two that fit names of tensors in blocks behind those that the model has: in the extra ones that its config
+    announces, and in others.
+    """
     name, blocks = block_list(skeleton)
     extra = getattr(skeleton.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     bare = name.removeprefix(f"{skeleton.base_model_prefix}.")
-    numbers = "|".join(str(number) for number in range(len(blocks) + extra))
-    return re.compile(rf"(?:{re.escape(name)}|{re.escape(bare)})\.(?!(?:{numbers})\.)\d+\.")
+    before = rf"^(?:{re.escape(name)}|{re.escape(bare)})\."
+    numbers = [str(number) for number in range(len(blocks) + extra)]
+    announced = "|".join(numbers[len(blocks) :]) or "(?!)"
+    return re.compile(rf"{before}(?:{announced})\."), re.compile(rf"{before}(?!(?:{'|'.join(numbers)})\.)\d+\.")

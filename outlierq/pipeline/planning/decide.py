@@ -22,6 +22,7 @@ from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
 from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts
 from outlierq.pipeline.planning.embeddings import with_embeddings
+from outlierq.pipeline.planning.extra import with_extra_blocks
 from outlierq.pipeline.planning.loadable import loadable_experts
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
@@ -100,7 +101,8 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     """The model, and what becomes of each of its linears."""
     from outlierq.load import study
 
-    model, format = with_embeddings(study(checkpoint), recipe), format_type(recipe.export.format).of(checkpoint)
+    model = with_extra_blocks(with_embeddings(study(checkpoint), recipe), recipe)
+    format = format_type(recipe.export.format).of(checkpoint)
     sites = [plan_site(site, recipe, format, model) for site in model.structure.sites]
     if recipe.quantize is not None:
         is_read = format.stacks_experts or format.joins_experts
