@@ -16,6 +16,7 @@ NATIVE = Extension(
     [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens", "products", "vectors", "solve", "gram")],
     depends=[str(header) for header in Path("outlierq/native").glob("*.h")],
     extra_compile_args=["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    extra_link_args=["-pthread"],
     optional=True,
 )
 

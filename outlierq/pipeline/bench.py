@@ -16,6 +16,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq.core.errors import ArgumentError
+from outlierq.core.notes import collecting
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.pipeline.asked.events import Event, Listener, silent
 
@@ -98,7 +99,7 @@ class Timing:
 @dataclass(frozen=True)
 class Benchmark:
     """What this machine does. machine: its name and settings. kernels: what runs behind the compiled ways.
-    unfit: by kind, why ways do not hold its weights.
+    unfit: by kind, why ways do not hold its weights. notes: what fell back, or was measured anew.
     """
 
     machine: str
@@ -106,6 +107,7 @@ class Benchmark:
     timings: tuple[Timing, ...]
     kernels: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -134,11 +136,12 @@ def bench(
             raise ArgumentError(
                 f"{name} has groups of {width} inputs; OUTxIN needs a multiple of {width}", argument="shape"
             )
-    ceilings, timings = measure(shapes, tokens, kinds, device=device, rounds=rounds, listen=listen)
+    with collecting() as notes:
+        ceilings, timings = measure(shapes, tokens, kinds, device=device, rounds=rounds, listen=listen)
     if device.startswith("cuda"):
         return Benchmark(machine(device), ceilings, tuple(timings))
     unfit = {name: _unfit(KINDS[name], shapes[0]) for name in kinds}
-    return Benchmark(machine(device), ceilings, tuple(timings), _kernels(), unfit)
+    return Benchmark(machine(device), ceilings, tuple(timings), _kernels(), unfit, tuple(notes))
 
 
 def measure(

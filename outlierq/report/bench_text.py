@@ -81,7 +81,7 @@ def _candidates(measured: Benchmark) -> list[RenderableType]:
         for kind, reasons in measured.unfit.items()
         for name, reason in reasons.items()
     ]
-    return [Text(), table, Text(WHY, style="dim"), *unfit]
+    return [Text(), table, Text(WHY, style="dim"), *unfit, *map(Text, measured.notes)]
 
 
 def _titled(name: str, kernels: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ class QuantLinear(torch.nn.Module):
         self.out_features, self.in_features = weight.shape
         self.inputs, self.scheme = weight.scheme.activations, weight.scheme
         self.form, self.reason = _form(weight, dtype, torch.device(device))
-        self.bits = 8
+        self.bits, self.dtype = 8, dtype
         self.group_size: int | None = None
         self.choice: Choice | None = None
         if self.form != "decoded" and torch.device(device).type == "cpu":
@@ -184,18 +184,34 @@ class QuantLinear(torch.nn.Module):
 
 
 def summary(model: torch.nn.Module) -> list[str]:
-    """How the model's packed linears compute, one sentence for each way, with the reason where it is the slow one."""
+    """How the model's packed linears compute, one sentence for each form, with the reason where it is the slow one, and
+    in brackets the ways that were the fastest on the CPU.
+    """
     layers = [part for part in model.modules() if isinstance(part, QuantLinear)]
-    counts = Counter((part.form, part.bits, part.reason) for part in layers)
-    ways = {
-        "int8": "multiply int8 with int8",
-        "packed": "multiply packed {}-bit weights",
-        "decoded": "are decoded in every call: {}",
-    }
-    return [
-        f"{count} linears {ways[form].format(reason if form == 'decoded' else bits)}"
-        for (form, bits, reason), count in sorted(counts.items(), key=lambda item: -item[1])
-    ]
+    counts = Counter(_computes(part) for part in layers)
+    ways_of = {how: Counter(_way_of(part) for part in layers if _computes(part) == how) for how in counts}
+    return [f"{count} linears {how}{_listed(ways_of[how])}" for how, count in counts.most_common()]
+
+
+def _computes(layer: QuantLinear) -> str:
+    """What a layer does."""
+    if layer.form == "decoded":
+        return f"are decoded in every call: {layer.reason}"
+    return "multiply int8 with int8" if layer.form == "int8" else f"multiply packed {layer.bits}-bit weights"
+
+
+def _way_of(layer: QuantLinear) -> str:
+    """The way of a layer on the CPU and the kernel behind it, or nothing."""
+    if layer.choice is None or not layer.choice.way.startswith("compiled"):
+        return "" if layer.choice is None else layer.choice.way
+    kernel = products.int8_kernel() if layer.form == "int8" else products.float_kernel(layer.dtype)
+    return f"{layer.choice.way} for {kernel}"
+
+
+def _listed(ways_of: Counter[str]) -> str:
+    """Ways in brackets, counted where there are several."""
+    named = [way if len(ways_of) == 1 else f"{count} {way}" for way, count in ways_of.most_common() if way]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tuple[str, str | None]:
