@@ -11,6 +11,7 @@ from test_calibrate_collect import CHANNELS, GROUPS, LENGTH, TwoLinears, inputs
 from test_resume import KILLED, SMALL, compress, in_child, result
 
 from outlierq.calibrate.collect import Collector, Sequences
+from outlierq.calibrate.runner import BlockRunner
 from outlierq.core.errors import RecipeError, StatsError
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
@@ -114,3 +115,10 @@ def test_a_run_compares_later_blocks_with_the_original_and_a_killed_one_goes_on(
 def test_gptaq_is_refused_without_quantized_blocks_before_it():
     with pytest.raises(RecipeError, match=r"calibration.mode: gptaq compares .* set `mode: sequential`"):
         load("gptaq-w4", ["calibration.mode=static"])
+
+
+def test_a_model_whose_blocks_hand_on_more_than_hidden_states_is_refused(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockRunner, "hands_on_more", True)
+    with pytest.raises(RecipeError, match="cannot run beside its quantized self") as caught:
+        compress(tiny_llama, tmp_path / "out", "gptaq-w4", SMALL)
+    assert "gptq" in caught.value.hint and not (tmp_path / "out").exists()

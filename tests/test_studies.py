@@ -25,6 +25,8 @@ from outlierq.ops.errors import output_error
 from outlierq.ops.low_rank import low_rank
 from outlierq.ops.one_dimension import k_means
 from outlierq.pipeline.study_calibration import nonsense
+from outlierq.pipeline.study_methods import Conditions
+from outlierq.pipeline.studying.contenders import contenders
 from outlierq.pipeline.studying.replaced import replace
 from outlierq.quantize.studies.adadim import adadim
 from outlierq.quantize.studies.low_rank import with_branch
@@ -32,6 +34,7 @@ from outlierq.quantize.studies.olive import best_pairs, olive
 from outlierq.quantize.studies.sparsegpt import sparsegpt
 from outlierq.quantize.studies.splitquant import splitquant
 from outlierq.quantize.studies.wanda import wanda
+from outlierq.recipe import load
 from outlierq.registry import methods
 
 WIDTH, ROWS = 192, 24
@@ -282,6 +285,16 @@ def test_every_contender_has_a_row_with_its_bits_and_its_divergence(tiny_llama, 
     assert all(f"| {name} |" in written for name in rows)
     asked = {row["method"] for row in json.loads((DATA / "contenders.json").read_text()) if "method" in row}
     assert methods("approximate").keys() <= asked
+
+
+@pytest.mark.parametrize("inputs", ["16", "int8", "int4"])
+def test_whole_recipes_have_the_bits_and_the_inputs_of_all_others(inputs):
+    recipes = [each for each in contenders([], 3) if each.recipe]
+    conditions = Conditions(bits=3, group_size=32, inputs=inputs)
+    loaded = [load(each.recipe, [*conditions.settings, *each.settings]).quantize for each in recipes]
+    assert len(loaded) > 2 and all((q.bits, q.group_size, q.overrides) == (3, 32, ()) for q in loaded)
+    bits = {q.activations and f"int{q.activations.bits}" for q in loaded}
+    assert bits == {None if inputs == "16" else inputs}
 
 
 def test_a_quantizer_in_the_study_is_what_the_pipeline_writes(tiny_llama, statistics, tmp_path):

@@ -105,9 +105,8 @@ class Conditions:
     def settings(self) -> list[str]:
         """The same as keys of a recipe."""
         keys = [f"quantize.bits={self.bits}", f"quantize.group_size={self.group_size or 'channel'}"]
-        if INPUTS[self.inputs] is not None:
-            keys.append(f"quantize.activations={{kind: int, bits: {self.inputs.removeprefix('int')}}}")
-        return keys
+        inputs = "null" if INPUTS[self.inputs] is None else f"{{kind: int, bits: {self.inputs.removeprefix('int')}}}"
+        return [*keys, f"quantize.activations={inputs}"]
 
 
 USUAL_CONDITIONS = Conditions()
