@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         recipes,
         study_calibration,
         study_methods,
+        study_write,
         sweep,
         verify,
     )
@@ -98,6 +99,7 @@ __all__ = [
     "recipes",
     "study_calibration",
     "study_methods",
+    "study_write",
     "sweep",
     "verify",
 ]

@@ -710,6 +710,41 @@ def bench(
         )
 
 
+def study_write(
+    model: SourceLike,
+    method: str,
+    *,
+    stats: Place,
+    out: Place,
+    bits: int = 4,
+    group_size: int | None = 128,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Report:
+    """Write the model that a method of `study_methods` is judged by, as a plain checkpoint in the model's dtype.
+
+    method: its name in the table, such as "wanda 2:4"; recipes are written by `quantize`. stats: what `calibrate`
+    wrote. bits, group_size (None: per channel): of methods that round. The result is no smaller: zeros are stored.
+
+    >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
+    >>> report = outlierq.study_write(model, "wanda 2:4", stats="stats", out="pruned", group_size=32)
+    >>> any("wanda 2:4" in note for note in report.notes)
+    True
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.study_methods import Conditions
+    from outlierq.pipeline.study_write import study_write
+    from outlierq.report.progress import listening
+
+    conditions = Conditions(bits, group_size)
+    with listening(progress) as listen:
+        checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
+        return study_write(checkpoint, method, Path(stats), conditions, Path(out), resources=resources)
+
+
 def adapter(
     model: SourceLike,
     compressed: SourceLike,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.statistics import correlated_inputs, random_weight, statistics_of
+from safetensors.torch import load_file
 
 import outlierq
 from outlierq.core.approximation import Approximation
@@ -332,6 +333,20 @@ def test_unknown_names_and_inputs_are_refused_with_the_nearest(tiny_llama, stati
         study(tiny_llama, statistics, "gptqq")
     with pytest.raises(OutlierqError, match="choose 16, int8, int4"):
         study(tiny_llama, statistics, inputs="int2")
+
+
+def test_a_pruned_model_is_written_as_it_was_judged_and_its_report_says_so(tiny_llama, statistics, tmp_path):
+    out = tmp_path / "out"
+    report = outlierq.study_write(tiny_llama, "sparsegpt 2:4", stats=statistics, out=out, group_size=32, device="cpu")
+    assert any("sparsegpt 2:4 leaves them" in note for note in report.notes)
+    weights = load_file(out / "model.safetensors")
+    linears = [w for name, w in weights.items() if "_proj" in name]
+    assert linears and all(((w.view(len(w), -1, 4) != 0).sum(-1) <= 2).all() for w in linears)
+    measured = outlierq.evaluate(out, tiny_llama, windows=2, window_length=32, device="cpu", cached=False)
+    (row,) = study(tiny_llama, statistics, "sparsegpt 2:4").rows
+    assert row.kl == pytest.approx(measured.kl, rel=0.02)  # written in bfloat16
+    with pytest.raises(OutlierqError, match="quantize -r gptaq-w4"):
+        outlierq.study_write(tiny_llama, "gptaq", stats=statistics, out=tmp_path / "other")
 
 
 # Calibration texts.

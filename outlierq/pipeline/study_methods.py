@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.approximation import Approximation
 from outlierq.core.errors import ArgumentError, OutlierqError, during
-from outlierq.core.model import Checkpoint, LinearSite, as_matrix
+from outlierq.core.model import Checkpoint, LinearSite
 from outlierq.core.report import Shown
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load import open_checkpoint
@@ -29,16 +29,15 @@ from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.studying.contenders import Contender, contenders
 from outlierq.pipeline.studying.replaced import copied
 from outlierq.pipeline.studying.replaced import replace as put_in
-from outlierq.pipeline.studying.stacks import row_bounds, stacked, stacks
+from outlierq.pipeline.studying.rounding import approximated, method_of, options_by_block
 from outlierq.recipe import load
-from outlierq.registry import method, methods
+from outlierq.registry import method
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.core.stats import InputStats
     from outlierq.recipe import Calibration
-    from outlierq.registry import Method
 
 INPUTS = {"16": None, "int8": ActivationScheme(bits=8), "int4": ActivationScheme(bits=4)}
 
@@ -48,7 +47,8 @@ class MethodRow:
     """One method. bits: stored per weight, all that it needs. output_error: mean over linears, relative and squared.
 
     kl, perplexity: of the model on the text; None where it could not run, and `note` says why. against_gptq: its KL
-    over that of gptq at as many bits, None outside of the bits at which gptq ran. cpu_seconds: of the method alone.
+    over that of gptq at as many bits, None outside of the bits at which gptq ran. cpu_seconds: of the method, with
+    reading what it works on; of a recipe, of the whole run.
     """
 
     name: str
@@ -232,38 +232,17 @@ class _Study:
 
     def _rounded(self, contender: Contender, schemes: Mapping[LinearSite, QuantScheme]) -> _Made:
         """Every linear that has a scheme and statistics, by one method."""
-        asked = method("quantize" if contender.method in methods("quantize") else "approximate", contender.method)
-        model, sums, seconds = copied(self.original), _Sums(), 0.0
-        sparsities = self._sparsities(contender)
+        asked, sums, seconds = method_of(contender), _Sums(), 0.0
+        model = copied(self.original)
+        options = options_by_block(contender, self.stats, self.checkpoint, schemes, self.plain)
         for block in from_folder(self.stats, self.checkpoint).blocks:
-            options = dict(contender.options)
-            if sparsities:
-                options["sparsity"] = sparsities[block.index]
-            for members, _, stats in stacks(block, schemes):
-                stack = stacked(members, self.plain)
-                started = time.process_time()
-                made = _approximated(asked, stack, stats, schemes[members[0]], options)
+            started = time.process_time()
+            for parts, stack, stats in approximated(asked, block, schemes, self.plain, options[block.index]):
                 seconds += time.process_time() - started
-                parts = _split(members, made)
                 sums.add(parts, stack, stats)
                 put_in(model, parts, INPUTS[self.conditions.inputs])
+                started = time.process_time()
         return _Made(model, sums.bits, sums.output_error, seconds)
-
-    def _sparsities(self, contender: Contender) -> dict[int, float]:
-        """Share of zeros by block, where the contender has budgets by block; empty where all have the same."""
-        from outlierq.detect.weights.owl import outlier_ratio, sparsities
-
-        if not contender.budget:
-            return {}
-        ratios, sizes = {}, {}
-        for block in from_folder(self.stats, self.checkpoint).blocks:
-            linears = []
-            for members, _, stats in stacks(block, self.schemes):
-                rms = (stats.need("sum_sq") / stats.tokens).sqrt()
-                linears += [(as_matrix(site, self.plain.read(site.weight)), rms) for site in members]
-            ratios[block.index] = outlier_ratio(linears)
-            sizes[block.index] = sum(weight.numel() for weight, _ in linears)
-        return dict(zip(ratios, sparsities(list(ratios.values()), list(sizes.values()), 0.5), strict=True))
 
     def _of_recipe(self, contender: Contender) -> _Made:
         """A whole recipe, on these statistics where it can use some, else calibrated on their text."""
@@ -330,24 +309,9 @@ class _Sums:
         return sum(self._errors) / len(self._errors)
 
 
-def _approximated(
-    asked: Method, stack: torch.Tensor, stats: InputStats, scheme: QuantScheme, options: Mapping[str, Any]
-) -> Approximation:
-    """What a quantizer or an approximation makes of a stack [out, in]."""
-    made = asked.function(stack, stats, scheme, **options)
-    if isinstance(made, Approximation):
-        return made
-    return Approximation(made.dequantize(), made.bits_per_weight)
-
-
-def _split(members: Sequence[LinearSite], made: Approximation) -> dict[LinearSite, Approximation]:
-    """The rows of every member of a stack."""
-    return {site: made.rows(*bounds) for site, bounds in zip(members, row_bounds(members), strict=True)}
-
-
 def _paper(contender: Contender) -> str:
     """Where the method comes from."""
     if contender.recipe:
         rounding = load(contender.recipe).quantize
         return "" if rounding is None else method("quantize", rounding.method).paper
-    return method("quantize" if contender.method in methods("quantize") else "approximate", contender.method).paper
+    return method_of(contender).paper

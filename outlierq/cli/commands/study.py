@@ -20,6 +20,7 @@ METHODS = (
     "  outlierq study methods ./SmolLM2-135M --stats stats --only gptq --only olive --bits 4 --group-size channel\n\n"
     "  outlierq study methods ./SmolLM2-135M --stats stats --inputs int4 -o w4a4.json"
 )
+WRITE = 'Example:\n\n  outlierq study write ./SmolLM2-135M "sparsegpt 2:4" --stats stats -o pruned'
 CALIBRATION = (
     "Examples:\n\n  outlierq study calibration ./SmolLM2-135M --text embedded --text nonsense\n\n"
     "  outlierq study calibration ./SmolLM2-135M --text chats.txt --text code.txt --text news.txt --json"
@@ -114,6 +115,38 @@ def calibration(
     from outlierq.report.study_text import calibration as table
 
     shared.show(table(study))
+
+
+@app.command("write", epilog=WRITE)
+def write(
+    model: shared.Model,
+    method: Annotated[str, typer.Argument(help="A method by its name in the table of `study methods`.")],
+    stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the checkpoint.")],
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights, where the method rounds.")] = 4,
+    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.RemoteCode = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Write the model that a method is judged by, as a plain checkpoint: pruned, or rounded and decoded; no smaller."""
+    import outlierq
+
+    with shared.progress(quiet) as listen:
+        report = outlierq.study_write(
+            model,
+            method,
+            stats=stats,
+            out=out,
+            bits=bits,
+            group_size=_columns(group_size),
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+        )
+    shared.say(f"written and verified: {report.out}", quiet)
 
 
 def _columns(text: str) -> int | None:

@@ -19,6 +19,7 @@ from outlierq.load.model.conversion.class_named import class_named
 from outlierq.load.model.experts.apart import with_parts
 from outlierq.load.packed.decoded import ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
+from outlierq.pipeline.remodel.approximated import ApproximatedCheckpoint
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.registry import Method, transform_method
@@ -71,7 +72,7 @@ def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatom
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint below all rewrites."""
     checkpoint = with_parts(checkpoint)
-    while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
+    while isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint | ApproximatedCheckpoint):
         checkpoint = checkpoint.original
     return checkpoint
 
@@ -139,7 +140,7 @@ def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:
     """What the rewrites did, in order."""
     checkpoint = with_parts(checkpoint)
-    if not isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint):
+    if not isinstance(checkpoint, RewrittenCheckpoint | PrunedCheckpoint | ApproximatedCheckpoint):
         return []
     return [*rewrite_notes(checkpoint.original), *checkpoint.notes]
 
