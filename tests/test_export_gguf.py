@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from libraries import at_least
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import outlierq as outlierq_package
 from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
@@ -364,7 +365,21 @@ def test_a_scaled_rotary_embedding_is_read_back_and_computes_the_same(rope, tool
 def test_only_a_way_of_splitting_that_is_known_gets_its_name(steps, name):
     tokenizer = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     assert pre_tokenizer_name(tokenizer) == name
+    assert pre_tokenizer_name({**tokenizer, "model": {"type": "BPE", "ignore_merges": True}}) is None
     assert pre_tokenizer_name({**tokenizer, "model": {"type": "BPE", "byte_fallback": True}}) is None
+
+
+def test_whole_words_before_merges_are_a_name_of_their_own():
+    known = json.loads((Path(outlierq_package.__file__).parent / "data" / "gguf_pretokenizers.json").read_text("utf-8"))
+    pattern = known["llama-bpe"][0][1]
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+    for ignoring, name in ((True, "llama-bpe"), (False, "dbrx")):
+        model = {"type": "BPE", "ignore_merges": ignoring}
+        found = pre_tokenizer_name({"model": model, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}})
+        assert found == name
 
 
 def test_verify_reads_it_and_finds_planted_faults(worded_llama, tmp_path, outlierq):

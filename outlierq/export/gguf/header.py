@@ -41,6 +41,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# With these names llama.cpp takes a whole word that is a token before it merges; beside each the name of the same way
+# of splitting without that, None where there is none.
+WHOLE_WORDS = {"llama-bpe": "dbrx", "tekken": None}
 ALIGNMENT = 32
 PACKED = ("Q", "IQ", "MX")  # how the names of packed ggml types begin
 # What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
@@ -249,7 +252,8 @@ def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, sour
     if name is None:
         raise SourceError(
             f"the way the tokenizer of {source} splits text has no name in llama.cpp that is known here "
-            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2; SentencePiece BPE as in Llama 2)",
+            "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3, Qwen 2 and 3.5, GPT-4o, DeepSeek 3 and Tekken; "
+            "SentencePiece BPE as in Llama 2)",
             hint=ELSEWHERE,
         )
     tokens = [f"[PAD{number}]" for number in range(size)]
@@ -286,7 +290,10 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
         return None
     steps = [_step(step) for step in (pre.get("pretokenizers") or [pre])]
     known = json.loads((resources.files("outlierq") / "data" / "gguf_pretokenizers.json").read_text(encoding="utf-8"))
-    return next((name for name, described in known.items() if described == steps), None)
+    name = next((name for name, described in known.items() if described == steps), None)
+    if model.get("ignore_merges"):
+        return name if name in WHOLE_WORDS else None
+    return WHOLE_WORDS.get(str(name), name)
 
 
 def _step(step: Mapping[str, Any]) -> list[Any] | None:
