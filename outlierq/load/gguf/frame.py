@@ -189,7 +189,7 @@ def frame_of(header: GgufHeader, *, own_names: bool) -> Frame:
     tensors = tuple(FrameTensor(t.name, t.shape, t.type, t.number) for t in header.tensors.values())
     factors = [] if own_names else [t for t in header.tensors.values() if t.name.startswith(FACTORS)]
     extras = {tensor.name: b"".join(raw.numpy().tobytes() for raw in raw_rows(tensor, 1)) for tensor in factors}
-    architecture = _config(header)["model_type"]
+    architecture = str(header.fields.get("general.architecture"))
     return Frame(header.path.name, keys, header.version, header.alignment, tensors, own_names, architecture, extras)
 
 

@@ -30,6 +30,8 @@ def refuse_rounds(model: StudiedModel) -> None:
 
     A model that does not run without its weights is not judged; calibration looks again.
     """
+    if model.checkpoint.studied() is not None:
+        return  # no class runs it
     name, count = most_called(model.skeleton)
     if count > 1:
         raise SourceError(

@@ -76,12 +76,13 @@ class Source:
         """The same, or a GGUF file under its own names where it becomes another one by a recipe that runs no model: so
         it needs no class, and all but the weights that are rounded is carried byte for byte.
 
-        stats: an importance matrix, a file, is all that a recipe needs that reads no more.
+        stats: finished ones of a Hugging Face model, for which none is run either, or an importance matrix, a file,
+        which is all that a recipe needs that reads no more.
         """
         recipe, path = request, None if isinstance(self.place, Checkpoint) else Path(self.name).expanduser()
         if isinstance(recipe, FormatAlone) or path is None or not is_gguf(path) or recipe.export.format != "gguf":
             return self
-        runs = bool(recipe.needs) and not (stats is not None and stats.is_file())
+        runs = bool(recipe.needs) and not (stats is not None and (stats.is_file() or of_hugging_face(stats)))
         if runs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
             return self if self.like else replace(self, like=path)
         from outlierq.load import FramedCheckpoint
@@ -194,6 +195,13 @@ def known_format(format: str) -> str:
     if format not in formats():
         raise ArgumentError(f"{format!r} is not a format; choose one of {', '.join(formats())}", argument="format")
     return format
+
+
+def of_hugging_face(stats: Path) -> bool:
+    """Whether statistics were made of a model with Hugging Face's names, and not of a GGUF file."""
+    from outlierq.calibrate.stored.stats_file import StatsReader
+
+    return not any(name.startswith("blk.") for name in StatsReader(stats).made_of)
 
 
 def is_gguf(path: Path) -> bool:

@@ -10,6 +10,7 @@ from outlierq.core.model import InputGroup
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.imatrix import StatsFromImatrix
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
+from outlierq.pipeline.block.stats_framed import StatsForFrame
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
@@ -61,6 +62,8 @@ def stats_source(
             )
         if stats.is_file():
             return StatsFromImatrix(stats, plan)
+        if plan.checkpoint.studied() is not None:
+            return StatsForFrame(stats, plan.checkpoint, plan.structure, needs)
         return StatsFromFile(
             stats, original_of(plan.checkpoint), plan.structure, needs, shifts=new_shifts(plan.checkpoint)
         )

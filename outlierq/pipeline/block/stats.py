@@ -111,7 +111,7 @@ class StatsFromFile(NoStats):
         super().__init__(structure)
         self.shifts = shifts or {}
         self.reader = StatsReader(folder)
-        self.reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
+        self.check(checkpoint)
         self.made_of, self.calibration = self.reader.made_of, self.reader.calibration
         identity = self.reader.identity
         self.identity = {"statistics": identity.to_json()}
@@ -121,6 +121,10 @@ class StatsFromFile(NoStats):
         missing = stored_fields(needs) - held
         if missing:
             raise StatsError(f"{folder} does not hold {', '.join(sorted(missing))}", hint="calibrate again")
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """StatsError unless they are of this checkpoint."""
+        self.reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
 
     def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """Read one block's file."""
