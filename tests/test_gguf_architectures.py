@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf_models import CONFIGS, write_model
+from gguf_models import CONFIGS, SIZES, write_model, write_tokenizer
 from safetensors.torch import load_file
 
 import outlierq
@@ -120,6 +120,27 @@ def test_experts_of_a_block_cannot_have_several_types(tmp_path):
         outlierq.plan(str(folder), "rtn-w4", settings=[*FOUR_BITS, "quantize.ignore=['*.experts.2.gate_proj']"])
 
 
+def test_of_a_model_that_sees_the_language_model_is_written_and_the_rest_is_said(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sees = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14}  # fmt: skip
+    tokens = {"boi_token_index": 250, "eoi_token_index": 251, "image_token_index": 252}
+    text = {**SIZES, **CONFIGS["gemma3_text"]}
+    config = Gemma3Config(text_config=text, vision_config=sees, mm_tokens_per_image=1, **tokens)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    notes = outlierq.plan(str(tmp_path / "model"), "dense", settings=[GGUF]).notes
+    assert any("more: left out, the file holds the language model alone" in note for note in notes)
+    tensors = written(tmp_path / "model", tmp_path / "m.gguf")
+    assert len(tensors) == 80 and "blk.5.attn_q_norm.weight" in tensors
+
+
+def test_that_llama_cpp_rounds_the_bounds_of_yarn_is_said(tmp_path):
+    notes = outlierq.plan(str(write_model(tmp_path / "model", "gpt_oss")), "dense", settings=[GGUF]).notes
+    assert any("rounds the bounds of YaRN" in note for note in notes)
+
+
 REFUSED = [
     ("mistral", {"sliding_window": 8}, "attends to a window of 8 tokens"),
     ("qwen2_moe", {"norm_topk_prob": True}, "has norm_topk_prob True"),
@@ -147,7 +168,6 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(model_type, more, sai
 
 
 def test_an_architecture_that_is_not_proved_is_refused_with_what_to_do(tmp_path):
-    from gguf_models import write_tokenizer
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(

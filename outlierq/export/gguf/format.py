@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from outlierq.core.errors import SourceError
 from outlierq.core.gguf.mixes import Shape, type_in_mix
@@ -41,7 +41,7 @@ from outlierq.export.gguf.blocks import encode_blocks, ggml_type, held_as
 from outlierq.export.gguf.framed import framed_header
 from outlierq.export.gguf.header import file_type, gguf_header
 from outlierq.export.gguf.names import expert_of, gguf_name
-from outlierq.export.gguf.rotation import rope_tensors
+from outlierq.export.gguf.rotation import rope_tensors, rounded_bounds
 from outlierq.export.layout import Layout, OutputTensor, Place
 from outlierq.recipe.patterns import tower_of
 
@@ -265,7 +265,8 @@ class GgufFormat(Format, name="gguf"):
 
         types = {self._name(site.weight): held_as(scheme).name for site, scheme in schemes.items()}
         if self.frame is not None:
-            return _framed_layout(self.frame, tensors, types)
+            layout = _framed_layout(self.frame, tensors, types)
+            return replace(layout, notes=self._left_out(source))
         factors = {name: np.array(values, "<f4") for name, values in self._factors.items()}
         own = [OutputTensor(name, "F32", values.shape, HEADER) for name, values in factors.items()]
         entries = [(t.name, types.get(t.name, t.dtype), self._shape(t), t.nbytes) for t in (*own, *tensors)]
@@ -279,14 +280,27 @@ class GgufFormat(Format, name="gguf"):
         for tensor in tensors:
             places[tensor.name] = Place(tensor, FILE_NAME, offset)
             offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
-        return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset}, differences)
+        notes = (*differences, *rounded_bounds(self._whole), *self._left_out(source))
+        return Layout(places, {FILE_NAME: header}, {FILE_NAME: offset}, notes)
+
+    def _left_out(self, source: Checkpoint) -> tuple[str, ...]:
+        """A sentence on the tensors that the file does not have; none where it has all."""
+        names = [] if self._in_own_names else [name for name in source.tensors if self.leaves_out(name)]
+        if not names:
+            return ()
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        beside = "what sees or hears is for llama.cpp's own converter (--mmproj)"
+        return (f"{names[0]}{more}: left out, the file holds the language model alone; {beside}",)
+
+    @property
+    def _whole(self) -> dict[str, Any]:
+        """The config with all that its class has by itself; empty where there is no row for it."""
+        return whole_config(self.config) if architecture_of(self.config) is not None else {}
 
     @property
     def _factors(self) -> dict[str, list[float]]:
         """Factors of the rotary frequencies by the name of their tensor."""
-        if architecture_of(self.config) is None:
-            return {}
-        return rope_tensors(whole_config(self.config), self._architecture.part)
+        return rope_tensors(self._whole, self._architecture.part) if self._whole else {}
 
     def _shape(self, tensor: OutputTensor) -> tuple[int, ...]:
         """The shape in the header: of all experts, or heads, of a block [experts, rows, ...]."""
