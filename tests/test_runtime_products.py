@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import ActivationScheme, QuantScheme
+from outlierq.core.scheme import ActivationScheme, QuantScheme, block_types, gguf_scheme
 from outlierq.kernels import layout as kernel_layout
 from outlierq.kernels.layout import KernelError
 from outlierq.ops.activations import fake_quantize
 from outlierq.ops.compiled import products
 from outlierq.ops.twins.int8_split import split_matmul
+from outlierq.quantize.rtn import rtn
 from outlierq.runtime import QuantLinear, choice, cpu, dispatch, layout, pages, ways
 
 PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")
@@ -97,6 +98,17 @@ def test_every_form_is_within_bfloat16_of_the_float64_product(name):
         y = layer(x)
         assert y.dtype == x.dtype
         assert relative(y, truth) < 1e-2, tokens
+
+
+@pytest.mark.parametrize("name", [*block_types(), None])
+def test_weights_that_are_no_plain_integers_are_never_multiplied_as_such(name):
+    """Tables of values, scales in units of others, real minima: their codes or scales mean something else."""
+    scheme = QuantScheme(4, 32, symmetric=False, scales="two-level") if name is None else gguf_scheme(name)
+    stored = rtn(torch.randn(40, 256), None, scheme)
+    layer = QuantLinear(stored)
+    assert scheme.scales == "plain" or layer.form == "decoded"
+    x = torch.randn(5, 256).bfloat16()
+    assert relative(layer(x), x.double() @ stored.dequantize().double().T) < 1e-2
 
 
 @pytest.mark.parametrize("name", [n for n, row in WEIGHTS.items() if row[3] != "int8"])

@@ -9,7 +9,6 @@ on the CPU in the way that is the fastest for its shape.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +38,7 @@ class QuantLinear(torch.nn.Module):
     zero_point: torch.Tensor | None
     columns: torch.Tensor | None
     outlier_weight: torch.Tensor | None
+    super_scale: torch.Tensor | None
     input_scale: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -159,17 +159,15 @@ class QuantLinear(torch.nn.Module):
         return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
 
     def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
-        """The weight as it came; scales of two levels or powers of two as the numbers that they stand for."""
-        scale = weight.scale
-        if weight.scheme.scales != "plain":
-            scale, self.scheme = weight.float_scale, replace(weight.scheme, scales="plain")
+        """The weight as it came."""
         split = {"columns": weight.outlier_columns, "outlier_weight": weight.outlier_weight}
-        return {"words": weight.codes, "scale": scale, "zero_point": weight.zero_point, **split}
+        stored = {"words": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        return {**stored, "super_scale": weight.super_scale, **split}
 
     def _stored(self) -> QuantTensor:
         """What a decoded layer holds, as a value."""
         split = (self.input_scale, self.columns, self.outlier_weight)
-        return QuantTensor(self.words, self.scale, self.zero_point, self.scheme, *split)
+        return QuantTensor(self.words, self.scale, self.zero_point, self.scheme, *split, self.super_scale)
 
     def _decoded(self, x: torch.Tensor) -> torch.Tensor:
         """Decode a block of rows, multiply, forget it."""
@@ -218,9 +216,10 @@ def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tupl
     """(form, why it is decoded)."""
     scheme, inputs = weight.scheme, weight.scheme.activations
     by_row = scheme.group_size is None and scheme.block is None and weight.zero_point is None
-    if scheme.kind == "float" or scheme.block is not None:
-        numbers = f"there is no product for {scheme.numbers} weights"
-        return "decoded", numbers if scheme.kind == "float" else "scales are per block"
+    if scheme.kind != "int" or scheme.scales != "plain":
+        return "decoded", f"there is no product for {scheme.numbers} weights"
+    if scheme.block is not None:
+        return "decoded", "scales are per block"
     if by_row and inputs is not None and (inputs.kind, inputs.bits) == ("int", 8) and inputs.per != "group":
         return "int8", None
     if weight.outlier_columns is not None:
