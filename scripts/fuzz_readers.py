@@ -402,6 +402,60 @@ def read_gguf_headers(folder: Folder) -> None:
         dequantized(tensor, torch.bfloat16)
 
 
+def block_seeds() -> list[bytes]:
+    """Of each type of block its number, then two rows of one block each."""
+    from outlierq.core.gguf.types import block_types
+
+    kinds = enumerate(block_types().values())
+    return [bytes([number, *(place % 200 for place in range(2 * kind.nbytes))]) for number, kind in kinds]
+
+
+def read_blocks(folder: Folder) -> None:
+    """Codes and scales of two rows of a type, which stand for what the package gguf reads."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from outlierq.core.gguf.types import block_types
+    from outlierq.core.scheme import gguf_scheme
+    from outlierq.load import decode_rows
+
+    case = (folder / "blocks.bin").read_bytes()
+    kind = list(block_types().values())[(case[0] if case else 0) % len(block_types())]
+    width = len(case[1:]) // 2
+    raw = np.frombuffer(case[1 : 1 + 2 * width], np.uint8).reshape(2, width).copy()
+    if kind.name == "MXFP4":
+        raw[:, :1] &= 0x7F  # the largest exponents stand for no float32
+    parts = {"weight": torch.from_numpy(raw), "heads": torch.tensor(0)}
+    with np.errstate(all="ignore"):
+        read = decode_rows("gguf", parts, gguf_scheme(kind.name), (2, kind.columns), 0, 2).dequantize().numpy()
+        theirs = dequantize(raw, GGMLQuantizationType[kind.name])
+    finite = np.isfinite(theirs)
+    assert np.array_equal(read[finite], theirs[finite]), f"{kind.name} is read in another way than gguf does"
+
+
+def imatrix_seeds() -> list[bytes]:
+    """Two entries, one of a mixture."""
+    fields: list[Any] = [
+        ["general.type", 8, "imatrix"], ["imatrix.chunk_count", 4, 6], ["imatrix.chunk_size", 4, 32],
+        ["imatrix.datasets", 9, [8, ["a.txt"]]],
+    ]  # fmt: skip
+    entries = {"blk.0.attn_q.weight": (16, 1), "blk.0.ffn_up_exps.weight": (8, 3)}
+    tensors: list[Any] = []
+    for name, (width, matrices) in entries.items():
+        for part, dims in (("in_sum2", [width, matrices]), ("counts", [1, matrices])):
+            tensors.append([f"{name}.{part}", dims, 0, 96 * len(tensors)])
+    return [dump({"version": 3, "fields": fields, "tensors": tensors, "body": 96 * len(tensors)})]
+
+
+def read_importance(folder: Folder) -> None:
+    """An importance matrix."""
+    from outlierq.load.gguf.imatrix import read_imatrix
+
+    _ = read_imatrix(folder / "imatrix.gguf").description
+
+
 def read_gguf(folder: Folder) -> None:
     """The whole checkpoint with its config, names and values."""
     from outlierq.load import open_checkpoint
@@ -1101,6 +1155,8 @@ READERS: dict[str, Reader] = {
     "packed": Reader("case.json", packed_seeds, mutate.json_file, read_packed, written=write_packed),
     "source": Reader("case.json", source_seeds, mutate.json_file, read_source, written=write_packed),
     "gguf-header": Reader("model.gguf", gguf_header_seeds, mutate.gguf_from, read_gguf_headers),
+    "gguf-imatrix": Reader("imatrix.gguf", imatrix_seeds, mutate.gguf_from, read_importance),
+    "blocks": Reader("blocks.bin", block_seeds, mutate.bytes_of, read_blocks),
     "recipe": Reader("recipe.yaml", recipe_seeds, mutate.yaml_file, read_recipe),
     "setting": Reader("setting.txt", lambda: [b"quantize.bits=4", b"gate.max_kl=0.1"], change_setting, read_settings),
     "report": Reader("outlierq.json", report_seeds, mutate.json_file, read_report),
