@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     )
     from outlierq.core.errors import GateError, OutlierqError
     from outlierq.core.limits import Limits
+    from outlierq.core.measured.outliers import OutlierReport
     from outlierq.core.model import Checkpoint
-    from outlierq.core.outliers import OutlierReport
     from outlierq.core.report import Evaluation, Report
     from outlierq.evaluate.comparison import Comparison
     from outlierq.pipeline.asked.events import Event
@@ -115,7 +115,7 @@ _HOMES = {
     "Frontier": "pipeline.fitting.frontier",
     "GateError": "core.errors",
     "Limits": "core.limits",
-    "OutlierReport": "core.outliers",
+    "OutlierReport": "core.measured.outliers",
     "OutlierqError": "core.errors",
     "Plan": "pipeline.planning.plan",
     "Recipe": "recipe",

@@ -24,11 +24,10 @@ from outlierq.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from outlierq.core.limits import Limits
+    from outlierq.core.measured.outliers import OutlierReport
     from outlierq.core.model import Checkpoint
-    from outlierq.core.outliers import OutlierReport
     from outlierq.core.report import Evaluation, Report
     from outlierq.evaluate.comparison import Comparison
-    from outlierq.pipeline.adapter import Adapter
     from outlierq.pipeline.asked.events import Listener
     from outlierq.pipeline.asked.request import SourceLike
     from outlierq.pipeline.bench import Benchmark
@@ -40,8 +39,9 @@ if TYPE_CHECKING:
     from outlierq.pipeline.fitting.sweep import Sweep, SweepRow
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
-    from outlierq.pipeline.study_calibration import CalibrationStudy
-    from outlierq.pipeline.study_methods import MethodStudy
+    from outlierq.pipeline.studying.adapter import Adapter
+    from outlierq.pipeline.studying.methods import MethodStudy
+    from outlierq.pipeline.studying.texts import CalibrationStudy
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe, RecipeLike, Settings
 
@@ -735,8 +735,8 @@ def study_write(
     """
     from outlierq.pipeline.asked.request import Source
     from outlierq.pipeline.asked.resources import Resources
-    from outlierq.pipeline.study_methods import Conditions
     from outlierq.pipeline.study_write import study_write
+    from outlierq.pipeline.studying.methods import Conditions
     from outlierq.report.progress import listening
 
     conditions = Conditions(bits, group_size)
@@ -766,9 +766,9 @@ def adapter(
     >>> made.after < made.before
     True
     """
-    from outlierq.pipeline.adapter import make_adapter
     from outlierq.pipeline.asked.request import Source
     from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.studying.adapter import make_adapter
     from outlierq.report.progress import listening
 
     with listening(progress) as listen:
@@ -803,7 +803,7 @@ def study_calibration(
     """
     from outlierq.pipeline.asked.request import Source
     from outlierq.pipeline.asked.resources import Resources
-    from outlierq.pipeline.study_calibration import study_calibration
+    from outlierq.pipeline.studying.texts import study_calibration
     from outlierq.recipe import Calibration
     from outlierq.report.progress import listening
 
@@ -844,7 +844,7 @@ def study_methods(
     """
     from outlierq.pipeline.asked.request import Source, write_file
     from outlierq.pipeline.asked.resources import Resources
-    from outlierq.pipeline.study_methods import Conditions, study_methods
+    from outlierq.pipeline.studying.methods import Conditions, study_methods
     from outlierq.report.progress import listening
     from outlierq.report.study_text import page
 

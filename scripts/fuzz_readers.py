@@ -499,7 +499,13 @@ def read_settings(folder: Folder) -> None:
 
 def report_seeds() -> list[bytes]:
     """A small report of a run and one of outliers."""
-    from outlierq.core.outliers import BlockOutliers, ChannelOutliers, GroupOutliers, MassiveEntry, OutlierReport
+    from outlierq.core.measured.outliers import (
+        BlockOutliers,
+        ChannelOutliers,
+        GroupOutliers,
+        MassiveEntry,
+        OutlierReport,
+    )
     from outlierq.core.report import Report, SiteRow
 
     run = Report(
@@ -521,7 +527,7 @@ def report_seeds() -> list[bytes]:
 def read_report(folder: Folder) -> None:
     """The report beside a checkpoint, as `eval`, `publish` and `inspect` read it."""
     from outlierq.core.machine.untrusted import json_value
-    from outlierq.core.outliers import OutlierReport
+    from outlierq.core.measured.outliers import OutlierReport
     from outlierq.pipeline.measuring.measure import read_report
     from outlierq.pipeline.publish import without_paths
 
@@ -551,8 +557,8 @@ def write_stats(folder: Folder) -> None:
     import torch
 
     from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsWriter
-    from outlierq.core.block_stats import BlockStats
-    from outlierq.core.logits import LogitSample
+    from outlierq.core.measured.block_stats import BlockStats
+    from outlierq.core.measured.logits import LogitSample
     from outlierq.core.model import Fold, InputGroup, LinearSite
     from outlierq.core.stats import InputStats
 
@@ -854,7 +860,7 @@ def template_seeds() -> list[bytes]:
 
 def read_template(folder: Folder) -> None:
     """A chat in the template that a checkpoint carries."""
-    from outlierq.calibrate import chats
+    from outlierq.calibrate.corpus import chats
 
     tokenizer = templated()
     tokenizer.chat_template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
@@ -895,7 +901,7 @@ class Characters:
 
 def read_text(folder: Folder, name: str, chat: bool = False) -> None:
     """Calibration windows of a file."""
-    from outlierq.calibrate.text import TextSource, token_windows
+    from outlierq.calibrate.corpus.text import TextSource, token_windows
 
     source = TextSource(path=str(folder / name))
     token_windows(Characters(), [source], samples=2, sequence_length=4, seed=0, chat_template=chat)

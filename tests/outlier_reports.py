@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from outlierq.core.outliers import BlockOutliers, GroupOutliers, MassiveEntry, OutlierReport
+from outlierq.core.measured.outliers import BlockOutliers, GroupOutliers, MassiveEntry, OutlierReport
 
 PLANTED = {78: 45.0, 214: 25.0, 423: 60.0}  # residual channel -> how many times above the others
 SPIKE_BLOCK, SPIKE_CHANNEL, SPIKE = 2, 1101, 2143.0  # one input of down_proj, as massive activations arise

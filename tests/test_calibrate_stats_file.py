@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, StatsWriter
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
-from outlierq.core.logits import LogitSample
+from outlierq.core.measured.block_stats import BlockStats
+from outlierq.core.measured.logits import LogitSample
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 

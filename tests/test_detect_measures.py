@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
+from outlierq.core.measured.block_stats import BlockStats
 from outlierq.core.stats import InputStats
 from outlierq.detect.blocks import massive, sinks
 from outlierq.detect.inputs import channel_ratio, iqr_rate, kurtosis, qsur, sigma_rate

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outlierq.core.measured.outliers import OutlierReport
 from outlierq.core.model import Fold, InputGroup, LinearSite
-from outlierq.core.outliers import OutlierReport
 from outlierq.core.stats import InputStats
 from outlierq.detect import output_error, stage, verdict
 from outlierq.load.token_text import token_texts

@@ -135,7 +135,7 @@ class TestNothingRuns:
     def test_a_chat_template_with_code_is_refused(self, template, tmp_path, tools, watch, monkeypatch):
         from transformers import AutoTokenizer
 
-        from outlierq.calibrate import chats, text
+        from outlierq.calibrate.corpus import chats, text
         from outlierq.core.errors import StatsError
 
         monkeypatch.setattr(chats, "SECONDS_PER_CHAT", 0.2)

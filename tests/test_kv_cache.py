@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import NumbersError, RecipeError, SourceError, StatsError
+from outlierq.core.measured.block_stats import BlockStats
 from outlierq.core.model import Fold, InputGroup
 from outlierq.core.scheme import CacheScheme
 from outlierq.load import load_model, open_checkpoint

@@ -329,7 +329,7 @@ def test_saliency_is_what_an_expert_adds_summed_over_its_tokens(mixtures, ids):
 
 
 def test_reap_keeps_what_adds_most_and_equally_many_of_every_group():
-    from outlierq.core.block_stats import BlockStats
+    from outlierq.core.measured.block_stats import BlockStats
     from outlierq.registry import transform_method
 
     tokens = torch.tensor([1, 2, 4, 0, 1, 1, 1, 1])

@@ -12,7 +12,7 @@ import pytest
 from outlier_reports import PLANTED, SPIKE, SPIKE_BLOCK, SPIKE_CHANNEL, outlier_report
 
 from outlierq.core.errors import OutputError
-from outlierq.core.outliers import MassiveEntry, OutlierReport
+from outlierq.core.measured.outliers import MassiveEntry, OutlierReport
 from outlierq.report import outlier_charts, outlier_page, outlier_panels
 
 NAMES = ("channels", "sorted", "massive", "errors")

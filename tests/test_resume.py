@@ -21,9 +21,9 @@ from outlierq.export.writer import ShardWriter
 from outlierq.load import open_checkpoint
 from outlierq.pipeline import quantize as run
 from outlierq.pipeline.block import stats_run as calibration
+from outlierq.pipeline.block.expert_stats import remove_expert_stats
 from outlierq.pipeline.block.hidden_files import saved_hidden
 from outlierq.pipeline.calibrate import calibrate
-from outlierq.pipeline.expert_stats import remove_expert_stats
 from outlierq.pipeline.ledger import folder, journal
 from outlierq.pipeline.ledger.output import Output
 from outlierq.pipeline.planning.decide import make_plan

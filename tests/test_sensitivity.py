@@ -9,7 +9,7 @@ from conftest import folder_hashes
 import outlierq as public
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import StatsError
-from outlierq.core.sensitivity import LinearSensitivity, Sensitivity
+from outlierq.core.measured.sensitivity import LinearSensitivity, Sensitivity
 from outlierq.load import open_checkpoint, study
 from outlierq.pipeline.block.stats_run import token_set
 from outlierq.recipe import Calibration

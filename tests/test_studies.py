@@ -25,10 +25,10 @@ from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output
 from outlierq.ops.errors import output_error
 from outlierq.ops.low_rank import low_rank
 from outlierq.ops.one_dimension import k_means
-from outlierq.pipeline.study_calibration import nonsense
-from outlierq.pipeline.study_methods import Conditions
 from outlierq.pipeline.studying.contenders import contenders
+from outlierq.pipeline.studying.methods import Conditions
 from outlierq.pipeline.studying.replaced import replace
+from outlierq.pipeline.studying.texts import nonsense
 from outlierq.quantize.studies.adadim import adadim
 from outlierq.quantize.studies.low_rank import with_branch
 from outlierq.quantize.studies.olive import best_pairs, olive

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import pieces
-from outlierq.core.block_stats import MASS_COLUMNS
+from outlierq.core.measured.block_stats import MASS_COLUMNS
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from outlierq.calibrate.experts import all_groups
 from outlierq.calibrate.extremes import Places, add_to_top, top_tokens
 from outlierq.calibrate.pairs import Pair
 from outlierq.calibrate.trace import first_input, submodule
-from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import NumbersError, StatsError
+from outlierq.core.measured.block_stats import BLOCK_FIELDS
 from outlierq.core.stats import DERIVED, FIELDS, LOG2_BINS, LOG2_LOWEST, PAIRED, TOKEN_BINS, TOP_TOKENS, InputStats
 
 if TYPE_CHECKING:

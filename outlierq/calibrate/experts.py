@@ -1,6 +1,6 @@
 """Experts of a mixture while a block is studied: which tokens they see, and which sites of a group are theirs.
 
-`load/model/experts/fused.py` made them separate modules; `pipeline/expert_stats.py` scores them for pruning.
+`load/model/experts/fused.py` made them separate modules; `pipeline/block/expert_stats.py` scores them for pruning.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import NumbersError
-from outlierq.core.logits import LogitSample
+from outlierq.core.measured.logits import LogitSample
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from outlierq.calibrate.collect import pieces, token_stride
 from outlierq.calibrate.extremes import Places, add_to_top, top_entries, top_of_sequences
 from outlierq.calibrate.runner import hidden_of
 from outlierq.calibrate.trace import submodule
-from outlierq.core.block_stats import BLOCK_FIELDS, BlockStats
+from outlierq.core.measured.block_stats import BLOCK_FIELDS, BlockStats
 from outlierq.core.model import EXPERT_COUNTS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from outlierq.calibrate.runner import HiddenStates, Spill
 from outlierq.calibrate.trace import submodule
 from outlierq.core.errors import NumbersError, during
 from outlierq.core.machine.heap import return_freed_memory
-from outlierq.core.sensitivity import LinearSensitivity, Sensitivity
+from outlierq.core.measured.sensitivity import LinearSensitivity, Sensitivity
 
 if TYPE_CHECKING:
     import torch

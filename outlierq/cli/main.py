@@ -21,17 +21,14 @@ from outlierq.cli.commands import (
     detect,
     diff,
     evaluate,
-    fit,
-    frontier,
     inspect,
     plan,
     publish,
     quantize,
     recipes,
-    study,
-    sweep,
     verify,
 )
+from outlierq.cli.commands.choosing import fit, frontier, study, sweep
 from outlierq.cli.shared import translated
 from outlierq.cli.streams import Streams
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from outlierq.core.block_stats import TOP_COLUMNS
 from outlierq.core.errors import NumbersError, StatsError
+from outlierq.core.measured.block_stats import TOP_COLUMNS
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ class InputStats:
     is below (zeros, too) is in bin 0, what is above in bin 47. It is of a sample of the tokens, about every third; a
     row's sum is their number. token_histogram: [64] int64, tokens by floor(2 log2(max over channels of |x|)) + 32,
     clipped to the bins. top_tokens: [<= 20, 6] float32, the tokens with the largest |x|, largest first, a row a token
-    (columns: `TOP_COLUMNS` of core/block_stats.py, where the median is the lower one of two middle values; the token
-    id is -1 where it is not known).
+    (columns: `TOP_COLUMNS` of core/measured/block_stats.py, where the median is the lower one of two middle values; the
+    token id is -1 where it is not known).
     cross: [K, K] float32, (1 / tokens) * sum of (x0 - x) x^T, with x0 the same token's input in the original model,
     where x is what it is behind the quantized blocks. first_change: [sequences, K] float32, x0 - x of first tokens.
     A field that the recipe did not need is None.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from outlierq.core.errors import NumbersError, StatsError
-from outlierq.core.outliers import BlockOutliers, ChannelOutliers, GroupOutliers, MassiveEntry
+from outlierq.core.measured.outliers import BlockOutliers, ChannelOutliers, GroupOutliers, MassiveEntry
 from outlierq.detect import output_error
 from outlierq.detect.blocks.massive import massive_entries, persistent_share, super_weight
 from outlierq.detect.blocks.sinks import no_op_heads, sink_heads
@@ -26,7 +26,7 @@ from outlierq.detect.weights.owl import outlier_ratio
 from outlierq.ops.by_output import dimension_ratio
 
 if TYPE_CHECKING:
-    from outlierq.core.block_stats import BlockStats
+    from outlierq.core.measured.block_stats import BlockStats
     from outlierq.core.model import InputGroup, LinearSite
     from outlierq.core.scheme import QuantScheme
     from outlierq.core.stats import InputStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from outlierq.core.outliers import BlockOutliers, GroupOutliers, MassiveEntry
+from outlierq.core.measured.outliers import BlockOutliers, GroupOutliers, MassiveEntry
 from outlierq.detect.inputs.channel_ratio import STANDS_OUT
 from outlierq.detect.verdict import ADVICE, LADDER, LAST_RESORT
 

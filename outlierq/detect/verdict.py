@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from outlierq.core.outliers import Danger
+from outlierq.core.measured.outliers import Danger
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS
 from outlierq.calibrate.stored.stats_file import StatsIdentity, StatsReader, StatsWriter, former_shards
-from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import OutputError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
+from outlierq.core.measured.block_stats import BLOCK_FIELDS
 from outlierq.core.model import Block, Checkpoint, StudiedModel
 from outlierq.load import check_recorded, check_unchanged, differing, lasting_stamps, tokenizer_digest
 from outlierq.pipeline.asked.events import Event, Listener, fetching
@@ -29,7 +29,7 @@ from outlierq.pipeline.remodel.rewrite import check_source
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:
-    from outlierq.calibrate.text import TokenSet
+    from outlierq.calibrate.corpus.text import TokenSet
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from outlierq.core.report import Report
 from outlierq.load import check_recorded, open_checkpoint, reading_ahead
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of, format_of
 from outlierq.pipeline.asked.resources import USUAL, Resources
+from outlierq.pipeline.block.expert_stats import expert_stats, remove_expert_stats
 from outlierq.pipeline.convert import convert, make_conversion
-from outlierq.pipeline.expert_stats import expert_stats, remove_expert_stats
 from outlierq.pipeline.ledger.single import file_of, folder_for, put_in_place
 from outlierq.pipeline.measuring.measure import (
     Measurement,

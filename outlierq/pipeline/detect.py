@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import OutputError, SourceError, StatsError, during
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.machine.own_files import write_atomically
+from outlierq.core.measured.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite
-from outlierq.core.outliers import BlockOutliers, GroupOutliers, OutlierReport
 from outlierq.core.stats import InputStats
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.calibrate.stored.stats_file import StatsReader
-    from outlierq.core.block_stats import BlockStats
+    from outlierq.core.measured.block_stats import BlockStats
     from outlierq.pipeline.block.stats_run import StatsFromRun
     from outlierq.recipe import Calibration
 
@@ -82,7 +82,7 @@ def quick_settings() -> Calibration:
 def from_run(checkpoint: Checkpoint, settings: Calibration, work: Path, resources: Resources = USUAL) -> Statistics:
     """Statistics of the model run now, block by block; none of them are kept. work: for large hidden states."""
     from outlierq.calibrate.collect import ALL_FIELDS
-    from outlierq.core.block_stats import BLOCK_FIELDS
+    from outlierq.core.measured.block_stats import BLOCK_FIELDS
     from outlierq.load import study
     from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, token_set
 

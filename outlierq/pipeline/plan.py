@@ -8,8 +8,8 @@ from outlierq.load import check_recorded
 from outlierq.pipeline.asked.events import Listener, silent
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source
 from outlierq.pipeline.asked.resources import ceiling
+from outlierq.pipeline.block.expert_stats import works_of
 from outlierq.pipeline.convert import make_conversion
-from outlierq.pipeline.expert_stats import works_of
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.estimate import estimate
 from outlierq.pipeline.planning.memory import check_together, choose

@@ -13,8 +13,8 @@ from outlierq.pipeline.detect import BlockData
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel.approximated import ApproximatedCheckpoint
-from outlierq.pipeline.study_methods import Conditions
 from outlierq.pipeline.studying.contenders import Contender, contenders
+from outlierq.pipeline.studying.methods import Conditions
 from outlierq.pipeline.studying.rounding import approximated, method_of, options_by_block
 from outlierq.recipe import load
 

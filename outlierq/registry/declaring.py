@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeVar, Unpack
 
-from outlierq.core.block_stats import BLOCK_FIELDS
 from outlierq.core.errors import MethodError, nearest
+from outlierq.core.measured.block_stats import BLOCK_FIELDS
 from outlierq.core.stats import DERIVED, FIELDS
 from outlierq.registry.packages import package_of
 

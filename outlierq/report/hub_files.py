@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from outlierq.core.errors import PublishError
 from outlierq.core.machine.untrusted import brief, json_object
-from outlierq.core.outliers import OutlierReport
+from outlierq.core.measured.outliers import OutlierReport
 from outlierq.core.report import REPORT_NAME
 from outlierq.pipeline.publish import (
     CARD,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from outlierq.core.outliers import GroupOutliers, MassiveEntry, OutlierReport
+from outlierq.core.measured.outliers import GroupOutliers, MassiveEntry, OutlierReport
 from outlierq.report.outlier_panels import (
     CHANNEL_COLOURS,
     Spec,

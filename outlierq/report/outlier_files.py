@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from outlierq.core.machine.installed import needs_extra
-from outlierq.core.outliers import OutlierReport
+from outlierq.core.measured.outliers import OutlierReport
 from outlierq.pipeline.asked.request import folder_of, refuse_unwritable
 from outlierq.pipeline.detect import write_json
 

@@ -21,7 +21,7 @@ from outlierq.core.errors import OutputError
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.printable import over_texts, printable
-from outlierq.core.outliers import GroupOutliers, OutlierReport
+from outlierq.core.measured.outliers import GroupOutliers, OutlierReport
 from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
 
 if TYPE_CHECKING:

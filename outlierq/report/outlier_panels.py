@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from outlierq.core.outliers import GroupOutliers
+from outlierq.core.measured.outliers import GroupOutliers
 
 Spec = dict[str, Any]
 

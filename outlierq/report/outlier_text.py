@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from outlierq.core.outliers import GroupOutliers, OutlierReport
+from outlierq.core.measured.outliers import GroupOutliers, OutlierReport
 from outlierq.report.terminal import UNKNOWN, _notes, _spaced, _table, human_seconds
 
 STYLES = {"calm": "green", "watch": "yellow", "dangerous": "bold red"}

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from outlierq.pipeline.study_calibration import CalibrationStudy
-    from outlierq.pipeline.study_methods import MethodRow, MethodStudy
+    from outlierq.pipeline.studying.methods import MethodRow, MethodStudy
+    from outlierq.pipeline.studying.texts import CalibrationStudy
 
 HEADINGS = ("method", "bits", "output error", "KL", "perplexity", "of gptq's KL", "CPU s", "loads in")
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from annotated_types import Ge, Lt
 
-from outlierq.core.block_stats import BlockStats
+from outlierq.core.measured.block_stats import BlockStats
 from outlierq.registry import pruner
 
 

@@ -215,7 +215,7 @@ class Exported:
 def export(name: str, work: Path) -> Exported:
     """Write an export below `work`."""
     from outlierq.load import open_checkpoint
-    from outlierq.pipeline.expert_stats import expert_stats
+    from outlierq.pipeline.block.expert_stats import expert_stats
     from outlierq.pipeline.planning.decide import make_plan
     from outlierq.pipeline.quantize import quantize
     from outlierq.recipe import load

@@ -17,15 +17,15 @@ from typing import Any
 
 from outlierq import __version__
 from outlierq.calibrate.stored.stats_list import check_list, input_stats, value_of
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import OutputError, StatsError
-from outlierq.core.logits import LogitSample
 from outlierq.core.machine.own_files import PART, foreign, remove_files, sync_names, write_atomically
 from outlierq.core.machine.printable import whole_characters
 from outlierq.core.machine.untrusted import checked, json_value
 from outlierq.core.machine.utf8_path import utf8_path
+from outlierq.core.measured.block_stats import BlockStats
+from outlierq.core.measured.logits import LogitSample
+from outlierq.core.measured.sensitivity import Sensitivity
 from outlierq.core.model import Fold, InputGroup, LinearSite
-from outlierq.core.sensitivity import Sensitivity
 from outlierq.core.stats import InputStats
 
 # 2: histograms, top tokens, block statistics and logits. 3: the tokenizer, and digests of the weights that were read.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
-from outlierq.core.block_stats import TOP_COLUMNS, BlockStats
-from outlierq.core.outliers import MassiveEntry
+from outlierq.core.measured.block_stats import TOP_COLUMNS, BlockStats
+from outlierq.core.measured.outliers import MassiveEntry
 
 LARGEST = 100.0
 RATIO = 1000.0

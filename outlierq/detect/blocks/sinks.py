@@ -7,7 +7,7 @@ that its output is nearly zero (Bondarenko et al. 2023, arXiv:2306.12929, sectio
 
 from __future__ import annotations
 
-from outlierq.core.block_stats import MASS_COLUMNS, BlockStats
+from outlierq.core.measured.block_stats import MASS_COLUMNS, BlockStats
 
 SINK_MASS = 0.3
 NO_OP_MASS = 0.8

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from outlierq.calibrate.groups import NOT_RUN
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
+from outlierq.core.measured.block_stats import BlockStats
 from outlierq.core.model import Fold, InputGroup
 from outlierq.core.scheme import CacheScheme
 from outlierq.quantize.kv_cache import cache_scale

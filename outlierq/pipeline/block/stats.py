@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from outlierq.calibrate.collect import stored_fields
 from outlierq.calibrate.stored.stats_file import StatsReader
-from outlierq.core.block_stats import BlockStats
 from outlierq.core.errors import StatsError
+from outlierq.core.measured.block_stats import BlockStats
 from outlierq.core.model import Checkpoint, InputGroup, Structure
 from outlierq.core.stats import InputStats
 from outlierq.load import tokenizer_digest

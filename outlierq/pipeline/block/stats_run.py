@@ -21,13 +21,13 @@ from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Sp
 from outlierq.calibrate.sensitivity import measure_sensitivity
 from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
-from outlierq.core.block_stats import BLOCK_FIELDS, BlockStats
 from outlierq.core.errors import NumbersError, RecipeError
-from outlierq.core.logits import LogitSample
 from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.measured.block_stats import BLOCK_FIELDS, BlockStats
+from outlierq.core.measured.logits import LogitSample
+from outlierq.core.measured.sensitivity import Sensitivity
 from outlierq.core.model import Block, InputGroup, StudiedModel
 from outlierq.core.move import UNCHANGED
-from outlierq.core.sensitivity import Sensitivity
 from outlierq.core.stats import InputStats
 from outlierq.load import looking_up
 from outlierq.pipeline.asked.events import Event
@@ -51,7 +51,7 @@ from outlierq.pipeline.processes.sharding import (
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.calibrate.text import TokenSet
+    from outlierq.calibrate.corpus.text import TokenSet
     from outlierq.recipe import Calibration
     from outlierq.recipe.sections import Section
 
@@ -379,7 +379,7 @@ class StatsFromRun:
         if not self.fields & BLOCK_FIELDS:
             return None
         if "attention_mass" in self.fields and self._classes is None:
-            from outlierq.calibrate.text import token_classes
+            from outlierq.calibrate.corpus.text import token_classes
             from outlierq.load import load_tokenizer
 
             self._classes = token_classes(load_tokenizer(self.checkpoint), self.tokens.ids)
@@ -516,7 +516,7 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
 
 def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
     """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them."""
-    from outlierq.calibrate.text import token_windows
+    from outlierq.calibrate.corpus.text import token_windows
     from outlierq.core.windows import check_ids, check_length
     from outlierq.load import load_tokenizer
 
@@ -538,7 +538,7 @@ def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
 
 def _with_images(model: StudiedModel, tokens: TokenSet, images: Section, tokenizer: Any) -> TokenSet:
     """The windows with the recipe's images. RecipeError when the model has nothing to see them with."""
-    from outlierq.calibrate.images import ImageSource, with_images
+    from outlierq.calibrate.corpus.images import ImageSource, with_images
     from outlierq.core.windows import opening_tokens
     from outlierq.load import load_processor
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from outlierq.core.errors import StatsError
 from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.measured.sensitivity import Sensitivity
 from outlierq.core.model import InputGroup, LinearSite, as_matrix
 from outlierq.core.scheme import QuantScheme
-from outlierq.core.sensitivity import Sensitivity
 from outlierq.detect.sample import spread
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.block.stats import StatsSource

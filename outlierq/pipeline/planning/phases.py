@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from outlierq.calibrate.collect import CHUNK_ELEMENTS_DEVICE
-from outlierq.core.block_stats import BLOCK_FIELDS
+from outlierq.core.measured.block_stats import BLOCK_FIELDS
 from outlierq.core.model import Block
 from outlierq.export.writer import PIECE_BYTES
 from outlierq.ops.packing import ROWS_PER_WORD

@@ -162,7 +162,7 @@ def _of_block(
     """Numbers of the experts of one block that stay; without statistics as many of them, whichever."""
     import torch
 
-    from outlierq.core.block_stats import BlockStats
+    from outlierq.core.measured.block_stats import BlockStats
 
     if reader is not None:
         stats = reader.block_stats(block.index) or BlockStats()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.machine.untrusted import brief
+from outlierq.core.model import EXPERT_COUNTS, TOP_K
 from outlierq.pipeline.checking.finding import Findings
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ EPS_RANGE = (1e-14, 2e-3)
 
 def check_settings(checkpoint: Checkpoint, findings: Findings) -> None:
     """Each number beside the range of its kind; several at once where the config has parts."""
+    for part in _parts(checkpoint.config):
+        _check_choice(part, findings)
     for file, config in (
         ("", checkpoint.config),
         ("generation_config.json", file_of(checkpoint, "generation_config.json")),
@@ -38,6 +41,23 @@ def check_settings(checkpoint: Checkpoint, findings: Findings) -> None:
             least, most = EPS_RANGE if EPS.fullmatch(key) else RANGES.get(key, (value, value))
             if not least <= value <= most:
                 findings.fault(CHECK, file, f"{key} is {brief(value, 40)}; known models have {least:g} to {most:g}")
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config and every config in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _parts(value)
+
+
+def _check_choice(config: Mapping[str, Any], findings: Findings) -> None:
+    """No token can get more experts than there are."""
+    numbers = {key: value for key, value in config.items() if isinstance(value, int)}
+    chosen = next((key for key in TOP_K if key in numbers), None)
+    count = next((key for key in EXPERT_COUNTS if numbers.get(key)), None)
+    if chosen and count and numbers[chosen] > numbers[count]:
+        findings.fault(CHECK, "", f"{chosen} is {numbers[chosen]}, but {count} only {numbers[count]}")
 
 
 def file_of(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:

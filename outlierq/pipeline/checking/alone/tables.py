@@ -1,10 +1,11 @@
-"""Embedding and head: tables of zeros tell no token from another."""
+"""Embedding, head and routers: of zeros they tell no token from another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from outlierq.load.model.experts.fused import router_names
 from outlierq.pipeline.checking.finding import Findings
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ def check_tables(plain: Checkpoint, skeleton: Any, names: Mapping[str, str], fin
             continue
         if not bool(plain.read(name).any()):
             findings.fault(CHECK, name, "holds nothing but zeros")
+    for router in sorted(router_names(skeleton)):
+        name = names.get(f"{router}.weight", "")
+        if name in plain.tensors and name not in plain.packed and not bool(plain.read(name).any()):
+            findings.fault(CHECK, name, "is a router of zeros: every token gets the same experts")
 
 
 def _slots(skeleton: Any) -> set[str]:

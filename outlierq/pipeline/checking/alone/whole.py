@@ -11,7 +11,6 @@ from outlierq.core.errors import SourceError
 from outlierq.pipeline.checking.alone.gains import check_gains
 from outlierq.pipeline.checking.alone.inputs import check_inputs
 from outlierq.pipeline.checking.alone.layout import check_layout
-from outlierq.pipeline.checking.alone.mixtures import check_mixtures
 from outlierq.pipeline.checking.alone.prompts import check_prompts
 from outlierq.pipeline.checking.alone.reach import Reach
 from outlierq.pipeline.checking.alone.recorded import check_recorded
@@ -57,7 +56,6 @@ def check_tensors(
             check_inputs(stored, plain, *studied, findings)
             check_gains(plain, *studied, findings)
             check_tables(plain, *studied, findings)
-            check_mixtures(plain, *studied, findings)
     except SourceError as error:
         findings.fault("layout", "", error.what)
     if report is not None:

@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.chats import SHAPES, chat_columns, messages_of, rendered
-from outlierq.calibrate.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
-from outlierq.core.block_stats import MASS_COLUMNS
+from outlierq.calibrate.corpus.chats import SHAPES, chat_columns, messages_of, rendered
+from outlierq.calibrate.corpus.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
 from outlierq.core.errors import StatsError, during, nearest
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
+from outlierq.core.measured.block_stats import MASS_COLUMNS
 from outlierq.core.notes import collecting, note
 from outlierq.core.windows import begun, opening_tokens, room_beside
 
@@ -45,7 +45,7 @@ class TokenSet:
     """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings.
 
     notes: what was left out of the text, or is unusual about it. inputs: what the model gets beside the tokens of each
-    window, by argument (`calibrate/images.py`); empty where no window has an image.
+    window, by argument (`calibrate/corpus/images.py`); empty where no window has an image.
     """
 
     ids: torch.Tensor

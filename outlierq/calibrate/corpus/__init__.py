@@ -1,0 +1,1 @@
+"""What a model is calibrated on: text, chats, files of either, images."""

@@ -1,0 +1,1 @@
+"""Commands that choose or compare before anything is written."""

@@ -1,0 +1,1 @@
+"""Values that calibration and detection hand on: of blocks, logits, outliers, sensitivities."""
