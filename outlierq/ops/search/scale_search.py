@@ -60,10 +60,14 @@ def improved(w: torch.Tensor, start: Grid, blocks: torch.Tensor | None) -> Grid:
         return search_types(w, grouped, scheme, blocks)
     together = 1 if scheme.block is None else scheme.block[0]
     rows = max(1, PIECE_WEIGHTS // w.shape[1] // together) * together
-    if blocks is not None and takes_bfloat16(w.shape[1], w.device):
+    short = blocks is not None and takes_bfloat16(w.shape[1], w.device)
+    if blocks is not None and short:
         blocks = blocks.bfloat16()  # candidates are compared: a part in a thousand of an error does not matter
     pieces = [slice(first, first + rows) for first in range(0, len(w), rows)]
-    parts = [_search(_by_group(grouped[piece]), scheme, blocks, rows_of(start, piece)) for piece in pieces]
+    parts = [
+        _search(_by_group(grouped[piece]) if short else grouped[piece], scheme, blocks, rows_of(start, piece))
+        for piece in pieces
+    ]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
     zero_point = torch.cat(zero_points) if zero_points else None
     return replace(start, scale=torch.cat([part.scale for part in parts]), zero_point=zero_point)
