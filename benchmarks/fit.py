@@ -16,6 +16,7 @@ from pathlib import Path
 from record import write_results
 
 import outlierq
+from outlierq.core.errors import ArgumentError
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.fitting.space import predicted, space_of
 from outlierq.pipeline.fitting.written import recipe_text
@@ -102,7 +103,11 @@ def at_equal_bytes(asked: argparse.Namespace, work: Path, stats: Path) -> dict:
             rivals = [other for other in plain.values() if other["bytes"] <= row["bytes"]]
             best = min(rivals, key=lambda other: other["kl"][0])
             for client in asked.client:
-                fitted = outlierq.fit(asked.model, stats=stats, size=row["bytes"], client=client, device="cpu")
+                try:
+                    fitted = outlierq.fit(asked.model, stats=stats, size=row["bytes"], client=client, device="cpu")
+                except ArgumentError as error:  # a client without numbers of so few bits
+                    rows.append({"bytes_of": name, "bytes": row["bytes"], "client": client, "refused": error.what})
+                    continue
                 recipe = work / "fitted.yaml"
                 recipe.write_text(fitted.text)
                 kls = compressed_kl(asked, recipe, stats, work, asked.judge, *asked.other)
