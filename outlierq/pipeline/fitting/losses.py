@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from outlierq.core.stats import InputStats
     from outlierq.registry import Method
 
-ROWS = 64  # of a linear that are rounded; what they lose stands for the others, whose output has so much more power
+ROWS = 48  # of a linear that are rounded; what they lose stands for the others, whose output has so much more power
 # A scheme is rounded to by the recipe's method only where rounding to nearest, which is quick, loses at most so many
 # times what the line between the best smaller and the best larger scheme says (in the logarithm).
-PROMISING = 1.3
+PROMISING = 1.2
 Losses = list[dict[Storage, float]]  # by layer; schemes that promise nothing are missing
 
 

@@ -17,7 +17,8 @@ from outlierq.recipe.faults import impossible
 from outlierq.recipe.sections import SCHEME_KEYS, Quantize
 from outlierq.registry import FormatLimits
 
-GROUPS = (32, 64, 128)
+# Of integers by bits; smaller groups of 8 bits take half a bit more, and gain nothing that any size is short of.
+GROUPS: dict[int, tuple[int | None, ...]] = dict.fromkeys((2, 3, 4, 5, 6), (32, 64, 128)) | {8: (128, None)}
 # What a client loads together with other schemes is asked beside this one, which all of them hold.
 BESIDE = QuantScheme(bits=8, group_size=128)
 
@@ -59,8 +60,8 @@ def catalogue(format: type[FormatLimits]) -> list[QuantScheme]:
         ]
     integers = [
         QuantScheme(bits, group, symmetric)
-        for bits, group, symmetric in product((2, 3, 4, 5, 6, 8), (*GROUPS, None), (True, False))
-        if group is not None or bits == 8
+        for bits, groups in GROUPS.items()
+        for group, symmetric in product(groups, (True, False))
     ]
     floats = [
         QuantScheme(4, 16, kind="float", scales="two-level"),
