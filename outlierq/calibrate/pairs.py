@@ -47,7 +47,7 @@ class Pair:
         self._cross.addmm_(change.T, rows)
 
     def finish(self, tokens: int) -> dict[str, torch.Tensor]:
-        """`cross` and `first_change` of `InputStats`; none where tokens had no counterparts."""
+        """`cross` [K, K] and `first_change` of `InputStats`; none where tokens had no counterparts."""
         import torch
 
         if self._broken or self._cross is None:

@@ -204,6 +204,13 @@ class HiddenStates:
         return self._kept(batch).view(-1).view(torch.uint8).numpy().data
 
 
+class Originals(NamedTuple):
+    """The same tokens in the original model, and whether a block's outputs replace its inputs there."""
+
+    states: HiddenStates
+    replace: bool = True
+
+
 def _mapped(folder: Path, nbytes: int) -> mmap.mmap:
     """A new mapped file without a name."""
     try:
@@ -329,8 +336,7 @@ class BlockRunner:
         collect: Collector | None = None,
         *,
         replace: bool = True,
-        originals: HiddenStates | None = None,
-        replace_originals: bool = True,
+        originals: Originals | None = None,
         progress: Progress | None = None,
     ) -> HiddenStates:
         """Run block `index` over all batches; `hidden` then holds its outputs (unless `replace` is off).
@@ -346,7 +352,7 @@ class BlockRunner:
             for batch in range(len(hidden)):
                 if originals is not None:
                     with collect.of_original() if collect else nullcontext():
-                        self._step(block_module, index, batch, originals, replace=replace_originals)
+                        self._step(block_module, index, batch, originals.states, replace=originals.replace)
                 self._step(block_module, index, batch, hidden, replace=replace)
                 if progress:
                     progress((batch + 1) / len(hidden))

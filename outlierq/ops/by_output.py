@@ -23,7 +23,7 @@ def nearest(w: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
 
 
 def nearest_by_output(w: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """The same with groups along outputs."""
+    """The same, [out, in], with groups along outputs."""
     across = w.T.contiguous()
     return nearest(across, transposed_scheme(scheme, len(w))).T.contiguous()
 

@@ -24,18 +24,18 @@ def nearest_outlier(u: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_normal(u: torch.Tensor) -> torch.Tensor:
-    """The nibble of the integer from -7 to 7 nearest to each value, in two's complement."""
+    """The nibble [...] of the integer from -7 to 7 nearest to each value, in two's complement."""
     return u.round().clamp(-NORMAL_MAX, NORMAL_MAX).to(torch.int8).view(torch.uint8) & 15
 
 
 def values_of_normal(nibbles: torch.Tensor) -> torch.Tensor:
-    """Float32 integers of two's complement nibbles."""
+    """Float32 integers [...] of two's complement nibbles."""
     wide = nibbles.to(torch.float32)
     return torch.where(nibbles >= 8, wide - 16, wide)
 
 
 def values_of_outlier(nibbles: torch.Tensor) -> torch.Tensor:
-    """Float32 abfloats; those of codes without one are not asked for."""
+    """Float32 abfloats [...]; those of codes without one are not asked for."""
     table = torch.tensor([0, *MAGNITUDES], dtype=torch.float32, device=nibbles.device)
     return table[(nibbles & 7).long()] * torch.where(nibbles >= 8, -1.0, 1.0)
 

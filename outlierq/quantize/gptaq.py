@@ -33,7 +33,6 @@ def gptaq(
     share: Annotated[float, Ge(0)] = 0.5,
     damp: Annotated[float, Gt(0)] = 0.01,
     order: Literal["none", "activation", "group-aware"] = "activation",
-    scale_search: Literal["minmax", "hessian"] = "hessian",
     refine_passes: Annotated[int, Ge(0)] = 2,
 ) -> QuantTensor:
     """Round, by GPTQ, the weight that gives the original output on the inputs behind quantized blocks.
@@ -43,7 +42,7 @@ def gptaq(
     options are those of gptq.
     """
     target = corrected(w, stats, scheme, damp, order, share)
-    rounded = partial(gptq, damp=damp, order=order, scale_search=scale_search, refine_passes=refine_passes)
+    rounded = partial(gptq, damp=damp, order=order, refine_passes=refine_passes)
     with told_errors():  # they are of the target
         return rounded(target, stats, scheme)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 
 from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
@@ -35,7 +35,6 @@ def signround(
     steps: Annotated[int, Ge(0)] = 200,
     tune: Literal["codes", "codes and scales"] = "codes and scales",
     step_size: Literal["sign", "adam"] = "adam",
-    damp: Annotated[float, Gt(0)] = 0.01,
     refine_passes: Annotated[int, Ge(0)] = 2,
 ) -> QuantTensor:
     """GPTQ, then codes that follow the signs of the gradient of tr((Q - W) H (Q - W)^T), where that helps.
@@ -44,7 +43,7 @@ def signround(
     gptq. tune: whether scales are fitted anew to learned codes. step_size: of the sign alone, or by Adam. Numbers other
     than integers with plain scales are rounded as by gptq.
     """
-    start = gptq(w, stats, scheme, damp=damp, refine_passes=refine_passes)
+    start = gptq(w, stats, scheme, refine_passes=refine_passes)
     if not steps:
         return start
     if scheme.kind != "int" or scheme.scales != "plain" or scheme.vector > 1:

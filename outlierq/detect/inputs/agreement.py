@@ -25,7 +25,7 @@ def shared_outliers(one: InputStats, other: InputStats) -> float:
 
 
 def scale_ratio(one: InputStats, other: InputStats) -> float:
-    """The larger static scale of the whole input over the smaller one; 1 where both are alike."""
+    """The larger static scale of an input [K] over the smaller one; 1 where both are alike."""
     largest = [stats.need("abs_max").max().item() for stats in (one, other)]
     return max(largest) / min(largest) if min(largest) > 0 else 1.0
 

@@ -17,7 +17,7 @@ from outlierq.calibrate.folds import prove_folds, tensor_parameters, without_sha
 from outlierq.calibrate.groups import find_groups, unseen_groups
 from outlierq.calibrate.logits import sample_logits
 from outlierq.calibrate.observe import BlockObserver
-from outlierq.calibrate.runner import BlockRunner, HiddenStates, PartWeights, Spill
+from outlierq.calibrate.runner import BlockRunner, HiddenStates, Originals, PartWeights, Spill
 from outlierq.calibrate.sensitivity import measure_sensitivity
 from outlierq.calibrate.stored.spilled import SpilledStats
 from outlierq.calibrate.trace import RunOnce
@@ -295,8 +295,7 @@ class StatsFromRun:
                         shard.hidden,
                         collector,
                         replace=carry,
-                        originals=shard.originals,
-                        replace_originals=last,
+                        originals=None if shard.originals is None else Originals(shard.originals, last),
                         progress=tell,
                     )
                 merging.add((0, shard.text.index), collector.finish())

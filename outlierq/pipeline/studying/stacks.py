@@ -21,7 +21,7 @@ SINK_WEIGHT = 4.0  # as calibration counts first tokens by default
 def stacks(
     block: BlockData, schemes: Mapping[LinearSite, QuantScheme]
 ) -> Iterator[tuple[list[LinearSite], str, InputStats]]:
-    """Sites with the name and the statistics of their input, first tokens weighed; those without any are left out."""
+    """Sites with the name and the statistics [K, K] of their input, first tokens weighed; others are left out."""
     for group in block.groups:
         for share in shares(group, block.inputs, 1):
             members = [site for site in share.sites if site in schemes]

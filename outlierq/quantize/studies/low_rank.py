@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 
 from outlierq.core.approximation import Approximation
 from outlierq.core.scheme import QuantScheme
@@ -17,8 +17,9 @@ from outlierq.core.stats import InputStats
 from outlierq.ops.errors import output_error
 from outlierq.ops.low_rank import low_rank
 from outlierq.quantize.gptq import gptq
-from outlierq.quantize.rtn import rtn
 from outlierq.registry import approximation
+
+DAMP = 0.01  # of the mean diagonal, as in GPTQ
 
 
 @approximation("low_rank", needs=("hessian",), paper="arXiv:2303.08302")
@@ -31,8 +32,6 @@ def with_branch(
     rounds: Annotated[int, Ge(1)] = 1,
     start: Literal["rounding", "branch"] = "rounding",
     weigh: bool = True,
-    rounding: Literal["rtn", "gptq"] = "gptq",
-    damp: Annotated[float, Gt(0)] = 0.01,
 ) -> Approximation:
     """Round, put what is lost into a branch of `rank`, round the rest anew, and so on; the best round counts.
 
@@ -43,14 +42,14 @@ def with_branch(
     hessian = stats.need("hessian")
     rank = min(rank, *w.shape)
     judged = hessian if weigh else None
-    down, up = low_rank(w, judged, rank, damp) if start == "branch" and rank else (w.new_zeros(0, w.shape[1]), None)
+    down, up = low_rank(w, judged, rank, DAMP) if start == "branch" and rank else (w.new_zeros(0, w.shape[1]), None)
     best, least = None, float("inf")
     for _ in range(rounds):
         rest = w if up is None else w - up @ down
-        quantized = gptq(rest, stats, scheme, damp=damp) if rounding == "gptq" else rtn(rest, stats, scheme)
+        quantized = gptq(rest, stats, scheme)
         dense = quantized.dequantize()
         if rank:
-            down, up = (each.bfloat16().float() for each in low_rank(w - dense, judged, rank, damp))
+            down, up = (each.bfloat16().float() for each in low_rank(w - dense, judged, rank, DAMP))
         branch = None if up is None else (down, up)
         bits = quantized.bits_per_weight + 16 * rank * sum(w.shape) / w.numel()
         made = Approximation(dense, bits, branch)
