@@ -60,9 +60,9 @@ def block_types() -> dict[str, BlockType]:
     """Every type by its name in llama.cpp ("Q4_K"), which is that of the `gguf` package, too."""
     text = (resources.files("outlierq") / "data" / "gguf_types.json").read_text(encoding="utf-8")
     rows = json.loads(text)
-    return {name: BlockType(name, **{key: _frozen(value) for key, value in row.items()}) for name, row in rows.items()}
+    return {name: BlockType(name, **_frozen(row)) for name, row in rows.items()}
 
 
-def _frozen(value: Any) -> Any:
-    """A list as a tuple; anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
+def _frozen(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table with tuples for lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

@@ -218,14 +218,11 @@ def own_keys(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[
 def _values(config: Mapping[str, Any], keys: Mapping[str, list[Any]]) -> Iterator[tuple[str, str, Any]]:
     """The first value that is there, by key."""
     for key, (kind, *sources) in keys.items():
-        value = next((each for source in sources if (each := _value(config, source)) is not None), None)
+        # A number stands for itself.
+        found = (config.get(source) if isinstance(source, str) else source for source in sources)
+        value = next((each for each in found if each is not None), None)
         if value is not None:
             yield key, kind, value
-
-
-def _value(config: Mapping[str, Any], source: Any) -> Any:
-    """What the config has under a key; a number stands for itself."""
-    return config.get(source) if isinstance(source, str) else source
 
 
 @cache
