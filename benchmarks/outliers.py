@@ -40,13 +40,14 @@ RUNS = {
     "w8a8-static": ("w8a8-static", ()),
     "fp8-dynamic": ("fp8-dynamic", ()),
     "fp8-block": ("fp8-block", ()),
+    "mxfp8": ("mxfp8", ()),
     "w4a8": ("w4a8", ()),
     "rotate-w4a8": ("rotate-w4a8", ()),
     "rotate-w4a4": ("rotate-w4a4", ()),
 }
 REMEDIES = ("smoothquant", "os-plus", "rotate", "int8-split")
 # Not int8 throughout, as the peer is: FP8, outlier columns in 16 bits, fewer bits.
-OTHER = ("fp8-dynamic", "fp8-block", "int8-split", "llm-int8", "w4a8", "rotate-w4a8", "rotate-w4a4")
+OTHER = ("fp8-dynamic", "fp8-block", "mxfp8", "int8-split", "llm-int8", "w4a8", "rotate-w4a8", "rotate-w4a4")
 MODELS = ("plain", "stressed")
 # These change the model first, so statistics of the original do not fit, or try something out on it.
 OWN_CALIBRATION = ("rotate", "int8-split", "rotate-w4a8", "rotate-w4a4")

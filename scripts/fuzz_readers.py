@@ -395,9 +395,10 @@ def read_gguf_headers(folder: Folder) -> None:
     """Headers, and the values of every tensor."""
     import torch
 
-    from outlierq.load.gguf.file import dequantized, read_gguf_header
+    from outlierq.load.gguf.file import dequantized
+    from outlierq.load.gguf.split import read_gguf
 
-    header = read_gguf_header(folder / "model.gguf")
+    header = read_gguf(folder / "model.gguf")
     for tensor in header.tensors.values():
         dequantized(tensor, torch.bfloat16)
 

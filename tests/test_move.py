@@ -36,7 +36,7 @@ def transform(name: str, *arguments, **options) -> torch.Tensor | Move:
 
 def rows_kept(x: torch.Tensor) -> InputStats:
     """Statistics of `x` whose reservoir holds every token, exactly."""
-    return replace(statistics_of(x), rows=x)
+    return replace(unpaired(x), rows=x)
 
 
 def loud_inputs(factor: float = 60.0, *, seed: int = 0) -> torch.Tensor:
@@ -77,6 +77,11 @@ def direct_error(w, x, scale, shift, input_scale=None) -> float:
 # The judge.
 
 
+def unpaired(x: torch.Tensor) -> InputStats:
+    """Statistics of a model that ran alone: those of pairs cannot be shifted."""
+    return replace(statistics_of(x), cross=None, first_change=None)
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_predicted_error_is_that_of_both_operands_quantized(seed, shifted, w):
@@ -112,7 +117,7 @@ def test_a_static_scale_clips_where_that_errs_less(w):
 
 def test_without_activations_the_hessian_judges(w):
     x = correlated_inputs(256, CHANNELS, outliers=1)
-    stats, scheme = replace(statistics_of(x), rows=None), QuantScheme(8, None)
+    stats, scheme = replace(unpaired(x), rows=None), QuantScheme(8, None)
     rounded = int8(w, (w.abs().amax(1, keepdim=True) / 127).bfloat16().float())
     expected = ((x @ (rounded - w).T).square().sum() / (x @ w.T).square().sum()).item()
     assert SiteError(w, stats, scheme)(ONE) == pytest.approx(expected, rel=0.02)
@@ -136,7 +141,7 @@ def test_two_moves_after_one_another_are_one(w):
 
 def test_shifted_statistics_are_those_of_the_shifted_input():
     x, shift = correlated_inputs(128, CHANNELS), torch.linspace(-3, 5, CHANNELS)
-    found, expected = statistics_of(x).shifted(shift), statistics_of(x - shift)
+    found, expected = unpaired(x).shifted(shift), unpaired(x - shift)
     for name in ("min", "max", "sum_x", "hessian"):
         one, other = getattr(found, name).double(), getattr(expected, name).double()
         assert (one - other).abs().max() < 1e-5 * other.abs().max(), name
@@ -146,7 +151,7 @@ def test_shifted_statistics_are_those_of_the_shifted_input():
 def test_a_hessian_that_weighs_sinks_is_shifted_by_the_mean_it_weighs():
     x, shift = correlated_inputs(60, CHANNELS), torch.linspace(-3, 5, CHANNELS)
     first = x.view(6, 10, CHANNELS)[:, 0]
-    stats = replace(statistics_of(x), sequences=6, first_rows=first).weighing_sinks(5.0).shifted(shift)
+    stats = replace(unpaired(x), sequences=6, first_rows=first).weighing_sinks(5.0).shifted(shift)
     weighed = torch.cat([x - shift, *[first - shift] * 4]).double()
     expected = weighed.T @ weighed / len(weighed)
     assert (stats.hessian.double() - expected).abs().max() < 1e-5 * expected.abs().max()

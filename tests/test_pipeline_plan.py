@@ -121,13 +121,15 @@ def test_a_pattern_for_a_head_that_is_tied_is_not_said(tiny_llama, untied_llama,
 
 
 def test_expressions_as_llm_compressor_writes_them_work(tiny_llama):
-    override = "quantize.overrides=[{match: 're:.*layers.0.*(k|v)_proj', bits: 8}]"
+    pattern = "re:.*layers.0.*(k|v)_proj"
+    override = f"quantize.overrides=[{{match: '{pattern}', bits: 8}}]"
     plan = plan_of(tiny_llama, "rtn-w4", "quantize.ignore=['re:.*down_proj$']", override)
     schemes = {p.site.module: p.scheme for p in plan.sites}
     assert schemes["model.layers.0.mlp.down_proj"] is None and schemes["model.layers.0.self_attn.k_proj"].bits == 8
     assert schemes["model.layers.1.self_attn.k_proj"].bits == 4 and patterns_noted(plan) == []
     read = [note for note in plan.notes if "as a glob it matches nothing" in note]
-    assert len(read) == 2 and "'re:.*down_proj$' is a regular expression for 2 linears" in read[0]
+    # The other one ends with `$`, so that it can only be meant as an expression.
+    assert read == [f"the override {pattern!r} is a regular expression for 2 linears; as a glob it matches nothing"]
 
 
 def test_an_override_of_what_is_ignored_is_said(untied_llama):

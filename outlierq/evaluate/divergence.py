@@ -61,7 +61,7 @@ class Divergence:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
-        return asdict(self)
+        return asdict(self) | {"hidden_errors": list(self.hidden_errors)}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from outlierq.core.gguf.types import BlockType
+from outlierq.core.machine.installed import needs_extra
 from outlierq.ops.compiled import vectors as native_vectors
 
 SIGNS = 8  # weights whose signs are stored together
@@ -21,6 +22,7 @@ VECTORS_AT_ONCE = 1 << 11
 @cache
 def levels(name: str) -> torch.Tensor:
     """[n] float32 values of a table, rising. name: of a type whose codes stand for one weight."""
+    needs_extra("gguf")
     from gguf import GGMLQuantizationType, quants
 
     assert GGMLQuantizationType[name] in quants._type_traits, f"{name} has no table"
@@ -30,6 +32,7 @@ def levels(name: str) -> torch.Tensor:
 @cache
 def codewords(name: str) -> torch.Tensor:
     """[n, 4 or 8] float32 magnitudes of a type's vectors, in the order of their codes."""
+    needs_extra("gguf")
     from gguf import quants
 
     table = getattr(quants, name)
