@@ -152,7 +152,10 @@ def _add_keys(writer: GGUFWriter, architecture: Architecture, keys: Iterable[tup
 
 
 def file_type(tensors: Iterable[tuple[str, int]]) -> int:
-    """llama.cpp's number of the type of most weights, of packed ones where there are any. tensors: (type, bytes)."""
+    """llama.cpp's number of the type of most weights, of packed ones where there are any. tensors: (type, bytes).
+
+    "Guessed" where the installed gguf has no number for it: 0.18 has none for MXFP4.
+    """
     from gguf import LlamaFileType
 
     bytes_of: dict[str, int] = {}
@@ -160,7 +163,7 @@ def file_type(tensors: Iterable[tuple[str, int]]) -> int:
         bytes_of[kind] = bytes_of.get(kind, 0) + nbytes
     packed = [kind for kind in bytes_of if kind.startswith(PACKED)]
     most = max(packed or bytes_of, key=lambda kind: bytes_of[kind])
-    return int(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
+    return int(LlamaFileType.__members__.get(FILE_TYPES.get(most, f"MOSTLY_{most}"), LlamaFileType.GUESSED))
 
 
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...]:
