@@ -283,13 +283,19 @@ def test_models_that_ask_where_their_embedding_is_or_norm_what_it_gives_are_cali
     assert not report.get("faults") and config["quantization_config"]["config_groups"]
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4", "fp8-dynamic", "gguf-q4_k"])
+@pytest.mark.parametrize("recipe", ["rtn-w4", "fp8-dynamic"])
 def test_a_model_of_layers_that_no_packed_format_holds_is_refused_with_a_hint_that_works(recipe, made):
     with pytest.raises(RecipeError, match=r"quantizes none of the 16 linears: .*Conv1D") as refused:
         make_plan(open_checkpoint(str(made("gpt2"))), load(recipe))
     assert "`-r rtn-w8 --set export.format=dense`" in refused.value.hint and "ignore" not in refused.value.hint
     plan = make_plan(open_checkpoint(str(made("gpt2"))), load("rtn-w8", ["export.format=dense"]))
     assert len(plan.schemes) == 16
+
+
+def test_a_model_that_has_no_row_in_the_table_of_gguf_is_sent_to_the_converter_of_llama_cpp(made):
+    with pytest.raises(SourceError, match="is a gpt2") as refused:
+        make_plan(open_checkpoint(str(made("gpt2"))), load("gguf-q4_k"))
+    assert "--like model-f16.gguf" in refused.value.hint
 
 
 def test_a_weight_of_three_dimensions_that_no_linear_holds_is_not_said_to_be_of_experts(made):
