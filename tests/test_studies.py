@@ -274,6 +274,7 @@ def study(model, statistics, *only: str, **conditions):
     return outlierq.study_methods(model, stats=statistics, only=only, **few | conditions)
 
 
+@pytest.mark.slow
 def test_every_contender_has_a_row_with_its_bits_and_its_divergence(tiny_llama, statistics, tmp_path):
     table = study(tiny_llama, statistics, out=tmp_path / "study.md")
     assert len(table.rows) > 15 and not [row.note for row in table.rows if row.kl is None]
@@ -306,6 +307,7 @@ def test_a_quantizer_in_the_study_is_what_the_pipeline_writes(tiny_llama, statis
     assert row.kl == pytest.approx(measured.kl, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_quantized_inputs_cost_more_and_the_branch_reads_them_as_they_were(tiny_llama, statistics):
     plain, rounded = (study(tiny_llama, statistics, "gptq", inputs=inputs).rows[0] for inputs in ("16", "int4"))
     assert rounded.kl > plain.kl
@@ -335,6 +337,7 @@ def test_unknown_names_and_inputs_are_refused_with_the_nearest(tiny_llama, stati
         study(tiny_llama, statistics, inputs="int2")
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_written_as_it_was_judged_and_its_report_says_so(tiny_llama, statistics, tmp_path):
     out = tmp_path / "out"
     report = outlierq.study_write(tiny_llama, "sparsegpt 2:4", stats=statistics, out=out, group_size=32, device="cpu")
