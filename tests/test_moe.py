@@ -17,10 +17,11 @@ from outlierq.calibrate.folds import check_fold
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner, PartWeights
 from outlierq.calibrate.stored.stats_file import StatsReader
-from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint
+from outlierq.load import build_skeleton, find_structure, load_model, open_checkpoint, unpacked
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.phases import peaks
 from outlierq.pipeline.planning.work import NO_SAVINGS, work_of
+from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
 
 STARVED = 5
@@ -503,6 +504,39 @@ def test_the_plan_says_what_clients_do_with_experts(outlierq, mixtures, settings
     answer = outlierq("plan", mixtures("Mixtral"), "-r", "rtn-w4", *words)
     assert answer.code == 0 and said in " ".join((answer.out + answer.err).split())
     assert "mlp.experts.*.w1" in answer.out + answer.err and "experts.3" not in answer.out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("rtn-w4", ["quantize.group_size=32"]),
+        ("rtn-w4", ["quantize.group_size=32", "quantize.activations={kind: float}"]),
+        *((name, []) for name in ("rtn-w8", "w8a8-dynamic", "nvfp4", "mxfp4", "mxfp8", "fp8-dynamic", "fp8-block")),
+    ],
+)
+def test_transformers_does_with_experts_what_the_plan_says(recipe, settings, mixtures, tmp_path):
+    plan = make_plan(open_checkpoint(str(mixtures("Qwen3Moe"))), load(recipe, settings))
+    said = next(line for line in plan.clients if line.startswith("transformers 5.23, experts: "))
+    quantize(plan, tmp_path / "out")
+    assert said.partition(": ")[2].startswith("loads") == loads_the_experts(tmp_path / "out"), said
+
+
+def loads_the_experts(folder: Path) -> bool:
+    """Whether transformers has the weights of every expert that we decode."""
+    plain = unpacked(open_checkpoint(str(folder)))
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    except Exception:  # whatever it raises, it does not load
+        return False
+    fused = {name: parameter for name, parameter in model.named_parameters() if name.endswith("experts.down_proj")}
+    names = [name for name in plain.packed if ".experts." in name and name.endswith("down_proj.weight")]
+    assert len(names) == sum(map(len, fused.values())) > 0
+    for name in names:
+        stack, _, rest = name.partition(".experts.")
+        theirs = fused[f"{stack}.experts.down_proj"][int(rest.split(".")[0])].float()
+        if not torch.allclose(theirs, plain.read(name), rtol=2**-7):  # they multiply in bfloat16
+            return False
+    return True
 
 
 def test_a_rotated_mixture_computes_what_it_did(outlierq, mixtures, ids, tmp_path):
