@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_CALIBRATION, write_llama
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from test_export_gguf import write_words
 
 from outlierq.api import calibrate
@@ -85,7 +85,9 @@ def test_a_gguf_file_gets_it_without_a_model_class(outlierq, model, made, tmp_pa
     answer = outlierq(*words, "-o", out)
     assert answer.code == 0, answer.err
     assert "importance matrix imatrix.gguf, 6 x 32 tokens" in answer.out
-    assert "Q5_0" in {tensor.tensor_type.name for tensor in GGUFReader(out).tensors}
+    reader = GGUFReader(out)
+    assert "Q5_0" in {tensor.tensor_type.name for tensor in reader.tensors}
+    assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q4_K_M
 
 
 def test_what_no_token_reached_is_rounded_without_it_and_said(outlierq, model, made, tmp_path):

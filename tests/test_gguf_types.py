@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_llama
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 from gguf.quants import dequantize
 from test_export_gguf import write_words
 
@@ -168,6 +168,10 @@ def written(source: Path, out: Path, recipe: str) -> GGUFReader:
     return GGUFReader(out / "model.gguf")
 
 
+def file_type_of(reader: GGUFReader) -> str:
+    return LlamaFileType(reader.fields["general.file_type"].contents()).name
+
+
 def types_of(reader: GGUFReader) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
 
@@ -175,8 +179,9 @@ def types_of(reader: GGUFReader) -> dict[str, str]:
 @pytest.mark.parametrize("mix", sorted(mixes()))
 def test_a_mix_is_written_as_planned_with_the_types_that_llama_cpp_takes(wide_llama, tmp_path, mix):
     recipe = f"quantize: {{method: rtn, mix: {mix}, ignore: []}}\nexport: {{format: gguf}}"
-    types = types_of(written(wide_llama, tmp_path / "out", recipe))
-    shape = Shape(8, 2, 0)
+    reader = written(wide_llama, tmp_path / "out", recipe)
+    assert file_type_of(reader) == f"MOSTLY_{mix}"
+    types, shape = types_of(reader), Shape(8, 2, 0)
     for layer in range(8):
         for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
             kind = type_in_mix(mix, part, layer, 256, shape, tied=True)
@@ -198,7 +203,9 @@ quantize:
     - {match: "*.1.self_attn.q_proj", keep: true}
 export: {format: gguf}
 """
-    types = types_of(written(wide_llama, tmp_path / "out", recipe))
+    reader = written(wide_llama, tmp_path / "out", recipe)
+    assert file_type_of(reader) == "MOSTLY_Q4_K_M"
+    types = types_of(reader)
     assert [types[f"blk.{n}.attn_q.weight"] for n in range(3)] == ["IQ3_XXS", "BF16", "Q4_K"]
     assert types["token_embd.weight"] == "Q4_K"
 

@@ -157,9 +157,17 @@ class Format(FormatLimits, ABC):
         return {}
 
     def make_layout(
-        self, tensors: Sequence[OutputTensor], schemes: Mapping[LinearSite, QuantScheme], source: Checkpoint, shard: int
+        self,
+        tensors: Sequence[OutputTensor],
+        schemes: Mapping[LinearSite, QuantScheme],
+        source: Checkpoint,
+        shard: int,
+        mix: str | None = None,
     ) -> Layout:
-        """Where every tensor lies. schemes: of the linears that are quantized. shard: most bytes of a file."""
+        """Where every tensor lies. schemes: of the linears that are quantized. shard: most bytes of a file.
+
+        mix: of types of GGUF, where the recipe names one.
+        """
         return make_layout(tensors, shard)
 
     def keeps_file(self, name: str) -> bool:

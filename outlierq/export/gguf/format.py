@@ -258,19 +258,24 @@ class GgufFormat(Format, name="gguf"):
         return int(config.get(ROTATED[part]) or config["num_attention_heads"])
 
     def make_layout(
-        self, tensors: Sequence[OutputTensor], schemes: Mapping[LinearSite, QuantScheme], source: Checkpoint, shard: int
+        self,
+        tensors: Sequence[OutputTensor],
+        schemes: Mapping[LinearSite, QuantScheme],
+        source: Checkpoint,
+        shard: int,
+        mix: str | None = None,
     ) -> Layout:
-        """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes."""
+        """One file: metadata and tensor headers, then every tensor at a multiple of 32 bytes. mix: its name there."""
         import numpy as np
 
         types = {self._name(site.weight): held_as(scheme).name for site, scheme in schemes.items()}
         if self.frame is not None:
-            layout = _framed_layout(self.frame, tensors, types)
+            layout = _framed_layout(self.frame, tensors, types, mix)
             return replace(layout, notes=self._left_out(source))
         factors = {name: np.array(values, "<f4") for name, values in self._factors.items()}
         own = [OutputTensor(name, "F32", values.shape, HEADER) for name, values in factors.items()]
         entries = [(t.name, types.get(t.name, t.dtype), self._shape(t), t.nbytes) for t in (*own, *tensors)]
-        header, differences = gguf_header(source, entries)
+        header, differences = gguf_header(source, entries, mix)
         # They depend on the config alone, so they are written with the header and belong to no unit of work.
         places = {}
         for tensor in own:
@@ -322,8 +327,8 @@ class GgufFormat(Format, name="gguf"):
         """GGUF files have no config.json."""
 
 
-def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping[str, str]) -> Layout:
-    """The layout in a frame: tensors in its order. types: ggml's of those that are quantized, by name.
+def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping[str, str], mix: str | None) -> Layout:
+    """The layout in a frame: tensors in its order. types: ggml's of those that are quantized, by name. mix: of them.
 
     What no model has comes first: it is written with the header. SourceError where frame and model do not fit.
     """
@@ -338,8 +343,8 @@ def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping
             number = tensor.number if kind == tensor.type else int(GGMLQuantizationType[kind])
             entries.append((replace(tensor, type=kind, number=number), outputs[tensor.name].nbytes))
     rounded = [(tensor.type, nbytes) for tensor, nbytes in entries if not types or tensor.name in types]
-    most = None if frame.own_names and not types else file_type(rounded)
-    header = framed_header(frame, [*((tensor, len(frame.extras[tensor.name])) for tensor in own), *entries], most)
+    number = None if frame.own_names and not types else file_type(rounded, mix)
+    header = framed_header(frame, [*((tensor, len(frame.extras[tensor.name])) for tensor in own), *entries], number)
     places = {}
     for tensor in own:
         raw, output = frame.extras[tensor.name], OutputTensor(tensor.name, tensor.type, tensor.shape, HEADER)

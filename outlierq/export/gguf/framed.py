@@ -14,7 +14,7 @@ FILE_TYPE, QUANTIZATION_VERSION = "general.file_type", "general.quantization_ver
 def framed_header(frame: Frame, tensors: Sequence[tuple[FrameTensor, int]], file_type: int | None) -> bytes:
     """The bytes before the first tensor, padded. tensors: in file order, with the bytes of each.
 
-    file_type: llama.cpp's number of the type of most weights, None where nothing is packed.
+    file_type: llama.cpp's number of the mix or of the type of most weights, None where nothing is packed.
     """
     keys = dict(frame.keys)
     if file_type is not None:

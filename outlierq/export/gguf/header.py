@@ -59,11 +59,13 @@ ELSEWHERE = "use another export.format, and llama.cpp's own converter for the or
 HeaderEntry = tuple[str, str, tuple[int, ...], int]
 
 
-def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple[bytes, tuple[str, ...]]:
+def gguf_header(
+    checkpoint: Checkpoint, tensors: Sequence[HeaderEntry], mix: str | None = None
+) -> tuple[bytes, tuple[str, ...]]:
     """The bytes before the first tensor, padded to 32, and sentences on text that llama.cpp splits in another way.
 
-    tensors: (name, ggml type or safetensors dtype, shape or [rows, bytes of a row], bytes) in file order. SourceError
-    for a model that llama.cpp would run in another way than transformers.
+    tensors: (name, ggml type or safetensors dtype, shape or [rows, bytes of a row], bytes) in file order. mix: the name
+    of their types together. SourceError for a model that llama.cpp would run in another way than transformers.
     """
     import logging
 
@@ -74,7 +76,8 @@ def gguf_header(checkpoint: Checkpoint, tensors: Sequence[HeaderEntry]) -> tuple
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
         writer = GGUFWriter(Path(folder) / "header.gguf", architecture.name)
-        _add_model(writer, architecture, config, checkpoint.source, tensors)
+        _add_model(writer, architecture, config, checkpoint.source)
+        writer.add_file_type(file_type(((kind, nbytes) for _, kind, _, nbytes in tensors), mix))
         differences = _add_tokenizer(writer, checkpoint)
         for name, kind, shape, nbytes in tensors:
             quantized = kind.startswith(PACKED)
@@ -112,13 +115,7 @@ def _check_model(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any]]:
     return architecture, adjusted(architecture, config)
 
 
-def _add_model(
-    writer: GGUFWriter,
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    source: str,
-    tensors: Sequence[HeaderEntry],
-) -> None:
+def _add_model(writer: GGUFWriter, architecture: Architecture, config: Mapping[str, Any], source: str) -> None:
     """Sizes and constants of the architecture."""
     writer.add_type("model")
     # llama.cpp treats the special tokens of whatever is called Phi-3 as those of Phi-3.
@@ -132,7 +129,6 @@ def _add_model(
         writer.add_key_length(head_size(config))
         writer.add_value_length(head_size(config))
     _add_keys(writer, architecture, own_keys(architecture, config))
-    writer.add_file_type(file_type((kind, nbytes) for _, kind, _, nbytes in tensors))
 
 
 def _add_keys(writer: GGUFWriter, architecture: Architecture, keys: Iterable[tuple[str, str, Any]]) -> None:
@@ -151,13 +147,16 @@ def _add_keys(writer: GGUFWriter, architecture: Architecture, keys: Iterable[tup
             writer.add_string(key, str(value))
 
 
-def file_type(tensors: Iterable[tuple[str, int]]) -> int:
-    """llama.cpp's number of the type of most weights, of packed ones where there are any. tensors: (type, bytes).
+def file_type(tensors: Iterable[tuple[str, int]], mix: str | None = None) -> int:
+    """llama.cpp's number of a mix, else of the type of most weights, of packed ones where there are any.
 
-    "Guessed" where the installed gguf has no number for it: 0.18 has none for MXFP4.
+    tensors: (type, bytes). mix: as llama-quantize names it. "Guessed" where the installed gguf has no number for it:
+    0.18 has none for MXFP4.
     """
     from gguf import LlamaFileType
 
+    if mix is not None:
+        return int(LlamaFileType[f"MOSTLY_{mix}"])
     bytes_of: dict[str, int] = {}
     for kind, nbytes in tensors:
         bytes_of[kind] = bytes_of.get(kind, 0) + nbytes

@@ -163,7 +163,8 @@ def assembled(
     _check_together(sites, format)
     tensors = _output_tensors(model, sites, format, caches)
     schemes = {p.site: p.scheme for p in sites if p.scheme is not None}
-    layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size))
+    mix = None if recipe.quantize is None else recipe.quantize.mix
+    layout = format.make_layout(tensors, schemes, checkpoint, parse_size(recipe.export.max_shard_size), mix)
     written = layout.places.keys()
     packed = [site.weight for site in schemes if site.weight not in written]
     is_fp8 = all(scheme.kind == "float" and scheme.bits == 8 for scheme in schemes.values())
