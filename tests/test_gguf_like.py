@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import gguf
@@ -115,6 +116,20 @@ def test_a_template_of_another_model_is_refused(tmp_path):
     with pytest.raises(OutlierqError, match="is not a GGUF file"):
         shutil.copy(folder / "config.json", tmp_path / "no.gguf")
         outlierq.plan(str(folder), "rtn-w4", settings=FOUR_BITS, like=tmp_path / "no.gguf")
+
+
+def test_what_is_said_of_a_tokenizer_without_pieces_for_bytes_works(tmp_path):
+    folder, template, out = write_model(tmp_path / "model", "qwen2"), tmp_path / "t.gguf", tmp_path / "m.gguf"
+    outlierq.quantize(str(folder), "dense", out=str(template), settings=[GGUF])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = True  # as of SentencePiece
+    content |= {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": None}))
+    with pytest.raises(SourceError, match="no pieces for 256 of the 256 bytes") as caught:
+        outlierq.quantize(str(folder), "rtn-w4", out=str(out), settings=FOUR_BITS)
+    assert caught.value.hint.endswith("--like model-f16.gguf")
+    outlierq.quantize(str(folder), "rtn-w4", out=str(out), settings=FOUR_BITS, like=template)
+    assert outlierq.verify(str(out), str(folder)).sound
 
 
 def test_a_gguf_file_that_a_calibrated_recipe_runs_keeps_its_metadata(tmp_path):

@@ -54,7 +54,6 @@ FILE_TYPES = {
     "Q5_K": "MOSTLY_Q5_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
-ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
 
 HeaderEntry = tuple[str, str, tuple[int, ...], int]
 
@@ -175,7 +174,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> tuple[str, ...
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         raise SourceError(
             f"{checkpoint.source} has no tokenizer.json and no tokenizer.model to write into a GGUF file",
-            hint=ELSEWHERE,
+            hint=LIKE,
         )
     try:
         return _add_described(writer, files, text_of(checkpoint.config), checkpoint.source)
@@ -256,7 +255,7 @@ def _add_bytes(writer: GGUFWriter, tokenizer: Mapping[str, Any], size: int, sour
             f"the way the tokenizer of {source} splits text has no name in llama.cpp that is known here "
             "(known: byte-level BPE as in GPT-2, SmolLM, Llama 3, Qwen 2 and 3.5, GPT-4o, DeepSeek 3 and Tekken; "
             "SentencePiece BPE as in Llama 2)",
-            hint=ELSEWHERE,
+            hint=LIKE,
         )
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size

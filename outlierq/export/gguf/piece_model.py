@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from outlierq.core.errors import SourceError
+from outlierq.export.gguf.architectures import LIKE
 from outlierq.export.gguf.sentencepiece import (
     BYTE,
     CONTROL,
-    ELSEWHERE,
     NORMAL,
     SPACE,
     UNUSED,
@@ -94,14 +94,12 @@ def _check(trainer: Mapping[int, Any], normalizer: Mapping[int, Any]) -> None:
     if kind != 2:
         raise SourceError(
             f"the tokenizer is a {MODEL_TYPES.get(kind, kind)} model of SentencePiece; GGUF files get BPE models only",
-            hint=ELSEWHERE,
+            hint=LIKE,
         )
     if normalizer.get(CHARACTER_MAP):
-        raise SourceError(
-            "the tokenizer maps characters to others, which llama.cpp does not do for BPE", hint=ELSEWHERE
-        )
+        raise SourceError("the tokenizer maps characters to others, which llama.cpp does not do for BPE", hint=LIKE)
     if trainer.get(SPACE_AS_SUFFIX):
-        raise SourceError("the tokenizer puts spaces behind words, which llama.cpp does not do for BPE", hint=ELSEWHERE)
+        raise SourceError("the tokenizer puts spaces behind words, which llama.cpp does not do for BPE", hint=LIKE)
 
 
 def _added(settings: Mapping[str, Any], added: Mapping[str, int]) -> Iterator[tuple[int, str, bool]]:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from outlierq.core.errors import SourceError
+from outlierq.export.gguf.architectures import LIKE
 
 Rank = TypeVar("Rank", int, float)
 SPACE = "\u2581"
 # ggml's numbers, which are those of SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-ELSEWHERE = "use another export.format, and llama.cpp's own converter for the original model"
 # Steps of a tokenizer.json that write a space as another character and put one before the text.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
@@ -114,7 +114,7 @@ def _merges(model: Mapping[str, Any]) -> dict[tuple[str, str], int]:
     """Pair -> rank. SourceError for settings that llama.cpp does not know."""
     for key in UNKNOWN_SETTINGS:
         if model.get(key):
-            raise SourceError(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not know", hint=ELSEWHERE)
+            raise SourceError(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not know", hint=LIKE)
     ranks: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(model.get("merges") or []):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have one text
@@ -171,7 +171,7 @@ def _spaces(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> _Space
         named = ", ".join(sorted({str(step.get("type")) for step in left})) or "it keeps spaces"
         raise SourceError(
             f"the tokenizer prepares text in a way that llama.cpp has only without SentencePiece: {named}",
-            hint=ELSEWHERE,
+            hint=LIKE,
         )
     return spaces
 
@@ -187,10 +187,17 @@ def check_pieces(tokens: list[str], types: list[int]) -> None:
     """SourceError where llama.cpp would stop: without a piece for every byte, or with two pieces of one text."""
     missing = 256 - len({token for token, kind in zip(tokens, types, strict=True) if kind == BYTE})
     if missing:
-        raise SourceError(f"the tokenizer has no pieces for {missing} of the 256 bytes", hint=ELSEWHERE)
+        raise SourceError(
+            f"the tokenizer has no pieces for {missing} of the 256 bytes, with which llama.cpp spells characters that "
+            "are none; without them it stops there",
+            hint=LIKE,
+        )
     if len(set(tokens)) < len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
-        raise SourceError(f"the tokenizer has two tokens {twice!r}, which llama.cpp refuses", hint=ELSEWHERE)
+        raise SourceError(
+            f"the tokenizer has two tokens {twice!r}, which llama.cpp refuses",
+            hint="write another format: --set export.format=compressed-tensors",
+        )
 
 
 def _ends(tokenizer: Mapping[str, Any], special: Mapping[str, int]) -> tuple[bool, bool, list[str]]:
@@ -265,7 +272,7 @@ def _about_merges(
         raise SourceError(
             f"llama.cpp would join {len(others)} pieces that transformers never makes of this tokenizer, such as "
             f"{others[0]!r}",
-            hint=ELSEWHERE,
+            hint=LIKE,
         )
     return [f"{few(others)}: a piece that llama.cpp makes of text, and transformers never does"] if others else []
 
