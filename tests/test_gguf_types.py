@@ -10,6 +10,7 @@ import torch
 from conftest import write_llama
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 from gguf.quants import dequantize
+from gguf_models import write_model
 from test_export_gguf import write_words
 
 from outlierq.core.errors import RecipeError
@@ -146,6 +147,22 @@ class TestMixes:
         assert list(outside.values()) == ["Q5_K", "IQ3_S", "Q5_K"]
         assert type_in_mix("Q4_K_M", "token_embd", None, 576, self.shape, tied=True) == "Q8_0"
         assert type_in_mix("Q4_K_M", "token_embd", None, 576, self.shape, tied=False) == "Q4_K"
+
+
+def test_attention_is_counted_among_the_blocks_that_have_it_and_shared_as_in_the_first(tmp_path):
+    """As `llama-quantize --dry-run` answers for this model; attention in the blocks 2, 5, 8, 11 and 14 of 16."""
+    layers = ["conv", "conv", "full_attention"] * 5 + ["conv"]
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 16}
+    folder = write_model(tmp_path / "model", "lfm2", dtype="bfloat16", **sizes, layer_types=layers)
+
+    def types(mix: str) -> list[str]:
+        recipe = f"quantize: {{method: rtn, mix: {mix}, ignore: []}}\nexport: {{format: gguf}}"
+        plan = make_plan(open_checkpoint(str(folder)), parse(recipe))
+        return [p.scheme.type for p in plan.sites if p.site.module.endswith("v_proj")]
+
+    assert types("Q3_K_M") == ["Q5_K", "Q5_K", "Q4_K", "Q4_K", "Q4_K"]
+    assert types("Q4_K_M") == ["Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q6_K"]
+    assert types("Q2_K") == ["Q3_K"] * 5
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from outlierq.core.errors import SourceError
-from outlierq.core.gguf.mixes import Shape, type_in_mix
+from outlierq.core.gguf.mixes import ATTENTION, DOWN, Shape, part_in_rules, type_in_mix
 from outlierq.core.gguf.types import block_types
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.model import (
     EMBEDDING,
     EXPERT_COUNTS,
+    Block,
     Checkpoint,
     Frame,
     LinearSite,
@@ -124,15 +125,22 @@ class GgufFormat(Format, name="gguf"):
     def type_in_mix(self, mix: str, site: LinearSite, model: StudiedModel) -> str:
         """What llama.cpp's rules say of the tensor under its name in the file."""
         part = _part(self._name(site.weight))
-        config = model.skeleton.config.get_text_config()
+        blocks, config = model.structure.blocks, model.skeleton.config.get_text_config()
         heads = largest(config, "num_attention_heads", 1)
+        sharing = heads // max(1, largest(config, "num_key_value_heads", heads))
+        meant = part_in_rules(part)
         shape = Shape(
-            layers=len(model.structure.blocks),
-            sharing=heads // max(1, largest(config, "num_key_value_heads", heads)),
+            layers=len(blocks),
+            sharing=sharing if self._has(blocks[0], ATTENTION) else 0,  # llama.cpp asks the first block
             experts=max(largest(config, key) for key in EXPERT_COUNTS),
+            having=tuple(b.index for b in blocks if self._has(b, meant)) if meant in (ATTENTION, DOWN) else (),
         )
         has_output = any(_part(self._name(other.weight)) == "output" for other in model.structure.outside_sites)
         return type_in_mix(mix, part, site.block, site.in_features, shape, tied=not has_output)
+
+    def _has(self, block: Block, part: str) -> bool:
+        """Whether a block has what the rules of mixes call so."""
+        return any(part_in_rules(_part(self._name(site.weight))) == part for site in block.sites)
 
     def approximation(self, scheme: QuantScheme) -> str | None:
         """What the format rounds, None when it is exact."""

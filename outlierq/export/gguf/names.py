@@ -6,7 +6,7 @@ The names are those of gguf's own tables (`gguf.get_tensor_name_map`); a few spe
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from outlierq.core.errors import RecipeError
@@ -25,6 +25,7 @@ SPELLINGS = (
 )
 
 
+@lru_cache(maxsize=1 << 12)  # a tensor is asked for many times
 def gguf_name(name: str, architecture: str = "llama") -> str:
     """The name in a GGUF file of a tensor as transformers calls it; RecipeError when it has none.
 
