@@ -351,8 +351,8 @@ def _framed_layout(frame: Frame, tensors: Sequence[OutputTensor], types: Mapping
             number = tensor.number if kind == tensor.type else int(GGMLQuantizationType[kind])
             entries.append((replace(tensor, type=kind, number=number), outputs[tensor.name].nbytes))
     rounded = [(tensor.type, nbytes) for tensor, nbytes in entries if not types or tensor.name in types]
-    number = None if frame.own_names and not types else file_type(rounded, mix)
-    header = framed_header(frame, [*((tensor, len(frame.extras[tensor.name])) for tensor in own), *entries], number)
+    of_file = None if frame.own_names and not types else file_type(rounded, mix)
+    header = framed_header(frame, [*((tensor, len(frame.extras[tensor.name])) for tensor in own), *entries], of_file)
     places = {}
     for tensor in own:
         raw, output = frame.extras[tensor.name], OutputTensor(tensor.name, tensor.type, tensor.shape, HEADER)
