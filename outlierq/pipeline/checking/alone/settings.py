@@ -31,33 +31,24 @@ EPS_RANGE = (1e-14, 2e-3)
 
 def check_settings(checkpoint: Checkpoint, findings: Findings) -> None:
     """Each number beside the range of its kind; several at once where the config has parts."""
-    for part in _parts(checkpoint.config):
-        _check_choice(part, findings)
     for file, config in (
         ("", checkpoint.config),
         ("generation_config.json", file_of(checkpoint, "generation_config.json")),
     ):
-        for key, value in _numbers(config or {}):
-            least, most = EPS_RANGE if EPS.fullmatch(key) else RANGES.get(key, (value, value))
-            if not least <= value <= most:
-                findings.fault(CHECK, file, f"{key} is {brief(value, 40)}; known models have {least:g} to {most:g}")
+        for numbers in _numbers(config or {}):
+            _check_choice(numbers, file, findings)
+            for key, value in numbers.items():
+                least, most = EPS_RANGE if EPS.fullmatch(key) else RANGES.get(key, (value, value))
+                if not least <= value <= most:
+                    findings.fault(CHECK, file, f"{key} is {brief(value, 40)}; known models have {least:g} to {most:g}")
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The config and every config in it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _parts(value)
-
-
-def _check_choice(config: Mapping[str, Any], findings: Findings) -> None:
+def _check_choice(numbers: Mapping[str, float], file: str, findings: Findings) -> None:
     """No token can get more experts than there are."""
-    numbers = {key: value for key, value in config.items() if isinstance(value, int)}
     chosen = next((key for key in TOP_K if key in numbers), None)
     count = next((key for key in EXPERT_COUNTS if numbers.get(key)), None)
     if chosen and count and numbers[chosen] > numbers[count]:
-        findings.fault(CHECK, "", f"{chosen} is {numbers[chosen]}, but {count} only {numbers[count]}")
+        findings.fault(CHECK, file, f"{chosen} is {numbers[chosen]}, but {count} only {numbers[count]}")
 
 
 def file_of(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
@@ -72,10 +63,13 @@ def file_of(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number by its key, of the parts as well; what belongs to quantization is checked elsewhere."""
+def _numbers(config: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """The numbers of a config by their keys, then those of every config in it, but for what is said of quantization."""
+    yield {
+        str(key): value
+        for key, value in config.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     for key, value in config.items():
         if isinstance(value, Mapping) and key != "quantization_config":
             yield from _numbers(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield str(key), value
