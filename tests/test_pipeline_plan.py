@@ -13,6 +13,7 @@ from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
+from outlierq.recipe.patterns import matches
 
 OVERRIDES = "quantize.overrides=[{match: '*mlp*', bits: 8, group_size: channel}, {match: '*layers.1.*', keep: true}]"
 
@@ -128,8 +129,27 @@ def test_expressions_as_llm_compressor_writes_them_work(tiny_llama):
     assert schemes["model.layers.0.mlp.down_proj"] is None and schemes["model.layers.0.self_attn.k_proj"].bits == 8
     assert schemes["model.layers.1.self_attn.k_proj"].bits == 4 and patterns_noted(plan) == []
     read = [note for note in plan.notes if "as a glob it matches nothing" in note]
-    # The other one ends with `$`, so that it can only be meant as an expression.
+    # The other one says how all names end that it fits.
     assert read == [f"the override {pattern!r} is a regular expression for 2 linears; as a glob it matches nothing"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["layers.1.*(q|k)_proj$", "layers.1|.*down_proj$", "layers.1", r"layers\.\d+.*down_proj$"]
+)
+def test_an_expression_that_may_fit_more_than_it_seems_to_is_said_with_its_count(tiny_llama, pattern):
+    pattern = f"re:model.{pattern}"
+    plan = plan_of(tiny_llama, "rtn-w4", f"quantize.ignore=['{pattern}']")
+    fitting = sum(matches(p.site.module, pattern) for p in plan.sites)
+    assert (
+        f"the ignore {pattern!r} is a regular expression for {fitting} linears; as a glob it matches nothing"
+        in plan.notes
+    )
+
+
+def test_expressions_that_name_what_they_fit_are_not_said(tiny_llama):
+    patterns = [r"re:model\.layers\.(0|1)\.mlp\.(up|down)_proj$", "re:.*q_proj$"]
+    plan = plan_of(tiny_llama, "rtn-w4", f"quantize.ignore={patterns}")
+    assert not any("regular expression" in note for note in plan.notes)
 
 
 def test_an_override_of_what_is_ignored_is_said(untied_llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 EXPRESSION = "re:"
@@ -27,6 +28,17 @@ def matches(module: str, pattern: str) -> bool:
     if pattern.startswith(EXPRESSION):
         return re.match(pattern.removeprefix(EXPRESSION), module) is not None
     return fnmatchcase(module, pattern)
+
+
+def names_all(pattern: str, modules: Iterable[str]) -> bool:
+    """Whether an expression spells out the ends of all modules that it fits, so that it fits none by accident.
+
+    One that is open at its end, or inside, fits layers.10 where layers.1 was meant: `layers.1`, `layers.1.*proj$`, and
+    by its first half `layers.1|proj$`.
+    """
+    expression = pattern.removeprefix(EXPRESSION)
+    is_open = not expression.endswith("$") or any(sign in expression.removeprefix(".*") for sign in "*+?{")
+    return not is_open and all(re.fullmatch(expression, module) for module in modules)
 
 
 def sound(pattern: str) -> str:

@@ -20,7 +20,7 @@ from outlierq.pipeline.planning.mixture import architecture, mixture
 from outlierq.pipeline.planning.share import quantized_share, share_note
 from outlierq.pipeline.remodel.rewrite import original_of, rewrite_notes, source_notes
 from outlierq.recipe import Recipe
-from outlierq.recipe.patterns import EXPRESSION, HEAD, matches
+from outlierq.recipe.patterns import EXPRESSION, HEAD, matches, names_all
 
 OUTSIDE = "outside"
 EXTRA_KEPT = "kept as stored: the model class has no such part, so nothing is known of its inputs"
@@ -163,8 +163,7 @@ class Plan(Shown):
             *(("override", o.match) for o in quantize.overrides),
         ]:
             fitting = [module for module in modules if matches(module, pattern)]
-            # One that says where it ends is meant as an expression.
-            if fitting and pattern.startswith(EXPRESSION) and not pattern.endswith("$"):
+            if fitting and pattern.startswith(EXPRESSION) and not names_all(pattern, fitting):
                 count = "1 linear" if len(fitting) == 1 else f"{len(fitting)} linears"
                 said.append(f"the {kind} {pattern!r} is a regular expression for {count}; as a glob it matches nothing")
             if not fitting and not (kind == "ignore" and matches(HEAD, pattern)):
