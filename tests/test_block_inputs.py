@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from outlierq.core.errors import RecipeError
+from outlierq.core.errors import OutlierqError, RecipeError
 from outlierq.core.scheme import FP4_MAX, FP8_MAX, ActivationScheme
 from outlierq.load import load_model, open_checkpoint, unpacked
 from outlierq.ops.activations import fake_quantize, mx_scale
@@ -133,6 +134,47 @@ def test_codes_and_units_survive_a_conversion(made, tmp_path):
     assert all(
         torch.equal(one.read(name).view(torch.uint8), other.read(name).view(torch.uint8)) for name in one.tensors
     )
+
+
+def changed(folder: Path, out: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy without report in which one tensor is another."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, out)
+    (out / "outlierq.json").unlink()
+    tensors = load_file(out / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name].clone())}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.down_proj"])
+def test_a_unit_of_inputs_that_is_none_is_found(linear, factor, made, tmp_path):
+    name = f"model.layers.1.{linear}.input_global_scale"
+    found = verify(str(changed(made("nvfp4-w4a4"), tmp_path / "out", name, lambda unit: unit * factor)))
+    assert name in {fault.tensor for fault in found.faults}
+
+
+def a_byte(tensor: torch.Tensor, byte: int) -> torch.Tensor:
+    """The tensor with this byte for one number of its last row."""
+    tensor.view(torch.uint8)[-1, 3 % tensor.shape[1]] = byte
+    return tensor
+
+
+@pytest.mark.parametrize(("part", "byte"), [("weight_scale", 255), ("weight", 0x7F), ("weight", 0xFF)])
+def test_a_nan_in_any_row_of_mxfp8_is_found_and_named(part, byte, made, tmp_path):
+    module = "model.layers.1.mlp.down_proj"
+    folder = changed(made("mxfp8"), tmp_path / "in", f"{module}.{part}", lambda tensor: a_byte(tensor, byte))
+    assert any(module in fault.tensor for fault in verify(str(folder)).faults)
+    stored = open_checkpoint(str(folder))
+    for work in (
+        lambda: make_conversion(stored, "compressed-tensors"),
+        lambda: quantize(make_plan(stored, load("rtn-w4")), tmp_path / "out"),
+        lambda: load_model(stored, dtype="float32"),
+    ):
+        with pytest.raises(OutlierqError, match="NaN") as refused:
+            work()
+        assert module in str(refused.value)
 
 
 @pytest.mark.parametrize(

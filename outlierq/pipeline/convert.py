@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
-from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.errors import RecipeError, SourceError, during
 from outlierq.core.machine.record import signed
 from outlierq.core.model import CarriedFile, Checkpoint, DerivedCheckpoint, LinearSite, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
@@ -153,7 +153,8 @@ def _schemes(source: PackedSource, sites: list[LinearSite], listen: Listener) ->
     schemes: dict[LinearSite, QuantScheme] = {}
     for number, site in enumerate(sites):
         listen(Event("check", number, len(sites), site.module))
-        schemes[site] = source.quantized(site.weight).scheme
+        with during("check", site.weight):
+            schemes[site] = source.quantized(site.weight).scheme
     if len({scheme.symmetric for scheme in schemes.values()}) > 1:
         source.symmetric = False
         schemes = {site: replace(scheme, symmetric=False) for site, scheme in schemes.items()}

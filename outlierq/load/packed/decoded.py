@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import DTYPES, STORED_AS
-from outlierq.core.errors import SourceError
+from outlierq.core.errors import SourceError, during
 from outlierq.core.model import CarriedFile, DerivedCheckpoint, StoredLinear, TensorInfo
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import round_inputs
@@ -102,7 +102,10 @@ class DecodedCheckpoint(DerivedCheckpoint):
         lookup(self.tensors, name)
         if name in self.stacks:
             return self.decoded_experts(name, range(self.stacks[name].shape[0]))
-        return self.decoded(name) if name in self.linears else self.original.read(name)
+        if name not in self.linears:
+            return self.original.read(name)
+        with during("decode", name):
+            return self.decoded(name)
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
         """The tensor `count` rows at a time, [count, ...]; a linear is decoded whole, of a stack only those experts."""

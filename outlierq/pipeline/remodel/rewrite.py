@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import NumbersError
+from outlierq.core.errors import NumbersError, during
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
@@ -134,7 +134,8 @@ def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
         return
     for number, name in enumerate(source.packed):
         listen(Event("check", number, len(source.packed), name))
-        source.original.check_scales(name)
+        with during("check", name):
+            source.original.check_scales(name)
 
 
 def rewrite_notes(checkpoint: Checkpoint) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.load.packed.codes.e2m1 import check_small_scales
 from outlierq.load.packed.codes.numbers import Numbers, Parts, as_array, as_bytes_array, as_floats, e4m3_values
 from outlierq.load.packed.reading import reads_rows
 
@@ -39,7 +40,7 @@ def byte_rows(
 
 
 def mxfp8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
-    """Rows [start, stop): codes and exponents as stored. SourceError when they do not fit, or an exponent is NaN.
+    """Rows [start, stop): codes and exponents as stored. SourceError when they do not fit, or one is NaN.
 
     stored: weight [out, in] E4M3, weight_scale [out, groups] uint8.
     """
@@ -47,7 +48,7 @@ def mxfp8_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start
     groups = (stop - start, scheme.groups(shape[1]))
     if tuple(codes.shape) != (stop - start, shape[1]) or tuple(scale.shape) != groups:
         raise SourceError(f"codes {list(codes.shape)} and scales {list(scale.shape)} are not those of {scheme}")
-    decode_mxfp8(codes[:1], scale[:1])
+    _check_mxfp8(codes, scale)
     return QuantTensor(codes, scale, None, scheme)
 
 
@@ -58,13 +59,16 @@ def decode_mxfp8(weight: Numbers, weight_scale: Numbers) -> np.ndarray:
     """
     import numpy as np
 
-    exponents = as_bytes_array(weight_scale)
-    if (exponents == 255).any():
-        raise SourceError(f"{int((exponents == 255).sum())} scales are NaN (255)")
-    values = e4m3_values()[as_bytes_array(weight)]
-    if not np.isfinite(values).all():
+    _check_mxfp8(weight, weight_scale)
+    exponents = as_bytes_array(weight_scale).astype(np.int32) - 127
+    return _scaled(e4m3_values()[as_bytes_array(weight)], np.ldexp(np.float32(1), exponents))
+
+
+def _check_mxfp8(weight: Numbers, weight_scale: Numbers) -> None:
+    """SourceError where an exponent or a value is NaN."""
+    check_small_scales(weight_scale, None)
+    if ((as_bytes_array(weight) & 0x7F) == 0x7F).any():
         raise SourceError("mxfp8-quantized weights hold a NaN")
-    return _scaled(values, np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
 
 
 def decode_int_quantized(weight: Numbers, weight_scale: Numbers) -> np.ndarray:

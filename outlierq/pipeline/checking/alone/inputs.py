@@ -47,11 +47,17 @@ def check_inputs(
             bound = _of_cache(plain, module, role, gains)
         else:
             continue
-        value = float(stored.read(name).float().abs().max())
-        largest = FP4_MAX * FP8_MAX / value if role == UNITS[1] else value * LEAST_LARGEST
+        largest = _largest(role, float(stored.read(name).float().abs().max()))
         if bound is not None and largest > SLACK * bound:
             what = f"stands for values up to {largest:.3g}; norm and weights before it let through {bound:.3g} at most"
             findings.fault(CHECK, name, what)
+
+
+def _largest(role: str, scale: float) -> float:
+    """The largest value that a scale stands for; 0 for one of 0, which is a fault of its own."""
+    if role == UNITS[1]:
+        return FP4_MAX * FP8_MAX / scale if scale else 0.0
+    return scale * LEAST_LARGEST
 
 
 def _check_together(stored: Checkpoint, findings: Findings) -> None:
