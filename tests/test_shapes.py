@@ -16,6 +16,7 @@ from outlierq.core.errors import RecipeError, SourceError
 from outlierq.core.model import largest, sizes
 from outlierq.load import build_skeleton, checkpoint_names, load_tensors_into, open_checkpoint, packed_fault, study
 from outlierq.load.model.conversion.class_named import class_named
+from outlierq.load.model.rounds import most_called
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load
@@ -199,6 +200,14 @@ def test_the_names_of_the_class_change_nothing_where_they_are_those_of_the_file(
 def test_a_model_that_runs_its_blocks_in_rounds_is_refused_before_work_where_calibration_is_needed(made):
     with pytest.raises(SourceError, match=r"HrmTextForCausalLM runs its block \S+ more than once \(6 times\)"):
         make_plan(open_checkpoint(str(made("hrm_text"))), load("awq-gptq-w4"))
+
+
+def test_the_head_does_not_run_for_that(made):
+    """Torch would copy it: a gigabyte, for a vocabulary of 128k at width 4096."""
+    model = study(open_checkpoint(str(made("llama"))))
+    ran = []
+    model.skeleton.lm_head.forward = lambda *_: ran.append("head")
+    assert most_called(model.skeleton)[1] == 1 and not ran
 
 
 def test_weights_that_keep_their_names_load_everywhere(made):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from outlierq.calibrate.experts import routing
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
-from outlierq.core.forward import forward_of
+from outlierq.core.forward import StopForward, forward_of, head_of, several_rounds, stopping_at_head
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +45,6 @@ Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
 
 class Handed(int):
     """Stands among the arguments of a block for the value of that number in what the block before it returned."""
-
-
-class StopForward(Exception):
-    """Raised by the last stub: what comes after the blocks is not needed."""
 
 
 @dataclass(frozen=True)
@@ -568,17 +564,13 @@ class BlockRunner:
             stub.calls = 0
         stubs[-1].is_last = False
         try:
-            with _stopping_at_head(self.model):
+            with stopping_at_head(self.model):
                 self._forward_model(ids)
         finally:
             stubs[-1].is_last = True
         for block, stub in zip(self.structure.blocks, stubs, strict=True):
             if stub.calls > 1:
-                raise SourceError(
-                    f"{type(self.model).__name__} runs its block {block.name} more than once ({stub.calls} times) for "
-                    "each token; calibration would see the first round only",
-                    hint="use a recipe that needs no calibration, such as rtn-w4 or rtn-w8",
-                )
+                raise several_rounds(self.model, block.name, stub.calls)
 
     def _record(self, ids: torch.Tensor, stubs: list[_Stub], wrap: Wrap, *, probe: bool = False) -> torch.Tensor:
         """One forward of the model with stubs; notes every block's call and returns the first hidden states."""
@@ -715,36 +707,15 @@ class _Stub:
         return self.wrap.put(hidden.clone() if self.copies else hidden)
 
 
-def _head(model: Any) -> torch.nn.Module | None:
-    """The output head; None for a model without one."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
 @contextmanager
 def _heads_input_at(model: torch.nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
     """Inside, the output head gets only these tokens, as [1, n, channels]; a model without one runs as it is."""
-    head = _head(model)
+    head = head_of(model)
 
     def at_places(part: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[0][rows, columns][None], *args[1:]
 
     handle = None if head is None else head.register_forward_pre_hook(at_places)
-    try:
-        yield
-    finally:
-        if handle:
-            handle.remove()
-
-
-@contextmanager
-def _stopping_at_head(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a forward ends where the output head would begin; a model without one runs as it is."""
-    head = _head(model)
-
-    def stop(*_: Any) -> None:
-        raise StopForward
-
-    handle = None if head is None else head.register_forward_pre_hook(stop)
     try:
         yield
     finally:

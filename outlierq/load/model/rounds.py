@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from outlierq.core.errors import SourceError
+from outlierq.core.forward import StopForward, several_rounds, stopping_at_head
 from outlierq.load.model.decoder import block_list
 from outlierq.load.model.skeleton import config_errors, leave_empty, release
 
@@ -21,10 +21,6 @@ Returned: TypeAlias = "torch.Tensor | tuple[torch.Tensor, None]"
 MOST_CALLS = 1000  # a stub's outputs may be none that a loop ends by
 
 
-class _Enough(Exception):
-    """Raised by a stub that is called without end."""
-
-
 def refuse_rounds(model: StudiedModel) -> None:
     """SourceError where the model runs a block more than once in a forward: statistics would be of one round only.
 
@@ -34,11 +30,7 @@ def refuse_rounds(model: StudiedModel) -> None:
         return  # no class runs it
     name, count = most_called(model.skeleton)
     if count > 1:
-        raise SourceError(
-            f"{type(model.skeleton).__name__} runs its block {name} more than once ({count} times) for each token; "
-            "calibration would see the first round only",
-            hint="use a recipe that needs no calibration, such as rtn-w4 or rtn-w8",
-        )
+        raise several_rounds(model.skeleton, name, count)
 
 
 def most_called(skeleton: Any) -> tuple[str, int]:
@@ -64,12 +56,13 @@ def most_called(skeleton: Any) -> tuple[str, int]:
 
 
 def _run(skeleton: Any) -> None:
-    """One forward of two tokens, as far as it gets."""
+    """One forward of two tokens, as far as it gets; torch would copy a head that takes no memory to multiply by it."""
     import torch
 
     try:
-        skeleton(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except (_Enough, *config_errors(), ImportError, AssertionError):  # what a class cannot do without weights
+        with stopping_at_head(skeleton):
+            skeleton(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except (StopForward, *config_errors(), ImportError, AssertionError):  # what a class cannot do without weights
         return
 
 
@@ -83,7 +76,7 @@ def _counted(
     def stub(name: str, *args: Any, **kwargs: Any) -> Returned:
         calls[name] += 1
         if calls[name] > MOST_CALLS:
-            raise _Enough
+            raise StopForward
         return wrap(args[0] if args else next(iter(kwargs.values())))
 
     for index, block in enumerate(blocks):
