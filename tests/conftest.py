@@ -97,6 +97,25 @@ def result_cache(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def embedded_tokens() -> None:
+    """Each tokenizer cuts the embedded text into tokens once: a tiny calibration hardly takes as long."""
+    from outlierq.calibrate.corpus import text
+
+    made, original = {}, text._token_stream
+
+    def stream(tokenizer, source, chat_template, left_out):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or chat_template or source.path != text.EMBEDDED:
+            return original(tokenizer, source, chat_template, left_out)
+        key = (backend.to_str(), source.split)
+        if key not in made:
+            made[key] = list(original(tokenizer, source, chat_template, left_out))
+        return iter(made[key])
+
+    text._token_stream = stream
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Iterator[Path]:
     """Tied embeddings, bfloat16, one weight file. Read-only."""
