@@ -11,9 +11,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 # Not a Python module: outlierq/ops/compiled/rounding.py loads it. Contracted or reordered sums would change last bits.
+SOURCES = ("rows", "pack", "tokens", "products", "vectors", "solve", "gram", "types")
 NATIVE = Extension(
     "outlierq.native.compiled",
-    [f"outlierq/native/{name}.c" for name in ("rows", "pack", "tokens", "products", "vectors", "solve", "gram")],
+    [f"outlierq/native/{name}.c" for name in SOURCES],
     depends=[str(header) for header in Path("outlierq/native").glob("*.h")],
     extra_compile_args=["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-pthread"],

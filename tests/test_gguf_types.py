@@ -227,6 +227,15 @@ export: {format: gguf}
     assert types["token_embd.weight"] == "Q4_K"
 
 
+def test_without_data_the_embeddings_get_the_scales_that_the_recipe_looks_for(wide_llama, tmp_path):
+    recipe = "quantize: {method: rtn, type: Q4_K, scale_search: mse, embeddings: Q3_K}\nexport: {format: gguf}"
+    tensors = {tensor.name: tensor for tensor in written(wide_llama, tmp_path / "out", recipe).tensors}
+    table = open_checkpoint(str(wide_llama)).read("model.embed_tokens.weight").float()
+    meant = rtn(table, None, gguf_scheme("Q3_K"), scale_search="mse").dequantize()
+    found = tensors["token_embd.weight"]
+    assert np.array_equal(dequantize(found.data, found.tensor_type), meant.numpy())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_type_is_rounded_with_error_feedback_on_its_own_grid(name):
     w = weights()

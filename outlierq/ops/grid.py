@@ -279,7 +279,7 @@ def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
     """
     grouped = in_groups(w, scheme)
     if not scheme.symmetric:
-        return range_grid(grouped.amin(-1), grouped.amax(-1), scheme)
+        return range_grid(grouped.amin(-1) + 0.0, grouped.amax(-1) + 0.0, scheme)  # no negative zeros
     if scheme.type is not None and scheme.kind != "float":
         return extreme_grid(grouped, scheme)
     # Two reductions read the weights twice; abs() would write a copy of them besides.

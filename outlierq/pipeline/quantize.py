@@ -172,7 +172,8 @@ class _Run:
         """All units, several at once, dealt to the ranks in turn; each goes into the journal in its turn."""
         blocks = self.plan.structure.blocks
         rounded = rounder(self.plan, self.device)
-        outside = {site: lambda site: QuantizedRows.whole(*self._round(site)[site]) for site in self._outside_sites()}
+        # Only types of GGUF: what other recipes have written there stays as it was.
+        outside = {s: rounded if self.schemes[s].type else self._whole for s in self._outside_sites()}
         units = [Unit(OUTSIDE, "what is outside of the blocks", self._outside_names(), outside)]
         for block in blocks:
             linears = {site: rounded for site in block.sites if site in self.schemes}
@@ -445,6 +446,10 @@ class _Run:
         quantized, row = done[site]
         note = "outside of the blocks: rounded to nearest, no statistics" if self.plan.recipe.needs else ""
         return {site: (quantized, replace(row, note=note))}
+
+    def _whole(self, site: LinearSite) -> QuantizedRows:
+        """The same in one piece."""
+        return QuantizedRows.whole(*self._round(site)[site])
 
 
 def noted(result: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:

@@ -10,6 +10,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.compiled.rounding import round_rows
+from outlierq.ops.compiled.typed import round_types
 from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, to_quant_tensor
 from outlierq.ops.search.scale_search import search_grid
 from outlierq.registry import LARGEST_SCALES, quantizer
@@ -18,7 +19,9 @@ from outlierq.registry import LARGEST_SCALES, quantizer
 def _at_once(
     w: torch.Tensor, scheme: QuantScheme, *, scale_search: str = "minmax"
 ) -> tuple[QuantTensor, float, float] | None:
-    """`rtn` in one pass, where nothing is searched."""
+    """`rtn` in one pass: where nothing is searched, and without statistics for the types of GGUF."""
+    if scheme.type is not None:
+        return round_types(w, scheme, searched=scale_search == "mse") if scale_search in ("minmax", "mse") else None
     return round_rows(w, scheme) if scale_search == "minmax" else None
 
 

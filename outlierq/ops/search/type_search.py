@@ -58,7 +58,7 @@ class _TypeSearch:
     def __init__(self, grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None):
         self.grouped, self.scheme, self.blocks = grouped, scheme, blocks
         self.importance = None if blocks is None else _importance(grouped, blocks)
-        self.low, self.high = grouped.amin(-1), grouped.amax(-1)
+        self.low, self.high = grouped.amin(-1) + 0.0, grouped.amax(-1) + 0.0  # no negative zeros
         if not scheme.symmetric and scheme.scales == "two-level":  # stored minima have no sign
             self.low, self.high = self.low.clamp(max=0), self.high.clamp(min=0)
 
@@ -146,7 +146,7 @@ class _TypeSearch:
     def _error(self, numbers: Reals) -> torch.Tensor:
         """[out, groups] error with the nearest codes."""
         change = self._change(numbers, self._codes(numbers))
-        return (change * self._weighted(change)).sum(-1)
+        return tree_sum(change * self._weighted(change))
 
     def _weighted(self, change: torch.Tensor) -> torch.Tensor:
         """Each group times its block of the hessian."""
@@ -160,12 +160,12 @@ class _TypeSearch:
         """The real numbers that fit the nearest codes best, in closed form; those given where there is no solution."""
         codes = self._codes(numbers)
         weighted = self._weighted(codes)
-        power, target = (weighted * codes).sum(-1), (weighted * self.grouped).sum(-1)
+        power, target = tree_sum(weighted * codes), tree_sum(weighted * self.grouped)
         if numbers.minimum is None:
             scale = torch.where(power > 0, target / power, numbers.scale)
             return Reals(scale, None)
         ones = self._weighted(torch.ones_like(codes))
-        cross, whole, level = (weighted.sum(-1), ones.sum(-1), (ones * self.grouped).sum(-1))
+        cross, whole, level = tree_sum(weighted), tree_sum(ones), tree_sum(ones * self.grouped)
         determinant = power * whole - cross.square()
         usable = determinant > 1e-6 * power * whole
         scale = torch.where(usable, (target * whole - level * cross) / determinant, numbers.scale)
@@ -219,6 +219,17 @@ def _importance(grouped: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         return blocks.diagonal(dim1=1, dim2=2)
     square = grouped.square()
     return blocks * (2 * square.mean(-1, keepdim=True) + square).sqrt()
+
+
+def tree_sum(terms: torch.Tensor) -> torch.Tensor:
+    """Sums over the last of [..., columns], a power of two: the second half is added to the first until one is left.
+
+    As native/types.c adds, so that both agree in the last bit; torch's own order differs by processor.
+    """
+    while terms.shape[-1] > 1:
+        half = terms.shape[-1] // 2
+        terms = terms[..., :half] + terms[..., half:]
+    return terms[..., 0]
 
 
 def _reals(small: list[torch.Tensor], unit: tuple[torch.Tensor, ...]) -> Reals:
