@@ -409,6 +409,8 @@ def float4(scales: str, columns: int, *, dynamic: bool) -> list[str]:
 
 
 STATIC = "quantize.activations={dynamic: false, per: tensor}"
+SEQUENTIAL = ["calibration.mode=sequential", "quantize={method: gptq}"]
+LEARNING = [*SEQUENTIAL, "learn={method: block_round}"]
 # By section and key: one setting that changes the key, or two lists of settings that differ in it.
 CHANGES = {
     Calibration: {
@@ -474,6 +476,10 @@ CHANGES = {
     },
     recipe.KVCache: {"per": (["kv_cache={}"], ["kv_cache.per=head"])},
     recipe.Transform: {"method": "transform=[]", "options": "transform.0.scaling=duo"},
+    recipe.Learn: {
+        "method": (SEQUENTIAL, LEARNING),
+        "options": (LEARNING, [*LEARNING, "learn.steps=3"]),
+    },
     Export: {
         "format": "export.format=dense",
         "max_shard_size": "export.max_shard_size=1GB",
@@ -502,6 +508,7 @@ def test_no_key_is_left_out_of_that_test():
         "kv_cache",
         "export",
         "gate",
+        "learn",
         "name",
     }
 

@@ -255,6 +255,7 @@ class _Run:
                 transforms += moved
         with self.clock("quantize"):
             results = self._quantize(block, groups, mine, stats, tensors)
+            results, said = self._learn(block, groups, stats, tensors, results)
         if self.ranks.lead:
             self._tell(block, "writing")
             with during("export", block.name), self.clock("export"):
@@ -262,7 +263,7 @@ class _Run:
                 folded = {n: tensors[n] for row in transforms for n in row.pop("folded") if n not in quantized}
                 added = self._cache_scales(block, groups, before, tensors)
                 names, changed = (*block.tensors, *added), self._as_stored(folded) | added
-                notes = self.source.notes + starved_note(groups, stats, self._least)
+                notes = self.source.notes + said + starved_note(groups, stats, self._least)
                 self._written_to.write(unit, names, results, changed, transforms, notes)
         del tensors, before, stats, results
         with self.clock("calibrate"):
@@ -388,6 +389,28 @@ class _Run:
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
         self.error = sum(errors) / len(errors) if errors else None
         return results
+
+    def _learn(
+        self,
+        block: Block,
+        groups: list[InputGroup],
+        stats: Mapping[str, InputStats],
+        tensors: Mapping[str, torch.Tensor],
+        results: dict[LinearSite, tuple[QuantTensor, SiteRow]],
+    ) -> tuple[dict[LinearSite, tuple[QuantTensor, SiteRow]], list[str]]:
+        """Let the block learn as a whole, where the recipe asks for it; what it learned, and notes on it."""
+        learn = self.plan.recipe.learn
+        batches = [] if learn is None else self.source.batches_to_learn(block.index)
+        rounded = {site: result for site, result in results.items() if site in self._rounded}
+        if learn is None or not batches or not rounded:
+            return results, []
+        from outlierq.pipeline.block.learn import learned
+
+        self._tell(block, f"learning by {learn.method}")
+        known = {s: share.stats for group in groups for share in shares(group, stats, self._least) for s in share.sites}
+        known_stats = {site: each for site, each in known.items() if each is not None}
+        done, notes = learned(block, batches, tensors, rounded, known_stats, learn)
+        return results | done, notes
 
     def _quantize_one(
         self,

@@ -15,6 +15,7 @@ from outlierq.recipe.sections import (
     Export,
     Gate,
     KVCache,
+    Learn,
     Override,
     Quantize,
     Section,
@@ -60,6 +61,7 @@ def _fields_at(path: KeyPath) -> list[str]:
         "activations": Activations,
         "kv_cache": KVCache,
         "gate": Gate,
+        "learn": Learn,
     }
     named = [p for p in path if p in sections]
     model: type[Section] = sections[named[-1]] if named else Recipe
@@ -87,6 +89,7 @@ def impossible(recipe: Recipe) -> list[str]:
             f"calibration.mode: {name} compares the inputs behind quantized blocks with the original ones; "
             "set `mode: sequential`"
         )
+    faults += _unlearnable(recipe)
     format = format_limits(recipe.export.format)
     faults += format.recipe_faults(_asked(recipe))
     if recipe.quantize is not None:
@@ -97,6 +100,21 @@ def impossible(recipe: Recipe) -> list[str]:
             f"sequence_length of {recipe.calibration.sequence_length}"
         )
     return faults
+
+
+def _unlearnable(recipe: Recipe) -> list[str]:
+    """What learning on whole blocks lacks."""
+    if recipe.learn is None:
+        return []
+    if recipe.quantize is None:
+        return ["learn: there is nothing to learn without a `quantize` section"]
+    sections = (recipe.quantize.activations, *(override.activations for override in recipe.quantize.overrides))
+    if any(isinstance(section, Activations) for section in sections):
+        return [f"learn: {recipe.learn.method} learns on inputs of 16 bits; leave it out where inputs are quantized"]
+    if recipe.calibration is None or recipe.calibration.mode != "sequential":
+        name = recipe.learn.method
+        return [f"calibration.mode: {name} learns on the inputs behind quantized blocks; set `mode: sequential`"]
+    return []
 
 
 def _asked(recipe: Recipe) -> Asked:

@@ -15,7 +15,7 @@ from outlierq.core.errors import RecipeError
 from outlierq.core.machine.untrusted import yaml_tree
 from outlierq.recipe.faults import failure, fault_of, impossible
 from outlierq.recipe.schema import Recipe
-from outlierq.recipe.sections import Quantize, Transform
+from outlierq.recipe.sections import Learn, Quantize, Section, Transform
 from outlierq.recipe.shipped import find, read
 from outlierq.recipe.yaml_lines import FROM_SETTING, KeyPath, Lines, apply, at, lines_of
 from outlierq.registry import Method, follow, is_reference, method, transform_method
@@ -23,6 +23,8 @@ from outlierq.registry import Method, follow, is_reference, method, transform_me
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 Settings = Mapping[str, Any] | Sequence[str] | None
 USUAL_RECIPE = "gptq-w4"
+# Sections that name one method, where `transform` names several.
+SINGLE: dict[str, type[Section]] = {"quantize": Quantize, "learn": Learn}
 
 
 def load(reference: str, settings: list[str] | None = None, *, trust_methods: bool = False) -> Recipe:
@@ -97,7 +99,7 @@ def _method_sections(content: dict[str, Any]) -> list[KeyPath]:
     """Paths of the sections that name a method."""
     transforms = content.get("transform")
     sections: list[KeyPath] = [("transform", i) for i in range(len(transforms))] if isinstance(transforms, list) else []
-    return [*sections, ("quantize",)] if isinstance(content.get("quantize"), dict) else sections
+    return sections + [(name,) for name in SINGLE if isinstance(content.get(name), dict)]
 
 
 def _split_options(
@@ -115,7 +117,7 @@ def _split_options(
     parent[key] = section
     if not isinstance(section, dict) or not isinstance(section.get("method"), str):
         return True  # what is wrong with it is said by the model
-    model = Quantize if part == "quantize" else Transform
+    model = SINGLE.get(part, Transform)
     own = [name for name in model.model_fields if name != "options"]
     parent[key] = {k: v for k, v in section.items() if k in own}
     try:

@@ -17,6 +17,7 @@ from outlierq.recipe.sections import (
     Export,
     Gate,
     KVCache,
+    Learn,
     Override,
     Quantize,
     Section,
@@ -34,6 +35,7 @@ class Recipe(Section):
     calibration: Calibration | None = None
     transform: tuple[Transform, ...] = ()
     quantize: Quantize | None = None
+    learn: Learn | None = None
     kv_cache: KVCache | None = None
     export: Export = Export()
     gate: Gate | None = None
@@ -90,6 +92,7 @@ class Recipe(Section):
         """
         steps = [("transform", step.method) for step in self.transform]
         steps += [("quantize", self.quantize.method)] if self.quantize else []
+        steps += [("learn", self.learn.method)] if self.learn else []
         outside = {f"method {name}": code for section, name in steps if (code := code_of(section, name))}
         code = code_of_format(self.export.format)
         return outside | ({f"format {self.export.format}": code} if code else {})

@@ -256,6 +256,13 @@ class Transform(Section):
     options: dict[str, Any] = {}
 
 
+class Learn(Section):
+    """What improves each block as a whole once its linears are rounded."""
+
+    method: str
+    options: dict[str, Any] = {}
+
+
 class Export(Section):
     """How the result is written.
 

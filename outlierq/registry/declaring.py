@@ -1,9 +1,10 @@
-"""What a method says of itself: one decorator for each of the six stages, and the table that they fill.
+"""What a method says of itself: one decorator for each of the seven stages, and the table that they fill.
 
 The stages are "quantize" (rounds weights), "transform" (scales the channels of one input group), "rewrite" (changes the
-whole model and not what it computes), "permute" (brings channels into another order) and "prune" (drops experts). A
-recipe names quantizers under `quantize`, and those others under `transform`. Methods of the sixth, "approximate", give
-what no format holds; `outlierq study methods` compares them with the rest.
+whole model and not what it computes), "permute" (brings channels into another order), "prune" (drops experts) and
+"learn" (improves a whole rounded block). A recipe names quantizers under `quantize`, what learns under `learn`, and
+those others under `transform`. Methods of the last, "approximate", give what no format holds; `outlierq study methods`
+compares them with the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from outlierq.core.stats import DERIVED, FIELDS
 from outlierq.registry.packages import package_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-STAGES = ("quantize", "transform", "rewrite", "permute", "prune", "approximate")
+STAGES = ("quantize", "transform", "rewrite", "permute", "prune", "learn", "approximate")
 # What a format must know of a result: columns beside the codes, or a scale that just holds the largest weight.
 OUTLIER_COLUMNS, LARGEST_SCALES = "outlier columns", "scales of the largest weight"
 # Float32 copies of its rows that a quantizer holds at once, where it does not say; rounding by the hessian: 4.5.
@@ -106,7 +107,7 @@ class Method:
 
 def section_of(stage: str) -> str:
     """The key of a recipe under which methods of a stage are named; `study` for what no recipe can name."""
-    return {"quantize": "quantize", "approximate": "study"}.get(stage, "transform")
+    return {"quantize": "quantize", "learn": "learn", "approximate": "study"}.get(stage, "transform")
 
 
 REGISTERED: dict[tuple[str, str], Method] = {}  # (section of a recipe, name) -> method
@@ -211,6 +212,14 @@ def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F
     It sees the `BlockStats` of one block, of an earlier `outlierq calibrate`; what it drops is gone before all else.
     """
     return _register("prune", name, needs, paper)
+
+
+def learner(name: str, *, paper: str) -> Callable[[F], F]:
+    """Register `function(block, *, options) -> QuantTensor by linear` as `learn: {method: name}`.
+
+    It sees a whole block whose linears a quantizer has rounded, and how to run it (`RoundedBlock`).
+    """
+    return _register("learn", name, (), paper)
 
 
 def approximation(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:

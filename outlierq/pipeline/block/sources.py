@@ -17,6 +17,7 @@ from outlierq.pipeline.planning.work import NO_SAVINGS, Savings
 from outlierq.pipeline.processes.ranks import Ranks
 from outlierq.pipeline.processes.sharding import all_of_lead, dealt
 from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of
+from outlierq.recipe import Calibration, Learn
 
 
 def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
@@ -71,8 +72,24 @@ def stats_source(
 
     tokens = ranks.first(lambda: token_set(plan.model, calibration))
     settings, remark = in_shards(calibration, len(tokens.ids), ranks, former)
+    if recipe.learn is not None:
+        _check_learning(recipe.learn, settings, len(tokens.ids), ranks)
     folds = bool(recipe.group_transforms or recipe.permutations)
-    asked = Asked(stored_fields(needs), folds, owners_for(plan))
+    asked = Asked(stored_fields(needs), folds, learns=recipe.learn is not None, owners=owners_for(plan))
     source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)
     source.remark = remark
     return source
+
+
+def _check_learning(learn: Learn, settings: Calibration, windows: int, ranks: Ranks) -> None:
+    """RecipeError where learning has too little text to hold some out, or would see a part of it only."""
+    if ranks.size > 1:
+        raise RecipeError(
+            f"{learn.method} learns on all text in one process, and there are {ranks.size}",
+            hint="run it in one process, or leave the `learn` section out",
+        )
+    if windows <= settings.batch_size:
+        raise RecipeError(
+            f"{learn.method} holds a batch of text out of learning, and {windows} windows are one batch",
+            hint=f"set calibration.samples to {2 * settings.batch_size} or more, or calibration.batch_size to 1",
+        )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from outlierq.calibrate.batches import Batch
 from outlierq.calibrate.collect import stored_fields
 from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.core.errors import StatsError
@@ -45,6 +46,10 @@ class StatsSource(Protocol):
         """Statistics of the block itself, once `block` has given its groups; None when none were asked for."""
         ...
 
+    def batches_to_learn(self, index: int) -> list[Batch]:
+        """Block `index` on every batch of the text, between `block` and `finished`; empty where nothing learns."""
+        ...
+
     def check_transformed(
         self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
     ) -> None:
@@ -78,6 +83,10 @@ class NoStats:
     def block_stats(self, index: int) -> BlockStats | None:
         """There are none."""
         return None
+
+    def batches_to_learn(self, index: int) -> list[Batch]:
+        """There are none."""
+        return []
 
     def check_transformed(
         self, index: int, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlierq.calibrate.batches import Batch
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
 from outlierq.calibrate.experts import routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters, without_shared
@@ -81,17 +82,25 @@ class Shard:
         assert self.states is not None, "the text was not read yet"
         return self.states
 
+    @property
+    def original_outputs(self) -> HiddenStates:
+        """What the original model has at the same place; once `hidden` is what the next block reads, its inputs."""
+        assert self.originals is not None, "the original model did not start"
+        return self.originals
+
 
 @dataclass(frozen=True)
 class Asked:
     """What a run over the model is asked for. fields: what to keep, see InputStats and BlockStats.
 
-    folds: whether anybody asks which folds a group has. owners: which rank gets the statistics of each group; the
+    folds: whether anybody asks which folds a group has. learns: whether blocks learn what the original ones give, which
+    run beside them then. owners: which rank gets the statistics of each group; the
     others know of it only how many tokens there were.
     """
 
     fields: frozenset[str] = ALL_FIELDS
     folds: bool = True
+    learns: bool = False
     owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead
 
 
@@ -121,7 +130,7 @@ class StatsFromRun:
         self.tokens, self.settings, self.fields = tokens, settings, asked.fields
         self.work, self.device, self.listen = work, resources.device, resources.listen
         self.ranks, self._owners, self._count = resources.ranks, asked.owners, settings.shards or 1
-        self._savings, self._folds = savings, asked.folds
+        self._savings, self._folds, self._learns = savings, asked.folds, asked.learns
         self._towers = () if tokens.inputs else self.structure.towers  # which text does not run through
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
@@ -177,7 +186,7 @@ class StatsFromRun:
     @property
     def paired(self) -> bool:
         """Whether the original model runs beside the quantized one. Its hidden states are not saved: `replay` runs."""
-        return "cross" in self.fields
+        return "cross" in self.fields or self._learns
 
     def start(self) -> None:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
@@ -201,7 +210,7 @@ class StatsFromRun:
             raise RecipeError(
                 f"{type(self.model).__name__} hands more than hidden states from block to block, so it cannot run "
                 "beside its quantized self",
-                hint="use `quantize.method: gptq`",
+                hint="use `quantize.method: gptq`, and leave a `learn` section out",
             )
         return shard.hidden.copied(Spill(self._scratch, self._savings.spill_bytes))
 
@@ -416,6 +425,17 @@ class StatsFromRun:
                 hint="this is a fault of outlierq; remove the `transform` section and report it",
             )
 
+    def batches_to_learn(self, index: int) -> list[Batch]:
+        """Block `index` on every batch of the text, between `block` and `finished`; empty where it does not run."""
+        if not self._learns or self._passes_over(index):
+            return []
+        module = self.model.get_submodule(self.structure.blocks[index].name)
+        return [
+            Batch(shard.runner, module, index, number, shard.hidden, shard.original_outputs)
+            for shard in self.shards
+            for number in range(len(shard.hidden))
+        ]
+
     def finished(self, index: int, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Carry the hidden states past the block: static did so already, sequential runs the written weights.
 
@@ -435,8 +455,8 @@ class StatsFromRun:
             return
         block, module = self._enter(index)
         for shard in behind if self.paired else ():
-            assert shard.originals is not None, "the original model did not start"
-            shard.runner.run(module, index, shard.originals, progress=self._tell(index, "original outputs", shard))
+            tell = self._tell(index, "original outputs", shard)
+            shard.runner.run(module, index, shard.original_outputs, progress=tell)
         if self.sequential:
             self._run_with(block, tensors(), behind)
         else:

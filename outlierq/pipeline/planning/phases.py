@@ -52,6 +52,11 @@ TYPE_COPIES, FITTING = 12, 128 << 20
 JUDGING_ROWS, JUDGING_COPIES = 1024, 10
 
 
+# Float32 copies of a block that learns (weights, places, gradients twice, two moments, scales and offsets by weight,
+# the weights as they are now and what they are made of), and of a batch's activations that its gradients need.
+LEARNING_COPIES, LEARNING_ACTIVATIONS = 12, 4
+
+
 # Bytes per weight of encoding one linear and reading it back: packed codes twice, codes as integers of 32 bits.
 ENCODING = 12
 
@@ -68,6 +73,8 @@ def peaks(work: Work, savings: Savings) -> dict[str, int]:
             sizes["folds"] = block.folding()
     if work.statistics and not work.writes_stats:
         sizes["solve"] = block.solving()
+    if work.learns:
+        sizes["learn"] = block.learning()
     if work.transforms and not work.writes_stats:
         sizes["transform"] = block.transforming()
     if work.proves:
@@ -103,7 +110,7 @@ class Phases:
             return 0
         token = self.work.hidden * self.work.itemsize
         shard = -(-calibration.samples // self.work.shards) * calibration.sequence_length * token
-        streams = 2 if "cross" in self.work.fields else 1
+        streams = 2 if "cross" in self.work.fields or self.work.learns else 1
         if shard <= self.savings.spill_bytes:
             return streams * self.mine * shard
         return streams * 2 * self._batch_tokens * token
@@ -234,6 +241,13 @@ class Phases:
         choosing = self.dense + 3 * stack + max(3 * self.largest_hessian + judged, stack)
         comparing = self.dense + self.running + self.dense + self.stored + self.making
         return self.running + self._held() + self.stored + max(choosing, comparing) + self.hidden()
+
+    def learning(self) -> int:
+        """Every linear in float32 some times over, two sets of codes, and a batch with what its gradients need."""
+        weights = sum(self.work.elements[site.weight] for site in self.block.sites)
+        held = LEARNING_COPIES * FLOAT * weights + 2 * weights
+        running = self.running + LEARNING_ACTIVATIONS * self.activations()
+        return self._held() + self.stored + running + held + self.hidden()
 
     def writing(self) -> int:
         """The largest linear is encoded and read back, or the largest other tensor is copied."""

@@ -81,8 +81,9 @@ class Work:
     at all statistics of a block together. from_file: statistics are read, not made. writes_stats: they are what is
     wanted, and the final logits. making: what reading a tensor holds beside the tensor, where a recipe rewrites the
     model; those that are not named: nothing. proves: the rewritten model is run beside the original, which is not done
-    for a pruned one. shards: of the text, each with sums of its own until they are merged. ranks: processes that share
-    the work; all said here is of one of them, the lead, which needs most.
+    for a pruned one. learns: blocks learn as a whole, beside the original ones. shards: of the text, each with sums of
+    its own until they are merged. ranks: processes that share the work; all said here is of one of them, the lead,
+    which needs most.
     """
 
     structure: Structure
@@ -115,6 +116,7 @@ class Work:
     writes_stats: bool = False
     making: Mapping[str, int] = field(default_factory=dict)
     proves: bool = False
+    learns: bool = False
     shards: int = 1
     ranks: int = 1
 
@@ -143,6 +145,7 @@ def work_of(plan: Plan, resources: Resources = USUAL, *, stats: bool = False, sh
         by_rows=plan.checkpoint.reads_rows and plan.format.copies_rows,
         making={name: size for name, size in making.items() if size},
         proves=len(recipe.rewrites) > len(recipe.pruning),
+        learns=recipe.learn is not None,
         shards=_shards(recipe.calibration, resources.ranks.size, shards),
         ranks=resources.ranks.size,
     )
