@@ -308,16 +308,34 @@ def _of_text(model: Any, names: list[str]) -> set[str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    root, towers = "", []
     if model.config.get_text_config() is model.config:
-        return set(names)
-    decoder = model.get_decoder()
-    root = next(name for name, part in model.named_modules() if part is decoder)
+        towers = [f"{name}." for name in _towers(model)]
+        if not towers:
+            return set(names)
+    else:
+        decoder = model.get_decoder()
+        root = next(name for name, part in model.named_modules() if part is decoder)
     steps, slots = get_model_conversion_mapping(model), model.state_dict()
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     prefix = model.base_model_prefix or None
     slot = {n: n if n in slots else rename_source_key(n, renamings, converters, prefix, slots)[0] for n in names}
-    return {name for name in names if not root or slot[name].startswith(f"{root}.")}
+    inside = {name for name in names if not root or slot[name].startswith(f"{root}.")}
+    return {name for name in inside if not slot[name].startswith(tuple(towers))}
+
+
+def _towers(model: Any) -> list[str]:
+    """Parts of a model whose config is that of its text that are models with a config of their own, and, beside them,
+    what projects from their space.
+    """
+    from transformers import PreTrainedModel
+
+    parts = dict(model.named_modules())
+    towers = [n for n, part in parts.items() if isinstance(part, PreTrainedModel) and part.config is not model.config]
+    beside = {name.rpartition(".")[0] for name in towers}
+    projectors = [n for n in parts if n.rpartition(".")[0] in beside and n.endswith(("projection", "projector"))]
+    return towers + projectors
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

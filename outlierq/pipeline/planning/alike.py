@@ -1,7 +1,11 @@
-"""One scheme for all experts of a block: programs that run experts merge them, and load no others."""
+"""One scheme for all experts of a block: programs that run experts merge them, and load no others.
+
+And one for all linears of a model, where it is loaded only so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
@@ -32,7 +36,26 @@ def alike_experts(sites: list[SitePlan], policy: GroupPolicy) -> list[SitePlan]:
     return sites
 
 
-def _common_group(members: list[SitePlan], policy: GroupPolicy) -> int | None:
+def alike_linears(sites: Sequence[SitePlan], policy: GroupPolicy, because: str) -> tuple[SitePlan, ...]:
+    """The plan with the same group size for all quantized linears; empty where that is not all in which they differ,
+    or no size divides all widths. because: why, behind the width that asks for it.
+    """
+    members = [planned for planned in sites if planned.scheme is not None]
+    others = {planned.scheme and replace(planned.scheme, group_size=None) for planned in members}
+    size = _common_group(members, policy) if len(others) == 1 else None
+    if size is None:
+        return ()
+    odd = next(planned.reason.partition(": ")[2] for planned in members if planned.reason)
+    reason = f"group {size} for all linears: {odd}, {because}"
+    return tuple(
+        planned
+        if planned.scheme is None
+        else replace(planned, scheme=replace(planned.scheme, group_size=size), reason=reason)
+        for planned in sites
+    )
+
+
+def _common_group(members: Sequence[SitePlan], policy: GroupPolicy) -> int | None:
     """The largest group size, no larger than any of theirs, that divides all of their widths; None when none does."""
     sizes = [planned.scheme.group_size for planned in members if planned.scheme is not None]
     largest = min((size for size in sizes if size is not None), default=0)

@@ -20,7 +20,7 @@ from outlierq.export.declared import kept_modules
 from outlierq.export.layout import INDEX_NAME, OutputTensor
 from outlierq.load.packed.described import without_description
 from outlierq.load.source.carried import without_places
-from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts
+from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts, alike_linears
 from outlierq.pipeline.planning.embeddings import with_embeddings
 from outlierq.pipeline.planning.extra import with_extra_blocks
 from outlierq.pipeline.planning.loadable import loadable_experts
@@ -71,19 +71,22 @@ def _planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _with_one_scheme(plan: Plan) -> Plan:
-    """The plan with linears of odd widths kept, where transformers can load the rest then: it decodes with one scheme.
+    """The plan with one scheme, where transformers can load the weights then: it decodes with one.
 
-    The plan itself where that is not needed, or does not help.
+    Linears of odd widths are kept, or get the group size that divides all widths, as do all others: whichever makes the
+    smaller result. The plan itself where that is not needed, or does not help.
     """
     odd = {p.site: p.reason.partition(": ")[2] for p in plan.sites if p.scheme is not None and p.reason}
-    if plan.load_fault is None or plan.load_fault.is_decoded or not odd:
+    if plan.load_fault is None or plan.load_fault.is_decoded or not odd or plan.recipe.quantize is None:
         return plan
     because = "and transformers, which decodes the weights of this class as it loads them, does so with one scheme"
-    sites = tuple(
+    kept = tuple(
         SitePlan(p.site, None, f"kept in 16 bits: {odd[p.site]}, {because}") if p.site in odd else p for p in plan.sites
     )
-    other = assembled(plan.model, sites, plan.recipe, plan.caches, plan.together)
-    return other if other.load_fault is not None and other.load_fault.is_decoded else plan
+    alike = alike_linears(plan.sites, plan.recipe.quantize.when_indivisible, because)
+    others = [assembled(plan.model, sites, plan.recipe, plan.caches, plan.together) for sites in (kept, alike) if sites]
+    decoded = [other for other in others if other.load_fault is not None and other.load_fault.is_decoded]
+    return min(decoded, key=lambda other: other.output_bytes, default=plan)
 
 
 def _decoding(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
