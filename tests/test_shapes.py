@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from coverage_models import architectures, auto_class, tiny_config, tiny_model, tokens, write_checkpoint
 
+FEW = {"calibration.samples": 4, "calibration.sequence_length": 32}
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -292,13 +294,80 @@ def test_models_that_ask_where_their_embedding_is_or_norm_what_it_gives_are_cali
     assert not report.get("faults") and config["quantization_config"]["config_groups"]
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4", "fp8-dynamic"])
-def test_a_model_of_layers_that_no_packed_format_holds_is_refused_with_a_hint_that_works(recipe, made):
+@pytest.mark.parametrize("recipe", ["nvfp4", "llm-int8"])
+def test_a_model_of_layers_that_a_packed_format_does_not_hold_is_refused_with_a_hint_that_works(recipe, made):
     with pytest.raises(RecipeError, match=r"quantizes none of the 16 linears: .*Conv1D") as refused:
         make_plan(open_checkpoint(str(made("gpt2"))), load(recipe))
-    assert "`-r rtn-w8 --set export.format=dense`" in refused.value.hint and "ignore" not in refused.value.hint
-    plan = make_plan(open_checkpoint(str(made("gpt2"))), load("rtn-w8", ["export.format=dense"]))
-    assert len(plan.schemes) == 16
+    assert "`-r rtn-w8`" in refused.value.hint and "ignore" not in refused.value.hint
+    assert len(make_plan(open_checkpoint(str(made("gpt2"))), load("rtn-w8")).schemes) == 16
+
+
+@pytest.fixture(scope="module")
+def packed_gpt2(made, tmp_path_factory):
+    """Of a recipe with one scale for a channel, and one with groups: its plan and its result; read-only."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    recipes = {"rtn-w8": {}, "gptq-w4": {"quantize.group_size": 64, **FEW}, "fp8-dynamic": {}}
+    for recipe, settings in recipes.items():
+        outlierq.quantize(made("gpt2"), recipe, out=folder / recipe, settings=settings, device="cpu")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w8", "gptq-w4", "fp8-dynamic"])
+def test_a_conv1d_is_packed_as_it_is_stored_and_decoded_by_transformers_to_the_same_weights(recipe, packed_gpt2):
+    from transformers import AutoModelForCausalLM
+
+    from outlierq.load import unpacked
+
+    folder = packed_gpt2 / recipe
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    group = config["config_groups"]["group_0"]
+    assert config["dequantize"] and group["targets"] == ["Conv1D"]
+    assert group["weights"].get("block_structure") == ([64, 1] if recipe == "gptq-w4" else None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    plain = unpacked(open_checkpoint(str(folder)))
+    assert len(plain.packed) == 16
+    for name in plain.packed:
+        assert torch.equal(model.get_parameter(name), plain.read(name).to(torch.bfloat16))
+    assert not outlierq.verify(folder).faults
+
+
+def test_weights_of_a_conv1d_are_those_that_rounding_their_transpose_gives(packed_gpt2, made):
+    from outlierq.load import unpacked
+
+    name = "transformer.h.0.mlp.c_proj.weight"
+    weight = open_checkpoint(str(made("gpt2"))).read(name).float()  # [in, out]
+    scale = (weight.abs().amax(0) / 127).bfloat16().float()
+    stored = unpacked(open_checkpoint(str(packed_gpt2 / "rtn-w8"))).read(name)
+    assert ((stored - weight).abs() <= 0.51 * scale).float().mean() > 0.99
+    again = make_plan(open_checkpoint(str(packed_gpt2 / "rtn-w8")), load("dense"))  # a source like any other
+    assert "decoded to bfloat16" in " ".join(again.notes)
+
+
+def test_no_other_client_is_said_to_load_a_packed_conv1d(made):
+    lines = make_plan(open_checkpoint(str(made("gpt2"))), load("awq-gptq-w4")).clients
+    assert ": loads (dequantized at load" in lines[0] and "Conv1D" in lines[0]
+    assert len(lines) == 3 and all("does not load it: transformer.h.0.attn.c_attn is a Conv1D" in x for x in lines[1:])
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("rtn-w8", ["quantize.symmetric=false"]), ("fp8-block", [])])
+def test_a_conv1d_that_transformers_would_not_decode_is_refused(recipe, settings, made):
+    with pytest.raises(RecipeError, match="only with symmetric scales for groups of inputs"):
+        make_plan(open_checkpoint(str(made("gpt2"))), load(recipe, settings))
+
+
+@pytest.mark.parametrize("damage", ["shape", "nan"])
+def test_wrong_scales_of_a_conv1d_are_refused(damage, packed_gpt2, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = with_config(packed_gpt2 / "rtn-w8", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.attn.c_proj.weight_scale"
+    tensors[name] = tensors[name].T.contiguous() if damage == "shape" else tensors[name] * float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "outlierq.json").unlink()  # it knows that the file was changed
+    with pytest.raises(SourceError, match=r"do not fit|no finite numbers"):
+        outlierq.quantize(folder, "rtn-w4", out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_has_no_row_in_the_table_of_gguf_is_sent_to_the_converter_of_llama_cpp(made):

@@ -82,13 +82,28 @@ def with_layers(lines: Sequence[str], sites: Mapping[LinearSite, QuantScheme | N
     sites: every linear with its scheme, None for 16 bits. Experts are left to `expert_facts`.
     """
     table_of = table()["merged"]
+    stored_across = next((site for site, scheme in sites.items() if site.transposed and scheme is not None), None)
+    if stored_across is not None:
+        return [_without_transposed(line, stored_across) if _name(line) in table_of else line for line in lines]
     alone = {site: scheme for site, scheme in sites.items() if site.expert is None}
     said = []
     for line in lines:
-        name = line.partition(":")[0]
+        name = _name(line)
         faults = _layer_faults(table_of[name], alone) if name in table_of else []
         said.append(f"{name}: does not load it: {faults[0]}" if faults else line)
     return said
+
+
+def _without_transposed(line: str, site: LinearSite) -> str:
+    """A line that says "loads", changed for weights that are packed as [in, out], which the client does not read."""
+    if not line.startswith(f"{_name(line)}: loads"):
+        return line
+    return f"{_name(line)}: does not load it: {site.module} is a {site.kind}, packed as it is stored, [in, out]"
+
+
+def _name(line: str) -> str:
+    """The client that a line is about."""
+    return line.partition(":")[0]
 
 
 def merged_layers(client: str, sites: Mapping[LinearSite, QuantScheme | None]) -> Iterator[tuple[LinearSite, ...]]:

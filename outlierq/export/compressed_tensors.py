@@ -32,7 +32,7 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
         """Why this format cannot hold the site, or None when it can."""
         if site.kind != "Linear":
-            return f"compressed-tensors has no {site.kind} layer"
+            return _of_other_kind(site, scheme)
         if scheme.kind == "int" and scheme.scales != "plain":
             return f"compressed-tensors has no {scheme.scales} scales for integers; gguf has two-level ones"
         if scheme.scales != "plain" and site.in_features % scheme.columns_per_group(site.in_features):
@@ -57,6 +57,8 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         if scheme.scales != "plain":
             return _float_specs(site, scheme)
         scale_dtype, scales = STORED_AS[scheme.scale_dtype], scheme.scale_shape(rows, columns)
+        if site.transposed:
+            rows, columns, scales = columns, rows, scales[::-1]
         if format_of(scheme) != "pack-quantized":
             specs: list[TensorSpec] = [
                 (site.weight, "F8_E4M3" if scheme.kind == "float" else "I8", (rows, columns)),
@@ -85,10 +87,17 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
             return _floats(site, quantized)
         if format_of(quantized.scheme) == "pack-quantized":
             return _packed(site, quantized)
-        tensors = {site.weight: quantized.codes, f"{stem(site)}.weight_scale": quantized.scale}
+        codes, scale = _as_stored(site, quantized.codes), _as_stored(site, quantized.scale)
+        tensors = {site.weight: codes, f"{stem(site)}.weight_scale": scale}
         if quantized.input_scale is not None:
             tensors[f"{stem(site)}.input_scale"] = quantized.input_scale
         return tensors
+
+    def row_order(self, site: LinearSite) -> dict[str, torch.Tensor]:
+        """Whether rows and columns have changed places."""
+        import torch
+
+        return {"transposed": torch.tensor(True)} if site.transposed else {}
 
     def quantization_config(
         self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
@@ -104,15 +113,34 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
         return ct_config.DEQUANTIZE if len(schemes) == 1 else None
 
 
+def _of_other_kind(site: LinearSite, scheme: QuantScheme) -> str | None:
+    """Why a layer that is no linear cannot be held, or None: transformers decodes a Conv1D while it loads it, as it
+    decodes anything called a weight. Its matrix stays [in, out], and groups of its rows are blocks of one column.
+    """
+    if not site.transposed:
+        return f"compressed-tensors has no {site.kind} layer"
+    inputs = scheme.activations
+    if scheme.scales != "plain" or scheme.block is not None or not scheme.symmetric:
+        return f"compressed-tensors holds a {site.kind} only with symmetric scales for groups of inputs"
+    if inputs is not None and not inputs.dynamic:
+        return f"compressed-tensors has no {site.kind} layer, whose inputs would have fixed scales"
+    return None
+
+
+def _as_stored(site: LinearSite, matrix: torch.Tensor) -> torch.Tensor:
+    """Codes or scales [out, ...] in the order of the file."""
+    return matrix.T.contiguous() if site.transposed else matrix
+
+
 def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
     """Unsigned codes packed along columns, zero points packed along rows."""
     import torch
 
-    scheme = quantized.scheme
+    scheme, codes = quantized.scheme, _as_stored(site, byte_codes(site, quantized))
     tensors = {
-        f"{stem(site)}.weight_packed": pack(byte_codes(site, quantized), scheme.bits),
-        f"{stem(site)}.weight_scale": quantized.scale,
-        f"{stem(site)}.weight_shape": torch.tensor([site.out_features, site.in_features]),
+        f"{stem(site)}.weight_packed": pack(codes, scheme.bits),
+        f"{stem(site)}.weight_scale": _as_stored(site, quantized.scale),
+        f"{stem(site)}.weight_shape": torch.tensor(codes.shape),
     }
     if quantized.zero_point is not None:
         # Not .contiguous(): a single group is a row whose strides it leaves alone, and packing views them as words.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MIXED = "mixed-precision"
 DEQUANTIZE = "dequantize"
+CONV1D = "Conv1D"  # of transformers: a linear whose weight is [in, out]
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 
 
@@ -44,21 +45,26 @@ def quantization_config(
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-    by_scheme: dict[QuantScheme, list[str]] = {}
+    by_scheme: dict[tuple[QuantScheme, bool], list[str]] = {}
     for site, scheme in sites:
         if scheme is not None:
-            by_scheme.setdefault(scheme, []).extend(names_of(site))
-    no_targets = {name for site, _ in sites if site.kind == "Conv1D" for name in names_of(site)}
+            by_scheme.setdefault((scheme, site.transposed), []).extend(names_of(site))
+    is_a_target = any(transposed for _, transposed in by_scheme)
+    no_targets = {name for site, _ in sites if site.kind == CONV1D and not is_a_target for name in names_of(site)}
     ignore = [name for name in kept if name not in no_targets]
     # vLLM asks by the names of separate experts also where they are stored together.
     ignore += [rf"re:{re.escape(name)}\.\d+\..*" for name in kept if holds_experts(name)]
     groups = {}
-    for number, (scheme, modules) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, scheme)
+    for number, (key, modules) in enumerate(by_scheme.items()):
+        scheme, transposed = key
+        targets = [CONV1D] if transposed else ["Linear"]  # the first also beside others: it says what is [in, out]
+        if len(by_scheme) > 1:
+            targets = [*_targets(modules, by_scheme, key), *(targets if transposed else [])]
+        weights = _weights(scheme, transposed=transposed)
         groups[f"group_{number}"] = QuantizationScheme(
-            targets=targets, weights=_weights(scheme), input_activations=_inputs(scheme), format=format_of(scheme)
+            targets=targets, weights=weights, input_activations=_inputs(scheme), format=format_of(scheme)
         )
-    formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
+    formats = {format_of(scheme) for scheme, _ in by_scheme} or {"dense"}
     config: dict[str, Any] = QuantizationConfig(
         config_groups=groups,
         ignore=ignore,
@@ -66,15 +72,15 @@ def quantization_config(
         quantization_status="compressed",
         kv_cache_scheme=None if cache is None else _cache(cache),
     ).model_dump(mode="json")
-    if len(by_scheme) == 1 and not next(iter(by_scheme)).symmetric:
+    if len(by_scheme) == 1 and not next(iter(by_scheme))[0].symmetric:
         # transformers 5.23 cannot hold packed zero points in its compressed layers; this key makes it load dense. Not
         # with several schemes: it would decode all with the first one, and wrong weights are worse than an error.
         config[DEQUANTIZE] = True
     return config
 
 
-def _weights(scheme: QuantScheme) -> QuantizationArgs:
-    """How weights are stored."""
+def _weights(scheme: QuantScheme, *, transposed: bool) -> QuantizationArgs:
+    """How weights are stored. transposed: as [in, out], so that a group is a block of rows in one column."""
     from compressed_tensors.quantization import QuantizationArgs
 
     where: dict[str, Any]
@@ -84,6 +90,8 @@ def _weights(scheme: QuantScheme) -> QuantizationArgs:
         where = {"strategy": "group", "group_size": scheme.group_size, "scale_dtype": "torch.uint8"}
     elif scheme.block is not None:
         where = {"strategy": "block", "block_structure": list(scheme.block)}
+    elif scheme.group_size is not None and transposed:
+        where = {"strategy": "block", "block_structure": [scheme.group_size, 1]}
     elif scheme.group_size is not None:
         where = {"strategy": "group", "group_size": scheme.group_size}
     else:
@@ -116,9 +124,11 @@ def _cache(cache: CacheScheme) -> QuantizationArgs:
     return QuantizationArgs(num_bits=cache.bits, type="float", symmetric=True, strategy=strategy, dynamic=False)
 
 
-def _targets(modules: list[str], by_scheme: dict[QuantScheme, list[str]], scheme: QuantScheme) -> list[str]:
+def _targets(
+    modules: list[str], by_scheme: dict[tuple[QuantScheme, bool], list[str]], key: tuple[QuantScheme, bool]
+) -> list[str]:
     """Patterns over block numbers where they are unambiguous, full names otherwise."""
-    others = {pattern(m) for s, names in by_scheme.items() if s != scheme for m in names}
+    others = {pattern(m) for other, names in by_scheme.items() if other != key for m in names}
     named = [pattern(m) if pattern(m) not in others else m for m in modules]
     return list(dict.fromkeys(named))
 

@@ -12,6 +12,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import input_scheme
 from outlierq.load.model.attention import attention_names, round_cache, stored_prefix
+from outlierq.load.packed.codes.across import decode_across
 from outlierq.load.packed.codes.bits import decode_pack_quantized, pack_quantized_rows
 from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized, decode_mxfp8, mxfp8_rows
 from outlierq.load.packed.codes.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
@@ -52,6 +53,8 @@ FLOAT4_ROLES = {
     (MXFP8, "weight_scale"): "weight_scale of mxfp4",
 }
 
+# A target whose matrices are stored as [in, out].
+CONV1D = "Conv1D"
 # Rotations at these places are already inside the stored weights; others would have to run with the model.
 FUSED = ("weight_input", "weight_output")
 
@@ -61,7 +64,8 @@ class PackedWeight(ServedLinear):
     """How one weight is stored.
 
     group_size: columns that share a scale, None for a whole row. format: name of the compressed-tensors format. block:
-    rows and columns that share a scale. said: its config group, as it stands in config.json.
+    rows and columns that share a scale. said: its config group, as it stands in config.json. is_across: scales lie
+    along columns, those of a Conv1D, whose matrix is stored as [in, out]: `block` rows share one, or all of a column.
     """
 
     bits: int
@@ -69,6 +73,7 @@ class PackedWeight(ServedLinear):
     format: str = "pack-quantized"
     block: tuple[int, int] | None = None
     said: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    is_across: bool = field(default=False, kw_only=True)
 
 
 @presents("compressed-tensors")
@@ -136,6 +141,8 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         weight = self.linears[name]
         if "weight_g_idx" in weight.members:
             raise SourceError(f"{name} of {self.source} has its groups in activation order, not in runs of columns")
+        if weight.is_across:
+            raise SourceError(f"{name} of {self.source} is stored as [in, out]; its codes are read by rows only")
         parts, scheme = self.parts(name), self._scheme(weight)
         if weight.format == MXFP8:
             return mxfp8_rows(parts, scheme, weight.shape, 0, weight.shape[0])
@@ -153,9 +160,10 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         return QuantTensor(parts["weight"], scale, None, scheme, parts.get("input_scale"))
 
     def code_scheme(self, name: str) -> QuantScheme | None:
-        """The scheme of these codes; None where groups are in activation order, or inputs cannot be declared."""
+        """The scheme of these codes; None where groups are no runs of columns, or inputs cannot be declared."""
         weight = self.linears[name]
-        return None if self._beyond or "weight_g_idx" in weight.members else self._scheme(weight)
+        is_known = not (self._beyond or weight.is_across or "weight_g_idx" in weight.members)
+        return self._scheme(weight) if is_known else None
 
     def _scheme(self, weight: PackedWeight) -> QuantScheme:
         """How a weight is stored."""
@@ -190,7 +198,9 @@ class UnpackedCheckpoint(DecodedCheckpoint):
 
 
 def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
-    """Float32 [out, in] by the decoder of the format."""
+    """Float32 [out, in] by the decoder of the format, [in, out] where it is stored so."""
+    if weight.is_across:
+        return decode_across(parts, weight.shape, weight.bits, weight.block and weight.block[0])
     if weight.format == MXFP8:
         return decode_mxfp8(parts["weight"], parts["weight_scale"])
     if weight.format in SCALES:
@@ -303,18 +313,8 @@ def _packed(
     if weights.get("strategy") == "block" and not weights.get("block_structure"):
         raise SourceError(f"{checkpoint.source} has no block_structure for the blocks of {module}")
     inputs = _runnable(group)
-    stored = {role: f"{module}.{role}" for role in MEMBERS[layout]}
-    members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
-    needed = [MEMBERS[layout][0], "weight_scale"]
-    needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
-    needed += ["weight_global_scale"] if layout == NVFP4 else []
-    if inputs is not None and not inputs.dynamic:
-        needed += ["input_scale" if inputs.scales == "plain" else "input_global_scale"]
-    for role in needed:
-        if role not in members:
-            raise SourceError(f"{checkpoint.source} has no {module}.{role}")
-    for role, name in members.items():
-        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((layout, role), role))
+    is_across, is_symmetric = CONV1D in group.get("targets", []), weights.get("symmetric", True)
+    members = _members(checkpoint, module, layout, is_symmetric=is_symmetric, inputs=inputs)
     in_groups = weights.get("strategy") in ("group", "tensor_group")
     size = weights.get("group_size") if in_groups else None
     if in_groups and (size is None or size < 1):
@@ -325,17 +325,40 @@ def _packed(
     shape = shape or checkpoint.tensors[members["weight"]].shape
     if len(shape) != 2 or min(shape) < 1:
         raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")
+    if is_across and not is_symmetric:
+        raise SourceError(f"{checkpoint.source} has zero points for {module}, a {CONV1D}; these are not decoded here")
+    block = tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None
     return PackedWeight(
         shape,
         members,
         weights["num_bits"],
         size,
         layout,
-        tuple(weights["block_structure"]) if weights.get("strategy") == "block" else None,
+        block,
+        is_across=is_across,
         inputs=inputs,
-        symmetric=weights.get("symmetric", True),
+        symmetric=is_symmetric,
         said=group,
     )
+
+
+def _members(
+    checkpoint: Checkpoint, module: str, layout: str, *, is_symmetric: bool, inputs: ActivationScheme | None
+) -> dict[str, str]:
+    """The stored tensors of one module by role. SourceError when one lacks, or is none of its role."""
+    stored = {role: f"{module}.{role}" for role in MEMBERS[layout]}
+    members = {role: name for role, name in stored.items() if name in checkpoint.tensors}
+    needed = [MEMBERS[layout][0], "weight_scale"]
+    needed += [] if is_symmetric else ["weight_zero_point"]
+    needed += ["weight_global_scale"] if layout == NVFP4 else []
+    if inputs is not None and not inputs.dynamic:
+        needed += ["input_scale" if inputs.scales == "plain" else "input_global_scale"]
+    for role in needed:
+        if role not in members:
+            raise SourceError(f"{checkpoint.source} has no {module}.{role}")
+    for role, name in members.items():
+        check_member(checkpoint.tensors[name], FLOAT4_ROLES.get((layout, role), role))
+    return members
 
 
 def _runnable(group: dict[str, Any]) -> ActivationScheme | None:

@@ -315,10 +315,17 @@ def _check(sites: tuple[SitePlan, ...], recipe: Recipe) -> None:
         reasons = sorted({p.reason for p in sites})
         raise RecipeError(
             f"the recipe quantizes none of the {len(sites)} linears: {'; '.join(reasons)}",
-            hint="look at quantize.ignore and quantize.overrides, or write export.format: dense"
-            if IGNORED in reasons
-            else "`-r rtn-w8 --set export.format=dense` writes rounded weights of any layer, in 16 bits",
+            hint=_what_would_be_quantized(sites, reasons),
         )
+
+
+def _what_would_be_quantized(sites: tuple[SitePlan, ...], reasons: list[str]) -> str:
+    """What to do where a recipe keeps all linears, by the reasons."""
+    if IGNORED in reasons:
+        return "look at quantize.ignore and quantize.overrides, or write export.format: dense"
+    if any(p.site.transposed for p in sites):
+        return "`-r rtn-w8` and `-r gptq-w4` pack such layers, and transformers decodes them while it loads"
+    return "`-r rtn-w8 --set export.format=dense` writes rounded weights of any layer, in 16 bits"
 
 
 def _check_together(sites: tuple[SitePlan, ...], format: Format) -> None:

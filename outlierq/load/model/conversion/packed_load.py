@@ -55,6 +55,10 @@ def packed_fault(
     shared = next((tensor for _, tensor in studied.structure.tied if tensor in set(quantized)), None)
     if shared is not None:
         return LoadFault(f"several of its modules share {shared}, and it has them share no scales", True)
+    transposed = [site for site in studied.structure.sites if site.transposed and site.weight in set(quantized)]
+    if transposed:
+        why = f"it has no packed layer for a {transposed[0].kind} such as {transposed[0].module}"
+        return LoadFault(why, len(transposed) == len(set(quantized)))
     try:
         built = declared_class(checkpoint) if quantized else None
     except SourceError:  # said by whoever verifies the result

@@ -64,8 +64,8 @@ def _of_scales(linear: Any, weights: Mapping[str, Any], shape: tuple[int, ...]) 
         count *= number
     if strategy == "tensor" and count != 1:
         yield f"is said to have one scale, but {count} are stored"
-    elif strategy == "channel" and count != rows:
-        yield f"is said to have a scale for each of its {rows} rows, but {count} are stored"
+    elif strategy == "channel" and count != (channels := columns if linear.is_across else rows):
+        yield f"is said to have a scale for each of its {channels} outputs, but {count} are stored"
     elif linear.format in FLOAT4 and isinstance(size, int) and size > 0 and count * size != rows * columns:
         yield f"is said to have groups of {size} columns, but {count} scales are stored for {rows} x {columns} weights"
 
