@@ -68,6 +68,37 @@ def test_transformers_decodes_every_tensor_to_what_outlierq_decodes(gpt_oss, tmp
     assert plain.tensors and all(torch.equal(plain.read(name), parameters[name]) for name in plain.tensors)
 
 
+def test_a_plan_that_leaves_experts_in_16_bits_says_first_which_commands_quantize_them(gpt_oss):
+    plan = make_plan(open_checkpoint(str(gpt_oss)), load("rtn-w8"))
+    assert plan.notes[0].startswith("only 11% of the weights") and "mlp.experts stays in one tensor" in plan.notes[1]
+    offered = "`-r mxfp4 --set export.format=mxfp4` for transformers and vLLM, `-r gguf-q4_k_m` for llama.cpp"
+    assert offered in plan.notes[1]
+    for recipe, settings in (("mxfp4", ["export.format=mxfp4"]), ("gguf-q4_k_m", [])):
+        other = make_plan(open_checkpoint(str(gpt_oss)), load(recipe, settings))
+        assert all(p.scheme is not None for p in other.sites if p.site.expert) and other.quantized_share > 0.85
+
+
+@pytest.mark.parametrize(("name", "offers"), [("aria_text", False), ("llama4_text", True)])
+def test_other_classes_are_held_where_their_tensors_are_called_so_and_are_decoded_by_transformers(
+    name, offers, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tiny_model(name, "text"), tmp_path / name)
+    if not offers:
+        assert "-r mxfp4" not in " ".join(make_plan(open_checkpoint(str(tmp_path / name)), load("rtn-w8")).notes)
+        with pytest.raises(RecipeError, match="quantizes none"):
+            make_plan(open_checkpoint(str(tmp_path / name)), load("mxfp4", ["export.format=mxfp4"]))
+        return
+    out = written(tmp_path / name, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["dequantize"] is True
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    plain = as_stored(served(open_checkpoint(str(out))))
+    names = [tensor for tensor in plain.tensors if "experts.gate_up" in tensor]
+    assert names and all(torch.equal(plain.read(tensor), model.get_parameter(tensor)) for tensor in names)
+
+
 def test_what_lies_on_the_grid_already_is_written_bit_for_bit(gpt_oss, tmp_path):
     first = written(gpt_oss, tmp_path / "first")
     again = as_stored(served(open_checkpoint(str(written(first, tmp_path / "again")))))

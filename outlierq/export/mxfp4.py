@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 COLUMNS, BYTES = 32, 16  # of a group
+NAMES = ("gate_up_proj", "down_proj")
+KERNELS = "GptOssForCausalLM"  # the only class that transformers has kernels for; any other it must decode
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Mxfp4Format(Format, name="mxfp4"):
 
     @classmethod
     def expert_clients(cls, schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
-        """All that it holds are experts; `clients` has said what there is to say."""
-        return []
+        """All that it holds are experts; `clients` has said what there is to say of gpt-oss."""
+        is_known = experts.architecture == KERNELS
+        return [] if is_known else [f"vLLM, experts: not tried: {experts.architecture} in mxfp4 is documented nowhere"]
 
     def obstacle(self, site: LinearSite, scheme: QuantScheme) -> str | None:
         """Why this format cannot hold the site, or None when it can."""
@@ -56,6 +59,8 @@ class Mxfp4Format(Format, name="mxfp4"):
             return "mxfp4 holds experts that the source has in one tensor, and nothing else"
         if not piece.transposed:
             return "mxfp4 holds experts that their class keeps as [in, out], as gpt-oss does"
+        if not piece.tensor.endswith(NAMES):
+            return f"mxfp4 holds experts in tensors called {' and '.join(NAMES)}, by which its readers know them"
         if site.in_features % COLUMNS:
             return f"{scheme} needs columns in groups of {COLUMNS}, and {site.in_features} are no multiple of it"
         return None
@@ -93,7 +98,8 @@ class Mxfp4Format(Format, name="mxfp4"):
         self, sites: Sites, *, kept: Sequence[str] = (), cache: CacheScheme | None = None
     ) -> dict[str, Any]:
         """What its readers look for in config.json."""
-        return {"quant_method": "mxfp4", "modules_to_not_convert": list(kept)}
+        decoded = {} if KERNELS in (self.config.get("architectures") or [KERNELS]) else {"dequantize": True}
+        return {"quant_method": "mxfp4", "modules_to_not_convert": list(kept), **decoded}
 
 
 def _known(piece: Piece | None) -> Piece:

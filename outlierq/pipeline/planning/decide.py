@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import gcd
 from pathlib import Path
 
 from outlierq.core.dtypes import STORED_AS, WEIGHT_DTYPES
-from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.errors import OutlierqError, RecipeError, SourceError
 from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import EMBEDDING, FLOAT32, Checkpoint, LinearSite, StudiedModel, sizes
 from outlierq.core.report import REPORT_NAME
@@ -26,7 +27,7 @@ from outlierq.pipeline.planning.extra import with_extra_blocks
 from outlierq.pipeline.planning.loadable import loadable_experts
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
-from outlierq.recipe import GroupPolicy, Quantize, Recipe, parse_size
+from outlierq.recipe import GroupPolicy, Quantize, Recipe, load, parse_size
 
 HEAD_KEPT = "kept in 16 bits: the output head is quantized when an override names it, or quantize.ignore is empty"
 IGNORED = "ignored by the recipe"
@@ -109,10 +110,21 @@ def _decided(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StudiedModel, tupl
     sites = [plan_site(site, recipe, format, model) for site in model.structure.sites]
     if recipe.quantize is not None:
         is_read = format.stacks_experts or format.joins_experts
-        sites = sites if is_read else loadable_experts(sites, model, recipe.quantize)
+        sites = sites if is_read else loadable_experts(sites, model, recipe.quantize, partial(_holds_experts, model))
         sites = alike_experts(sites, recipe.quantize.when_indivisible)
         sites = [_taken_over(p, recipe, format, checkpoint) for p in sites]
     return model, tuple(sites)
+
+
+def _holds_experts(model: StudiedModel, name: str, settings: Sequence[str]) -> bool:
+    """Whether a shipped recipe quantizes every expert of a model."""
+    recipe = load(name, list(settings))
+    try:
+        format = format_type(recipe.export.format).of(model.checkpoint)
+    except OutlierqError:  # it is written for other models, or its library is not there
+        return False
+    experts = [site for site in model.structure.sites if site.expert is not None]
+    return all(plan_site(site, recipe, format, model).scheme is not None for site in experts)
 
 
 def _taken_over(planned: SitePlan, recipe: Recipe, format: Format, checkpoint: Checkpoint) -> SitePlan:

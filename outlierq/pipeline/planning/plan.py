@@ -145,7 +145,7 @@ class Plan(Shown):
             for reason, modules in reasons.items()
         ]
         share = share_note(self.quantized_share) if self.schemes else []
-        made = [*share, *source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
+        made = [*share, *self._together_noted, *source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
         limits = [*self.approximations, *self.layout.notes, *self._limits, *self._patterns_noted]
         return [*made, *noted, *limits, *left_behind_notes(self.checkpoint.left_behind)]
 
@@ -205,23 +205,28 @@ class Plan(Shown):
         """How many of all parameters are in these tensors."""
         return sum(prod(self.checkpoint.tensors[name].shape) for name in names) / self.parameters
 
+    @cached_property
+    def _modules_together(self) -> dict[str, str]:
+        """Module of experts that stay in one tensor -> why."""
+        return {str(planned.site.expert).rpartition(".")[0]: planned.reason for planned in self.together}
+
+    @property
+    def _together_noted(self) -> list[str]:
+        """Which experts stay in one tensor, and why."""
+        modules = self._modules_together if self.recipe.quantize is not None else {}
+        count = f" ({len(modules)} such mixtures)" if len(modules) > 1 else ""
+        return [f"{module} stays in one tensor{count}: {reason}" for module, reason in list(modules.items())[:1]]
+
     @property
     def _fused_noted(self) -> list[str]:
-        """Which experts stay in one tensor, and why."""
+        """Which other weights have three dimensions."""
         if self.recipe.quantize is None:
             return []
-        modules = {planned.site.expert and planned.site.expert.rpartition(".")[0]: planned for planned in self.together}
-        said = [f"{module} stays in one tensor: {planned.reason}" for module, planned in list(modules.items())[:1]]
-        said = [f"{each} ({len(modules)} such mixtures)" if len(modules) > 1 else each for each in said]
         held = stacks(self.model.skeleton, self.model.names)
-        fused = [tensor for module, tensors in held.items() if module not in modules for tensor in tensors]
-        if fused:
-            more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
-            said.append(
-                f"{fused[0]}{more}: kept in 16 bits: a weight of three dimensions that no linear layer holds, and "
-                "nothing declares how it is used"
-            )
-        return said
+        fused = [t for module, tensors in held.items() if module not in self._modules_together for t in tensors]
+        more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
+        what = "kept in 16 bits: a weight of three dimensions that no linear layer holds, and nothing declares how"
+        return [f"{fused[0]}{more}: {what} it is used"] if fused else []
 
     @cached_property
     def quantized_share(self) -> float:
