@@ -139,6 +139,7 @@ EXPORTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     **{f"{name}-w8a8": (name, *W8A8) for name in FAMILIES},
     "deepseek-v3-mtp-kept-w4": ("deepseek-v3-mtp", "rtn-w4", ("quantize.group_size=64", KEPT)),
     "deepseek-v3-mtp-kept-w8a8": ("deepseek-v3-mtp", "w8a8-dynamic", (KEPT_TOO,)),
+    "gpt-oss-mxfp4": ("gpt-oss", "mxfp4", ("export.format=mxfp4",)),
     "qwen3-moe-two-schemes-w4": ("qwen3-moe", "rtn-w4", ("quantize.group_size=64", OTHER)),
     "qwen3-moe-pruned-w4": ("qwen3-moe", "reap", (*FEW, IN_GROUPS, "export.format=compressed-tensors")),
 }

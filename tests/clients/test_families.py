@@ -27,6 +27,7 @@ NO_KERNEL = {"deepseek-v3-mtp-w4": "No WNA16 MoE backend supports"}
 REFUSED = {
     **NO_KERNEL,
     "deepseek-v3-mtp-w8a8": "No Int8 MoE backend supports",  # and kv_b_proj, of which the plan says it
+    "gpt-oss-mxfp4": "No MXFP4 MoE backend supports",
     "qwen3-moe-two-schemes-w4": "All MoE projections need to have same quantization scheme",
 }
 

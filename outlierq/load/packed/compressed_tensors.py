@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import DTYPES
@@ -15,7 +16,7 @@ from outlierq.load.model.attention import attention_names, round_cache, stored_p
 from outlierq.load.packed.codes.across import decode_across
 from outlierq.load.packed.codes.bits import decode_pack_quantized, pack_quantized_rows
 from outlierq.load.packed.codes.byte_codes import decode_float_quantized, decode_int_quantized, decode_mxfp8, mxfp8_rows
-from outlierq.load.packed.codes.e2m1 import check_small_scales, decode_e2m1, e2m1_rows
+from outlierq.load.packed.codes.e2m1 import check_nothing, check_small_scales, decode_e2m1, e2m1_rows
 from outlierq.load.packed.decoded import DecodedCheckpoint, ServedLinear, checked_scales, without_codes
 from outlierq.load.packed.described import check_member, fits, nothing_packed
 from outlierq.load.packed.reading import presents
@@ -120,13 +121,20 @@ class UnpackedCheckpoint(DecodedCheckpoint):
 
         return torch.from_numpy(_decode(self.linears[name], self.parts(name, NOT_OF_WEIGHTS)))
 
+    def check_shapes(self, name: str) -> None:
+        """SourceError when codes, scales or zero points have no shape that fits the weight, by their headers."""
+        shapes = {r: self.original.tensors[member].shape for r, member in self.linears[name].members.items()}
+        check_shapes(f"{name} of {self.source}", self.linears[name], shapes)
+
     def check_scales(self, name: str) -> None:
-        """SourceError when a scale is no number, or 0 over codes that are not; small scales of NVFP4 may be 0."""
+        """SourceError when a scale is no number, or 0 over codes that are not; of NVFP4, when all small ones are."""
         weight = self.linears[name]
         scale = self.original.read(weight.members["weight_scale"])
         if weight.format in SCALES:
             whole = self.original.read(weight.members[GLOBAL]) if GLOBAL in weight.members else None
             check_small_scales(scale, whole)
+            if not bool(scale.float().any()) and weight.format == NVFP4:
+                check_nothing(name, self.original.read(weight.members["weight_packed"]))
             if whole is not None:
                 checked_scales(name, scale.float(), without_codes, signed=True)
             return
@@ -195,6 +203,36 @@ class UnpackedCheckpoint(DecodedCheckpoint):
                 raise SourceError(f"{self.source} has cache scales for {lost[0]}, which is no attention of the model")
             read = self.original.read
             round_cache(model, {attention[p]: (read(key), read(value)) for p, (key, value) in self._cache.items()})
+
+
+def check_shapes(name: str, weight: PackedWeight, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """SourceError when a stored part of a weight does not fit its shape. shapes: of the parts, by role."""
+    rows, columns = weight.shape
+    codes, scales = shapes[MEMBERS[weight.format][0]], shapes["weight_scale"]
+    words = {"weight": columns, "weight_packed": -(-columns * weight.bits // 32)}
+    if weight.format not in SCALES and codes not in [(rows, words[r]) for r in words if r in shapes]:
+        raise SourceError(f"{name} has codes {list(codes)} for {rows} x {columns} weights of {weight.bits} bits")
+    if not _scales_fit(weight, scales):
+        raise SourceError(f"{name} has scales {list(scales)}, which do not fit {rows} x {columns} weights")
+    zeros = -(-rows * weight.bits // 32), max(1, prod(scales) // rows)
+    if not weight.symmetric and shapes["weight_zero_point"] != zeros:
+        stored = list(shapes["weight_zero_point"])
+        raise SourceError(f"{name} has zero points {stored}; {rows} rows with scales {list(scales)} need {list(zeros)}")
+
+
+def _scales_fit(weight: PackedWeight, scales: tuple[int, ...]) -> bool:
+    """Whether scales of this shape belong to a weight: one, some for each row, or for each block."""
+    rows, columns = weight.shape
+    if weight.is_across:
+        return scales == (-(-rows // (weight.block[0] if weight.block else rows)), columns)
+    if weight.block is not None:
+        return scales == (-(-rows // weight.block[0]), -(-columns // weight.block[1]))
+    if weight.format in SCALES:
+        return weight.group_size is not None and scales == (rows, columns // weight.group_size)
+    if weight.group_size is not None and weight.format == "pack-quantized" and prod(scales) != 1:
+        return prod(scales) == rows * -(-columns // weight.group_size)
+    groups = prod(scales) // rows
+    return prod(scales) == 1 or (groups * rows == prod(scales) and groups > 0 and columns % groups == 0)
 
 
 def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:

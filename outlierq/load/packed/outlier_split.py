@@ -6,6 +6,7 @@ The decoder is numpy alone and shares nothing with the exporter, whose work it v
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,17 @@ class SplitCheckpoint(DecodedCheckpoint):
     def decode(self, parts: Parts) -> np.ndarray:
         """Float32 [out, in]."""
         return decode_split(**parts)
+
+    def check_shapes(self, name: str) -> None:
+        """SourceError when scales or outlier columns do not belong to the codes, by their headers."""
+        shapes = {role: self.original.tensors[member].shape for role, member in self.linears[name].members.items()}
+        rows, scales = self.linears[name].shape[0], shapes.get("weight_scale", shapes.get("SCB", ()))
+        outliers = shapes.get("outlier_weight", (rows, 0)), (rows, *shapes.get("outlier_columns", (0,)))
+        if prod(scales) != rows or outliers[0] != outliers[1]:
+            raise SourceError(
+                f"{name} of {self.source} has {rows} rows of codes, scales {list(scales)}, and outlier weights "
+                f"{list(outliers[0])} where {list(outliers[1])} belong"
+            )
 
     def check_scales(self, name: str) -> None:
         """SourceError when a scale is no finite number, or 0 over codes that are not."""

@@ -79,3 +79,9 @@ def check_small_scales(small: Numbers, whole: Numbers | None) -> None:
         raise SourceError(f"the global scale is {float(whole.reshape(-1)[0]):g}; scales are divided by it")
     if whole is None and (scale == 255).any():
         raise SourceError(f"{int((scale == 255).sum())} scales are NaN (255)")
+
+
+def check_nothing(name: str, weight_packed: Numbers) -> None:
+    """SourceError for codes that are not 0, of a weight whose scales all are. weight_packed: bytes [out, in / 2]."""
+    if (as_bytes_array(weight_packed) & 0x77).any():
+        raise SourceError(f"all scales of {name} are 0 over weights that are not", hint="get the file again")
