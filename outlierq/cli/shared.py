@@ -77,6 +77,11 @@ StreamFromHub = Annotated[
         "the disk.",
     ),
 ]
+Text = Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")]
+Windows = Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")]
+WindowLength = Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")]
+GroupSize = Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run in the same place.")]
 MaxKl = Annotated[float | None, typer.Option(min=0, help="Exit with 3 when KL per token is above this (nats).")]
 MaxPerplexityIncrease = Annotated[
     str | None, typer.Option(metavar="SHARE", help="Exit with 3 when perplexity rises by more: 3% or 0.03.")

@@ -21,7 +21,7 @@ def command(
     quality: Annotated[
         bool, typer.Option("--quality", help="Also measure B against A: KL, top-1 agreement, perplexity.")
     ] = False,
-    text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
+    text: shared.Text = None,
     windows: Annotated[int, typer.Option(min=0, help="Number of windows of 512 tokens; 0 takes all.")] = 24,
     device: shared.Device = "auto",
     trust_remote_code: shared.RemoteCode = False,

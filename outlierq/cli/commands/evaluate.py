@@ -29,9 +29,9 @@ def command(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: wikitext,mmlu.")] = None,
     data_dir: shared.DataDir = None,
-    text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
-    windows: Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")] = 24,
-    window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 512,
+    text: shared.Text = None,
+    windows: shared.Windows = 24,
+    window_length: shared.WindowLength = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples per task.")] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples in the prompt; default: the task's own.")

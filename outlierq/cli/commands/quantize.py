@@ -41,7 +41,7 @@ def command(
     stream_from_hub: shared.StreamFromHub = False,
     trust_remote_code: shared.RemoteCode = False,
     trust_methods: shared.TrustMethods = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run in the same place.")] = False,
+    restart: shared.Restart = False,
     as_json: shared.AsJson = False,
     quiet: shared.Quiet = False,
 ) -> None:

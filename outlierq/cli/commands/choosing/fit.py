@@ -56,7 +56,7 @@ def command(
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
     trust_methods: shared.TrustMethods = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run in the same place.")] = False,
+    restart: shared.Restart = False,
     quiet: shared.Quiet = False,
 ) -> None:
     """Choose bits and format of every layer so that MODEL keeps a size with the least loss.

@@ -32,14 +32,14 @@ def methods(
     model: shared.Model,
     stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`, which all methods share.")],
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights.")] = 4,
-    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    group_size: shared.GroupSize = "128",
     inputs: Annotated[str, typer.Option(help="Inputs of the linears: 16, int8 or int4, a scale per token.")] = "16",
     only: Annotated[
         list[str] | None, typer.Option(help="A method by its name in the table; default all. May be repeated.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")] = None,
-    windows: Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")] = 24,
-    window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 512,
+    text: shared.Text = None,
+    windows: shared.Windows = 24,
+    window_length: shared.WindowLength = 512,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the table: JSON, or a page if the name ends in .md.")
     ] = None,
@@ -86,7 +86,7 @@ def calibration(
     samples: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 32,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights that are rounded on each text.")] = 4,
-    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    group_size: shared.GroupSize = "128",
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -124,7 +124,7 @@ def write(
     stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the checkpoint.")],
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights, where the method rounds.")] = 4,
-    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")] = "128",
+    group_size: shared.GroupSize = "128",
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
