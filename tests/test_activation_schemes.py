@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from libraries import narrow_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -211,7 +212,7 @@ def steps_of_the_package(monkeypatch):
         ("w8a8-static", ("quantize.activations.clip_search=none",), "int-quantized"),
         ("w4a8", ("quantize.group_size=64",), "int-quantized"),
         ("fp8-dynamic", (), "float-quantized"),
-        ("fp8-block", (), "float-quantized"),
+        pytest.param("fp8-block", (), "float-quantized", marks=narrow_blocks),
         (
             "fp8-block",
             ("quantize.overrides=[{match: '*mlp*', kind: int, bits: 4, group_size: 64, activations: none}]",),
