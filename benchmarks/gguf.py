@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # This file has the name of a package that our command imports; it does so in processes of its own, which never see it.
 import argparse
+import json
 import os
 import re
 import resource
@@ -26,6 +27,7 @@ from record import write_results
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 LIMITS = {"Q4_K_M": 0.6, "Q5_K_M": 0.6, "IQ4_XS": 0.6, "Q3_K_M": 0.5, "Q2_K": 0.5, "IQ3_M": 0.5, "IQ2_M": 0.5}
+BENCHES = {"babyllama": "BabyLlama", "smollm2": "SmolLM2-135M rotated"}
 ROTATED = """
 description: rotated and not compressed
 transform:
@@ -78,7 +80,7 @@ def babyllama(source: Path, folder: Path, llama: Path, windows: int) -> Bench:
     """BabyLlama, padded, with texts that it wrote itself. source: a Hugging Face folder with tokenizer.model."""
     import sentencepiece
 
-    bench = Bench("BabyLlama", folder, llama, 256, 256, windows)
+    bench = Bench(BENCHES["babyllama"], folder, llama, 256, 256, windows)
     if not (folder / "padded").exists():
         tokens = sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model"))
         pieces = [tokens.id_to_piece(number) for number in range(tokens.get_piece_size())]
@@ -94,7 +96,7 @@ def babyllama(source: Path, folder: Path, llama: Path, windows: int) -> Bench:
 
 def smollm2(source: Path, data: Path, folder: Path, llama: Path, windows: int) -> Bench:
     """SmolLM2, rotated, then padded, with the texts of WikiText-2."""
-    bench = Bench("SmolLM2-135M rotated", folder, llama, 512, 128, windows)
+    bench = Bench(BENCHES["smollm2"], folder, llama, 512, 128, windows)
     if not (folder / "padded").exists():
         (folder / "rotated.yaml").write_text(ROTATED)
         bench.outlierq("quantize", source, "-r", folder / "rotated.yaml", "-o", folder / "rotated", "-q")
@@ -162,7 +164,7 @@ def compared(bench: Bench, mix: str, settings: list[str], shared: dict) -> dict:
 
 
 def main() -> None:
-    """Make the models, run both tools, write the figures."""
+    """Make the models, run both tools, write the figures after each mix; other models stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-quantize and the other tools")
     parser.add_argument("--babyllama", type=Path, help="Hugging Face folder of BabyLlama")
@@ -174,7 +176,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", help="of our recipes")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the JSON file")
     asked = parser.parse_args()
-    found = []
+    asked_for = {BENCHES[name] for name in BENCHES if getattr(asked, name) is not None}
+    earlier = json.loads(asked.out.read_text())["models"] if asked.out.exists() else []
+    kept = [each for each in earlier if each["model"] not in asked_for]
+    found: list[dict] = []
     for name, source in (("babyllama", asked.babyllama), ("smollm2", asked.smollm2)):
         if source is None:
             continue
@@ -182,13 +187,15 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         places = (source, folder) if name == "babyllama" else (source, asked.data_dir, folder)
         bench = {"babyllama": babyllama, "smollm2": smollm2}[name](*places, asked.llama_cpp, asked.windows)
-        shared = prepare(bench)
-        rows = [compared(bench, mix, asked.settings, shared) for mix in asked.mixes]
+        shared, rows = prepare(bench), []
         texts = {"calibration": f"{bench.calibration} x {bench.length}", "test": f"{bench.test} x {bench.length}"}
-        mean = geometric_mean(row["kl_ratio"] for row in rows)
         about = {"model": bench.name, "tokens": texts, "padding": bench.proof, **shared}
-        found.append({**about, "mean_kl_ratio": mean, "mixes": rows})
-        write_results(asked.out, {"settings": asked.settings, "models": found})
+        for mix in asked.mixes:
+            rows.append(compared(bench, mix, asked.settings, shared))
+            mean = geometric_mean(row["kl_ratio"] for row in rows)
+            so_far = {**about, "mean_kl_ratio": mean, "mixes": rows}
+            write_results(asked.out, {"settings": asked.settings, "models": [*kept, *found, so_far]})
+        found.append(so_far)
 
 
 if __name__ == "__main__":

@@ -436,6 +436,90 @@ def read_blocks(folder: Folder) -> None:
     assert np.array_equal(read[finite], theirs[finite]), f"{kind.name} is read in another way than gguf does"
 
 
+def weight_seeds() -> list[bytes]:
+    """Of each type its number, whether scales are searched, then two rows of one block in bfloat16."""
+    import torch
+
+    from outlierq.core.gguf.types import block_types
+
+    cases = []
+    for number, kind in enumerate(block_types().values()):
+        rows = torch.randn(2, kind.columns, generator=torch.Generator().manual_seed(number)).bfloat16() / 16
+        cases += [bytes([number, by]) + bytes(rows.view(torch.uint8).flatten().tolist()) for by in (0, 1)]
+    return cases
+
+
+def write_weights(folder: Folder) -> None:
+    """Any weights on the grid of any type: gguf must read from the written blocks what was meant."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from outlierq.core.gguf.types import block_types
+    from outlierq.core.model import LinearSite
+    from outlierq.core.scheme import gguf_scheme
+    from outlierq.export.gguf.blocks import encode_blocks
+    from outlierq.quantize.stage import quantize_rows
+    from outlierq.registry import method
+
+    case = (folder / "weights.bin").read_bytes().ljust(2, b"\0")
+    kind = list(block_types().values())[case[0] % len(block_types())]
+    raw = case[2 : 2 + 4 * kind.columns].ljust(4 * kind.columns, b"\0")
+    rows = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).view(2, kind.columns)
+    site = LinearSite("a", "a.weight", None, 2, kind.columns, 0)
+    options = {"scale_search": "mse" if case[1] % 2 else "minmax"}
+    for quantized in quantize_rows(site, [rows], gguf_scheme(kind.name), method("quantize", "rtn"), options):
+        blocks, meant = encode_blocks(site, quantized).numpy(), quantized.dequantize().numpy()
+        with np.errstate(all="ignore"):
+            read = dequantize(blocks, GGMLQuantizationType[kind.name])
+        assert np.array_equal(read, meant), f"{kind.name} is written in another way than gguf reads it"
+
+
+def option_seeds() -> list[bytes]:
+    """What a recipe says of types, mixes, embeddings and single tensors."""
+    end = b"\nexport: {format: gguf}\n"
+    return [
+        b"quantize:\n  method: rtn\n  type: Q4_K\n  embeddings: Q6_K\n  ignore: []" + end,
+        b"quantize:\n  method: rtn\n  mix: Q4_K_M\n  scale_search: mse\n  ignore: []" + end,
+        b"quantize:\n  method: rtn\n  type: IQ4_NL\n  overrides:\n    - {match: '*q_proj', type: Q5_0}\n"
+        b"    - {match: '*.down_proj', keep: true}" + end,
+    ]
+
+
+def change_options(seed: bytes, rng: Any) -> bytes:
+    """Mostly a name of a type or mix in place of a value; else what becomes of any recipe."""
+    if rng.random() < 0.3:
+        return mutate.yaml_file(seed, rng)
+    from outlierq.core.gguf.mixes import mixes
+    from outlierq.core.gguf.types import block_types
+
+    names = [*block_types(), *mixes(), "null", "[]", "'*'", "['*_proj']", "mse", "minmax", "true", "4", "BF16"]
+    lines = seed.decode().splitlines()
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(1, len(lines))
+        start, colon, _ = lines[at].rpartition(": ")
+        end = "}" if lines[at].endswith("}") else ""
+        lines[at] = f"{start}{colon}{rng.choice(names)}{end}" if colon else lines[at]
+    return "\n".join(lines).encode()
+
+
+def options_folder(folder: Folder) -> None:
+    """A file of one block."""
+    (folder / "model.gguf").write_bytes(mutate.gguf_file(json.loads(gguf_seeds()[0])))
+
+
+def plan_options(folder: Folder) -> None:
+    """The plan of such a recipe for a file, with the size of the result."""
+    from outlierq import recipe
+    from outlierq.load import FramedCheckpoint
+    from outlierq.pipeline.planning.decide import make_plan
+
+    asked = recipe.parse(recipe.read(folder / "recipe.yaml"), name="recipe")
+    if not asked.needs and not asked.transform:
+        assert make_plan(FramedCheckpoint(folder / "model.gguf"), asked).output_bytes > 0
+
+
 def imatrix_seeds() -> list[bytes]:
     """Two entries, one of a mixture."""
     fields: list[Any] = [
@@ -1164,6 +1248,8 @@ READERS: dict[str, Reader] = {
     "gguf-header": Reader("model.gguf", gguf_header_seeds, mutate.gguf_from, read_gguf_headers),
     "gguf-imatrix": Reader("imatrix.gguf", imatrix_seeds, mutate.gguf_from, read_importance),
     "blocks": Reader("blocks.bin", block_seeds, mutate.bytes_of, read_blocks),
+    "weights": Reader("weights.bin", weight_seeds, mutate.bytes_of, write_weights),
+    "types": Reader("recipe.yaml", option_seeds, change_options, plan_options, options_folder),
     "recipe": Reader("recipe.yaml", recipe_seeds, mutate.yaml_file, read_recipe),
     "setting": Reader("setting.txt", lambda: [b"quantize.bits=4", b"gate.max_kl=0.1"], change_setting, read_settings),
     "report": Reader("outlierq.json", report_seeds, mutate.json_file, read_report),
