@@ -128,3 +128,16 @@ def save(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
         if (tokenizer / name).exists():
             (out / name).write_bytes((tokenizer / name).read_bytes())
     json.loads((out / "config.json").read_text())
+
+
+def write_bytes_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes with three special tokens, of which a random model has rows; llama.cpp wants a merge."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)

@@ -17,7 +17,7 @@ from outlierq.core.model import TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
-from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, of_blocks, of_superblocks
+from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, of_blocks, of_superblocks, spread
 from outlierq.load.packed.codes.numbers import Parts, as_array, e4m3_of_e2m1
 from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
@@ -84,7 +84,7 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         codes = blocks[..., 2:].view(np.int8).reshape(stop - start, -1)
     else:
         packed = blocks[..., width - 16 :]
-        codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(stop - start, -1)
+        codes = spread(packed, 4, 16).reshape(stop - start, -1)
     zero = None
     if scheme.scales == "minimum":
         return of_blocks((codes, scale, _halves(blocks[..., 2:4])), scheme)
@@ -92,7 +92,8 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         zero = _zero_points(scale, _halves(blocks[..., 2:4]))
         zero = torch.from_numpy(_per_group(zero, scheme, shape[1]))
     elif scheme.bits == 4:
-        codes = (codes - np.uint8(8)).view(np.int8)
+        codes -= np.uint8(8)
+        codes = codes.view(np.int8)
     scale = torch.from_numpy(_per_group(scale, scheme, shape[1]))
     return QuantTensor(torch.from_numpy(np.ascontiguousarray(codes)), scale, zero, scheme)
 
