@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -21,6 +23,20 @@ FOUR_BITS = [GGUF, "quantize.group_size=32"]
 SMALL = ["calibration.samples=4", "calibration.sequence_length=32"]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folders of models by their type and what is different in them, each made once. Read-only."""
+    made: dict[str, Path] = {}
+
+    def of(model_type: str, **more) -> Path:
+        key = f"{model_type} {more}"
+        if key not in made:
+            made[key] = write_model(tmp_path_factory.mktemp("model") / model_type, model_type, **more)
+        return made[key]
+
+    return of
+
+
 def written(folder, out, recipe="dense", settings=(GGUF,)) -> dict[str, gguf.ReaderTensor]:
     outlierq.quantize(str(folder), recipe, out=str(out), settings=list(settings))
     return {tensor.name: tensor for tensor in GGUFReader(out).tensors}
@@ -37,24 +53,24 @@ def test_every_architecture_of_the_table_has_a_model_that_is_tried():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_oss", "deepseek_v3", "lfm2", "gemma2", "cohere2"])
-def test_all_weights_of_a_model_are_in_its_file(model_type, tmp_path):
-    folder = write_model(tmp_path / "model", model_type)
+def test_all_weights_of_a_model_are_in_its_file(model, model_type, tmp_path):
+    folder = model(model_type)
     tensors = written(folder, tmp_path / "m.gguf")
     stored = load_file(folder / "model.safetensors")
     assert sum(tensor.n_elements for tensor in tensors.values()) == sum(weight.numel() for weight in stored.values())
     assert outlierq.verify(str(tmp_path / "m.gguf")).sound
 
 
-def test_experts_that_are_stored_apart_lie_behind_each_other(tmp_path):
-    folder = write_model(tmp_path / "model", "mixtral")
+def test_experts_that_are_stored_apart_lie_behind_each_other(model, tmp_path):
+    folder = model("mixtral")
     tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
     for part, leaf in (("ffn_gate_exps", "w1"), ("ffn_down_exps", "w2"), ("ffn_up_exps", "w3")):
         names = [f"model.layers.1.block_sparse_moe.experts.{expert}.{leaf}.weight" for expert in range(4)]
         assert np.array_equal(tensors[f"blk.1.{part}.weight"].data, torch.stack([stored[n] for n in names]).numpy())
 
 
-def test_fused_experts_are_taken_apart_and_their_biases_too(tmp_path):
-    folder = write_model(tmp_path / "model", "gpt_oss")
+def test_fused_experts_are_taken_apart_and_their_biases_too(model, tmp_path):
+    folder = model("gpt_oss")
     tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
     fused, biases = (stored[f"model.layers.0.mlp.experts.gate_up_proj{end}"] for end in ("", "_bias"))
     for part, first in (("ffn_gate_exps", 0), ("ffn_up_exps", 1)):
@@ -62,15 +78,15 @@ def test_fused_experts_are_taken_apart_and_their_biases_too(tmp_path):
         assert np.array_equal(tensors[f"blk.0.{part}.bias"].data, biases[:, first::2].numpy())
 
 
-def test_gains_that_are_stored_less_one_get_it_back(tmp_path):
-    folder = write_model(tmp_path / "model", "gemma3_text", dtype="bfloat16")
+def test_gains_that_are_stored_less_one_get_it_back(model, tmp_path):
+    folder = model("gemma3_text", dtype="bfloat16")
     tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
     gain = stored["model.layers.0.self_attn.q_norm.weight"].float() + 1
     assert np.array_equal(tensors["blk.0.attn_q_norm.weight"].data, gain.numpy())
 
 
-def test_what_makes_keys_and_values_becomes_two_tensors(tmp_path):
-    folder = write_model(tmp_path / "model", "deepseek_v3")
+def test_what_makes_keys_and_values_becomes_two_tensors(model, tmp_path):
+    folder = model("deepseek_v3")
     tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
     both = stored["model.layers.0.self_attn.kv_b_proj.weight"].view(4, 32, 32).numpy()
     assert np.array_equal(tensors["blk.0.attn_k_b.weight"].data, both[:, :16].transpose(0, 2, 1))
@@ -79,8 +95,8 @@ def test_what_makes_keys_and_values_becomes_two_tensors(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("recipe", ["rtn-w4", "gptq-w4"])
-def test_rounded_experts_are_near_their_source_and_as_large_as_planned(model_type, recipe, tmp_path):
-    folder, file = write_model(tmp_path / "model", model_type), tmp_path / "m.gguf"
+def test_rounded_experts_are_near_their_source_and_as_large_as_planned(model, model_type, recipe, tmp_path):
+    folder, file = model(model_type), tmp_path / "m.gguf"
     settings = [*FOUR_BITS, *(SMALL if recipe == "gptq-w4" else [])]
     plan = outlierq.plan(str(folder), recipe, settings=settings)
     dense, tensors = written(folder, tmp_path / "d.gguf"), written(folder, file, recipe, settings)
@@ -95,8 +111,8 @@ def test_rounded_experts_are_near_their_source_and_as_large_as_planned(model_typ
     assert same and all(np.array_equal(tensors[name].data, dense[name].data) for name in same)
 
 
-def test_a_stopped_run_of_a_mixture_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    folder, settings = write_model(tmp_path / "model", "qwen3_moe"), [*FOUR_BITS, *SMALL]
+def test_a_stopped_run_of_a_mixture_ends_in_the_same_bytes(model, tmp_path, monkeypatch):
+    folder, settings = model("qwen3_moe"), [*FOUR_BITS, *SMALL]
     written(folder, tmp_path / "whole.gguf", "gptq-w4", settings)
     real, seen = Output.commit, []
 
@@ -114,8 +130,8 @@ def test_a_stopped_run_of_a_mixture_ends_in_the_same_bytes(tmp_path, monkeypatch
     assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-def test_experts_of_a_block_cannot_have_several_types(tmp_path):
-    folder = write_model(tmp_path / "model", "qwen3_moe")
+def test_experts_of_a_block_cannot_have_several_types(model, tmp_path):
+    folder = model("qwen3_moe")
     with pytest.raises(RecipeError, match=r"experts of blk\.0\.ffn_gate_exps\.weight would be stored in several ways"):
         outlierq.plan(str(folder), "rtn-w4", settings=[*FOUR_BITS, "quantize.ignore=['*.experts.2.gate_proj']"])
 
@@ -136,8 +152,8 @@ def test_of_a_model_that_sees_the_language_model_is_written_and_the_rest_is_said
     assert len(tensors) == 80 and "blk.5.attn_q_norm.weight" in tensors
 
 
-def test_that_llama_cpp_rounds_the_bounds_of_yarn_is_said(tmp_path):
-    notes = outlierq.plan(str(write_model(tmp_path / "model", "gpt_oss")), "dense", settings=[GGUF]).notes
+def test_that_llama_cpp_rounds_the_bounds_of_yarn_is_said(model, tmp_path):
+    notes = outlierq.plan(str(model("gpt_oss")), "dense", settings=[GGUF]).notes
     assert any("rounds the bounds of YaRN" in note for note in notes)
 
 
@@ -161,8 +177,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("model_type", "more", "said"), REFUSED)
-def test_what_llama_cpp_computes_in_another_way_is_refused(model_type, more, said, tmp_path):
-    folder = write_model(tmp_path / "model", model_type, **more)
+def test_what_llama_cpp_computes_in_another_way_is_refused(model, model_type, more, said, tmp_path):
+    folder = model(model_type, **more)
     with pytest.raises(OutlierqError, match=said):
         outlierq.plan(str(folder), "dense", settings=[GGUF])
 
