@@ -10,9 +10,11 @@ import torch
 from conftest import SMALL_CALIBRATION, write_llama
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from test_export_gguf import write_words
+from test_gguf_frame import write as write_frame
 
 from outlierq.api import calibrate
 from outlierq.calibrate.stored.stats_file import StatsReader
+from outlierq.core.errors import StatsError
 from outlierq.load.gguf.imatrix import read_imatrix
 
 
@@ -109,8 +111,19 @@ def test_what_no_token_reached_is_rounded_without_it_and_said(outlierq, model, m
         (lambda arrays: arrays.pop("blk.1.ffn_up.weight.counts"), "no count of tokens for each matrix of blk.1.ffn_up"),
         (
             lambda arrays: arrays.update({"blk.0.attn_q.weight.in_sum2": np.ones((1, 32), np.float32)}),
-            "has 1 x 32 channels for blk.0.attn_q.weight, the model 64",
+            "has 1 x 32 channels for blk.0.attn_q.weight, the model 1 x 64",
         ),
+        (
+            lambda arrays: arrays.update({"blk.0.attn_q.weight.in_sum2": np.ones((3, 64), np.float32)}),
+            "has 3 x 64 channels for blk.0.attn_q.weight, the model 1 x 64",
+        ),
+        (
+            lambda arrays: arrays.update(
+                {name.replace("blk.1.", "blk.2."): array for name, array in arrays.items() if "blk.1." in name}
+            ),
+            "and the model 2 blocks",
+        ),
+        (lambda arrays: arrays["blk.0.attn_q.weight.in_sum2"].fill(np.nan), "negative sums of squares of blk.0.attn_q"),
         (lambda arrays: arrays["blk.0.attn_q.weight.in_sum2"].fill(-1), "negative sums of squares of blk.0.attn_q"),
     ],
 )
@@ -119,6 +132,76 @@ def test_one_of_another_model_or_a_damaged_one_is_refused(outlierq, model, made,
     answer = outlierq("quantize", model, "-r", "gguf-imatrix-q4_k_m", "--stats", file, "-o", tmp_path / "out")
     assert answer.code == 1
     assert said in answer.err and "hint: " in answer.err
+
+
+IMPORTANCE = """
+calibration: {}
+quantize: {method: rtn, type: Q4_0, scale_search: importance}
+export: {format: gguf}
+"""
+
+
+def matrices(path: Path, sizes: dict[str, int], unseen: tuple[int, ...] = ()) -> Path:
+    """An importance matrix 64 wide with so many matrices a tensor, some of them of no token."""
+    writer = GGUFWriter(path, "")
+    writer.kv_data[0].pop("general.architecture", None)
+    writer.add_string("general.type", "imatrix")
+    for seed, (name, count) in enumerate(sizes.items()):
+        sums = np.random.default_rng(seed).random((count, 64), np.float32) + 0.1
+        seen = np.array([[0.0] if row in unseen and count > 1 else [4096.0] for row in range(count)], np.float32)
+        writer.add_tensor(f"{name}.in_sum2", sums * (seen > 0))
+        writer.add_tensor(f"{name}.counts", seen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# Of a file under its own names that holds experts in one tensor.
+MATRICES = {
+    f"blk.{block}.{part}.weight": 4 if part == "ffn_up_exps" else 1
+    for block in range(3)
+    for part in ("attn_q", "ffn_up_exps", "packed")
+}
+
+
+class TestExpertsOfAFileUnderItsOwnNames:
+    @pytest.fixture(scope="class")
+    def source(self, tmp_path_factory) -> Path:
+        return write_frame(tmp_path_factory.mktemp("frame") / "a.gguf")
+
+    @pytest.fixture
+    def recipe(self, tmp_path) -> str:
+        path = tmp_path / "importance.yaml"
+        path.write_text("description: one type\n" + IMPORTANCE)
+        return str(path)
+
+    def test_they_share_one_importance_which_is_said(self, source, recipe, tmp_path):
+        import outlierq
+
+        for unseen in ((), (1,)):
+            stats = matrices(tmp_path / f"{unseen}.gguf", MATRICES, unseen)
+            out = tmp_path / f"out{unseen}.gguf"
+            report = outlierq.quantize(str(source), recipe, out=str(out), stats=stats)
+            said = "blk.0.ffn_up_exps.weight and 2 more: the experts of a block share one importance"
+            assert any(note.startswith(said) for note in report.notes)
+            assert not any(row.note for row in report.rows) and outlierq.verify(str(out)).sound
+
+    def test_where_no_expert_saw_a_token_the_block_is_rounded_without(self, source, recipe, tmp_path):
+        import outlierq
+
+        stats = matrices(tmp_path / "none.gguf", MATRICES, (0, 1, 2, 3))
+        report = outlierq.quantize(str(source), recipe, out=str(tmp_path / "out.gguf"), stats=stats)
+        unseen = [row.site for row in report.rows if "which no token reached" in row.note]
+        assert unseen == [f"blk.{block}.ffn_up_exps" for block in range(3)]
+
+    def test_another_number_of_experts_is_another_model(self, source, recipe, tmp_path):
+        import outlierq
+
+        stats = matrices(tmp_path / "other.gguf", {**MATRICES, "blk.1.ffn_up_exps.weight": 8})
+        with pytest.raises(StatsError, match=r"has 8 x 64 channels for blk\.1\.ffn_up_exps\.weight, the model 4 x 64"):
+            outlierq.quantize(str(source), recipe, out=str(tmp_path / "out.gguf"), stats=stats)
 
 
 def test_a_method_that_needs_more_says_so(outlierq, model, made, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 HELD = frozenset({"sum_sq"})
+IN_BLOCK = re.compile(r"blk\.(\d+)\.")
+OTHER = "it is of another model, or llama-imatrix was stopped; make it with this one"
 NOTHING_SEEN = "the importance matrix says nothing of its input, which no token reached"
 
 
@@ -89,8 +93,17 @@ class StatsFromImatrix(NoStats):
                 "rtn and quantize.scale_search importance (gguf-imatrix-q4_k_m)",
             )
         self.imatrix, self._plan = read_imatrix(path), plan
+        self._check_blocks()
         self.remark = f"statistics of {self.imatrix.description}"
         self.identity = {"statistics": {"imatrix": _digest(path)}}
+
+    def _check_blocks(self) -> None:
+        """StatsError when the matrix knows of blocks that the model has not."""
+        blocks = len(self.structure.blocks)
+        for name in self.imatrix.entries:
+            number = IN_BLOCK.match(name)
+            if number is not None and int(number[1]) >= blocks:
+                raise StatsError(f"{self.imatrix.path.name} has {name}, and the model {blocks} blocks", hint=OTHER)
 
     def block(self, index: int) -> tuple[list[InputGroup], Mapping[str, InputStats]]:
         """One group per linear; without statistics where no token reached it."""
@@ -107,16 +120,23 @@ class StatsFromImatrix(NoStats):
         own = self._plan.in_own_names
         name, place = (site.weight, None) if own else _name_of(site, self._plan.checkpoint.config)
         entry = self.imatrix.entries.get(name)
-        other = "it is of another model, or llama-imatrix was stopped; make it with this one"
         if entry is None:
-            raise StatsError(f"{self.imatrix.path.name} has no {name}", hint=other)
-        if entry.sums.shape[1] != site.in_features or (place or 0) >= len(entry.sums):
-            held = f"{len(entry.sums)} x {entry.sums.shape[1]}"
-            raise StatsError(
-                f"{self.imatrix.path.name} has {held} channels for {name}, the model {site.in_features}", hint=other
-            )
+            raise StatsError(f"{self.imatrix.path.name} has no {name}", hint=OTHER)
+        matrices = self._matrices(site, name)
+        if entry.sums.shape[1] != site.in_features or len(entry.sums) != matrices:
+            held, meant = f"{len(entry.sums)} x {entry.sums.shape[1]}", f"{matrices} x {site.in_features}"
+            raise StatsError(f"{self.imatrix.path.name} has {held} channels for {name}, the model {meant}", hint=OTHER)
         sums, tokens = _one_of(entry, place)
         return InputStats(tokens=tokens, sequences=1, sum_sq=sums) if tokens and sums.any() else None
+
+    def _matrices(self, site: LinearSite, name: str) -> int:
+        """How many matrices the tensor of a linear holds: one, or those of all experts."""
+        if self._plan.in_own_names:
+            frame = self._plan.checkpoint.frame
+            return prod(frame.by_name[name].shape[:-2]) if frame is not None else 1
+        config = self._plan.checkpoint.config
+        sites = self.structure.blocks[site.block or 0].sites
+        return sum(_name_of(other, config)[0] == name for other in sites)
 
 
 def _one_of(entry: Importance, place: int | None) -> tuple[torch.Tensor, int]:

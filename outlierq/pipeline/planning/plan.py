@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,8 @@ from outlierq.recipe.patterns import EXPRESSION, HEAD, matches, names_all
 
 OUTSIDE = "outside"
 EXTRA_KEPT = "kept as stored: the model class has no such part, so nothing is known of its inputs"
+# The tensor of all experts of a block in a GGUF file.
+EXPERTS = re.compile(r"_exps\.")
 # Names of files that a note lists.
 SHOWN = 12
 
@@ -182,10 +185,14 @@ class Plan(Shown):
     @property
     def _limits(self) -> list[str]:
         """What is left out of a run as a whole."""
-        said = self._fused_noted + [
-            f"{part}.* ({len(names)} tensors, {self._share(names):.1%} of the parameters): {EXTRA_KEPT}"
-            for part, names in self.extra.items()
-        ]
+        said = (
+            self._fused_noted
+            + self._sharing_noted
+            + [
+                f"{part}.* ({len(names)} tensors, {self._share(names):.1%} of the parameters): {EXTRA_KEPT}"
+                for part, names in self.extra.items()
+            ]
+        )
         twice = [slot for slot, _ in self.structure.tied if slot in self.checkpoint.tensors]
         if twice:
             said.append(f"{', '.join(twice)}: stored twice with the same values, which are written once")
@@ -200,6 +207,20 @@ class Plan(Shown):
                 "cache in 16 bits"
             )
         return said
+
+    @property
+    def _sharing_noted(self) -> list[str]:
+        """Experts that are one matrix of a GGUF file under its own names, so that they are rounded as one."""
+        stacked = [site.weight for site in self.schemes if self.in_own_names and EXPERTS.search(site.weight)]
+        if not stacked or not self.recipe.needs:
+            return []
+        more = f" and {len(stacked) - 1} more" if stacked[1:] else ""
+        knows_sums_only = self.recipe.needs == {"sum_sq"}
+        how = "share one importance, the sum of theirs" if knows_sums_only else "are rounded without statistics"
+        return [
+            f"{stacked[0]}{more}: the experts of a block {how}, since the file has them in one tensor; with the "
+            "Hugging Face model and --like each has its own"
+        ]
 
     def _share(self, names: Sequence[str]) -> float:
         """How many of all parameters are in these tensors."""
