@@ -17,6 +17,11 @@ DEEPSEEK = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "num_hidden_layers": 3, "num_key_value_heads": 4,
 }  # fmt: skip
+DELTA_NET = {
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "num_hidden_layers": 4,
+}  # fmt: skip
+SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 48}
 # What each config has beside the usual sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
@@ -26,6 +31,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {**EXPERTS, "head_dim": 32, "norm_topk_prob": True},
+    "qwen3_next": {**DELTA_NET, **SHARED_EXPERT, "linear_num_value_heads": 4},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": {**DELTA_NET, **SHARED_EXPERT},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 6},
     "phi3": {"pad_token_id": 0, "sliding_window": None},

@@ -52,7 +52,7 @@ def test_every_architecture_of_the_table_has_a_model_that_is_tried():
     assert {row.name for row in architectures().values()} <= known
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gpt_oss", "deepseek_v3", "lfm2", "gemma2", "cohere2"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt_oss", "deepseek_v3", "lfm2", "gemma2", "cohere2", "qwen3_next"])
 def test_all_weights_of_a_model_are_in_its_file(model, model_type, tmp_path):
     folder = model(model_type)
     tensors = written(folder, tmp_path / "m.gguf")
@@ -83,6 +83,20 @@ def test_gains_that_are_stored_less_one_get_it_back(model, tmp_path):
     tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
     gain = stored["model.layers.0.self_attn.q_norm.weight"].float() + 1
     assert np.array_equal(tensors["blk.0.attn_q_norm.weight"].data, gain.numpy())
+
+
+def test_the_decay_of_linear_attention_is_no_logarithm_and_its_gain_is_whole(model, tmp_path):
+    folder = model("qwen3_5_text", dtype="bfloat16")
+    tensors, stored = written(folder, tmp_path / "m.gguf"), load_file(folder / "model.safetensors")
+    decay = -stored["model.layers.0.linear_attn.A_log"].float().exp()
+    assert np.array_equal(tensors["blk.0.ssm_a"].data, decay.numpy())
+    own = {"ssm_dt.bias": "linear_attn.dt_bias", "ssm_norm.weight": "linear_attn.norm.weight"}
+    for name, theirs in own.items():
+        assert np.array_equal(tensors[f"blk.0.{name}"].data, stored[f"model.layers.0.{theirs}"].float().numpy())
+    usual = stored["model.layers.0.input_layernorm.weight"].float() + 1
+    assert np.array_equal(tensors["blk.0.attn_norm.weight"].data, usual.numpy())
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["qwen35.attention.recurrent_layers"].contents() == [True, True, True, False]
 
 
 def test_what_makes_keys_and_values_becomes_two_tensors(model, tmp_path):
@@ -167,6 +181,8 @@ REFUSED = [
     ("exaone4", {"num_hidden_layers": 4}, "attends to a window of 8 tokens"),
     ("starcoder2", {"hidden_act": "relu"}, "has the activation relu"),
     ("gpt_oss", {"swiglu_limit": 3.0}, "has swiglu_limit 3.0"),
+    ("qwen3_5_text", {"linear_num_value_heads": 4}, "has 4 heads of values for 2 of keys"),
+    ("qwen3_next", {"linear_value_head_dim": 32}, "has linear_value_head_dim 32"),
     ("deepseek_v2", {"num_hidden_layers": 3}, "of 26 or 27 layers only"),
     (
         "qwen3",

@@ -21,6 +21,8 @@ from outlierq.export.gguf.rotation import rope_of, rope_type
 
 LIKE = "write it into the frame of a file of llama.cpp's own converter: --like model-f16.gguf"
 SLIDING = "sliding_attention"
+# What Qwen3.5 has where its config says nothing (transformers' class).
+TEXT_SECTIONS = (11, 11, 10)
 # By these numbers of layers llama.cpp knows DeepSeek-V2-Lite and its kin.
 LITE_LAYERS = (26, 27)
 
@@ -189,8 +191,36 @@ def _deepseek2(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": 1, **lengths}
 
 
+def _delta_net(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers are recurrent, and the width of their values."""
+    return {
+        "_recurrent_layers": [layer == "linear_attention" for layer in config["layer_types"]],
+        "_inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
+    }
+
+
+def _qwen35(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, and the parts of a head that turn with time, height and width, which are one for text. SourceError for
+    more heads of values than of keys: llama.cpp has those in another order, also in columns."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if keys != values:
+        raise SourceError(
+            f"the linear attention has {values} heads of values for {keys} of keys, which llama.cpp has in another "
+            "order; that is not written here",
+            hint="make model-f16.gguf with llama.cpp's converter and compress that: outlierq quantize model-f16.gguf",
+        )
+    sections = list(rope_of(config).get("mrope_section") or TEXT_SECTIONS)[:3]
+    return {**_delta_net(config), "_sections": [*sections, 0]}
+
+
 # What is written instead of what the config has, by llama.cpp's architecture.
-ADJUSTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"lfm2": _lfm2, "deepseek2": _deepseek2}
+ADJUSTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "lfm2": _lfm2,
+    "deepseek2": _deepseek2,
+    "qwen3next": _delta_net,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
+}
 
 
 def adjusted(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ COMPRESSED_KEYS = re.compile(r"\.kv_b_proj\.")
 SEVERAL = re.compile(r"_exps\.weight|attn_[kv]_b\.weight")
 # Tensors that llama.cpp reads as float32 only.
 WIDE = re.compile(r"ffn_gate_inp\.|ssm_conv1d|shortconv\.conv\.")
+# The gain of linear attention, which is no 1 less where all others are, and its decay, the logarithm of what is stored.
+WHOLE_GAIN, DECAY = ".linear_attn.norm.weight", ".linear_attn.A_log"
 KEPT_FILES = ("LICENSE", "LICENCE", "NOTICE", "README")
 ALIGNMENT = 32
 # The rows of these are in ggml's rotary order where the architecture is "llama".
@@ -170,8 +172,10 @@ class GgufFormat(Format, name="gguf"):
         heads = self._heads(self._name(name))
         tensor = tensor if heads is None else tensor[_rotated_rows(len(tensor), heads)]
         tensor = tensor.reshape(_without_middle(tuple(tensor.shape)))
-        if self._architecture.gains_less_one and name.endswith("norm.weight"):
+        if self._architecture.gains_less_one and name.endswith("norm.weight") and not name.endswith(WHOLE_GAIN):
             tensor = tensor.float() + 1
+        if name.endswith(DECAY):
+            tensor = -tensor.float().exp()
         is_bias = self.number_in_stack(name) is not None and tensor.ndim == 1
         name = self._name(name)
         tensor = tensor.float() if tensor.ndim == 1 or self._is_wide(name) else tensor

@@ -22,6 +22,7 @@ SPELLINGS = (
     (re.compile(r"^language_model\."), ""),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
     (re.compile(r"\.sinks$"), ".sinks.weight"),
+    (re.compile(r"\.dt_bias$"), ".dt_proj.bias"),
 )
 
 
