@@ -130,7 +130,7 @@ def measure(name: str, kind: str, recipes: list[str]) -> Iterator[Result]:
         try:
             model = tiny_model(name, kind)
             write_checkpoint(model, source)
-            original = Original.of(model, name, kind, source)
+            original = Original.of(model, name, kind, source, recipes)
         except Exception as error:  # whatever the library raises for a config of ours
             for recipe in recipes:
                 yield Result(name, kind, recipe, NOT_MADE, _brief(error))
@@ -154,26 +154,33 @@ class Tried:
 
 @dataclass
 class Original:
-    """A tiny model as transformers loads it, tried with random tokens, and with text of the kind that calibrates."""
+    """A tiny model as transformers loads it, tried with random tokens, and with text of the kind that calibrates, each
+    where a recipe asks for it.
+    """
 
     name: str
     kind: str
     source: Path
     model: torch.nn.Module
-    random: Tried
-    text: Tried
+    random: Tried | None
+    text: Tried | None
 
     @classmethod
-    def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path) -> Original:
+    def of(cls, model: torch.nn.Module, name: str, kind: str, source: Path, recipes: list[str]) -> Original:
         """As the checkpoint is loaded again."""
         ids = tokens(torch.Generator().manual_seed(1))
         loaded, info = auto_class(kind, name).from_pretrained(source, dtype="auto", output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"transformers does not find {min(info['missing_keys'])} in what it saved")
         loaded.eval()
-        both = ids, _text(source, ids.shape)
-        logits, other = [_logits(loaded, each) for each in both], _shuffled(model)
-        tried = [Tried(*each, _kl(each[1], _logits(other, each[0]))) for each in zip(both, logits, strict=True)]
+        asked = [ids if any(recipe not in CALIBRATED for recipe in recipes) else None,
+                 _text(source, ids.shape) if any(recipe in CALIBRATED for recipe in recipes) else None]  # fmt: skip
+        logits = [None if each is None else _logits(loaded, each) for each in asked]
+        other = _shuffled(model)
+        tried = [
+            None if each is None else Tried(each, before, _kl(before, _logits(other, each)))
+            for each, before in zip(asked, logits, strict=True)
+        ]
         return cls(name, kind, source, loaded, *tried)
 
     def tried(self, recipe: str) -> Tried:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,11 +16,31 @@ T = TypeVar("T")
 # not filled: `torch.empty` and `torch.zeros` take no memory until somebody writes.
 MOST_TABLE_BYTES = 4 << 30
 FILLING = (torch.ones, torch.full, torch.arange, torch.eye, torch.linspace, torch.logspace, torch.rand, torch.randn)
+# What classes call to initialise weights. On the meta device it changes nothing, and took a fifth of the
+# time that a plan takes.
+INITIALISING = frozenset(
+    [
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "zeros_",
+        "ones_",
+        "constant_",
+        "zero_",
+        "fill_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "xavier_uniform_",
+        "xavier_normal_",
+    ]
+)
 LARGE = 1 << 20  # elements of an input whose results are looked at before they are made
 
 
 class _Bounded(TorchFunctionMode):
-    """Refuses to make tables that are larger together than MOST_TABLE_BYTES, before they are made."""
+    """Refuses to make tables that are larger together than MOST_TABLE_BYTES, before they are made, and initialises no
+    weight that has no memory.
+    """
 
     def __init__(self, source: str):
         super().__init__()
@@ -30,6 +50,9 @@ class _Bounded(TorchFunctionMode):
         self, func: Callable[..., T], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> T:
         kwargs = kwargs or {}
+        weight = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in INITIALISING and isinstance(weight, torch.Tensor) and weight.is_meta:
+            return cast("T", weight)
         size = _size(func, args, kwargs)
         self.filled += size
         if self.filled > MOST_TABLE_BYTES:
