@@ -1,4 +1,4 @@
-"""Is the plan's bound on memory an upper bound, and is a ceiling kept? Measured on random Llamas of several shapes.
+"""Is the plan's bound on memory an upper bound, and is a ceiling kept? Measured on random models of several shapes.
 
 Each shape is run without a ceiling and under the smallest one that `plan` accepts, then under the system's own limit on
 private memory (RLIMIT_DATA) of the same size.
@@ -28,12 +28,17 @@ SHAPES = {
     "rotated": (1024, 2816, 16, 4, 2, "rotate-w4a8", {}),
     "rotated, square": (2048, 2048, 16, 16, 2, "rotate-w8a8", {}),
     "data-free": (2048, 5632, 16, 4, 4, "rtn-w4", None),
+    "32 experts": (512, 256, 8, 4, 2, "gptq-w4", {}),
+    "128 experts": (512, 256, 8, 4, 2, "gptq-w4", {}),
+    "128 experts, data-free": (512, 256, 8, 4, 2, "rtn-w4", None),
 }
 TEXT = {"samples": 16, "sequence_length": 256, "batch_size": 4}
 
 
-def config(hidden: int, inner: int, heads: int, shared: int, blocks: int, like: dict) -> dict:
-    """A Llama of this shape, with the vocabulary of the model whose tokenizer is used."""
+def config(name: str, hidden: int, inner: int, heads: int, shared: int, blocks: int, like: dict) -> dict:
+    """A Llama of this shape, with the vocabulary of the model whose tokenizer is used; a Qwen3-MoE where the name of
+    the shape has experts, 8 of them for a token.
+    """
     shape = {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -42,6 +47,9 @@ def config(hidden: int, inner: int, heads: int, shared: int, blocks: int, like: 
         "num_hidden_layers": blocks,
         "head_dim": hidden // heads,
     }
+    if "experts" in name:
+        moe = {"num_experts": int(name.split()[0]), "num_experts_per_tok": 8, "moe_intermediate_size": inner}
+        shape |= {**moe, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
     return {**like, **shape}
 
 
@@ -54,7 +62,9 @@ def measured(name: str, model: Path, outlierq: str, threads: int, folder: Path) 
     """What `plan` says of one shape, and what its runs took."""
     *shape, recipe, text = SHAPES[name]
     source, out = folder / name, folder / f"{name}-out"
-    write_random_llama(source, config(*shape, json.loads((model / "config.json").read_text())), tokenizer_from=model)
+    write_random_llama(
+        source, config(name, *shape, json.loads((model / "config.json").read_text())), tokenizer_from=model
+    )
     settings = {} if text is None else {f"calibration.{key}": value for key, value in {**TEXT, **text}.items()}
     asked = [str(source), "--recipe", recipe, *(word for k, v in settings.items() for word in ("--set", f"{k}={v}"))]
     planned = json.loads(subprocess.run([outlierq, "plan", *asked, "--json"], check=True, capture_output=True).stdout)

@@ -1,4 +1,7 @@
-"""Write a Llama checkpoint with random bf16 weights, shard by shard, so that its size is bounded by the disk alone."""
+"""Write a Llama checkpoint with random bf16 weights, shard by shard, so that its size is bounded by the disk alone.
+
+With `num_experts` in its config it is a Qwen3-MoE, which stores each expert apart.
+"""
 
 import json
 import shutil
@@ -57,14 +60,19 @@ def block(number: int, config: dict, generator: torch.Generator) -> dict[str, Te
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    experts = config.get("num_experts")
+    if experts:
+        shapes["mlp.gate"] = experts, hidden
+    for part in [f"mlp.experts.{expert}" for expert in range(experts)] if experts else ["mlp"]:
+        shapes |= {f"{part}.gate_proj": (inner, hidden), f"{part}.up_proj": (inner, hidden)}
+        shapes[f"{part}.down_proj"] = hidden, inner
     prefix = f"model.layers.{number}"
     tensors = {f"{prefix}.{name}.weight": random_weight(*shape, generator) for name, shape in shapes.items()}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for norm in ("q_norm", "k_norm") if experts else ():
+        tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(head, dtype=torch.bfloat16)
     return tensors
 
 

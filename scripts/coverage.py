@@ -3,7 +3,8 @@
 For each a tiny random checkpoint is made (`coverage_models.py`) and compressed with three recipes; each result is
 loaded in its own Auto class and held against the original: missing tensors, every weight, the logits, and what the
 config says is quantized. Every architecture and recipe is a line in a JSON lines file as soon as it is known, so that a
-run that was stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it.
+run that was stopped goes on. `--write` makes docs/models.md and benchmarks/results/coverage.json of it, with what the
+latter said before of all that was not measured anew.
 
 Random weights say nothing of quality: only right or wrong. Inputs are random tokens, and for recipes that calibrate
 held-out text of the kind that they see: GPTQ gives up what never occurs in it.
@@ -109,7 +110,7 @@ def main() -> int:
                 file.write(json.dumps(asdict(result)) + "\n")
             print(f"{name:24} {result.recipe:12} {result.state:10} {result.sentence[:120]}", flush=True)
     if arguments.write:
-        _write(_read(arguments.results))
+        _write(_written() | _read(arguments.results))
     return 0
 
 
@@ -304,21 +305,23 @@ def _share(original: Original, out: Path, *, is_renamed: bool) -> float:
     """
     source, after = outlierq.open(original.source), outlierq.open(out).tensors
     before = as_stored(class_named(source)).tensors if is_renamed else source.tensors
-    text = _of_text(original.model, list(before))
+    text = _of_text(original.model, list(before), has_towers=original.kind != "text")
     linear = {name: info for name, info in before.items() if name in text and _is_linear(name, info.shape)}
     plain = sum(info.nbytes for name, info in linear.items() if name in after and after[name].dtype == info.dtype)
     return 1 - plain / max(sum(info.nbytes for info in linear.values()), 1)
 
 
-def _of_text(model: Any, names: list[str]) -> set[str]:
-    """Stored names of what is in the part that transformers calls the decoder, in its own conversion's words."""
+def _of_text(model: Any, names: list[str], *, has_towers: bool) -> set[str]:
+    """Stored names of what is in the part that transformers calls the decoder, in its own conversion's words.
+
+    has_towers: whether there is anything beside it.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     root, towers = "", []
     if model.config.get_text_config() is model.config:
-        towers = [f"{name}." for name in _towers(model)]
-        if not towers:
+        if not (has_towers and (towers := [f"{name}." for name in _towers(model)])):
             return set(names)
     else:
         decoder = model.get_decoder()
@@ -356,6 +359,12 @@ def _brief(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     words = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {words} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _written() -> dict[tuple[str, str], dict[str, Any]]:
+    """Results that were written before, by architecture and recipe."""
+    results = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())["results"]
+    return {(result["architecture"], result["recipe"]): result for result in results}
 
 
 def _read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

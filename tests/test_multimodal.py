@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import multimodal
 import pytest
 import torch
 import transformers
@@ -182,34 +183,105 @@ def test_what_needs_the_inputs_of_blocks_that_text_passes_over_asks_for_images(r
     assert "calibration.images" in refused.value.hint
 
 
+def _llava_processor(tokenizer, pil) -> transformers.ProcessorMixin:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    crop = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return transformers.LlavaProcessor(
+        image_processor=pil("llava", "Llava")(**crop), tokenizer=tokenizer, patch_size=4,
+        vision_feature_select_strategy="full", image_token="<image>", chat_template=CHAT,
+    )  # fmt: skip
+
+
+def _gemma3_processor(tokenizer, pil) -> transformers.ProcessorMixin:
+    images = pil("gemma3", "Gemma3")(size={"height": 16, "width": 16})
+    template = CHAT.replace("<image>", "<boi>")
+    return transformers.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+
+
+def _idefics3_processor(tokenizer, pil) -> transformers.ProcessorMixin:
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    size = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": False}
+    return transformers.Idefics3Processor(
+        pil("idefics3", "Idefics3")(**size), tokenizer, image_seq_len=4, chat_template=CHAT
+    )
+
+
+# Those of processors that need Pillow alone, and no torchvision.
+PROCESSORS = {"llava": _llava_processor, "gemma3": _gemma3_processor, "idefics3": _idefics3_processor}
+MARKS = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+
+
+def _write_with_processor(name: str, folder: Path, write_tokenizer) -> Path:
+    """A model that sees, its processor, and a folder of three images beside it."""
+    image = pytest.importorskip("PIL.Image")
+
+    def pil(module: str, kind: str) -> type:
+        place = pytest.importorskip(f"transformers.models.{module}.image_processing_pil_{module}")
+        return getattr(place, f"{kind}ImageProcessorPil")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(multimodal.TEXT, "vocab_size", multimodal.VOCABULARY + 8)  # room for marks of images
+        write_model(name, folder, write_tokenizer)
+    marks = {"extra_special_tokens": MARKS} if name == "gemma3" else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **marks)
+    PROCESSORS[name](tokenizer, pil).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    key = "image_token_index" if "image_token_index" in config else "image_token_id"
+    config[key] = tokenizer.convert_tokens_to_ids("<image>")
+    (folder / "config.json").write_text(json.dumps(config))
+    photos = folder.parent / "photos"
+    photos.mkdir()
+    for number, colour in enumerate(["red", "green", "blue"]):
+        image.new("RGB", (40, 30), colour).save(photos / f"{colour}.png")
+        if number:
+            (photos / f"{colour}.txt").write_text(f"all {colour}")
+    return folder
+
+
 class TestImages:
     """Calibration with images, through a processor that needs Pillow alone."""
 
     @pytest.fixture(scope="class")
-    def llava(self, made, tmp_path_factory, tools) -> Path:
+    def seeing(self, tmp_path_factory, tools):
+        """A function from a family to a model of it with its processor, made once. Read-only."""
+        folders: dict[str, Path] = {}
+
+        def make(name: str) -> Path:
+            if name not in folders:
+                place = tmp_path_factory.mktemp(f"{name}-images") / "source"
+                folders[name] = _write_with_processor(name, place, tools.write_tokenizer)
+            return folders[name]
+
+        return make
+
+    @pytest.fixture
+    def llava(self, seeing) -> Path:
         """A LLaVA with its processor, and a folder of three images beside it. Read-only."""
-        image = pytest.importorskip("PIL.Image")
-        pil = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
-        folder = tmp_path_factory.mktemp("images") / "source"
-        write_model("llava", folder, tools.write_tokenizer)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-        resized = pil.LlavaImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-        processor = transformers.LlavaProcessor(
-            image_processor=resized, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="full",
-            image_token="<image>", chat_template=CHAT,
-        )  # fmt: skip
-        processor.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        config["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
-        (folder / "config.json").write_text(json.dumps(config))
-        photos = folder.parent / "photos"
-        photos.mkdir()
-        for number, colour in enumerate(["red", "green", "blue"]):
-            image.new("RGB", (40, 30), colour).save(photos / f"{colour}.png")
-            if number:
-                (photos / f"{colour}.txt").write_text(f"all {colour}")
-        return folder
+        return seeing("llava")
+
+    @pytest.mark.parametrize("name", PROCESSORS)
+    def test_text_and_images_give_the_same_after_calibration_with_images_and_a_reload(self, name, seeing, tmp_path):
+        from PIL import Image
+
+        source, out = seeing(name), tmp_path / "out"
+        quantize(
+            make_plan(open_checkpoint(str(source)), load("awq-gptq-w4", self.settings(source.parent / "photos"))), out
+        )
+        assert "3 of 5 calibration windows begin with an image" in " ".join(
+            json.loads((out / "outlierq.json").read_text())["notes"]
+        )
+        theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        ours = load_model(open_checkpoint(str(out)), dtype="bfloat16")
+        processor = transformers.AutoProcessor.from_pretrained(out)
+        photo = Image.open(source.parent / "photos" / "red.png")
+        for seen in ([], [{"type": "image", "image": photo}]):
+            asked = [{"role": "user", "content": [*seen, {"type": "text", "text": "what is this?"}]}]
+            inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
+            assert ("pixel_values" in inputs) == bool(seen)
+            with torch.no_grad():
+                assert torch.equal(theirs.eval()(**inputs).logits, ours(**inputs).logits)
 
     def settings(self, folder: Path, **more: object) -> list[str]:
         given = {"images": folder, "samples": 5, "sequence_length": 64, **more}

