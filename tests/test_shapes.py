@@ -321,7 +321,7 @@ def test_a_conv1d_is_packed_as_it_is_stored_and_decoded_by_transformers_to_the_s
     folder = packed_gpt2 / recipe
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     group = config["config_groups"]["group_0"]
-    assert config["dequantize"] and group["targets"] == ["Conv1D"]
+    assert config["dequantize"] and group["targets"] == ["Linear", "Conv1D"] and "lm_head" in config["ignore"]
     assert group["weights"].get("block_structure") == ([64, 1] if recipe == "gptq-w4" else None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     plain = unpacked(open_checkpoint(str(folder)))

@@ -57,9 +57,9 @@ def quantization_config(
     groups = {}
     for number, (key, modules) in enumerate(by_scheme.items()):
         scheme, transposed = key
-        targets = [CONV1D] if transposed else ["Linear"]  # the first also beside others: it says what is [in, out]
-        if len(by_scheme) > 1:
-            targets = [*_targets(modules, by_scheme, key), *(targets if transposed else [])]
+        # The last says what is stored as [in, out]; other programs call a Conv1D a linear.
+        targets = ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme, key)
+        targets += [CONV1D] if transposed else []
         weights = _weights(scheme, transposed=transposed)
         groups[f"group_{number}"] = QuantizationScheme(
             targets=targets, weights=weights, input_activations=_inputs(scheme), format=format_of(scheme)
