@@ -22,3 +22,7 @@ sentencepiece_in_gguf = needs("transformers", "5.18", "loses tokens of such file
 dense_words = needs("compressed-tensors", "0.18", "packs 3, 5, 6 and 7 bits in another way")
 # Up to 0.18 it guesses from the scales' shape, and takes one column of blocks for one scale a row.
 narrow_blocks = needs("compressed-tensors", "0.19", "misreads FP8 blocks of matrices at most one block wide")
+decoded_first = needs("transformers", "5.23", "initialises weights of such classes before it decodes them")
+kimi_linear = needs("transformers", "5.18", "has no such class")
+experts_in_one = needs("transformers", "5.18", "has the experts of Aria in modules of their own")
+swiglu_limit = needs("transformers", "5.20", "has no such key")

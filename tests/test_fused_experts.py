@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from libraries import experts_in_one
 from safetensors.torch import load_file, save_file
 from test_moe import CALIBRATION, SMALL, logits, our_logits, write_mixture
 
@@ -152,7 +153,9 @@ def layouts(tmp_path_factory, tools):
     return folder
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=experts_in_one if family == "AriaText" else ()) for family in LAYOUTS]
+)
 def test_separate_experts_of_every_layout_compute_what_the_class_computes(layouts, ids, family):
     folder = layouts(family)
     presented = unpacked(open_checkpoint(str(folder)))
