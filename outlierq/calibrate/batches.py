@@ -31,12 +31,17 @@ class Batch:
     outputs: HiddenStates
 
     def run(self, block: Block, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states of the block with some of its tensors replaced, each in its stored shape, gradients flowing."""
+        """Hidden states of the block with some of its tensors replaced, each in its stored shape, gradients flowing.
+
+        In float32: in bfloat16 the rounding of what flows by the block may be as large as the error to be lowered.
+        """
         parameters = tensor_parameters(self.module, block)
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        dtype = self.runner.dtype
-        values = {names[id(parameters[name])]: tensor.to(dtype) for name, tensor in tensors.items()}
-        output = self.runner.forward(_With(self.module, values), self.index, self.number, self.inputs[self.number])
+        replaced = {id(parameters[name]): tensor for name, tensor in tensors.items()}
+        held = [*self.module.named_parameters(), *self.module.named_buffers()]
+        values = {name: replaced.get(id(each), each) for name, each in held}
+        values = {name: each.float() if each.is_floating_point() else each for name, each in values.items()}
+        hidden, run = self.inputs[self.number], _With(self.module, values)
+        output = self.runner.forward(run, self.index, self.number, hidden, torch.float32)
         self.inputs.done_with(self.number)
         return output
 

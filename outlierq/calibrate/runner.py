@@ -367,17 +367,25 @@ class BlockRunner:
             hidden.write(batch, output)
         hidden.done_with(batch)
 
-    def forward(self, block_module: torch.nn.Module, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        block_module: torch.nn.Module,
+        index: int,
+        batch: int,
+        hidden: torch.Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         """Output hidden states of block `index` for one batch of the token set; gradients flow if they are enabled.
 
-        hidden: of that batch, in the model's shape. It is copied: some blocks add to their input in place.
+        hidden: of that batch, in the model's shape. It is copied: some blocks add to their input in place. dtype: in
+        which the block runs, as its weights are; the usual one when left out.
         """
-        call = self._call(index, batch)
+        call, dtype = self._call(index, batch), dtype or self.dtype
         if call is None:
-            return hidden.to(self.device, self.dtype)
+            return hidden.to(self.device, dtype)
         with forward_of(self.model, "calibrate"):
             before = self._before(index, batch, call)
-            output = call.run(block_module, hidden.to(self.device, self.dtype, copy=True), self.dtype, before)
+            output = call.run(block_module, hidden.to(self.device, dtype, copy=True), dtype, before)
         self._keep(index, batch, output)
         return hidden_of(output, block_module)
 

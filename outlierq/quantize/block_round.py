@@ -36,20 +36,23 @@ def block_round(
     steps: Annotated[int, Ge(0)] = 200,
     batches: Annotated[int, Ge(1)] = 2,
     tune: Literal["codes", "scales", "codes and scales"] = "codes and scales",
-    code_step: Annotated[float, Gt(0)] = 5e-3,
-    scale_step: Annotated[float, Gt(0)] = 2e-3,
+    code_reach: Annotated[float, Gt(0)] = 0.25,
+    scale_reach: Annotated[float, Gt(0)] = 0.1,
     seed: int = 0,
 ) -> dict[LinearSite, QuantTensor]:
     """The start with codes and scales [out, in] that err less at the output of the block, on text held out of learning.
 
     steps: of gradient descent, each on so many `batches`; steps fall linearly to 0. tune: what may move; scales do
-    where they are plain numbers. code_step: in units of a
-    scale, scale_step: relative. Linears whose codes stand for several weights, or lie in a table, stay as they are.
+    where they are plain numbers. code_reach: how far a weight may go in all steps together, in units of a scale;
+    scale_reach: a scale, relative. More steps are finer, not longer: what goes farther leaves the start, whose errors
+    make up for each other, without a way back (KL of a model of 0.94 M parameters: 0.0095 with a reach of 0.15, 0.0092
+    with 0.3, 0.0099 with 0.6, 0.0100 with 0.7). Linears whose codes stand for several weights, or lie in a table, stay
+    as they are.
     """
     linears = {s: _Linear(block.weights[s], q, tune) for s, q in block.start.items() if _learnable(q)}
     if not steps or not linears:
         return dict(block.start)
-    moving = [part for linear in linears.values() for part in linear.moving(code_step, scale_step)]
+    moving = [part for linear in linears.values() for part in linear.moving(code_reach, scale_reach)]
     learning, held_out = split(block.batches)
     best, first = dict(block.start), _error(block, block.start, held_out)
     least = first
@@ -82,11 +85,11 @@ def _learnable(quantized: QuantTensor) -> bool:
 
 @dataclass
 class _Moving:
-    """Numbers that learning moves, of any shape, against `gradient` of the same shape, by `step` at first."""
+    """Numbers that learning moves, of any shape, against `gradient` of the same shape, by `reach` in all."""
 
     values: torch.Tensor
     gradient: torch.Tensor
-    step: float
+    reach: float
 
 
 class _Linear:
@@ -107,12 +110,12 @@ class _Linear:
         self.moves_scales = "scales" in tune and self.scheme.scales == "plain"
         self.by_place, self.by_change = torch.zeros_like(self.place), torch.zeros_like(self.change)
 
-    def moving(self, code_step: float, scale_step: float) -> Iterator[_Moving]:
+    def moving(self, code_reach: float, scale_reach: float) -> Iterator[_Moving]:
         """What learning moves."""
         if self.moves_codes:
-            yield _Moving(self.place, self.by_place, code_step)
+            yield _Moving(self.place, self.by_place, code_reach)
         if self.moves_scales:
-            yield _Moving(self.change, self.by_change, scale_step)
+            yield _Moving(self.change, self.by_change, scale_reach)
 
     def _codes(self) -> torch.Tensor:
         """[out, in] float32."""
@@ -180,9 +183,9 @@ class _Walk:
 
     def step(self, number: int) -> None:
         """Step number `number`, from 0; gradients are zero after it."""
-        left = 1 - number / self.steps
+        share = (self.steps - number) / (self.steps * (self.steps + 1) / 2)
         for at, each in enumerate(self.moving):
-            each.values.sub_(self._direction(at, number + 1), alpha=each.step * left)
+            each.values.sub_(self._direction(at, number + 1), alpha=each.reach * share)
             each.gradient.zero_()
 
     def _direction(self, at: int, number: int) -> torch.Tensor:

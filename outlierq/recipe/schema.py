@@ -82,6 +82,8 @@ class Recipe(Section):
         if self.quantize is not None:
             needs |= method("quantize", self.quantize.method).needs_with(self.quantize.options)
             needs |= _needs_of_inputs(self.quantize, beside=needs)
+        if self.learn is not None:
+            needs |= method("learn", self.learn.method).needs
         return needs if self.kv_cache is None else needs | self.kv_cache.needs
 
     @property

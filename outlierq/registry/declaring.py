@@ -217,9 +217,10 @@ def pruner(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F
 def learner(name: str, *, paper: str) -> Callable[[F], F]:
     """Register `function(block, *, options) -> QuantTensor by linear` as `learn: {method: name}`.
 
-    It sees a whole block whose linears a quantizer has rounded, and how to run it (`RoundedBlock`).
+    It sees a whole block whose linears a quantizer has rounded, and how to run it (`RoundedBlock`). Hessians are
+    collected for it, whatever the quantizer reads, so that the report can say what each linear lost.
     """
-    return _register("learn", name, (), paper)
+    return _register("learn", name, ("hessian",), paper)
 
 
 def approximation(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
