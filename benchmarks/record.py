@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = ["outlierq", "llmcompressor", "gptqmodel", "compressed-tensors", "transformers", "torch"]
+PACKAGES = ["outlierq", "llmcompressor", "gptqmodel", "auto-round", "compressed-tensors", "transformers", "torch"]
 LIST_VERSIONS = """
 import json, platform, sys
 from importlib.metadata import PackageNotFoundError, version

@@ -23,6 +23,7 @@ from outlierq.core.stats import DERIVED, InputStats
 from outlierq.ops import solve
 from outlierq.quantize.stage import quantize_group
 from outlierq.registry import Method, method, methods
+from outlierq.transform.awq import Judge
 from outlierq.transform.stage import choose_move, storable_scale
 
 COLUMNS = 192  # more than one block of 128 columns, and not a multiple of it
@@ -453,6 +454,22 @@ def test_a_tall_stack_gets_a_scale_as_good_as_none_or_better(chosen, options, st
     scale = chosen.function(w, stats, scheme, **options)
     one = torch.ones(COLUMNS)
     assert scaled_error(w, scale, stats, scheme, "hessian") <= 1.05 * scaled_error(w, one, stats, scheme, "hessian")
+
+
+def test_a_scale_that_is_no_better_on_tokens_held_out_is_dropped():
+    torch.manual_seed(0)
+    x, w, scheme = correlated_inputs(2048, COLUMNS), random_weight(64, COLUMNS), QuantScheme(3, 64)
+    awq, none = method("transform", "awq").function, torch.ones(COLUMNS)
+    scale = awq(w, statistics_of(x), scheme)
+    assert not torch.equal(scale, none)
+    judge, drawn = Judge(w, statistics_of(x).hessian, scheme), torch.randn(128, COLUMNS)
+    lost = [judge.held_out_error(scale, row[None]) - judge.held_out_error(none, row[None]) for row in drawn]
+    rows = drawn[torch.tensor(lost).argsort(descending=True)[:32]] / 8  # tokens that pay for the others
+    unlike = replace(statistics_of(torch.cat([rows, x])), rows=rows.bfloat16())
+    with collecting() as notes:
+        assert torch.equal(awq(w, unlike, scheme, judged_on="held-out"), none)
+    assert notes == ["no scaling: it errs less on tokens held out"]
+    assert not torch.equal(awq(w, statistics_of(x), scheme, judged_on="held-out"), none)
 
 
 def test_the_rows_that_judge_a_scale_are_spread_over_the_whole_stack():

@@ -8,8 +8,9 @@ from reference.statistics import correlated_inputs, random_weight, statistics_of
 
 from outlierq.core.notes import collecting
 from outlierq.core.scheme import QuantScheme
+from outlierq.ops.held_out import without_rows
 from outlierq.quantize.gptq import gptq
-from outlierq.quantize.signround import learned_codes, signround, without_rows
+from outlierq.quantize.signround import learned_codes, signround
 
 WIDTH = 128
 SCHEME = QuantScheme(3, 32)

@@ -18,12 +18,12 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import Grid, to_quant_tensor
+from outlierq.ops.held_out import without_rows
 from outlierq.ops.search.refine import refit_scales
 from outlierq.quantize.gptq import gptq
 from outlierq.registry import quantizer
 
 FAR = 0.45  # how far from its code a weight may begin: less than where the next code begins
-LEAST_TOKENS = 4  # times as many as are held out, or nothing is
 
 
 @quantizer("signround", needs=("hessian", "rows"), copies=14, factors=True, paper="arXiv:2309.05516")
@@ -54,19 +54,6 @@ def signround(
     codes = learned_codes(w, start.codes.float(), grid, hessian, steps, adam=step_size == "adam")
     fitted = refit_scales(w, codes, grid, hessian) if tune == "codes and scales" else grid
     return _better_rows(w, start, to_quant_tensor(codes, fitted), held_out)
-
-
-def without_rows(stats: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hessian [in, in] of the tokens that were not kept, and the kept ones [rows, in] float32.
-
-    With few tokens the hessian is that of all, which is noted.
-    """
-    hessian, rows = stats.need("hessian"), stats.need("rows").float()
-    if stats.tokens < LEAST_TOKENS * len(rows):
-        note(f"{stats.tokens} tokens are too few to hold {len(rows)} of them out of learning")
-        return hessian, rows
-    rest = stats.tokens - len(rows)
-    return (hessian * (stats.tokens / rest)).addmm_(rows.T, rows, alpha=-1 / rest), rows
 
 
 def learned_codes(

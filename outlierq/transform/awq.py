@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge
 
+from outlierq.core.notes import note
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
-from outlierq.ops.grid import in_groups
+from outlierq.ops.grid import from_groups, in_groups
+from outlierq.ops.held_out import without_rows
 from outlierq.ops.precision import matmul_operands
 from outlierq.ops.search.scale_search import search_grid
 from outlierq.ops.search.site_error import judging_grid
+from outlierq.ops.search.sweep import compensated
 from outlierq.registry import transform
 
 # Scales outside this range push outliers into the weights and into the 16-bit norm (methods sheet 1.e).
@@ -22,7 +25,12 @@ CONFIRMING_ROWS = 256
 Candidate = tuple[float, torch.Tensor, str, float]  # output error, scale [in], kind and r of the family
 
 
-@transform("awq", needs=("hessian", "abs_mean"), paper="arXiv:2306.00978")
+@transform(
+    "awq",
+    needs=("hessian", "abs_mean"),
+    needs_if={"judged_on": {"held-out": ("rows",)}},
+    paper="arXiv:2306.00978",
+)
 def awq(
     w: torch.Tensor,
     stats: InputStats,
@@ -32,6 +40,7 @@ def awq(
     grid_points: Annotated[int, Ge(1)] = 10,
     scaling: Literal["plain", "duo", "both"] = "both",
     search_rows: Annotated[int, Ge(1)] = 1024,
+    judged_on: Literal["all", "held-out"] = "all",
 ) -> torch.Tensor:
     """Scale [in] that minimises the output error tr(D H D^T) of rounding `w * scale` and dividing it out again.
 
@@ -39,14 +48,16 @@ def awq(
     group's maximum), x the mean |input| of a channel, r on a grid of [0, 1] and then around the best point; always the
     identity, so the result errs no more than no scaling. grid_points: steps of r on [0, 1]; scaling: which families to
     try. w: [out, in] float32, all linears that read the input,
-    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates.
+    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates. judged_on: `held-out` takes kept
+    tokens out of the search, and on those the best candidate must also beat no scaling when GPTQ rounds after it.
     tie: [in] producer channel of every input channel, or None; channels with one producer get one scale (grouped-query
     attention repeats a value channel over query heads).
     """
     if len(w) > search_rows:
         w = w[torch.linspace(0, len(w) - 1, search_rows, device=w.device).long()]
     family = Family(w, stats.need("abs_mean"), scheme, tie)
-    judge = Judge(w, stats.need("hessian"), scheme)
+    hessian, kept = without_rows(stats) if judged_on == "held-out" else (stats.need("hessian"), None)
+    judge = Judge(w, hessian, scheme)
     best = (judge.error(torch.ones_like(family.activity)), torch.ones_like(family.activity), "", 0.0)
     kinds = ("plain", "duo") if scaling == "both" else (scaling,)
     step = 1 / grid_points
@@ -57,8 +68,12 @@ def awq(
         _, _, kind, middle = best
         for r in (middle - step / 2, middle + step / 2):
             best = _better(best, judge, family, kind, r)
-        if judge.searched_error(best[1]) >= judge.searched_error(torch.ones_like(best[1])):
-            return torch.ones_like(best[1])
+        none = torch.ones_like(best[1])
+        if judge.searched_error(best[1]) >= judge.searched_error(none):
+            return none
+        if kept is not None and judge.held_out_error(best[1], kept) >= judge.held_out_error(none, kept):
+            note("no scaling: it errs less on tokens held out")
+            return none
     return best[1]
 
 
@@ -89,6 +104,15 @@ class Judge:
         grid = search_grid(scaled, self.scheme, self.hessian / (scale[:, None] * scale))
         change = grid.round(in_groups(scaled, self.scheme)).view_as(scaled).sub_(scaled).div_(scale)
         return (change @ self.hessian).mul_(change).sum().item()
+
+    def held_out_error(self, scale: torch.Tensor, kept: torch.Tensor) -> float:
+        """The error on kept tokens [n, in] when GPTQ rounds after the scale, without them; on a part of the rows."""
+        scaled = self.w[:: max(1, len(self.w) // CONFIRMING_ROWS)] * scale
+        hessian = self.hessian / (scale[:, None] * scale)
+        grid = search_grid(scaled, self.scheme, hessian)
+        codes = compensated(scaled, grid, hessian)
+        change = from_groups(grid.decode(in_groups(codes, self.scheme)), scaled.shape[1]).sub_(scaled).div_(scale)
+        return (kept @ change.T).square().sum().item()
 
 
 class Family:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 
+from outlierq.core.errors import NumbersError
 from outlierq.core.scheme import QuantScheme
+from outlierq.ops.grid import Grid, from_groups, in_groups
 from outlierq.ops.precision import Operand
 from outlierq.ops.search.columns import ColumnGrid, sweep_block
-from outlierq.ops.solve import Factor
+from outlierq.ops.solve import Factor, factored
 
 # Columns of a block, and of several together, on which all columns before them pull by one product.
 BLOCK, WIDE = 128, 512
@@ -83,3 +85,19 @@ def output_power(values: torch.Tensor, factor: Factor) -> torch.Tensor:
 def _squares(columns: torch.Tensor) -> torch.Tensor:
     """[rows] float64: sums of squares over [columns, rows]; of 128 columns in float32."""
     return sum((part.square().sum(0).double() for part in columns.split(128)), torch.zeros((), dtype=torch.float64))
+
+
+def compensated(w: torch.Tensor, grid: Grid, hessian: torch.Tensor, damp: float = 0.01) -> torch.Tensor:
+    """Codes [out, in] float32 of a weight on a grid by one sweep, columns of large inputs first; or the nearest ones.
+
+    The latter where codes stand for several weights, and where no damping gives H a factor. w: [out, in] float32.
+    """
+    try:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        factor = factored(hessian, damp, order) if grid.scheme.vector == 1 else None
+    except NumbersError:
+        factor = None
+    if factor is None:
+        return from_groups(grid.encode(in_groups(w, grid.scheme)), w.shape[1])
+    codes, _ = sweep(w.T[factor.order], ColumnGrid.of(grid, w.shape[1]), factor)
+    return codes.T.contiguous()
