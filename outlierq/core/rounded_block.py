@@ -21,6 +21,7 @@ class RoundedBlock:
     batches: how many batches of text there are. run: from weights [out, in] of these linears and the number of a batch
     to the hidden states [sequences, tokens, H] that the block gives behind quantized blocks; gradients flow to the
     weights where they are enabled. asked: those that the original block gives behind original blocks.
+    first_counts: how often the first token of a sequence counts, which all later ones attend to.
     """
 
     weights: Mapping[LinearSite, torch.Tensor]
@@ -28,3 +29,4 @@ class RoundedBlock:
     batches: int
     run: Callable[[Mapping[LinearSite, torch.Tensor], int], torch.Tensor]
     asked: Callable[[int], torch.Tensor]
+    first_counts: float = 1.0

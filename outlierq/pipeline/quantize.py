@@ -409,7 +409,7 @@ class _Run:
         self._tell(block, f"learning by {learn.method}")
         known = {s: share.stats for group in groups for share in shares(group, stats, self._least) for s in share.sites}
         known_stats = {site: each for site, each in known.items() if each is not None}
-        done, notes = learned(block, batches, tensors, rounded, known_stats, learn)
+        done, notes = learned(block, batches, tensors, rounded, known_stats, learn, self.sink_weight)
         return results | done, notes
 
     def _quantize_one(

@@ -230,13 +230,17 @@ def _gradients(block: RoundedBlock, linears: Mapping[LinearSite, _Linear], batch
 def _lost(block: RoundedBlock, weights: Mapping[LinearSite, torch.Tensor], batch: int) -> torch.Tensor:
     """The mean over the tokens of a batch of |error|^2 / |asked|^2 at the output of the block with weights [out, in].
 
-    Relative, since a norm follows: the first token, which others attend to, may be a thousand times as large. With
+    Relative, since a norm follows: a first token, which others attend to, may be a thousand times as large. With
     absolute errors the KL of a model of 0.94 M parameters was 0.0104, with relative ones 0.0095 after a third of the
-    steps.
+    steps. That first token counts more often instead.
     """
     asked = block.asked(batch).float()
     change = block.run(weights, batch).float() - asked
-    return (change.square().sum(-1) / asked.square().sum(-1).clamp(min=1e-30)).mean()
+    lost = change.square().sum(-1) / asked.square().sum(-1).clamp(min=1e-30)
+    counts = torch.ones_like(lost)
+    if lost.dim() == 2:  # [sequences, tokens], and no streams beside them
+        counts[:, 0] = block.first_counts
+    return (lost * counts).sum() / counts.sum()
 
 
 @torch.no_grad()

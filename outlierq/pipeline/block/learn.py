@@ -31,11 +31,12 @@ def learned(
     results: Results,
     stats: Mapping[LinearSite, InputStats],
     learn: Learn,
+    first_counts: float,
 ) -> tuple[dict[LinearSite, tuple[QuantTensor, SiteRow]], list[str]]:
     """The results of a block after learning, and notes on it.
 
     tensors: of the block as they are before rounding, in their stored shapes. stats: of the inputs of linears where
-    something is known of them.
+    something is known of them. first_counts: see `RoundedBlock`.
     """
     for name, parameter in tensor_parameters(batches[0].module, block).items():
         parameter.data = tensors[name].to(parameter.device, parameter.dtype)
@@ -45,7 +46,7 @@ def learned(
         return batches[number].run(block, {s.weight: from_matrix(s, w) for s, w in values.items()})
 
     start = {site: quantized for site, (quantized, _) in results.items()}
-    rounded = RoundedBlock(weights, start, len(batches), run, lambda number: batches[number].asked())
+    rounded = RoundedBlock(weights, start, len(batches), run, lambda number: batches[number].asked(), first_counts)
     with collecting() as notes:
         after = method("learn", learn.method).function(rounded, **learn.options)
     made = {}
