@@ -460,6 +460,7 @@ def test_a_scale_that_is_no_better_on_tokens_held_out_is_dropped():
     torch.manual_seed(0)
     x, w, scheme = correlated_inputs(2048, COLUMNS), random_weight(64, COLUMNS), QuantScheme(3, 64)
     awq, none = method("transform", "awq").function, torch.ones(COLUMNS)
+    judged = method("transform", "awq_held_out").function
     scale = awq(w, statistics_of(x), scheme)
     assert not torch.equal(scale, none)
     judge, drawn = Judge(w, statistics_of(x).hessian, scheme), torch.randn(128, COLUMNS)
@@ -467,9 +468,9 @@ def test_a_scale_that_is_no_better_on_tokens_held_out_is_dropped():
     rows = drawn[torch.tensor(lost).argsort(descending=True)[:32]] / 8  # tokens that pay for the others
     unlike = replace(statistics_of(torch.cat([rows, x])), rows=rows.bfloat16())
     with collecting() as notes:
-        assert torch.equal(awq(w, unlike, scheme, judged_on="held-out"), none)
+        assert torch.equal(judged(w, unlike, scheme), none)
     assert notes == ["no scaling: it errs less on tokens held out"]
-    assert not torch.equal(awq(w, statistics_of(x), scheme, judged_on="held-out"), none)
+    assert not torch.equal(judged(w, statistics_of(x), scheme), none)
 
 
 def test_the_rows_that_judge_a_scale_are_spread_over_the_whole_stack():

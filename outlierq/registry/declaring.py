@@ -181,15 +181,12 @@ def quantizer(name: str, *, needs: tuple[str, ...] = (), paper: str, **declared:
     return _register("quantize", name, needs, paper, gives=gives, **declared)
 
 
-def transform(
-    name: str, *, needs: tuple[str, ...] = (), paper: str, needs_if: ByOption | None = None
-) -> Callable[[F], F]:
+def transform(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:
     """Register `function(w, stats, scheme, tie, *, options) -> scale [in]` as `transform: [{method: name}]`.
 
-    A function with a fifth argument `shiftable` may return a `Move` with a shift where that is true. needs_if: see
-    `Method`.
+    A function with a fifth argument `shiftable` may return a `Move` with a shift where that is true.
     """
-    return _register("transform", name, needs, paper, needs_if=needs_if or {})
+    return _register("transform", name, needs, paper)
 
 
 def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -25,12 +26,7 @@ CONFIRMING_ROWS = 256
 Candidate = tuple[float, torch.Tensor, str, float]  # output error, scale [in], kind and r of the family
 
 
-@transform(
-    "awq",
-    needs=("hessian", "abs_mean"),
-    needs_if={"judged_on": {"held-out": ("rows",)}},
-    paper="arXiv:2306.00978",
-)
+@transform("awq", needs=("hessian", "abs_mean"), paper="arXiv:2306.00978")
 def awq(
     w: torch.Tensor,
     stats: InputStats,
@@ -40,7 +36,6 @@ def awq(
     grid_points: Annotated[int, Ge(1)] = 10,
     scaling: Literal["plain", "duo", "both"] = "both",
     search_rows: Annotated[int, Ge(1)] = 1024,
-    judged_on: Literal["all", "held-out"] = "all",
 ) -> torch.Tensor:
     """Scale [in] that minimises the output error tr(D H D^T) of rounding `w * scale` and dividing it out again.
 
@@ -48,16 +43,14 @@ def awq(
     group's maximum), x the mean |input| of a channel, r on a grid of [0, 1] and then around the best point; always the
     identity, so the result errs no more than no scaling. grid_points: steps of r on [0, 1]; scaling: which families to
     try. w: [out, in] float32, all linears that read the input,
-    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates. judged_on: `held-out` takes kept
-    tokens out of the search, and on those the best candidate must also beat no scaling when GPTQ rounds after it.
+    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates.
     tie: [in] producer channel of every input channel, or None; channels with one producer get one scale (grouped-query
     attention repeats a value channel over query heads).
     """
     if len(w) > search_rows:
         w = w[torch.linspace(0, len(w) - 1, search_rows, device=w.device).long()]
     family = Family(w, stats.need("abs_mean"), scheme, tie)
-    hessian, kept = without_rows(stats) if judged_on == "held-out" else (stats.need("hessian"), None)
-    judge = Judge(w, hessian, scheme)
+    judge = Judge(w, stats.need("hessian"), scheme)
     best = (judge.error(torch.ones_like(family.activity)), torch.ones_like(family.activity), "", 0.0)
     kinds = ("plain", "duo") if scaling == "both" else (scaling,)
     step = 1 / grid_points
@@ -68,13 +61,34 @@ def awq(
         _, _, kind, middle = best
         for r in (middle - step / 2, middle + step / 2):
             best = _better(best, judge, family, kind, r)
-        none = torch.ones_like(best[1])
-        if judge.searched_error(best[1]) >= judge.searched_error(none):
-            return none
-        if kept is not None and judge.held_out_error(best[1], kept) >= judge.held_out_error(none, kept):
-            note("no scaling: it errs less on tokens held out")
-            return none
+        if judge.searched_error(best[1]) >= judge.searched_error(torch.ones_like(best[1])):
+            return torch.ones_like(best[1])
     return best[1]
+
+
+@transform("awq_held_out", needs=("hessian", "abs_mean", "rows"), paper="arXiv:2306.00978")
+def awq_held_out(
+    w: torch.Tensor,
+    stats: InputStats,
+    scheme: QuantScheme,
+    tie: torch.Tensor | None = None,
+    *,
+    grid_points: Annotated[int, Ge(1)] = 10,
+    scaling: Literal["plain", "duo", "both"] = "both",
+    search_rows: Annotated[int, Ge(1)] = 1024,
+) -> torch.Tensor:
+    """The scale [in] of awq, found without the kept tokens, where GPTQ errs less after it on these than without it.
+
+    For what GPTQ rounds: awq itself judges by rounding to nearest, on the tokens that it searches on. w: [out, in].
+    """
+    rest, kept = without_rows(stats)
+    searched = replace(stats, hessian=rest)
+    scale = awq(w, searched, scheme, tie, grid_points=grid_points, scaling=scaling, search_rows=search_rows)
+    judge, none = Judge(w, rest, scheme), torch.ones_like(scale)
+    if torch.equal(scale, none) or judge.held_out_error(scale, kept) < judge.held_out_error(none, kept):
+        return scale
+    note("no scaling: it errs less on tokens held out")
+    return none
 
 
 def _better(best: Candidate, judge: Judge, family: Family, kind: str, r: float) -> Candidate:
