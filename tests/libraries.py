@@ -20,6 +20,7 @@ def needs(package: str, number: str, reason: str) -> pytest.MarkDecorator:
 sentencepiece_in_gguf = needs("transformers", "5.18", "loses tokens of such files")
 # 2, 4 and 8 bits fill whole words; of other widths no code was split between two words.
 dense_words = needs("compressed-tensors", "0.18", "packs 3, 5, 6 and 7 bits in another way")
+PACKED_BITS = [pytest.param(bits, marks=dense_words if 32 % bits else ()) for bits in range(2, 9)]
 # Up to 0.18 it guesses from the scales' shape, and takes one column of blocks for one scale a row.
 narrow_blocks = needs("compressed-tensors", "0.19", "misreads FP8 blocks of matrices at most one block wide")
 decoded_first = needs("transformers", "5.23", "initialises weights of such classes before it decodes them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from libraries import dense_words
+from libraries import PACKED_BITS
 
 from outlierq.core.errors import SourceError
 from outlierq.load import decode_codes, decode_pack_quantized
@@ -85,7 +85,7 @@ def test_rows_decoded_in_runs_equal_rows_decoded_at_once(monkeypatch):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, None])
-@pytest.mark.parametrize("bits", [pytest.param(bits, marks=dense_words if 32 % bits else ()) for bits in BITS])
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_what_compressed_tensors_packs_is_decoded_to_the_same_numbers(bits, group_size, symmetric):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

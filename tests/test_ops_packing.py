@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from libraries import PACKED_BITS
 from reference.statistics import random_weight
 
 from outlierq.core.scheme import QuantScheme
@@ -31,7 +32,7 @@ def test_packed_codes_of_every_width_come_back(bits, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 7, 32, 45, 96])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_packing_gives_the_words_of_the_compressed_tensors_package(bits, columns):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -40,7 +41,7 @@ def test_packing_gives_the_words_of_the_compressed_tensors_package(bits, columns
     assert torch.equal(pack(codes, bits), pack_to_int32(signed, bits))
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_zero_points_packed_along_rows_are_the_words_of_the_compressed_tensors_package(bits):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
