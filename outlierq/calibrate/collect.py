@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.core.model import InputGroup
+    from outlierq.core.scheme import ActivationScheme
 
 LARGE = 6.0  # the outlier criterion of LLM.int8(), arXiv:2208.07339 section 3.2
 HUGE = 20.0  # far beyond it: what no scale of a whole token survives
-POSITIONAL = ("sequence_large", "first_abs_max", "first_rows", "top_tokens")
+POSITIONAL = ("sequence_large", "first_abs_max", "first_rows", "first_rounded", "top_tokens")
 # What a run over the original model can keep.
 ALL_FIELDS = frozenset(FIELDS) - frozenset(PAIRED)
 # Fields that are not running sums of one shape.
@@ -85,6 +86,7 @@ class Collector:
     """Gathers the statistics of every input group while the module runs inside `with collector:`.
 
     module: the block (or model) that holds the sites. needs: `InputStats` fields, or "mean", "abs_mean", "abs_max".
+    inputs: how the client rounds the input of a group, by its name; then the hessian and what goes with it are of that.
     reservoir: rows to keep; each token has the same chance, and all groups keep the same tokens. notes: what could not
     be done as asked.
     """
@@ -98,6 +100,7 @@ class Collector:
         *,
         reservoir: int = 512,
         seed: int = 0,
+        inputs: Mapping[str, ActivationScheme] | None = None,
     ):
         if not 0 <= tokens.skip_first < tokens.length:
             raise StatsError(f"skip_first_tokens={tokens.skip_first} must be below the {tokens.length} of a sequence")
@@ -107,12 +110,14 @@ class Collector:
             group.name: _GroupSums(group, stored, tokens, _Reservoir(reservoir, seed) if "rows" in stored else None)
             for group in all_groups(list(groups))
         }
+        for name in self._sums.keys() & (inputs or {}).keys():
+            self._sums[name].rounding = (inputs or {})[name]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
         for name, sums in self._sums.items():
             site = submodule(self._module, name)
-            self._handles.append(site.register_forward_pre_hook(sums.hook, with_kwargs=True))
+            self._handles.append(site.register_forward_pre_hook(sums.hook, with_kwargs=True, prepend=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,6 +158,8 @@ class _GroupSums:
     def __init__(self, group: InputGroup, stored: frozenset[str], tokens: Sequences, rows: _Reservoir | None):
         self.name, self.fields, self.to_expert = group.name, stored, group.routed
         self.first: list[torch.Tensor] = []
+        self.rounding: ActivationScheme | None = None
+        self.first_rounded: list[torch.Tensor] = []
         self.sequence_length, self.skip, self.ids = tokens.length, tokens.skip_first, tokens.ids
         self.stride = token_stride(self.sequence_length - self.skip, HISTOGRAM_STRIDE)
         self.top: torch.Tensor | None = None
@@ -187,11 +194,10 @@ class _GroupSums:
             self._keep("first_abs_max", sequences[:, 0].float().abs().amax(0))
         if "first_rows" in self.fields and not self.routed and not self.skip:
             self.first.append(sequences[:, 0].to("cpu", torch.float32, copy=True))
-        if self.pair:
-            self.pair.add(sequences, self.skip, routed=self.routed)
+        seen = self._as_seen(sequences)
         if self.skip and not self.routed:
             self._check(sequences[:, : self.skip].flatten(0, 1).float(), inputs)
-            sequences = sequences[:, self.skip :]
+            sequences, seen = sequences[:, self.skip :], seen[:, self.skip :]
         self._add_sequences(sequences)
         self._check(self.values["min"], inputs)
         self._check(self.values["max"], inputs)
@@ -201,10 +207,26 @@ class _GroupSums:
             from outlierq.ops.precision import matmul_operands
 
             with matmul_operands(rows.dtype):
-                for some in rows.split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
+                for some in seen.flatten(0, 1).split(max(1, CHUNK_ELEMENTS_DEVICE // rows.shape[1])):
                     add_gram(self.values["hessian"], some)
         if self.rows:
             self.rows.add(rows)
+
+    def _as_seen(self, sequences: torch.Tensor) -> torch.Tensor:
+        """[sequences, tokens, K] as the linears see it, rounded where the client rounds it; pairs are summed."""
+        seen = sequences
+        if self.rounding is not None:
+            from outlierq.ops.activations import fake_quantize
+
+            seen = fake_quantize(sequences, self.rounding)
+            if "first_rounded" in self.fields and not self.routed and not self.skip:
+                self.first_rounded.append(seen[:, 0].float().cpu().clone())
+        if self.pair:
+            alone = self.rounding is not None and not self.pair.remembers  # there is one run of the model
+            if alone:
+                self.pair.remember(sequences)
+            self.pair.add(seen, self.skip, routed=self.routed, alone=alone)
+        return seen
 
     def _check(self, values: torch.Tensor, inputs: torch.Tensor) -> None:
         """NumbersError when the values, which come from these inputs, are not finite."""
@@ -338,6 +360,8 @@ class _GroupSums:
             values |= self.pair.finish(self.tokens)
         if self.first and "first_rows" in stored:
             values["first_rows"] = torch.cat(self.first)
+        if self.first_rounded and "first_rounded" in stored:
+            values["first_rounded"] = torch.cat(self.first_rounded)
         if self.top is not None and "top_tokens" in stored:
             values["top_tokens"] = self.top.clone()
         if "log2_histogram" in values:

@@ -1,4 +1,4 @@
-"""A linear's inputs in the original model beside those behind quantized blocks, token by token.
+"""A linear's inputs in the original model beside those behind quantized blocks or as they are rounded, token by token.
 
 Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv:2504.02692) asks for the output of the original layer on its
 original inputs. Both inputs of a token are only there together while a block runs twice, so their product is summed
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Pair:
-    """Running sum of (x0 - x) x^T of one input group; x0: in the original model, x: behind quantized blocks."""
+    """Running sum of (x0 - x) x^T of one input group; x0: in the original model, x: behind quantized blocks or rounded."""
 
     def __init__(self) -> None:
         self._original: torch.Tensor | None = None
@@ -22,25 +22,32 @@ class Pair:
         self._first: list[torch.Tensor] = []
         self._broken = False
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the inputs of a batch wait for their counterparts."""
+        return self._original is not None
+
     def remember(self, inputs: torch.Tensor) -> None:
         """The inputs of a batch in the original model, any shape."""
         self._original = inputs.clone()
 
-    def add(self, sequences: torch.Tensor, skip: int, *, routed: bool) -> None:
+    def add(self, sequences: torch.Tensor, skip: int, *, routed: bool, alone: bool = False) -> None:
         """The same batch behind quantized blocks [sequences, tokens, K], of which `skip` first tokens do not count.
 
-        Routed tokens may go to other experts in one of both runs: such an input has no pairs.
+        Routed tokens may go to other experts in one of both runs: such an input has no pairs. alone: there is one run,
+        and the batch is rounded.
         """
         import torch
 
         original, self._original = self._original, None
-        self._broken |= routed or original is None or original.numel() != sequences.numel()
+        lost = original is None or original.numel() != sequences.numel()
+        self._broken |= lost or (routed and not alone)
         if self._broken or original is None:
             return
         change = original.view_as(sequences).float() - sequences.float()
-        if not skip:
+        if not skip and not routed:
             self._first.append(change[:, 0].cpu())
-        rows, change = (each[:, skip:].flatten(0, 1) for each in (sequences.float(), change))
+        rows, change = (each[:, 0 if routed else skip :].flatten(0, 1) for each in (sequences.float(), change))
         if self._cross is None:
             with torch.inference_mode(False):
                 self._cross = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)

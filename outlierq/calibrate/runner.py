@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from outlierq.calibrate.experts import routing
+from outlierq.calibrate.rounding import rounding_inputs
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
 from outlierq.core.forward import StopForward, forward_of, head_of, several_rounds, stopping_at_head
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from outlierq.calibrate.collect import Collector
     from outlierq.calibrate.trace import RunOnce
     from outlierq.core.model import Structure
+    from outlierq.core.scheme import ActivationScheme
 
 T = TypeVar("T")
 Returned: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any]"  # by the code of a block
@@ -333,12 +335,13 @@ class BlockRunner:
         *,
         replace: bool = True,
         originals: Originals | None = None,
+        inputs: Mapping[str, ActivationScheme] | None = None,
         progress: Progress | None = None,
     ) -> HiddenStates:
         """Run block `index` over all batches; `hidden` then holds its outputs (unless `replace` is off).
 
         collect: sees the inputs of the block's sites on the way. originals: the same tokens in the original model,
-        which run before each batch, for a collector of pairs.
+        which run before each batch, for a collector of pairs. inputs: of linears that round theirs, not of `originals`.
         NumbersError when the output is not finite.
         """
         import torch
@@ -349,7 +352,8 @@ class BlockRunner:
                 if originals is not None:
                     with collect.of_original() if collect else nullcontext():
                         self._step(block_module, index, batch, originals.states, replace=originals.replace)
-                self._step(block_module, index, batch, hidden, replace=replace)
+                with rounding_inputs(block_module, inputs or {}):
+                    self._step(block_module, index, batch, hidden, replace=replace)
                 if progress:
                     progress((batch + 1) / len(hidden))
         return hidden

@@ -26,7 +26,8 @@ TOKEN_BINS = 64
 TOP_TOKENS = 20
 SEQUENCE, VALUE = TOP_COLUMNS.index("sequence"), TOP_COLUMNS.index("value")
 EXTREMES = {"min": "minimum", "max": "maximum", "first_abs_max": "maximum"}
-PAIRED = ("cross", "first_change")  # of two runs of the model beside each other
+# Of inputs beside what they are in another run of the model, or before they are rounded.
+PAIRED = ("cross", "first_change", "first_rounded")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class InputStats:
     (columns: `TOP_COLUMNS` of core/measured/block_stats.py, where the median is the lower one of two middle values; the
     token id is -1 where it is not known).
     cross: [K, K] float32, (1 / tokens) * sum of (x0 - x) x^T, with x0 the same token's input in the original model,
-    where x is what it is behind the quantized blocks. first_change: [sequences, K] float32, x0 - x of first tokens.
+    where x is what it is behind the quantized blocks, or as it is rounded; then the hessian is that of rounded inputs,
+    too. first_change, first_rounded: [sequences, K] float32, of first tokens x0 - x, and x where it is rounded.
     A field that the recipe did not need is None.
     """
 
@@ -71,6 +73,7 @@ class InputStats:
     top_tokens: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     first_change: torch.Tensor | None = None
+    first_rounded: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
         """The field or derived statistic `name`; StatsError when it was not kept, NumbersError when it holds a NaN."""
@@ -141,12 +144,12 @@ class InputStats:
         """
         if self.hessian is None or self.first_rows is None:
             return self
-        first = self.first_rows.float()
+        first = (self.first_rows if self.first_rounded is None else self.first_rounded).float()
         total = self.tokens + (weight - 1) * len(first)
         weighed = (self.hessian * self.tokens).addmm_(first.T, first, alpha=weight - 1).div_(total)
         sums = self.sum_x
         if sums is not None:
-            sums = (sums + (weight - 1) * first.double().sum(0)) * (self.tokens / total)
+            sums = (sums + (weight - 1) * self.first_rows.double().sum(0)) * (self.tokens / total)
         cross = self.cross
         if cross is not None and self.first_change is not None:
             cross = (cross * self.tokens).addmm_(self.first_change.T, first, alpha=weight - 1).div_(total)
@@ -168,7 +171,7 @@ class InputStats:
                 changed[name] = value / scale
             elif name in ("hessian", "cross"):
                 changed[name] = value / (scale[:, None] * scale[None, :])
-            elif name in ("rows", "first_rows", "first_change"):
+            elif name in ("rows", "first_rows", "first_change", "first_rounded"):
                 changed[name] = (value.float() / scale).to(value.dtype)
         return self._with(changed)
 

@@ -25,6 +25,7 @@ from outlierq.recipe.sections import (
 from outlierq.recipe.yaml_lines import KeyPath, Lines, at
 from outlierq.registry import Asked, FormatLimits, format_limits, method, transform_method
 
+MOVING = ("transform", "permute")  # kinds of transforms that change the input of a group
 TYPES = ("type", "mix", "embeddings")  # keys that name types of GGUF
 
 
@@ -83,13 +84,13 @@ def impossible(recipe: Recipe) -> list[str]:
             f"calibration: missing, but the methods need {', '.join(sorted(recipe.needs))}; "
             "add a `calibration` section (`calibration: {}` takes the defaults)"
         )
-    if "cross" in recipe.needs and recipe.calibration and recipe.calibration.mode != "sequential":
+    if "cross" in recipe.needs and recipe.calibration and not recipe.calibration.runs:
         name = recipe.quantize.method if recipe.quantize else "the method"
         faults.append(
             f"calibration.mode: {name} compares the inputs behind quantized blocks with the original ones; "
             "set `mode: sequential`"
         )
-    faults += _unlearnable(recipe)
+    faults += _unlearnable(recipe) + _rounded_inputs(recipe)
     format = format_limits(recipe.export.format)
     faults += format.recipe_faults(_asked(recipe))
     if recipe.quantize is not None:
@@ -114,6 +115,22 @@ def _unlearnable(recipe: Recipe) -> list[str]:
     if recipe.calibration is None or recipe.calibration.mode != "sequential":
         name = recipe.learn.method
         return [f"calibration.mode: {name} learns on the inputs behind quantized blocks; set `mode: sequential`"]
+    return []
+
+
+def _rounded_inputs(recipe: Recipe) -> list[str]:
+    """What is wrong with statistics of rounded inputs."""
+    if recipe.calibration is None or recipe.calibration.inputs == "exact" or recipe.quantize is None:
+        return []
+    moving = next((t.method for t in recipe.transform if transform_method(t.method).stage in MOVING), None)
+    if moving is not None:
+        return [f"calibration.inputs: {moving} changes what is rounded after it was calibrated; set `inputs: exact`"]
+    sections = (recipe.quantize.activations, *(each.activations for each in recipe.quantize.overrides))
+    asked = [each for each in sections if isinstance(each, Activations)]
+    if not asked:
+        return ["calibration.inputs: nothing rounds inputs; add `quantize.activations`, or set `inputs: exact`"]
+    if any(not each.dynamic and each.per == "tensor" for each in asked):
+        return ["calibration.inputs: one scale of a whole input is fixed after calibration; set `inputs: exact`"]
     return []
 
 

@@ -66,6 +66,8 @@ class Calibration(Section):
     """Which tokens the statistics are made of, and how.
 
     images: put before the first windows of text, one each, as the model's processor does it.
+    inputs: whether the hessian is of inputs as they come, or as the client rounds them; then, in sequential mode, so do
+    the blocks.
     shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
     """
 
@@ -78,10 +80,16 @@ class Calibration(Section):
     skip_first_tokens: int = Field(0, ge=0)
     sink_weight: float = Field(4.0, gt=0)
     mode: Literal["static", "sequential"] = "static"
+    inputs: Literal["exact", "rounded"] = "exact"
     batch_size: int = Field(4, ge=1)
     shards: int | None = Field(None, ge=1)
     all_experts: bool = False
     min_expert_tokens: int | None = Field(None, ge=0)
+
+    @property
+    def runs(self) -> bool:
+        """Whether statistics depend on the rest of the recipe, so that those of an earlier run do not do."""
+        return self.mode == "sequential" or self.inputs == "rounded"
 
     @field_validator("text", mode="before")
     @classmethod

@@ -107,6 +107,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "hessian": (CHANNELS, CHANNELS),
     "cross": (CHANNELS, CHANNELS),
     "first_change": (ANY, CHANNELS),
+    "first_rounded": (ANY, CHANNELS),
     "rows": (ANY, CHANNELS),
     "first_rows": (ANY, CHANNELS),
     "log2_histogram": (CHANNELS, ANY),

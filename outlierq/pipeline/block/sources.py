@@ -7,6 +7,7 @@ from pathlib import Path
 
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import InputGroup
+from outlierq.core.scheme import ActivationScheme
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.imatrix import StatsFromImatrix
 from outlierq.pipeline.block.stats import NoStats, StatsFromFile, StatsSource
@@ -26,6 +27,14 @@ def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, 
     A permutation is tried on the model with the tensors that the one before it left.
     """
     return all_of_lead if plan.recipe.permutations else dealt
+
+
+def rounded_inputs(plan: Plan) -> dict[str, ActivationScheme]:
+    """How the client rounds the input of each linear, by module, where the recipe asks for statistics of that."""
+    calibration = plan.recipe.calibration
+    if calibration is None or calibration.inputs == "exact":
+        return {}
+    return {site.module: scheme.activations for site, scheme in plan.schemes.items() if scheme.activations is not None}
 
 
 def stats_source(
@@ -48,6 +57,12 @@ def stats_source(
             raise RecipeError(
                 f"calibration.mode is sequential, which runs the model; the statistics in {stats} are static",
                 hint="leave --stats out, or --set calibration.mode=static",
+            )
+        if calibration.inputs == "rounded":
+            raise RecipeError(
+                f"calibration.inputs is rounded, which runs the model; the statistics in {stats} are of exact inputs",
+                hint="leave --stats out, or --set calibration.inputs=exact --set calibration.mode=static "
+                "--set quantize.method=gptq",
             )
         if recipe.permutations:
             raise RecipeError(
@@ -75,7 +90,8 @@ def stats_source(
     if recipe.learn is not None:
         _check_learning(recipe.learn, settings, len(tokens.ids), ranks)
     folds = bool(recipe.group_transforms or recipe.permutations)
-    asked = Asked(stored_fields(needs), folds, learns=recipe.learn is not None, owners=owners_for(plan))
+    learns = recipe.learn is not None
+    asked = Asked(stored_fields(needs), folds, rounded_inputs(plan), learns, owners_for(plan))
     source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)
     source.remark = remark
     return source

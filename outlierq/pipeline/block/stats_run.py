@@ -7,13 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.batches import Batch
 from outlierq.calibrate.collect import ALL_FIELDS, Collector, Sequences
-from outlierq.calibrate.experts import routing, seeing_all, tokens_note
+from outlierq.calibrate.experts import all_groups, routing, seeing_all, tokens_note
 from outlierq.calibrate.folds import prove_folds, tensor_parameters, without_shared
 from outlierq.calibrate.groups import find_groups, unseen_groups
 from outlierq.calibrate.logits import sample_logits
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.calibrate.corpus.text import TokenSet
+    from outlierq.core.scheme import ActivationScheme
     from outlierq.recipe import Calibration
     from outlierq.recipe.sections import Section
 
@@ -93,6 +94,7 @@ class Shard:
 class Asked:
     """What a run over the model is asked for. fields: what to keep, see InputStats and BlockStats.
 
+    inputs: how the client rounds the input of a linear, by module, where statistics shall be of that.
     folds: whether anybody asks which folds a group has. learns: whether blocks learn what the original ones give, which
     run beside them then. owners: which rank gets the statistics of each group; the
     others know of it only how many tokens there were.
@@ -100,6 +102,7 @@ class Asked:
 
     fields: frozenset[str] = ALL_FIELDS
     folds: bool = True
+    inputs: Mapping[str, ActivationScheme] = field(default_factory=dict)
     learns: bool = False
     owners: Callable[[Sequence[InputGroup], Ranks], Mapping[str, int]] = all_of_lead
 
@@ -131,6 +134,7 @@ class StatsFromRun:
         self.work, self.device, self.listen = work, resources.device, resources.listen
         self.ranks, self._owners, self._count = resources.ranks, asked.owners, settings.shards or 1
         self._savings, self._folds, self._learns = savings, asked.folds, asked.learns
+        self._inputs = asked.inputs
         self._towers = () if tokens.inputs else self.structure.towers  # which text does not run through
         self._unfilled: tuple[str, ...] = ()  # modules outside of the blocks that can do without weights for now
         self._scratch = work if work.is_dir() else Path(tempfile.gettempdir())  # another machine may not see it
@@ -186,7 +190,7 @@ class StatsFromRun:
     @property
     def paired(self) -> bool:
         """Whether the original model runs beside the quantized one. Its hidden states are not saved: `replay` runs."""
-        return "cross" in self.fields or self._learns
+        return ("cross" in self.fields and self.sequential) or self._learns
 
     def start(self) -> None:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
@@ -305,6 +309,7 @@ class StatsFromRun:
                         collector,
                         replace=carry,
                         originals=None if shard.originals is None else Originals(shard.originals, last),
+                        inputs=self._inputs_behind(block),
                         progress=tell,
                     )
                 merging.add((0, shard.text.index), collector.finish())
@@ -357,7 +362,13 @@ class StatsFromRun:
             Sequences(self.settings.sequence_length, self.settings.skip_first_tokens, shard.text.ids),
             reservoir=max(1, (number + 1) * ROWS // self._count - number * ROWS // self._count),
             seed=(self.settings.seed or 0) + number,
+            inputs=inputs_of(groups, self._inputs),
         )
+
+    def _inputs_behind(self, block: Block) -> dict[str, ActivationScheme]:
+        """How the linears of a block round their inputs where later ones see that: never in static mode."""
+        sites = block.sites if self.sequential else ()
+        return {site.module: self._inputs[site.module] for site in sites if site.module in self._inputs}
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
         """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""
@@ -492,7 +503,8 @@ class StatsFromRun:
         for name, parameter in tensor_parameters(module, block).items():
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
         for shard in shards:
-            shard.runner.run(module, block.index, shard.hidden, progress=self._tell(block.index, "outputs", shard))
+            tell = self._tell(block.index, "outputs", shard)
+            shard.runner.run(module, block.index, shard.hidden, inputs=self._inputs_behind(block), progress=tell)
 
     def _leave(self, block: Block) -> None:
         """Drop the block's weights; now and then save the hidden states, where the work folder can be seen.
@@ -508,6 +520,13 @@ class StatsFromRun:
             for shard in self.shards:
                 save_hidden(self._saved(shard), shard.hidden, self._fingerprint, shard.at)
             self._saved_at = time.monotonic()
+
+
+def inputs_of(groups: Sequence[InputGroup], inputs: Mapping[str, ActivationScheme]) -> dict[str, ActivationScheme]:
+    """How the client rounds the input of each group, where all its linears agree on that; their parts, too."""
+    known = {each.name: {inputs.get(site.module) for site in each.sites} for each in all_groups(list(groups))}
+    alike = {name: next(iter(schemes)) for name, schemes in known.items() if len(schemes) == 1}
+    return {name: scheme for name, scheme in alike.items() if scheme is not None}
 
 
 def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | None) -> tuple[Calibration, str]:

@@ -255,7 +255,7 @@ def _statistics(checkpoint: Checkpoint, recipe: Recipe, folder: Path, resources:
     """The statistics of the sweep, made when a recipe first needs them; None for a recipe that cannot use them."""
     settings = recipe.calibration
     apart = recipe.rewrites or recipe.permutations or recipe.pruning
-    if not recipe.needs or apart or settings is None or settings.mode == "sequential":
+    if not recipe.needs or apart or settings is None or settings.runs:
         return None
     text = settings.model_copy(update={"sink_weight": Calibration().sink_weight, "min_expert_tokens": None})
     stats = folder / f"{STATS}-{_digest(text)}"

@@ -29,8 +29,9 @@ def _seconds(plan: Plan) -> float:
     products = 2 * tokens * sum(s.out_features * s.in_features * (share if s.expert else 1) for s in plan.schemes)
     products += 2 * tokens * sum(k * k * (share if expert else 1) for _, expert, k in inputs)
     solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
-    beside = "cross" in plan.recipe.needs or plan.recipe.learn is not None  # the original model runs, too
-    passes = (2 if calibration.mode == "sequential" else 1) + beside
+    sequential = calibration.mode == "sequential"
+    beside = sequential and ("cross" in plan.recipe.needs or plan.recipe.learn is not None)  # the original model, too
+    passes = 1 + sequential + beside
     return 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops()
 
 

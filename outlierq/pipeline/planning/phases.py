@@ -110,7 +110,8 @@ class Phases:
             return 0
         token = self.work.hidden * self.work.itemsize
         shard = -(-calibration.samples // self.work.shards) * calibration.sequence_length * token
-        streams = 2 if "cross" in self.work.fields or self.work.learns else 1
+        beside = "cross" in self.work.fields and calibration.mode == "sequential"
+        streams = 2 if beside or self.work.learns else 1
         if shard <= self.savings.spill_bytes:
             return streams * self.mine * shard
         return streams * 2 * self._batch_tokens * token

@@ -202,9 +202,10 @@ class Plan(Shown):
         calibration = self.recipe.calibration
         rounded = self.caches or any(scheme.activations for scheme in self.schemes.values())
         if rounded and calibration is not None and calibration.mode == "sequential":
+            exact = "but inputs and cache" if calibration.inputs == "exact" else "and rounded inputs, but a cache"
             said.append(
-                "calibration.mode sequential: later blocks see the quantized weights of earlier ones, but inputs and "
-                "cache in 16 bits"
+                "calibration.mode sequential: later blocks see the quantized weights of earlier ones, "
+                f"{exact} in 16 bits"
             )
         return said
 

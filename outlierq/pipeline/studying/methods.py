@@ -247,10 +247,10 @@ class _Study:
     def _of_recipe(self, contender: Contender) -> _Made:
         """A whole recipe, on these statistics where it can use some, else calibrated on their text."""
         recipe = load(contender.recipe, [*self.conditions.settings, *contender.settings])
-        mode = recipe.calibration.mode if recipe.calibration else "static"
-        runs = bool(recipe.rewrites) or mode == "sequential"
+        own = recipe.calibration or Calibration()
+        runs = bool(recipe.rewrites) or own.runs
         if runs:
-            recipe = recipe.model_copy(update={"calibration": self._calibration(mode)})
+            recipe = recipe.model_copy(update={"calibration": self._calibration(own)})
         started = time.process_time()
         with tempfile.TemporaryDirectory(prefix="outlierq-study-") as folder:
             out = Path(folder, "out")
@@ -264,13 +264,12 @@ class _Study:
         errors = [row.output_error for row in report.rows if row.output_error is not None]
         return _Made(model, spent / sum(weights), sum(errors) / len(errors), seconds)
 
-    def _calibration(self, mode: str) -> Calibration:
+    def _calibration(self, own: Calibration) -> Calibration:
         """The settings of the statistics, for a recipe that calibrates block by block."""
         from outlierq.calibrate.stored.stats_file import StatsReader
-        from outlierq.recipe import Calibration
 
         settings = StatsReader(self.stats).calibration
-        return Calibration(**{**settings, "mode": mode})
+        return Calibration(**{**settings, "mode": own.mode, "inputs": own.inputs})
 
     @property
     def _quietly(self) -> Resources:
