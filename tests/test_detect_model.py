@@ -15,6 +15,7 @@ from outlierq.core.measured.outliers import OutlierReport
 from outlierq.core.model import Fold, InputGroup, LinearSite
 from outlierq.core.stats import InputStats
 from outlierq.detect import output_error, stage, verdict
+from outlierq.detect.summary import summarise
 from outlierq.load.token_text import token_texts
 
 PLANTED = (5, 23, 60)
@@ -123,6 +124,18 @@ def test_a_group_says_why_it_is_dangerous_and_what_helps(loud):
     assert f"{found.errors['w8a8']:.2%}" in found.reasons[0] and "smoothquant" in found.reasons[0]
     assert {channel.channel for channel in found.top_channels[:2]} == {3, 11}
     assert found.weights["model.layers.2.mlp.down_proj"]["w8a8"] == found.errors["w8a8"]
+
+
+def test_block_floats_are_predicted_with_both_operands_and_loud_inputs_named(weight, loud):
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(2))
+    calm = measured(weight, stats_of(x))
+    assert 0.01 < calm.errors["nvfp4"] < calm.errors["mxfp4"] < 0.05
+    assert set(output_error.block_floats(48)) == {"nvfp4"}
+    other = replace(measured(loud, stats_of(tokens())), group="model.layers.9.mlp.down_proj")
+    other = replace(other, errors={**other.errors, "nvfp4": 3 * calm.errors["nvfp4"]})
+    sentence = next(s for s in summarise([calm, calm, other], [], {}, []) if s.startswith("NVFP4"))
+    assert "model.layers.9.mlp.down_proj loses more than 2 times the median: `auto-nvfp4` keeps" in sentence
+    assert "auto" not in next(s for s in summarise([calm, calm], [], {}, []) if s.startswith("MXFP4"))
 
 
 def test_calm_inputs_have_no_reasons_and_no_remedy(weight):

@@ -66,7 +66,7 @@ def test_a_shipped_recipe_parses_and_says_what_it_is_for(name):
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_the_bits_in_the_name_of_a_shipped_recipe_are_its_bits(name):
     quantize = recipe.load(name).quantize
-    named = re.search(r"\bw(\d)|^(?:nv|mx)?fp(\d)|int(\d)|q(\d)_", name)
+    named = re.search(r"\bw(\d)|^(?:auto-)?(?:nv|mx)?fp(\d)|int(\d)|q(\d)_", name)
     assert (quantize is None) == (named is None)
     if quantize is not None:
         type = mixes()[quantize.mix]["type"] if quantize.mix else quantize.type
@@ -409,6 +409,7 @@ def float4(scales: str, columns: int, *, dynamic: bool) -> list[str]:
 
 
 STATIC = "quantize.activations={dynamic: false, per: tensor}"
+EIGHT_BIT_INPUTS = ["transform=[]", "quantize.activations={}"]
 SEQUENTIAL = ["calibration.mode=sequential", "quantize={method: gptq}"]
 LEARNING = [*SEQUENTIAL, "learn={method: block_round}"]
 # By section and key: one setting that changes the key, or two lists of settings that differ in it.
@@ -422,6 +423,7 @@ CHANGES = {
         "skip_first_tokens": "calibration.skip_first_tokens=1",
         "sink_weight": "calibration.sink_weight=2",
         "mode": "calibration.mode=sequential",
+        "inputs": (EIGHT_BIT_INPUTS, [*EIGHT_BIT_INPUTS, "calibration.inputs=rounded"]),
         "batch_size": "calibration.batch_size=1",
         "all_experts": "calibration.all_experts=true",
         "min_expert_tokens": "calibration.min_expert_tokens=8",
@@ -447,6 +449,7 @@ CHANGES = {
         "when_indivisible": "quantize.when_indivisible=keep",
         "ignore": "quantize.ignore=[]",
         "overrides": "quantize.overrides=[]",
+        "keep_share": "quantize.keep_share=0.05",
         "options": "quantize.damp=0.03",
     },
     Override: {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Pair:
-    """Running sum of (x0 - x) x^T of one input group; x0: in the original model, x: behind quantized blocks or rounded."""
+    """Running sum of (x0 - x) x^T of one input group; x0: in the original model, x: as the linears see it."""
 
     def __init__(self) -> None:
         self._original: torch.Tensor | None = None

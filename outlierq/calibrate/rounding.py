@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from outlierq.core.scheme import ActivationScheme
+
+    Hook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @contextmanager
@@ -38,10 +40,12 @@ class _Rounder:
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, ActivationScheme, torch.Tensor] | None = None
 
-    def hook(self, scheme: ActivationScheme) -> Any:
+    def hook(self, scheme: ActivationScheme) -> Hook:
         """A forward pre-hook."""
 
-        def rounded(part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def rounded(
+            part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             x = self._rounded(first_input(args, kwargs), scheme)
             if args:
                 return (x, *args[1:]), kwargs

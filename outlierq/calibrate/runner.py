@@ -109,6 +109,7 @@ class HiddenStates:
     models there are several streams, before the sequences or behind the tokens.
     They are in memory, or in a mapped file of which only the batch in use is resident; see `Spill`.
     The file has no name any more once it is mapped, so nothing is left behind by a run that was killed.
+    inputs: how linears round theirs while these states pass, by module.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class HiddenStates:
 
         size = prod(shape)
         self.batch_size, self.sequence_axis = batch_size, sequence_axis
+        self.inputs: Mapping[str, ActivationScheme] = {}
         self.spilled = spill is not None and size * dtype.itemsize > spill.above
         self._map = _mapped(Path(spill.folder), size * dtype.itemsize) if spill and self.spilled else None
         if self._map is None:
@@ -335,13 +337,12 @@ class BlockRunner:
         *,
         replace: bool = True,
         originals: Originals | None = None,
-        inputs: Mapping[str, ActivationScheme] | None = None,
         progress: Progress | None = None,
     ) -> HiddenStates:
         """Run block `index` over all batches; `hidden` then holds its outputs (unless `replace` is off).
 
         collect: sees the inputs of the block's sites on the way. originals: the same tokens in the original model,
-        which run before each batch, for a collector of pairs. inputs: of linears that round theirs, not of `originals`.
+        which run before each batch, for a collector of pairs.
         NumbersError when the output is not finite.
         """
         import torch
@@ -352,15 +353,16 @@ class BlockRunner:
                 if originals is not None:
                     with collect.of_original() if collect else nullcontext():
                         self._step(block_module, index, batch, originals.states, replace=originals.replace)
-                with rounding_inputs(block_module, inputs or {}):
-                    self._step(block_module, index, batch, hidden, replace=replace)
+                self._step(block_module, index, batch, hidden, replace=replace)
                 if progress:
                     progress((batch + 1) / len(hidden))
         return hidden
 
     def _step(self, module: torch.nn.Module, index: int, batch: int, hidden: HiddenStates, *, replace: bool) -> None:
         """Run block `index` on one batch of hidden states, which its output replaces if asked. NumbersError."""
-        output = self.forward(module, index, batch, hidden[batch])
+        inside = (site.module for site in self.structure.blocks[index].sites if site.module in hidden.inputs)
+        with rounding_inputs(module, {name: hidden.inputs[name] for name in inside}):
+            output = self.forward(module, index, batch, hidden[batch])
         if not output.isfinite().all():
             bad, name = int((~output.isfinite()).sum()), self.structure.blocks[index].name
             raise NumbersError(

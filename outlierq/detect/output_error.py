@@ -1,9 +1,9 @@
-"""Predicted relative output error of a site in W8A8 and in W4A16, as it is and after the cheapest remedies.
+"""Predicted relative output error of a site in W8A8, W4A16, NVFP4 and MXFP4, as it is and after the cheapest remedies.
 
 sum over tokens of ||Q(x) Q(W)^T - x W^T||^2 / sum ||x W^T||^2 (ops/search/site_error.py): from the reservoir for W8A8
-(int8 per token and per output channel), from the hessian as tr(D H D^T) / tr(W H W^T) for W4A16, where D is what
-rounding does to W. Rounding is to nearest; GPTQ and searched scales end lower, so the figures rank sites and predict no
-method.
+(int8 per token and per output channel) and for both operands in NVFP4 or MXFP4, from the hessian as
+tr(D H D^T) / tr(W H W^T) for W4A16, where D is what rounding does to W. Rounding is to nearest; GPTQ and searched
+scales end lower, so the figures rank sites and predict no method.
 
 Remedies, in the order of what they change:
   smoothquant  s_j = max|x_j|^0.5 / max|W_j|^0.5 (Xiao et al. 2022, arXiv:2211.10438, Eq. 4), folded into the producer
@@ -24,7 +24,13 @@ from outlierq.detect.sample import spread
 from outlierq.ops.hadamard import hadamard_transform
 from outlierq.ops.search.site_error import SiteError
 
+NVFP4_INPUTS = ActivationScheme("float", 4, False, "group", 16, "two-level")
+MXFP4_INPUTS = ActivationScheme("float", 4, True, "group", 32, "power-of-two")
 W8A8 = QuantScheme(bits=8, group_size=None, activations=ActivationScheme())
+BLOCK_FLOATS = {
+    "nvfp4": QuantScheme(4, 16, kind="float", scales="two-level", activations=NVFP4_INPUTS),
+    "mxfp4": QuantScheme(4, 32, kind="float", scales="power-of-two", activations=MXFP4_INPUTS),
+}
 # Output rows that are tried; the error is a mean over all of them.
 ROWS = 256
 # LLM.int8() keeps at most 7 columns of the models in the paper; wide layers get 0.5 %.
@@ -35,6 +41,11 @@ def w4a16(in_features: int) -> QuantScheme:
     """4 bits with the largest group of 128, 64 or 32 columns that fits, else one scale a row."""
     fitting = (size for size in (128, 64, 32) if in_features % size == 0)
     return QuantScheme(bits=4, group_size=next(fitting, None))
+
+
+def block_floats(in_features: int) -> dict[str, QuantScheme]:
+    """Both operands in 4-bit floats, by name; what no block of columns divides is left out."""
+    return {name: scheme for name, scheme in BLOCK_FLOATS.items() if in_features % (scheme.group_size or 1) == 0}
 
 
 def predicted_error(

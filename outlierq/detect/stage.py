@@ -225,7 +225,8 @@ def _by_output(stack: torch.Tensor, stats: InputStats) -> float:
 
 def _schemes(group: InputGroup) -> dict[str, QuantScheme]:
     """The schemes whose cost is predicted."""
-    return {"w8a8": output_error.W8A8, "w4a16": output_error.w4a16(group.sites[0].in_features)}
+    width = group.sites[0].in_features
+    return {"w8a8": output_error.W8A8, "w4a16": output_error.w4a16(width), **output_error.block_floats(width)}
 
 
 def _predict(weight: torch.Tensor, stats: InputStats, scheme: QuantScheme, scale: torch.Tensor | None = None) -> float:

@@ -10,6 +10,7 @@ from outlierq.detect.inputs.channel_ratio import STANDS_OUT
 from outlierq.detect.verdict import ADVICE, LADDER, LAST_RESORT
 
 MOST_NAMES = 12
+LOUD = 2.0  # times the median error of 4-bit floats, which is nearly the same for all inputs without outliers
 
 
 def summarise(
@@ -28,6 +29,7 @@ def summarise(
         _sinks(blocks),
         _remedies(groups),
         _worst(groups, "w4a16", "W4A16 (round to nearest)"),
+        *(_block_floats(groups, scheme) for scheme in ("nvfp4", "mxfp4")),
     ]
     return tuple(sentence for sentence in sentences if sentence)
 
@@ -122,6 +124,17 @@ def _worst(groups: Sequence[GroupOutliers], scheme: str, name: str) -> str:
         return ""
     middle, (highest, where) = errors[len(errors) // 2][0], errors[-1]
     return f"{name}: predicted output error {middle:.2%} at the median input, {highest:.2%} at the worst ({where})."
+
+
+def _block_floats(groups: Sequence[GroupOutliers], scheme: str) -> str:
+    """Both operands in 4-bit floats: errors, and the inputs that stand out, for which 8 bits are the remedy."""
+    worst = _worst(groups, scheme, f"{scheme.upper()} W4A4 (round to nearest)")
+    errors = sorted(((group.errors[scheme], group.group) for group in groups if scheme in group.errors), reverse=True)
+    loud = [name for error, name in errors if error > LOUD * errors[len(errors) // 2][0]]
+    if not loud:
+        return worst
+    many = "loses" if len(loud) == 1 else "lose"
+    return f"{worst} {names(loud)} {many} more than {LOUD:g} times the median: `auto-{scheme}` keeps such in FP8."
 
 
 def names(items: Iterable[str]) -> str:

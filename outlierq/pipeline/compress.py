@@ -16,6 +16,7 @@ from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.expert_stats import expert_stats, remove_expert_stats
 from outlierq.pipeline.convert import convert, make_conversion
+from outlierq.pipeline.fitting.sensitive import remove_sensitive_stats, with_sensitive_kept
 from outlierq.pipeline.ledger.single import file_of, folder_for, put_in_place
 from outlierq.pipeline.measuring.measure import (
     Measurement,
@@ -80,6 +81,7 @@ def _into_folder(source: Source, request: Request, out: Path, run: Run, resource
         report = _compressed(checkpoint, request, out, run, resources)
         if resources.ranks.lead:
             remove_expert_stats(folder_of(out))
+            remove_sensitive_stats(folder_of(out))
             checkpoint.drop_shards()
         return report
 
@@ -94,6 +96,7 @@ def _compressed(
     if measurement is not None:
         ranks.first(lambda: check_measurement(checkpoint, measurement))
     experts = expert_stats(checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources)
+    recipe = with_sensitive_kept(checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources)
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
         plan = make_plan(checkpoint, recipe, expert_stats=experts)
     if gate is not None and resources.max_memory is not None:

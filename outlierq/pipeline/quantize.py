@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq import __version__
 from outlierq.calibrate.stored.spilled import each_changed
-from outlierq.core.errors import during
+from outlierq.core.errors import RecipeError, during
 from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.machine.record import signed
 from outlierq.core.model import Block, InputGroup, LinearSite, as_matrix, largest
@@ -74,6 +74,11 @@ def quantize(
     stats: a folder of `outlierq calibrate` to use instead of running the model. An interrupted run continues.
     All processes that share the work get the lead's report.
     """
+    if plan.recipe.quantize is not None and plan.recipe.quantize.keep_share is not None:
+        raise RecipeError(
+            "quantize.keep_share is decided by a calibration before the plan, which only `outlierq quantize` makes",
+            hint="use that, or --set quantize.keep_share=null",
+        )
     ranks, listen = resources.ranks, resources.listen
     former = ranks.first(lambda: None if restart else former_shards(work_folder(out)))
     savings = obeying(work_of(plan, resources, stats=stats is not None, shards=former), resources)

@@ -90,7 +90,7 @@ def impossible(recipe: Recipe) -> list[str]:
             f"calibration.mode: {name} compares the inputs behind quantized blocks with the original ones; "
             "set `mode: sequential`"
         )
-    faults += _unlearnable(recipe) + _rounded_inputs(recipe)
+    faults += _unlearnable(recipe) + _rounded_inputs(recipe) + _kept_share(recipe)
     format = format_limits(recipe.export.format)
     faults += format.recipe_faults(_asked(recipe))
     if recipe.quantize is not None:
@@ -131,6 +131,20 @@ def _rounded_inputs(recipe: Recipe) -> list[str]:
         return ["calibration.inputs: nothing rounds inputs; add `quantize.activations`, or set `inputs: exact`"]
     if any(not each.dynamic and each.per == "tensor" for each in asked):
         return ["calibration.inputs: one scale of a whole input is fixed after calibration; set `inputs: exact`"]
+    return []
+
+
+def _kept_share(recipe: Recipe) -> list[str]:
+    """What is wrong with keeping the linears that cost most."""
+    if recipe.quantize is None or recipe.quantize.keep_share is None:
+        return []
+    if recipe.export.format != "compressed-tensors":
+        return [f"quantize.keep_share: {recipe.export.format} holds no FP8 beside other numbers; leave it out"]
+    whole = next((step.method for step in recipe.rewrites), None)
+    if whole is not None:
+        return [f"quantize.keep_share: {whole} rewrites the model, and what is kept is predicted of the source"]
+    if recipe.calibration is None:
+        return ["quantize.keep_share: predicting needs text; add a `calibration` section"]
     return []
 
 

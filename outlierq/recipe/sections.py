@@ -202,7 +202,8 @@ class Quantize(Section):
     MXFP4 or MXFP8. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of
     types ("Q4_K_M", see `core/gguf/mixes.py`), which overrides can change; embeddings: the type of the table of
     embeddings, which stays as it is without a mix or this key. ignore: patterns of the linears that stay in 16 bits.
-    The output head stays there, too, unless the list is empty or an override names it.
+    The output head stays there, too, unless the list is empty or an override names it. keep_share: of the weights in
+    blocks at most, those of linears that the scheme is predicted to cost most: they get FP8, or keep 16 bits.
     """
 
     method: str
@@ -219,6 +220,7 @@ class Quantize(Section):
     when_indivisible: GroupPolicy = "smaller-group"
     ignore: tuple[str, ...] = ("*lm_head",)
     overrides: tuple[Override, ...] = ()
+    keep_share: float | None = Field(None, gt=0, lt=1)
     options: dict[str, Any] = {}
 
     _group_size = field_validator("group_size", mode="before")(_columns)

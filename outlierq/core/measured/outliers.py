@@ -54,7 +54,7 @@ class GroupOutliers:
     top_channels: the channels with the largest |x|, largest first, with every measure.
     measures: name -> value (channel_ratio, top_share, kurtosis, sigma_rate, largest_sigma, iqr_rate, hill_alpha,
     token_range, log_qsur, ...). weights: site -> name -> value (alpha, stable_rank, ...).
-    errors: scheme -> predicted relative output error, "w8a8", "w4a16", and the same after a remedy
+    errors: scheme -> predicted relative output error, "w8a8", "w4a16", "nvfp4", "mxfp4", and the same after a remedy
     ("w8a8 smoothquant", "w8a8 split", "w8a8 rotation", "w4a16 awq"); weights hold the errors of single sites, too.
     remedy: the cheapest that helps W8A8, "16 bits" when none does, "" when none is needed. danger, reasons: in words.
     missing: measures that could not be computed, each with the reason.

@@ -206,6 +206,8 @@ class StatsFromRun:
                 shard.originals = self._originals(shard)
             else:
                 shard.at = load_hidden(self._saved(shard), shard.hidden, self._fingerprint)
+            if self.sequential:
+                shard.hidden.inputs = self._inputs
         self._started = True
 
     def _originals(self, shard: Shard) -> HiddenStates:
@@ -309,7 +311,6 @@ class StatsFromRun:
                         collector,
                         replace=carry,
                         originals=None if shard.originals is None else Originals(shard.originals, last),
-                        inputs=self._inputs_behind(block),
                         progress=tell,
                     )
                 merging.add((0, shard.text.index), collector.finish())
@@ -364,11 +365,6 @@ class StatsFromRun:
             seed=(self.settings.seed or 0) + number,
             inputs=inputs_of(groups, self._inputs),
         )
-
-    def _inputs_behind(self, block: Block) -> dict[str, ActivationScheme]:
-        """How the linears of a block round their inputs where later ones see that: never in static mode."""
-        sites = block.sites if self.sequential else ()
-        return {site.module: self._inputs[site.module] for site in sites if site.module in self._inputs}
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
         """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""
@@ -503,8 +499,7 @@ class StatsFromRun:
         for name, parameter in tensor_parameters(module, block).items():
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
         for shard in shards:
-            tell = self._tell(block.index, "outputs", shard)
-            shard.runner.run(module, block.index, shard.hidden, inputs=self._inputs_behind(block), progress=tell)
+            shard.runner.run(module, block.index, shard.hidden, progress=self._tell(block.index, "outputs", shard))
 
     def _leave(self, block: Block) -> None:
         """Drop the block's weights; now and then save the hidden states, where the work folder can be seen.

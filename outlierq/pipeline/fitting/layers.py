@@ -44,7 +44,7 @@ def layers_of(plan: Plan, client: Client, schemes: Sequence[QuantScheme]) -> lis
     """
     recipes = {scheme: asking(plan.recipe, scheme) for scheme in schemes}
     layers = []
-    for sites in _together(plan, client):
+    for sites in together(plan, client):
         held: dict[Storage, int] = {}
         for scheme, recipe in recipes.items():
             size = _bytes(plan, recipe, sites, scheme)
@@ -56,7 +56,7 @@ def layers_of(plan: Plan, client: Client, schemes: Sequence[QuantScheme]) -> lis
     return layers
 
 
-def _together(plan: Plan, client: Client) -> list[tuple[LinearSite, ...]]:
+def together(plan: Plan, client: Client) -> list[tuple[LinearSite, ...]]:
     """The linears that need one scheme: what the client merges, and the experts of a block or of the whole model."""
     inside = {site: scheme for site, scheme in plan.schemes.items() if site.block is not None}
     inside = {site: scheme for site, scheme in inside.items() if site not in plan.taken_over}

@@ -61,26 +61,26 @@ def overrides(layers: Sequence[Layer], chosen: Sequence[Storage], usual: Storage
     modules: dict[tuple[str, Storage], list[str]] = {}
     for layer, storage in zip(layers, chosen, strict=True):
         if storage != usual:
-            for kind, names in _kinds(layer.sites).items():
+            for kind, names in kinds(layer.sites).items():
                 modules.setdefault((kind, storage), []).extend(names)
     return [
-        {"match": _pattern(names), **({"keep": True} if storage is None else keys_of(storage))}
+        {"match": pattern(names), **({"keep": True} if storage is None else keys_of(storage))}
         for (_, storage), names in modules.items()
     ]
 
 
-def _kinds(sites: Iterable[LinearSite]) -> Mapping[str, list[str]]:
+def kinds(sites: Iterable[LinearSite]) -> Mapping[str, list[str]]:
     """The modules of a layer, those that differ in a number or in the last name only together."""
-    kinds: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
     for site in sites:
         parent = site.module.rpartition(".")[0]
-        kinds.setdefault(NUMBER.sub("#", parent + "."), []).append(site.module)
+        modules.setdefault(NUMBER.sub("#", parent + "."), []).append(site.module)
     return {
-        f"{kind}({'|'.join(sorted({n.rpartition('.')[2] for n in names}))})": names for kind, names in kinds.items()
+        f"{kind}({'|'.join(sorted({n.rpartition('.')[2] for n in names}))})": names for kind, names in modules.items()
     }
 
 
-def _pattern(modules: Sequence[str]) -> str:
+def pattern(modules: Sequence[str]) -> str:
     """A regular expression for these modules, which differ in numbers and last names in all combinations."""
     parts = [module.split(".") for module in modules]
     words = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]

@@ -199,6 +199,12 @@ class Plan(Shown):
         without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
         if without:
             said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
+        share = self.recipe.quantize.keep_share if self.recipe.quantize else None
+        if share is not None:
+            said.append(
+                f"quantize.keep_share: layers with up to {share:.0%} of these weights get FP8 or keep 16 bits instead, "
+                "and the result is larger by that; a calibration before the run decides which"
+            )
         calibration = self.recipe.calibration
         rounded = self.caches or any(scheme.activations for scheme in self.schemes.values())
         if rounded and calibration is not None and calibration.mode == "sequential":
