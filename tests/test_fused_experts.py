@@ -208,6 +208,20 @@ def test_experts_that_stay_are_declared_by_the_names_of_the_class_where_the_file
     assert torch.allclose(logits(tmp_path / "out", ids), our_logits(tmp_path / "out", ids), atol=1e-3)
 
 
+def test_experts_that_transformers_loads_in_one_tensor_only_are_said_first_with_a_command_that_works(outlierq, layouts):
+    source = layouts("GraniteMoe")
+    said = outlierq("plan", source, "-r", "rtn-w8")
+    notes = " ".join(said.out.split()).partition("note ")[2]
+    assert notes.startswith("transformers 5.23, experts: does not load them"), said.out + said.err
+    command = re.search(r"`--set '(quantize\.ignore=.*?)'` keeps them in 16 bits", notes).group(1)
+    plan = make_plan(open_checkpoint(str(source)), load("rtn-w8", [command]))
+    assert not any(planned.scheme for planned in plan.sites if planned.site.expert)
+    lines = [line for line in plan.clients if line.startswith("transformers")]
+    assert lines and all(": loads" in line for line in lines)  # and it does: see the test before
+    merged = make_plan(open_checkpoint(str(layouts("Llama4"))), load("rtn-w8"))
+    assert not merged.experts_remedy
+
+
 def test_the_proof_refuses_a_module_that_computes_something_else(layouts):
     from outlierq.load.model.experts.proof import proved_layout
 

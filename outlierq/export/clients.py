@@ -177,6 +177,12 @@ def with_fault(lines: Sequence[str], fault: PackedFault) -> list[str]:
     return said
 
 
+def with_experts_remedy(lines: Sequence[str], remedy: str) -> list[str]:
+    """The lines about experts, that of transformers with what helps where it does not load them."""
+    is_lost = [line.startswith("transformers") and ": does not load" in line and bool(remedy) for line in lines]
+    return [f"{line}; {remedy}" if lost else line for line, lost in zip(lines, is_lost, strict=True)]
+
+
 def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:
     """Why a client that merges linears into one layer cannot load these."""
     layers = list(_merged_layers(merged["layers"], sites))

@@ -60,7 +60,9 @@ def plan(rows: Sequence[PlanRow], notes: Iterable[str] = ()) -> RenderableType:
 
 def plan_of(planned: Plan) -> RenderableType:
     """A plan with everything that is said of it."""
-    return plan(planned.rows, [*planned.notes, *planned.clients])
+    clients = planned.clients
+    first = [line for line in clients if line.startswith("transformers") and ": does not load" in line]
+    return plan(planned.rows, [*first, *planned.notes, *(line for line in clients if line not in first)])
 
 
 def expectations(planned: Plan, ceiling: str | int | None = None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import gcd
@@ -25,6 +25,7 @@ from outlierq.pipeline.planning.alike import SMALLER_GROUPS, alike_experts, alik
 from outlierq.pipeline.planning.embeddings import with_embeddings
 from outlierq.pipeline.planning.extra import with_extra_blocks
 from outlierq.pipeline.planning.loadable import loadable_experts
+from outlierq.pipeline.planning.mixture import mixture
 from outlierq.pipeline.planning.plan import OUTSIDE, CachePlan, Plan, SitePlan, unit_name
 from outlierq.pipeline.remodel.rewrite import rewritten
 from outlierq.recipe import GroupPolicy, Quantize, Recipe, load, parse_size
@@ -36,6 +37,7 @@ TOWER_KEPT = (
     "quantizes it"
 )
 
+COMPRESSED = "compressed-tensors"
 CLASS_NAMES = "export.names: class writes what it loads"
 CODES_KEPT = "left alone: it keeps the codes and scales of the source, bit for bit"
 CONFIG_NAME = "config.json"
@@ -49,12 +51,37 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | No
     from outlierq.load import served
 
     source = served(_decoding(checkpoint, recipe))
-    plan = _planned(rewritten(source, recipe, expert_stats=expert_stats), recipe)
+
+    def planned(other: Recipe) -> Plan:
+        return _planned(rewritten(source, other, expert_stats=expert_stats), other)
+
+    return _with_experts_remedy(_with_names_remedy(planned(recipe), planned), planned)
+
+
+def _with_names_remedy(plan: Plan, planned: Callable[[Recipe], Plan]) -> Plan:
+    """The plan with the names of the class as what helps, where transformers loads nothing but that."""
+    recipe = plan.recipe
     if plan.load_fault is None or plan.load_fault.is_decoded or recipe.export.names == "class":
         return plan
     renamed = recipe.model_copy(update={"export": recipe.export.model_copy(update={"names": "class"})})
-    other = _planned(rewritten(source, renamed, expert_stats=expert_stats), renamed)
-    return plan if other.load_fault else replace(plan, load_fault=replace(plan.load_fault, remedy=CLASS_NAMES))
+    if planned(renamed).load_fault:
+        return plan
+    return replace(plan, load_fault=replace(plan.load_fault, remedy=CLASS_NAMES))
+
+
+def _with_experts_remedy(plan: Plan, planned: Callable[[Recipe], Plan]) -> Plan:
+    """The plan with kept experts as what helps, where others read them apart, and transformers in one tensor only."""
+    quantize = plan.recipe.quantize
+    experts = [site for site in plan.schemes if site.expert is not None]
+    if quantize is None or not experts or plan.format.name != COMPRESSED or mixture(plan.model, {}).is_merged:
+        return plan
+    kept = list(dict.fromkeys(f"*.{str(site.expert).split('.')[-2]}.*" for site in experts))
+    ignore = [*quantize.ignore, *kept]
+    other = planned(plan.recipe.model_copy(update={"quantize": quantize.model_copy(update={"ignore": ignore})}))
+    if other.load_fault is not None and not other.load_fault.is_decoded:
+        return plan
+    remedy = f"`--set 'quantize.ignore={json.dumps(ignore)}'` keeps them in 16 bits, and that it loads"
+    return replace(plan, experts_remedy=remedy)
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
@@ -133,7 +160,7 @@ def _taken_over(planned: SitePlan, recipe: Recipe, format: Format, checkpoint: C
     """
     site, scheme = planned.site, checkpoint.code_scheme(planned.site.weight)
     meant = recipe.scheme_for(site.module, checkpoint.dtype, tower=site.tower)
-    if scheme is None or meant is not None or recipe.transform or format.name != "compressed-tensors":
+    if scheme is None or meant is not None or recipe.transform or format.name != COMPRESSED:
         return planned
     if site.tower is not None or format.obstacle(site, scheme):
         return planned
@@ -184,7 +211,7 @@ def assembled(
     packed = [site.weight for site in schemes if site.weight not in written]
     is_fp8 = all(scheme.kind == "float" and scheme.bits == 8 for scheme in schemes.values())
     can_decode = format.dense_key(set(schemes.values()))
-    is_run = format.name == "compressed-tensors"  # by transformers, not by a plug-in with kernels of its own
+    is_run = format.name == COMPRESSED  # by transformers, not by a plug-in with kernels of its own
     added = [name for name in written if name not in checkpoint.tensors] if is_run else []
     fault = packed_fault(model, [site.weight for site in schemes], packed, added, is_fp8=is_fp8)
     dense_key = can_decode if fault is not None and fault.loads_dense else None

@@ -14,7 +14,14 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
-from outlierq.export.clients import PackedFault, with_class, with_class_names, with_fault, with_layers
+from outlierq.export.clients import (
+    PackedFault,
+    with_class,
+    with_class_names,
+    with_experts_remedy,
+    with_fault,
+    with_layers,
+)
 from outlierq.export.declared import stacks
 from outlierq.export.layout import DTYPE_BYTES, INDEX_NAME, Layout
 from outlierq.pipeline.planning.mixture import architecture, mixture
@@ -83,7 +90,8 @@ class Plan(Shown):
     the report. caches: by block index, for blocks whose KV cache gets scales. together: linears of experts of which
     none is quantized, so that they stay in the tensor that the source has for all of them; they are no sites.
     expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
-    nobody asked. load_fault: why transformers cannot hold packed weights of this class, and what helps.
+    nobody asked. load_fault: why transformers cannot hold packed weights of this class, and what helps. experts_remedy:
+    a setting with which it loads the model, where it does not load experts that are packed apart.
     """
 
     model: StudiedModel
@@ -96,6 +104,7 @@ class Plan(Shown):
     expected: Estimate | None = None
     savings: tuple[str, ...] | None = None
     load_fault: PackedFault | None = None
+    experts_remedy: str = ""
 
     @cached_property
     def format(self) -> Format:
@@ -302,7 +311,8 @@ class Plan(Shown):
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = {site: self.schemes.get(site) for site in self.structure.sites if site.expert}
         if any(experts.values()):
-            said += self.format.expert_clients(set(experts.values()), mixture(self.model, experts))
+            of_experts = self.format.expert_clients(set(experts.values()), mixture(self.model, experts))
+            said += with_experts_remedy(of_experts, self.experts_remedy)
         said = with_class(said, architecture(self.model))
         return with_class_names(said) if self.recipe.export.names == "class" else said
 
