@@ -332,6 +332,7 @@ def evaluate(
     dtype: str | None = None,
     bos: bool = True,
     max_length: int | None = None,
+    kv_cache: str | None = None,
     limits: Limits | None = None,
     out: Place | None = None,
     junit: Place | None = None,
@@ -351,7 +352,8 @@ def evaluate(
     `batch_size` sequences at a time, their data from `data_dir` or the Hub; `backend` "vllm" lets vLLM answer them.
     bos: each window begins as the tokenizer begins a text, as the model is served. max_length: tokens of context in
     tasks (2048; 0 takes all positions). runtime: "packed" multiplies the packed weights as they are stored. dtype:
-    float32 (packed: bfloat16), or float16.
+    float32 (packed: bfloat16), or float16. kv_cache: fp8, int8, int4 or nvfp4, in which a server keeps the model's keys
+    and values, each token and head with a scale of its own.
     limits: `.passed` says whether all were kept. out, junit: files for the result, and for what the limits say.
     record: put the result into the model's outlierq.json, where `publish` reads it. cached: take what was measured
     before. command: how to repeat it, a part of the result.
@@ -385,6 +387,7 @@ def evaluate(
         runtime=runtime,
         bos=bos,
         max_length=max_length,
+        kv_cache=kv_cache,
     )
     refuse_unwritable(_path(out), _path(junit))
     original = None if reference is None else Source(reference, trust_remote_code=trust_remote_code)

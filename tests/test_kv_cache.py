@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from outlierq.core.errors import NumbersError, RecipeError, SourceError, StatsError
+import outlierq
+from outlierq.core.errors import ArgumentError, NumbersError, RecipeError, SourceError, StatsError
 from outlierq.core.measured.block_stats import BlockStats
 from outlierq.core.model import Fold, InputGroup
 from outlierq.core.scheme import CacheScheme
 from outlierq.load import load_model, open_checkpoint
-from outlierq.load.model.attention import attention_names, stored_prefix
+from outlierq.load.model.attention import SERVED_CACHES, attention_names, served_rounding, stored_prefix
 from outlierq.pipeline.block.kv_cache import cache_tensors, moved_values
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.planning.plan import CachePlan, Plan
@@ -293,3 +294,29 @@ def test_the_config_says_which_cache(model):
     scheme = found.kv_cache_scheme
     assert (scheme["num_bits"], scheme["type"], scheme["strategy"]) == (8, "float", "attn_head")
     assert scheme["symmetric"] is True and scheme["dynamic"] is False
+
+
+def test_a_served_cache_is_rounded_by_token_and_head():
+    x = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] *= 100
+    lost = {name: ((served_rounding(name)(x) - x).square().mean() / x.square().mean()).item() for name in SERVED_CACHES}
+    assert lost["int8"] < lost["fp8"] / 5 < lost["fp8"] < lost["nvfp4"] < lost["int4"] < 0.02
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    assert torch.allclose(served_rounding("int8")(x), (x / scale).round() * scale)
+    alone = served_rounding("int4")(x[1])
+    assert torch.equal(served_rounding("int4")(x)[1], alone)
+    assert served_rounding("int4")(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_model_is_measured_as_a_server_keeps_its_cache(model):
+    def measured(numbers: str) -> outlierq.Evaluation:
+        return outlierq.evaluate(
+            model, model, windows=1, window_length=64, kv_cache=numbers, cached=False, device="cpu"
+        )
+
+    int8, int4 = measured("int8"), measured("int4")
+    assert 0 < int8.kl < int4.kl and int8["kv_cache"] == "int8"
+    with pytest.raises(ArgumentError, match="choose fp8, int8, int4 or nvfp4"):
+        measured("int3")
+    with pytest.raises(ArgumentError, match="has its own cache"):
+        outlierq.evaluate(model, kv_cache="int8", backend="llama.cpp")

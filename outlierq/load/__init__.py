@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.gguf.tokenizer import stored_token_types as stored_token_types
     from outlierq.load.gguf.tokenizer import stored_tokens as stored_tokens
     from outlierq.load.model.architecture import declared_class as declared_class
+    from outlierq.load.model.attention import SERVED_CACHES as SERVED_CACHES
     from outlierq.load.model.attention import attention_names as attention_names
+    from outlierq.load.model.attention import round_served_cache as round_served_cache
     from outlierq.load.model.attention import stored_prefix as stored_prefix
     from outlierq.load.model.conversion.packed_load import packed_fault as packed_fault
     from outlierq.load.model.experts.apart import experts_apart as experts_apart
@@ -63,6 +65,8 @@ if TYPE_CHECKING:  # what the names are, for the type checker
 _HOMES = {
     "attention_names": "model.attention",
     "stored_prefix": "model.attention",
+    "SERVED_CACHES": "model.attention",
+    "round_served_cache": "model.attention",
     "is_hub_id": "sources",
     "open_checkpoint": "sources",
     "stream_checkpoint": "sources",

@@ -59,6 +59,13 @@ def command(
         int | None,
         typer.Option(min=0, help="Tokens of context in tasks; 0: all positions, as in lm-eval.", show_default="2048"),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of MODEL as a server keeps them: fp8, int8, int4 (per token and head) or nvfp4; "
+            "default: as the checkpoint says."
+        ),
+    ] = None,
     max_kl: shared.MaxKl = None,
     max_perplexity_increase: shared.MaxPerplexityIncrease = None,
     min_top1: shared.MinTop1 = None,
@@ -96,6 +103,7 @@ def command(
             dtype=dtype,
             bos=not no_bos,
             max_length=max_length,
+            kv_cache=kv_cache,
             limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
             out=out,
             junit=junit,

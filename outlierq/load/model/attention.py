@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 CACHE_ELEMENTS = ActivationScheme("float", dynamic=False, per="tensor")
+# What a server does with a cache by itself, a scale for each token and head: `--kv-cache-dtype` of vLLM 0.32 with
+# `_per_token_head`, and `nvfp4`.
+SERVED_CACHES = ("fp8", "int8", "int4", "nvfp4")
+NVFP4 = ActivationScheme("float", 4, False, "group", 16, "two-level")
+
+Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
+KeysValues = tuple["torch.Tensor", "torch.Tensor"]
 
 
 def attention_names(module: torch.nn.Module) -> list[str]:
@@ -58,35 +65,78 @@ def round_cache(model: torch.nn.Module, scales: Mapping[str, tuple[torch.Tensor,
     A scale is [1] or [kv heads, 1, 1]; it broadcasts against [sequences, kv heads, tokens, head size]. The model's
     attention function stays the one that it was, with its masks.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from outlierq.ops.activations import fake_quantize
 
-    config = model.config.get_text_config()
-    implementation = config._attn_implementation
-    name = f"outlierq_fp8_cache_{implementation}"
-    AttentionInterface.register(name, _rounding(implementation))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     for module, (key, value) in scales.items():
         part = model.get_submodule(module)
         part.register_buffer("k_scale", key.float(), persistent=False)
         part.register_buffer("v_scale", value.float(), persistent=False)
+
+    def scaled(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
+        if "k_scale" not in module._buffers:
+            return key, value
+        return fake_quantize(key, CACHE_ELEMENTS, module.k_scale), fake_quantize(value, CACHE_ELEMENTS, module.v_scale)
+
+    _attend_to_rounded(model, "fp8", scaled)
+
+
+def round_served_cache(model: torch.nn.Module, numbers: str) -> None:
+    """Round keys (after RoPE) and values just before attention as a server does by itself; see `SERVED_CACHES`."""
+    rounded = served_rounding(numbers)
+    _attend_to_rounded(model, f"served_{numbers}", lambda module, key, value: (rounded(key), rounded(value)))
+
+
+def served_rounding(numbers: str) -> Rounding:
+    """How a server rounds keys or values [..., head size]: each token and head by itself, in blocks of 16 for NVFP4.
+
+    int4 is turned by a Hadamard matrix before it is rounded (the signs are not the server's), and has a zero point.
+    """
+    from outlierq.ops.activations import fake_quantize
+
+    if numbers == "int4":
+        return _turned_int4
+    scheme = NVFP4 if numbers == "nvfp4" else ActivationScheme("float" if numbers == "fp8" else "int")
+    return lambda x: fake_quantize(x, scheme)
+
+
+def _turned_int4(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., head size] turned, in 4 bits with a zero point, and turned back."""
+    from outlierq.ops.hadamard import hadamard_transform
+
+    turned = hadamard_transform(x.float())
+    low, high = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-6)
+    zero = (-low / scale).round_().clamp_(0, 15)
+    codes = (turned / scale + zero).round_().clamp_(0, 15)
+    return hadamard_transform(codes.sub_(zero).mul_(scale), transpose=True).to(x.dtype)
+
+
+def _attend_to_rounded(
+    model: torch.nn.Module, word: str, rounding: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], KeysValues]
+) -> None:
+    """Have attention see what `rounding` makes of its keys and values; its function stays the one that it was."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    implementation = model.config.get_text_config()._attn_implementation
+    name = f"outlierq_{word}_cache_{implementation}"
+    AttentionInterface.register(name, _attention(implementation, rounding))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     for part in model.modules():
         if getattr(getattr(part, "config", None), "_attn_implementation", None) == implementation:
             part.config._attn_implementation = name
 
 
-def _rounding(implementation: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """An attention function that rounds keys and values of modules with scales and goes on with `implementation`."""
+def _attention(
+    implementation: str, rounding: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], KeysValues]
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """An attention function that rounds keys and values and goes on with `implementation`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from outlierq.ops.activations import fake_quantize
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if "k_scale" in module._buffers:
-            key = fake_quantize(key, CACHE_ELEMENTS, module.k_scale)
-            value = fake_quantize(value, CACHE_ELEMENTS, module.v_scale)
+        key, value = rounding(module, key, value)
         # The plain function is that of the model's own file, as its module would have taken it.
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain)(module, query, key, value, *args, **kwargs)

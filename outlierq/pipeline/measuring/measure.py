@@ -23,7 +23,7 @@ from outlierq.core.model import Checkpoint
 from outlierq.core.notes import collecting
 from outlierq.core.report import REPORT_NAME, Evaluation, Report
 from outlierq.export.writer import disk_error
-from outlierq.load import check_unchanged
+from outlierq.load import SERVED_CACHES, check_unchanged
 from outlierq.pipeline.asked.events import Listener
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.measuring import models as evaluation
@@ -54,7 +54,8 @@ class Measurement:
     when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`;
     `llama.cpp` computes everything of a GGUF file. runtime: "packed" multiplies the model's packed weights as they are;
     the reference is always dense. bos: windows begin as the tokenizer begins a text. max_length: tokens of context in
-    tasks, 0 for all of the model's positions.
+    tasks, 0 for all of the model's positions. kv_cache: numbers in which a server keeps keys and values of the model,
+    not of the reference.
     """
 
     text: str | None = None
@@ -70,8 +71,13 @@ class Measurement:
     runtime: str = "dense"
     bos: bool = True
     max_length: int | None = None
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kv_cache is not None:
+            _one_of("kv_cache", self.kv_cache, SERVED_CACHES)
+            if self.backend != "transformers":
+                raise ArgumentError(f"{self.backend} has its own cache; leave one of the two out", argument="kv_cache")
         _one_of("runtime", self.runtime, RUNTIMES)
         if self.runtime == "packed" and self.backend != "transformers":
             raise ArgumentError(f"{self.backend} has its own kernels; leave one of the two out", argument="runtime")
@@ -118,7 +124,7 @@ def measure(
     content, text_name = evaluation.evaluation_text(measurement.text)
     model, original = _Side(checkpoint, measurement, resources.device), None
     if reference is not None:
-        original = _Side(reference, replace(measurement, runtime="dense"), resources.device)
+        original = _Side(reference, replace(measurement, runtime="dense", kv_cache=None), resources.device)
     reused: list[str] = []
     uncached: list[str | None] = []
 
@@ -138,6 +144,7 @@ def measure(
     text_hash = hashlib.sha256(content.encode()).hexdigest()
     windows = {"windows": measurement.windows, "window_length": measurement.window_length, "bos": measurement.bos}
     how = {"dtype": measurement.dtype, "device": _device_name(resources.device), "runtime": measurement.runtime}
+    how |= {} if measurement.kv_cache is None else {"kv_cache": measurement.kv_cache}
     hashes = {"model": model.hash, "reference": original and original.hash}
     result = {
         "results_version": RESULTS_VERSION,
@@ -241,6 +248,7 @@ class _Side:
             dtype=measurement.dtype,
             device=self.device,
             runtime=measurement.runtime,
+            kv_cache=measurement.kv_cache,
         )
 
     @cached_property

@@ -24,15 +24,23 @@ def load_for_evaluation(
     dtype: str = "float32",
     device: str = "cpu",
     runtime: str = "dense",
+    kv_cache: str | None = None,
 ) -> torch.nn.Module:
-    """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are."""
+    """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are.
+
+    kv_cache: numbers in which a server keeps keys and values, see `SERVED_CACHES`; None for 16 bits.
+    """
+    from outlierq.load import load_model, round_served_cache
+
     if runtime == "packed":
         from outlierq.pipeline.measuring.packed_model import load_packed_model
 
-        return load_packed_model(checkpoint, dtype=dtype, device=device)
-    from outlierq.load import load_model
-
-    return load_model(checkpoint, dtype=dtype, device=device)
+        model = load_packed_model(checkpoint, dtype=dtype, device=device)
+    else:
+        model = load_model(checkpoint, dtype=dtype, device=device)
+    if kv_cache is not None:
+        round_served_cache(model, kv_cache)
+    return model
 
 
 @dataclass(frozen=True)
