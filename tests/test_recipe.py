@@ -211,6 +211,7 @@ def test_an_option_of_another_method_is_unknown():
         (RTN + "  symmetric: maybe\n", "line 3, quantize.symmetric: Input should be a valid boolean"),
         (RTN + "  ignore: lm_head\n", "line 3, quantize.ignore: Input should be a valid tuple"),
         (RTN + "  ignore: ['re:(']\n", "quantize.ignore: is no regular expression: missing )"),
+        (RTN + "  ignore: ['re:(.*)*x']\n", "quantize.ignore: repeats a part that ends in a repetition"),
         (
             RTN + "  overrides:\n    - {match: 're:*', bits: 4}\n",
             "overrides.0.match: is no regular expression: nothing",

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 EXPRESSION = "re:"
+# `(.*)*`: Python tries every way to share a name among the repetitions.
+REPEATED = re.compile(r"[*+}]\??\)(?:[*+]|\{\d*,)")
 HEAD = "lm_head"
 # Parts of a model that are no language model: a calibration text never reaches them, and no peer's recipe rounds them.
 TOWERS = ("vision", "visual", "audio", "image", "projector", "multi_modal", "embed_vision", "embed_audio")
@@ -42,7 +44,9 @@ def names_all(pattern: str, modules: Iterable[str]) -> bool:
 
 
 def sound(pattern: str) -> str:
-    """The pattern; ValueError when its expression cannot be read."""
+    """The pattern; ValueError when its expression cannot be read, or may be tried in ever more ways on a name."""
+    if pattern.startswith(EXPRESSION) and REPEATED.search(pattern):
+        raise ValueError(f"repeats a part that ends in a repetition, which may take for ever (this is {pattern!r})")
     try:
         re.compile(pattern.removeprefix(EXPRESSION) if pattern.startswith(EXPRESSION) else "")
     except (re.error, RecursionError, OverflowError) as error:

@@ -181,12 +181,17 @@ def _tensor(path: Path, name: str, kind: int, shape: tuple[int, ...], start: int
 
 
 def check_decodable(tensor: GgufTensor) -> None:
-    """SourceError for a type whose blocks are not read here; such a tensor can only be carried as it is."""
+    """SourceError for a type whose blocks are not read here, or a tensor without values; it can only be carried."""
     if tensor.type not in SUPPORTED:
         raise SourceError(
             f"tensor {tensor.name} in {tensor.path.name} has type {tensor.type}, which is not supported "
             f"(supported: {', '.join(SUPPORTED)})",
             hint="take a file of a supported type; the less compressed, the better the result",
+        )
+    if not tensor.shape or not all(tensor.shape):
+        raise SourceError(
+            f"tensor {tensor.name} in {tensor.path.name} has the shape {list(tensor.shape)}: it holds no numbers",
+            hint="make the file again; llama.cpp's converter writes no such tensor",
         )
 
 
@@ -211,6 +216,7 @@ def dequantized(tensor: GgufTensor, dtype: torch.dtype, digests: dict[str, str] 
     """
     import torch
 
+    check_decodable(tensor)
     rows = prod(tensor.shape[:-1])
     values = torch.empty((rows, tensor.shape[-1]), dtype=dtype)
     first = 0
