@@ -428,7 +428,10 @@ def read_blocks(folder: Folder) -> None:
     raw = np.frombuffer(case[1 : 1 + 2 * width], np.uint8).reshape(2, width).copy()
     if kind.name == "MXFP4":
         raw[:, :1] &= 0x7F  # the largest exponents stand for no float32
+    if kind.name == "NVFP4":
+        raw[:, :4] &= 0x7E  # nor does the largest of these, and they have no sign
     parts = {"weight": torch.from_numpy(raw), "heads": torch.tensor(0)}
+    parts |= {"scale": torch.ones(1)} if kind.name == "NVFP4" else {}
     with np.errstate(all="ignore"):
         read = decode_rows("gguf", parts, gguf_scheme(kind.name), (2, kind.columns), 0, 2).dequantize().numpy()
         theirs = dequantize(raw, GGMLQuantizationType[kind.name])
@@ -473,6 +476,8 @@ def write_weights(folder: Folder) -> None:
         blocks, meant = encode_blocks(site, quantized).numpy(), quantized.dequantize().numpy()
         with np.errstate(all="ignore"):
             read = dequantize(blocks, GGMLQuantizationType[kind.name])
+        if kind.name == "NVFP4":  # a number beside the matrix
+            read = read / quantized.super_scale.numpy()
         assert np.array_equal(read, meant), f"{kind.name} is written in another way than gguf reads it"
 
 

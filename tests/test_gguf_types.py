@@ -45,8 +45,9 @@ def linear() -> LinearSite:
     return LinearSite("a", "a.weight", None, ROWS, COLUMNS, 0)
 
 
-def parts(raw: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"weight": raw, "heads": torch.tensor(0)}
+def parts(raw: torch.Tensor, name: str, unit: float = 1.0) -> dict[str, torch.Tensor]:
+    scale = {"scale": torch.tensor([1 / unit])} if name == "NVFP4" else {}
+    return {"weight": raw, "heads": torch.tensor(0), **scale}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,8 +55,9 @@ def test_gguf_reads_from_our_blocks_what_was_meant_and_so_do_we(name):
     quantized = rtn(weights(), None, gguf_scheme(name))
     raw = encode_blocks(linear(), quantized)
     assert raw.shape == (ROWS, COLUMNS // block_types()[name].columns * block_types()[name].nbytes)
-    assert np.array_equal(dequantize(raw.numpy(), GGMLQuantizationType[name]), quantized.dequantize().numpy())
-    back = decode_rows("gguf", parts(raw), quantized.scheme, (ROWS, COLUMNS), 8, 24)
+    unit = quantized.super_scale.item() if name == "NVFP4" else 1.0  # llama.cpp multiplies by 1 / unit afterwards
+    assert np.array_equal(dequantize(raw.numpy(), GGMLQuantizationType[name]) / unit, quantized.dequantize().numpy())
+    back = decode_rows("gguf", parts(raw, name, unit), quantized.scheme, (ROWS, COLUMNS), 8, 24)
     meant = quantized.rows(8, 24)
     assert torch.equal(back.codes.float(), meant.codes.float())
     for field in ("scale", "zero_point", "super_scale"):
@@ -69,10 +71,11 @@ def test_gguf_reads_from_our_blocks_what_was_meant_and_so_do_we(name):
 def test_any_bytes_are_read_as_gguf_reads_them(name):
     kind, generator = block_types()[name], np.random.default_rng(1)
     raw = generator.integers(0, 256, (ROWS, COLUMNS // kind.columns, kind.nbytes), np.uint8)
-    if kind.columns == 32:
-        raw[..., [0] if name == "MXFP4" else [1, 3]] &= 0x3F  # scales that are finite
+    if kind.columns <= 64:
+        scales = {"MXFP4": [0], "NVFP4": [0, 1, 2, 3]}.get(name, [1, 3])
+        raw[..., scales] &= 0x3F  # scales that are finite
     raw = raw.reshape(ROWS, -1)
-    read = decode_rows("gguf", parts(torch.from_numpy(raw)), gguf_scheme(name), (ROWS, COLUMNS), 0, ROWS)
+    read = decode_rows("gguf", parts(torch.from_numpy(raw), name), gguf_scheme(name), (ROWS, COLUMNS), 0, ROWS)
     expected = dequantize(raw, GGMLQuantizationType[name])
     assert np.array_equal(read.dequantize().numpy(), expected, equal_nan=True)
 
@@ -239,6 +242,31 @@ def test_without_data_the_embeddings_get_the_scales_that_the_recipe_looks_for(wi
     meant = rtn(table, None, gguf_scheme("Q3_K"), scale_search="mse").dequantize()
     found = tensors["token_embd.weight"]
     assert np.array_equal(dequantize(found.data, found.tensor_type), meant.numpy())
+
+
+class TestNvfp4:
+    """NVFP4 has a number beside each matrix, which only some of llama.cpp's architectures multiply by."""
+
+    recipe = "quantize: {method: rtn, type: NVFP4, scale_search: mse, ignore: []}\nexport: {format: gguf}"
+
+    def test_a_tensor_beside_each_matrix_holds_its_number(self, wide_llama, tmp_path):
+        reader = written(wide_llama, tmp_path / "out", self.recipe)
+        assert file_type_of(reader) == "MOSTLY_NVFP4"
+        types, numbers = types_of(reader), {tensor.name: tensor.data for tensor in reader.tensors}
+        packed = [name for name, kind in types.items() if kind == "NVFP4"]
+        assert len(packed) == 8 * 6
+        assert all(numbers[name.replace(".weight", ".scale")].tolist() == [1 / 1024] for name in packed)
+        assert types["token_embd.weight"] == types["blk.0.ffn_down.weight"] == "BF16"
+        stored = open_checkpoint(str(wide_llama)).read("model.layers.0.mlp.up_proj.weight").float()
+        found = dequantize(numbers["blk.0.ffn_up.weight"], GGMLQuantizationType.NVFP4) / 1024
+        assert np.linalg.norm(found - stored.numpy()) < 0.12 * stored.norm().item()
+
+    def test_what_cannot_have_one_is_kept_and_said(self, wide_llama, tmp_path):
+        said = " ".join(make_plan(open_checkpoint(str(wide_llama)), parse(self.recipe)).notes)
+        assert "gguf stores blocks of 64 columns as NVFP4, and 288 is no multiple of it" in said
+        folder = write_model(tmp_path / "model", "qwen2", num_hidden_layers=1)
+        with pytest.raises(RecipeError, match=r"none of the 8 linears.* llama\.cpp does not read in this architecture"):
+            make_plan(open_checkpoint(str(folder)), parse(self.recipe))
 
 
 MIXED = """

@@ -14,6 +14,7 @@ import pytest
 from gguf_models import CONFIGS, write_model
 
 from clients.jobs import run_job
+from outlierq.export.gguf.architectures import architectures
 
 pytestmark = pytest.mark.clients
 
@@ -81,3 +82,17 @@ def test_llama_cpp_computes_the_logits_of_transformers(model_type, more, tmp_pat
     expected, found = transformers_logits(folder), llama_logits(file, tmp_path)
     limit = LOOKED_UP if model_type in ROUNDED else EXACT
     assert expected.std() > 0.1 and np.abs(found - expected).max() < limit
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in architectures().items() if row.scaled])
+def test_llama_cpp_multiplies_by_the_number_beside_each_matrix_of_nvfp4(model_type, tmp_path):
+    """Of 1 / 1024, which leaves nothing of the logits where it is forgotten; with it the file errs about as Q4_0."""
+    import outlierq
+
+    folder = write_model(tmp_path / "model", model_type, intermediate_size=128)
+    expected, errors = transformers_logits(folder), {}
+    for name, recipe, settings in (("four", "rtn-w4", ["quantize.group_size=32"]), ("nv", "nvfp4", [])):
+        file = tmp_path / f"{name}.gguf"
+        outlierq.quantize(str(folder), recipe, out=str(file), settings=["export.format=gguf", *settings])
+        errors[name] = np.sqrt(np.square(llama_logits(file, tmp_path) - expected).mean())
+    assert errors["nv"] < 1.5 * errors["four"]

@@ -38,7 +38,7 @@ class Architecture:
     a head that is rotated where the config does not say it. untied: whether there may be a head of its own.
     windows_at: the only number of layers with which llama.cpp looks at windows. handled: further keys of the config
     that are looked at. activation: the one that llama.cpp computes. no_rope_every: layers of this step that llama.cpp
-    does not rotate.
+    does not rotate. scaled: it multiplies products by a number beside each matrix, which NVFP4 needs.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Architecture:
     untied: bool = True
     activation: str = "silu"
     no_rope_every: int | None = None
+    scaled: bool = False
 
 
 @cache

@@ -7,6 +7,7 @@
 | int8 symmetric | Q8_0 | f16 d, 32 int8 q: d * q | yes |
 | int4 asymmetric, `scales: two-level` | Q4_K | see `_superblock` | yes |
 | mxfp4 | MXFP4 | u8 e, 32 nibbles q: 2^(e - 127) * E2M1(q) | yes |
+| nvfp4 | NVFP4 | 4 E4M3 s, 64 nibbles q: s * E2M1(q) / unit; 1 / unit is a tensor of its own | yes |
 | `type: NAME` | NAME | see `data/gguf_types.json` and the function that packs it | yes |
 
 A larger group is written as several blocks with the same scale. Layouts are those of llama.cpp's `ggml-common.h`.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 SUPERBLOCK = 256
+NV_GROUP = 16
 # Types of schemes that name none, by kind, bits, symmetry and scales.
 TYPES = {
     ("int", 4, True, "plain"): "Q4_0",
@@ -39,9 +41,10 @@ TYPES = {
     ("int", 8, True, "plain"): "Q8_0",
     ("int", 4, False, "two-level"): "Q4_K",
     ("float", 4, True, "power-of-two"): "MXFP4",
+    ("float", 4, True, "two-level"): "NVFP4",
 }
 # Those whose function of one pass is compiled.
-COMPILED = tuple(TYPES.values())
+COMPILED = tuple(kind for kind in TYPES.values() if kind in native_packing.GGUF_BLOCKS)
 Parts = list["np.ndarray"]
 
 
@@ -49,9 +52,11 @@ def ggml_type(scheme: QuantScheme) -> str | None:
     """The type that holds a scheme, None when there is none."""
     if scheme.type is not None:
         return scheme.type
-    if scheme.activations is not None or (scheme.group_size is not None and scheme.group_size % BLOCK):
+    kind = TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
+    groups_of = NV_GROUP if kind == "NVFP4" else BLOCK
+    if scheme.activations is not None or (scheme.group_size is not None and scheme.group_size % groups_of):
         return None
-    return TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
+    return None if kind == "NVFP4" and scheme.group_size != NV_GROUP else kind
 
 
 def held_as(scheme: QuantScheme) -> BlockType:
@@ -223,6 +228,14 @@ def _iq_xxs(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     return [_units(quantized), together.reshape(*_shape(quantized), -1)]
 
 
+def _nvfp4(quantized: QuantTensor, codes: np.ndarray) -> Parts:
+    """NVFP4: 4 E4M3 scales, and for each 16 codes, of which the first 8 are in the low halves of bytes."""
+    import torch
+
+    rows, scale = len(codes), quantized.scale.cpu().contiguous().view(torch.uint8).numpy()
+    return [scale.reshape(rows, -1, 4), pack_halves(e2m1_codes(codes), 8).reshape(rows, -1, BLOCK)]
+
+
 PACKED: dict[str, Callable[[QuantTensor, np.ndarray], Parts]] = {
     "Q5_0": _five_bits,
     "Q5_1": _five_bits,
@@ -238,6 +251,7 @@ PACKED: dict[str, Callable[[QuantTensor, np.ndarray], Parts]] = {
     "IQ2_S": _iq2_s,
     "IQ2_XS": _iq2_xs,
     "IQ2_XXS": _iq_xxs,
+    "NVFP4": _nvfp4,
 }
 
 

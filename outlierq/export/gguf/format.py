@@ -54,6 +54,8 @@ HEADER = "header"
 # The linear that makes keys and values of what is compressed for both, and tensors of several matrices.
 COMPRESSED_KEYS = re.compile(r"\.kv_b_proj\.")
 SEVERAL = re.compile(r"_exps\.weight|attn_[kv]_b\.weight")
+# Matrices beside which llama.cpp reads a number, where an architecture has it at all.
+SCALED = re.compile(r"attn_(q|k|v|output|qkv|gate)|ffn_(gate|up|down)(_shexp)?")
 # Tensors that llama.cpp reads as float32 only.
 WIDE = re.compile(r"ffn_gate_inp\.|ssm_conv1d|shortconv\.conv\.")
 # The gain of linear attention, which is no 1 less where all others are, and its decay, the logarithm of what is stored.
@@ -108,8 +110,23 @@ class GgufFormat(Format, name="gguf"):
         if COMPRESSED_KEYS.search(site.weight):
             return "llama.cpp has it in two parts, one of them transposed"
         columns = block_types()[kind].columns
+        if kind == "NVFP4" and self._no_scale(site):
+            return self._no_scale(site)
         if site.in_features % columns:
             return f"gguf stores blocks of {columns} columns as {kind}, and {site.in_features} is no multiple of it"
+        return None
+
+    def _no_scale(self, site: LinearSite) -> str | None:
+        """Why llama.cpp would not multiply with the number that NVFP4 has beside each matrix; None when it does."""
+        part = _part(self._name(site.weight))
+        if self.frame is not None:
+            return "NVFP4 has a number beside each matrix, for which the frame of another file has no place"
+        if not self._architecture.scaled:
+            return "NVFP4 has a number beside each matrix, which llama.cpp does not read in this architecture"
+        if not SCALED.fullmatch(part) or self.number_in_stack(site.weight) is not None:
+            return f"NVFP4 has a number beside each matrix, which is not written for {part}"
+        if site.bias is not None and part.startswith("ffn_"):
+            return "NVFP4 has a number beside each matrix, which llama.cpp does not read beside biases of this part"
         return None
 
     def instead(self, site: LinearSite, scheme: QuantScheme) -> tuple[QuantScheme, str] | None:
@@ -151,10 +168,11 @@ class GgufFormat(Format, name="gguf"):
         return "Q4_1 stores zero point x scale as float16: each group is moved by up to 1 / 2048 of that product"
 
     def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
-        """One tensor of bytes: [out, bytes of a row]."""
+        """One tensor of bytes, [out, bytes of a row], and of NVFP4 the number that all of it is multiplied by."""
         kind = held_as(scheme)
-        row = site.in_features // kind.columns * kind.nbytes
-        return [(self._name(site.weight), "U8", (site.out_features, row))]
+        row, name = site.in_features // kind.columns * kind.nbytes, self._name(site.weight)
+        scale: list[TensorSpec] = [(_scale_of(name), "F32", (1,))] if kind.name == "NVFP4" else []
+        return [(name, "U8", (site.out_features, row)), *scale]
 
     def plain_spec(self, info: TensorInfo) -> TensorSpec:
         """What becomes of a tensor that is not quantized: vectors are float32 in every GGUF file."""
@@ -232,10 +250,14 @@ class GgufFormat(Format, name="gguf"):
     def encode(self, site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
         """The tensor of `tensor_specs`: blocks, uint8 [out, bytes of a row]."""
         name = self._name(site.weight)
-        heads = self._heads(name)
-        return {
-            name: encode_blocks(site, quantized, None if heads is None else _rotated_rows(site.out_features, heads))
-        }
+        heads, unit = self._heads(name), quantized.super_scale
+        order = None if heads is None else _rotated_rows(site.out_features, heads)
+        scale = {_scale_of(name): 1 / unit.cpu()} if unit is not None and unit.ndim == 1 else {}
+        return {name: encode_blocks(site, quantized, order), **scale}
+
+    def by_rows(self, site: LinearSite, scheme: QuantScheme) -> bool:
+        """Rows are apart, but where the file has those of a head in another order."""
+        return self._heads(self._name(site.weight)) is None and held_as(scheme).name != "NVFP4"
 
     def row_order(self, site: LinearSite) -> dict[str, torch.Tensor]:
         """What a decoder must know beside the bytes: the heads over which rows are reordered, 0 when they are not."""
@@ -386,6 +408,11 @@ def _without_middle(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _part(name: str) -> str:
     """What a weight of a file is in its block ("attn_v"), or outside ("output")."""
     return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _scale_of(name: str) -> str:
+    """The tensor beside a weight with which llama.cpp multiplies its product."""
+    return f"{name.removesuffix('.weight')}.scale"
 
 
 def _rotated_rows(rows: int, heads: int) -> torch.Tensor:

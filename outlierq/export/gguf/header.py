@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 # of splitting without that, None where there is none.
 WHOLE_WORDS = {"llama-bpe": "dbrx", "tekken": None}
 ALIGNMENT = 32
-PACKED = ("Q", "IQ", "MX")  # how the names of packed ggml types begin
+PACKED = ("Q", "IQ", "MX", "NV")  # how the names of packed ggml types begin
 # What llama.cpp calls a file by its most frequent type, where that is not MOSTLY_ and the type.
 FILE_TYPES = {
     "F32": "ALL_F32",

@@ -32,6 +32,7 @@ TYPES = {
     ("int", 8, True, "plain"): "Q8_0",
     ("float", 4, True, "power-of-two"): "MXFP4",
     ("int", 4, False, "two-level"): "Q4_K",
+    ("float", 4, True, "two-level"): "NVFP4",
 }
 PLAIN = ("F32", "F16", "BF16")
 
@@ -66,7 +67,8 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
     rows = file_rows(np.arange(start, stop), shape[0], heads) if heads else slice(start, stop)
     name = scheme.type or TYPES.get((scheme.kind, scheme.bits, scheme.symmetric, scheme.scales))
     kind = block_types().get(str(name))
-    if kind is None or raw.shape != (shape[0], shape[1] // kind.columns * kind.nbytes):
+    whole = len(raw) == shape[0] or (not heads and stop <= len(raw))  # some rows are enough where they are in order
+    if kind is None or not whole or raw.shape[1:] != (shape[1] // kind.columns * kind.nbytes,):
         raise SourceError(
             f"{list(raw.shape)} bytes are not {scheme} of {shape[0]} x {shape[1]}"
             + ("" if kind is None else f" in blocks of {kind.columns}")
@@ -96,6 +98,32 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         codes = codes.view(np.int8)
     scale = torch.from_numpy(_per_group(scale, scheme, shape[1]))
     return QuantTensor(torch.from_numpy(np.ascontiguousarray(codes)), scale, zero, scheme)
+
+
+@reads_rows("gguf", "weight", "scale", "heads")
+def nvfp4_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start: int, stop: int) -> QuantTensor:
+    """The same of NVFP4: blocks [4 E4M3 scales, 32 bytes of 64 columns], and "scale", by which all is multiplied.
+
+    Of 16 columns, byte j of 8 holds column j in its low and column j + 8 in its high half.
+    """
+    import numpy as np
+    import torch
+
+    raw, heads, (rows, columns) = as_array(stored["weight"]), int(stored["heads"]), shape
+    if raw.shape != (rows, columns // 64 * 36) or scheme.kind != "float":
+        raise SourceError(f"{list(raw.shape)} bytes are not {scheme} of {rows} x {columns} in blocks of 64")
+    order = file_rows(np.arange(start, stop), rows, heads) if heads else slice(start, stop)
+    blocks = np.ascontiguousarray(raw[order]).reshape(stop - start, -1, 36)
+    codes = e4m3_of_e2m1()[spread(blocks[..., 4:], 4, 8)].reshape(stop - start, -1)
+    scale = torch.from_numpy(np.ascontiguousarray(blocks[..., :4]).reshape(stop - start, -1))
+    unit = 1 / torch.as_tensor(stored["scale"]).float().reshape(1)
+    return QuantTensor(
+        torch.from_numpy(codes).view(torch.float8_e4m3fn),
+        scale.view(torch.float8_e4m3fn),
+        None,
+        scheme,
+        super_scale=unit,
+    )
 
 
 def _mxfp4_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
