@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from libraries import decoded_first, decoder_of_parts, skip_unless_known
 
 import outlierq
 from outlierq.calibrate.runner import BlockRunner, PartWeights
@@ -35,6 +36,7 @@ def made(tmp_path_factory):
 
     def folder(name: str) -> Path:
         if name not in folders:
+            skip_unless_known(name, architectures())
             folders[name] = tmp_path_factory.mktemp(name) / "source"
             write_checkpoint(tiny_model(name, architectures()[name]), folders[name])
         return folders[name]
@@ -146,6 +148,7 @@ def test_experts_of_a_tower_that_are_called_otherwise_do_not_name_those_of_the_d
     assert len(experts) == 3 * 4 * 3 and all(p.scheme is not None for p in experts)
 
 
+@decoder_of_parts
 def test_parts_that_share_their_experts_are_refused_in_one_sentence(made):
     with pytest.raises(SourceError, match="shares the experts of several parts as whole tensors"):
         make_plan(open_checkpoint(str(made("diffusion_gemma"))), load("rtn-w8"))
@@ -263,6 +266,7 @@ def test_a_weight_whose_module_is_never_called_is_rounded_and_says_so_and_may_be
     assert not [row for row in report["rows"] if row["site"].endswith("dt_proj")]
 
 
+@decoded_first
 def test_blocks_that_share_weights_are_written_once_and_loaded_by_all(made, tmp_path):
     _, config = quantized(made("zamba2"), tmp_path / "out", "rtn-w8")
     stored = open_checkpoint(str(tmp_path / "out")).tensors
@@ -312,6 +316,7 @@ def packed_gpt2(made, tmp_path_factory):
     return folder
 
 
+@decoded_first
 @pytest.mark.parametrize("recipe", ["rtn-w8", "gptq-w4", "fp8-dynamic"])
 def test_a_conv1d_is_packed_as_it_is_stored_and_decoded_by_transformers_to_the_same_weights(recipe, packed_gpt2):
     from transformers import AutoModelForCausalLM
