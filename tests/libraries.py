@@ -25,9 +25,7 @@ PACKED_BITS = [pytest.param(bits, marks=dense_words if 32 % bits else ()) for bi
 # Up to 0.18 it guesses from the scales' shape, and takes one column of blocks for one scale a row.
 narrow_blocks = needs("compressed-tensors", "0.19", "misreads FP8 blocks of matrices at most one block wide")
 FACTS = "5.23"  # the transformers that what is said of its classes is about
-decoded_first = needs(
-    "transformers", FACTS, "decodes weights after it has built and initialised the class, which not every class can be"
-)
+decoded_first = needs("transformers", FACTS, "decodes weights after it has initialised the class, too late for some")
 decoder_of_parts = needs("transformers", FACTS, "has no Auto class for DiffusionGemma")
 experts_in_one = needs("transformers", "5.18", "has the experts of Aria in modules of their own")
 swiglu_limit = needs("transformers", "5.20", "has no such key")
