@@ -46,6 +46,7 @@ LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
 OFFER, OFFERED = "export.names: class", {"export.names": "class"}  # what a plan says where it helps, and doing so
+LEFT = ("stays in one tensor", "three dimensions")  # of what a plan says of most that it leaves
 LEAST = 32  # rows and columns: what is smaller (states, streams of hyper-connections) is none of a linear
 TABLES = ("A_log", ".ape")  # of states and positions
 ENOUGH = 0.99  # of the linear weights quantized
@@ -223,6 +224,8 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
         _compare(original, out, result)
     except Exception as error:  # what was written does not load, or does not run
         result.state, result.sentence = WRONG, f"written, but does not load: {_brief(error)}"
+    if result.state == PART and not result.sentence:
+        result.sentence = next((note for note in plan.notes if any(why in note for why in LEFT)), "")
     return result
 
 
@@ -387,9 +390,9 @@ def _write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 
 def _worst(row: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the results of an architecture, the one that says most against it."""
+    """Of the results of an architecture, the one that says most against it, with a sentence where there is one."""
     order = (WRONG, CRASH, REFUSED, NOT_MADE, ELSEWHERE, PART, RIGHT)
-    return min(row, key=lambda result: order.index(result["state"]))
+    return min(row, key=lambda result: (order.index(result["state"]), not result["sentence"]))
 
 
 def _totals(rows: list[list[dict[str, Any]]]) -> dict[str, int]:
@@ -423,7 +426,7 @@ def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], a
 def _cell(sentence: str) -> str:
     """A sentence that fits into a cell and names no folder of this machine."""
     words = re.sub(re.escape(tempfile.gettempdir()) + r"/\w+/", "", sentence)
-    return words.replace("|", "/").replace(tempfile.gettempdir(), "")[:200]
+    return words.replace("|", "/").replace(tempfile.gettempdir(), "")[:320]
 
 
 if __name__ == "__main__":
