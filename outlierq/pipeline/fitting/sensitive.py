@@ -88,14 +88,19 @@ def with_sensitive_kept(
         folder = _folder(out)
         if not folder.exists():
             refuse_existing(out)
-        if restart and resources.ranks.lead:
-            remove_statistics(folder)
+        if restart:
+            resources.ranks.first(lambda: remove_sensitive_stats(out))
         settings = (recipe.calibration or Calibration()).model_copy(update={"mode": "static", "inputs": "exact"})
         calibrate(checkpoint, settings, folder, only=FIELDS, sensitivity=True, resources=resources)
+    made, share = folder, quantize.keep_share
+    return resources.ranks.first(lambda: _kept(plain, plan, made, share))
+
+
+def _kept(recipe: Recipe, plan: Plan, folder: Path, share: float) -> Recipe:
+    """The recipe with what statistics in a folder say; the lead alone knows that they are complete."""
     source = StatsFromFile(folder, plan.checkpoint, plan.structure, FIELDS)
     units = units_of(plan, source, source.reader.sensitivity())
-    kept = most_costly(units, quantize.keep_share)
-    return _with_overrides(plain, units, kept)
+    return _with_overrides(recipe, units, most_costly(units, share))
 
 
 def remove_sensitive_stats(out: Path) -> None:
