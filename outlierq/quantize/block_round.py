@@ -33,21 +33,21 @@ LOOKS = 8  # how often the error on held-out batches is looked at
 def block_round(
     block: RoundedBlock,
     *,
-    steps: Annotated[int, Ge(0)] = 200,
-    batches: Annotated[int, Ge(1)] = 2,
+    steps: Annotated[int, Ge(0)] = 60,
+    step_tokens: Annotated[int, Ge(1)] = 2048,
     tune: Literal["codes", "scales", "codes and scales"] = "codes and scales",
-    code_reach: Annotated[float, Gt(0)] = 0.25,
-    scale_reach: Annotated[float, Gt(0)] = 0.1,
+    code_reach: Annotated[float, Gt(0)] = 0.3,
+    scale_reach: Annotated[float, Gt(0)] = 0.12,
     seed: int = 0,
 ) -> dict[LinearSite, QuantTensor]:
     """The start with codes and scales [out, in] that err less at the output of the block, on text held out of learning.
 
-    steps: of gradient descent, each on so many `batches`; steps fall linearly to 0. tune: what may move; scales do
-    where they are plain numbers. code_reach: how far a weight may go in all steps together, in units of a scale;
-    scale_reach: a scale, relative. More steps are finer, not longer: what goes farther leaves the start, whose errors
-    make up for each other, without a way back (KL of a model of 0.94 M parameters: 0.0095 with a reach of 0.15, 0.0092
-    with 0.3, 0.0099 with 0.6, 0.0100 with 0.7). Linears whose codes stand for several weights, or lie in a table, stay
-    as they are.
+    steps: of gradient descent, each on about `step_tokens` of text; steps fall linearly to 0. tune: what may move;
+    scales do where they are plain numbers. code_reach: how far a weight may go in all steps together, in units of a
+    scale; scale_reach: a scale, relative. More steps are finer, not longer: what goes farther leaves the start, whose
+    errors make up for each other, without a way back (KL of a model of 0.94 M parameters: 0.0095 with a reach of 0.15,
+    0.0092 with 0.3, 0.0099 with 0.6, 0.0100 with 0.7). Linears whose codes stand for several weights, or lie in a
+    table, stay as they are.
     """
     linears = {s: _Linear(block.weights[s], q, tune) for s, q in block.start.items() if _learnable(q)}
     if not steps or not linears:
@@ -57,7 +57,8 @@ def block_round(
     best, first = dict(block.start), _error(block, block.start, held_out)
     least = first
     walk = _Walk(moving, steps)
-    for step, some in enumerate(_in_turn(learning, batches, steps, seed)):
+    together = step_tokens // block.asked(0)[..., 0].numel()
+    for step, some in enumerate(_in_turn(learning, together, steps, seed)):
         trouble = _gradients(block, linears, some)
         if trouble:
             note(f"learning stopped at step {step} of {steps}: {trouble}")
@@ -198,7 +199,8 @@ class _Walk:
 
 
 def _in_turn(batches: Sequence[int], count: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """`count` batches for every step, in a seeded order, each as often as any other."""
+    """`count` batches for every step, one at least and all at most, in a seeded order, each as often as any other."""
+    count = min(max(1, count), len(batches))
     generator, waiting = torch.Generator().manual_seed(seed), list[int]()
     for _ in range(steps):
         while len(waiting) < count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from outlierq.pipeline.planning.plan import Estimate, Plan
+from outlierq.registry import method
 
 # Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4 on 2 CPU cores.
 OVERHEAD = 2.5
@@ -32,7 +33,17 @@ def _seconds(plan: Plan) -> float:
     sequential = calibration.mode == "sequential"
     beside = sequential and ("cross" in plan.recipe.needs or plan.recipe.learn is not None)  # the original model, too
     passes = 1 + sequential + beside
-    return 5.0 + OVERHEAD * (passes * products + solving * 4) / _flops()
+    return 5.0 + OVERHEAD * (passes * products + solving * 4 + _learning(plan)) / _flops()
+
+
+def _learning(plan: Plan) -> float:
+    """Operations of learning on blocks: for every token of every step a forward pass and two backward ones."""
+    learn, calibration = plan.recipe.learn, plan.recipe.calibration
+    if learn is None or calibration is None:
+        return 0.0
+    options = {name: each.default for name, each in method("learn", learn.method).options.items()} | learn.options
+    weights = sum(s.out_features * s.in_features for s in plan.schemes)
+    return float(6 * options.get("steps", 0) * options.get("step_tokens", 0) * weights)
 
 
 def _share_of_experts(plan: Plan) -> float:
