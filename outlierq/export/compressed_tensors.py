@@ -137,10 +137,11 @@ def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]
     import torch
 
     scheme, codes = quantized.scheme, _as_stored(site, byte_codes(site, quantized))
+    shape = (site.out_features, site.in_features)
     tensors = {
         f"{stem(site)}.weight_packed": pack(codes, scheme.bits),
         f"{stem(site)}.weight_scale": _as_stored(site, quantized.scale),
-        f"{stem(site)}.weight_shape": torch.tensor(codes.shape),
+        f"{stem(site)}.weight_shape": torch.tensor(shape[::-1] if site.transposed else shape),  # codes may be some rows
     }
     if quantized.zero_point is not None:
         # Not .contiguous(): a single group is a row whose strides it leaves alone, and packing views them as words.
