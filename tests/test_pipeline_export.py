@@ -79,6 +79,7 @@ def test_there_are_shipped_recipes():
 
 # The other formats need clients of their own, and have tests of their own.
 # Recipes that prune need a mixture of experts (see test_moe.py).
+THREE_BITS = ("gptq-w3", "best-w3")
 PLAIN_TRANSFORMERS = [
     name
     for name in sorted(shipped())
@@ -87,7 +88,7 @@ PLAIN_TRANSFORMERS = [
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=dense_words) if name == "gptq-w3" else name for name in PLAIN_TRANSFORMERS]
+    "name", [pytest.param(name, marks=dense_words) if name in THREE_BITS else name for name in PLAIN_TRANSFORMERS]
 )
 def test_every_shipped_recipe_is_planned_to_the_byte_and_loads_in_transformers(name, tiny_llama, tmp_path):
     out = tmp_path / "out"
