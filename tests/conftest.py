@@ -98,6 +98,16 @@ def result_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def kept_memory() -> None:
+    """This process keeps what is freed: to give back pages of a heap that thousands of tests have used takes longer
+    than a tiny model. What a run needs is held in processes of its own."""
+    from outlierq.core.machine import heap
+
+    heap.return_freed_memory.__code__ = (lambda: None).__code__
+    heap.return_memory_at_once.__code__ = (lambda least=0: None).__code__
+
+
+@pytest.fixture(scope="session", autouse=True)
 def embedded_tokens() -> None:
     """Each tokenizer cuts the embedded text into tokens once: a tiny calibration hardly takes as long."""
     from outlierq.calibrate.corpus import text

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import outlierq
 from outlierq.core.report import Report
 from outlierq.load import load_model, open_checkpoint
 from outlierq.pipeline.planning.decide import make_plan
-from outlierq.pipeline.quantize import quantize
 from outlierq.recipe import load, shipped
 
 SMALL = ["calibration.samples=6", "calibration.sequence_length=32"]
@@ -26,8 +26,7 @@ IDS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
 def compress(source: Path, out: Path, recipe: str, *settings: str) -> Report:
     """Run a shipped recipe with few, short windows."""
     calibrated = load(recipe).calibration is not None
-    chosen = load(recipe, [*(SMALL if calibrated else []), *settings])
-    return quantize(make_plan(open_checkpoint(str(source)), chosen), out)
+    return outlierq.quantize(source, recipe, out=out, settings=[*(SMALL if calibrated else []), *settings])
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
