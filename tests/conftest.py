@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import sys
@@ -103,6 +104,7 @@ def kept_memory() -> None:
     than a tiny model. What a run needs is held in processes of its own."""
     from outlierq.core.machine import heap
 
+    os.register_at_fork(after_in_child=gc.freeze)  # nor does a child walk through all that its parent holds
     heap.return_freed_memory.__code__ = (lambda: None).__code__
     heap.return_memory_at_once.__code__ = (lambda least=0: None).__code__
 
