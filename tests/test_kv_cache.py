@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from libraries import rounded_cache
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -167,6 +168,7 @@ def test_the_written_scales_are_those_of_transformers_own_cache(per, model, tmp_
     assert found.keys() == source.keys() and all(torch.equal(found[name], source[name]) for name in found)
 
 
+@rounded_cache
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [
