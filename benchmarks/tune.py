@@ -17,7 +17,7 @@ from measure import measure
 from record import versions, write_results
 
 import outlierq
-from outlierq.calibrate.corpus.text import token_windows
+from outlierq.calibrate.text.windows import token_windows
 from outlierq.load import load_tokenizer, open_checkpoint
 
 LIMITS = {4: 0.85, 3: 0.9, 2: 1.0}  # KL of our best recipe over AutoRound's, by bits

@@ -253,8 +253,8 @@ def fuzz_by_coverage(name: str, count: int, seed: int, folder: Path, watch: Watc
     from yaml import YAMLError
 
     with atheris.instrument_imports(include=["outlierq"], enable_loader_override=False):
-        import outlierq.calibrate.corpus.text
         import outlierq.calibrate.stored.stats_file
+        import outlierq.calibrate.text.windows
         import outlierq.core.machine.untrusted
         import outlierq.load.decode
         import outlierq.load.gguf.file

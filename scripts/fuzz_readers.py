@@ -950,7 +950,7 @@ def template_seeds() -> list[bytes]:
 
 def read_template(folder: Folder) -> None:
     """A chat in the template that a checkpoint carries."""
-    from outlierq.calibrate.corpus import chats
+    from outlierq.calibrate.text import chats
 
     tokenizer = templated()
     tokenizer.chat_template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
@@ -991,7 +991,7 @@ class Characters:
 
 def read_text(folder: Folder, name: str, chat: bool = False) -> None:
     """Calibration windows of a file."""
-    from outlierq.calibrate.corpus.text import TextSource, token_windows
+    from outlierq.calibrate.text.windows import TextSource, token_windows
 
     source = TextSource(path=str(folder / name))
     token_windows(Characters(), [source], samples=2, sequence_length=4, seed=0, chat_template=chat)

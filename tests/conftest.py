@@ -112,7 +112,7 @@ def kept_memory() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def embedded_tokens() -> None:
     """Each tokenizer cuts the embedded text into tokens once: a tiny calibration hardly takes as long."""
-    from outlierq.calibrate.corpus import text
+    from outlierq.calibrate.text import windows as text
 
     made, original = {}, text._token_stream
 

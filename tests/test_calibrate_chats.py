@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from outlierq.calibrate.corpus.chats import chat_columns, messages_of, rendered
+from outlierq.calibrate.text.chats import chat_columns, messages_of, rendered
 from outlierq.core.errors import StatsError
 
 ASKED, ANSWERED = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from outlierq.calibrate.corpus import files
-from outlierq.calibrate.corpus.files import file_rows, file_text, has_rows
-from outlierq.calibrate.corpus.text import whole_text
+from outlierq.calibrate.text import files
+from outlierq.calibrate.text.files import file_rows, file_text, has_rows
+from outlierq.calibrate.text.windows import whole_text
 from outlierq.core.errors import StatsError
 from outlierq.core.notes import collecting
 

@@ -13,9 +13,9 @@ from transformers.models.llama import modeling_llama
 
 from outlierq.calibrate import collect
 from outlierq.calibrate.collect import BLOCK_FIELDS, token_stride
-from outlierq.calibrate.corpus.text import token_classes
 from outlierq.calibrate.observe import NO_INTERFACE, BlockObserver, kurtosis
 from outlierq.calibrate.runner import BlockRunner, PartWeights
+from outlierq.calibrate.text.windows import token_classes
 from outlierq.core.errors import StatsError
 from outlierq.core.measured.block_stats import TOP_COLUMNS
 from outlierq.core.model import Block, LinearSite, Structure

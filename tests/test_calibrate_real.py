@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from outlierq.calibrate.collect import Collector, Sequences
-from outlierq.calibrate.corpus.text import token_windows
 from outlierq.calibrate.folds import prove_folds
 from outlierq.calibrate.groups import find_groups
 from outlierq.calibrate.runner import BlockRunner, PartWeights
+from outlierq.calibrate.text.windows import token_windows
 from outlierq.core.model import Block, LinearSite, Structure
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from outlierq.calibrate.corpus.text import TextSource, embedded_text, shares, token_windows
+from outlierq.calibrate.text.windows import TextSource, embedded_text, shares, token_windows
 from outlierq.core.errors import StatsError
 
 WORDS = 300

@@ -135,7 +135,7 @@ class TestNothingRuns:
     def test_a_chat_template_with_code_is_refused(self, template, tmp_path, tools, watch, monkeypatch):
         from transformers import AutoTokenizer
 
-        from outlierq.calibrate.corpus import chats, text
+        from outlierq.calibrate.text import chats, windows
         from outlierq.core.errors import StatsError
 
         monkeypatch.setattr(chats, "SECONDS_PER_CHAT", 0.2)
@@ -145,7 +145,7 @@ class TestNothingRuns:
         tokenizer.chat_template = template
         (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n' * 4)
         with watch.watching() as seen, pytest.raises(StatsError, match="chat template"):
-            text.token_windows(
+            windows.token_windows(
                 tokenizer, str(tmp_path / "chats.jsonl"), samples=1, sequence_length=4, seed=0, chat_template=True
             )
         assert seen == [] and not (tmp_path / "pwned").exists()

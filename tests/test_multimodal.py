@@ -13,8 +13,8 @@ import transformers
 from multimodal import MODELS, inputs_of, write_model
 from safetensors.torch import load_file
 
-from outlierq.calibrate.corpus.chats import rendered
 from outlierq.calibrate.runner import BlockRunner, PartWeights
+from outlierq.calibrate.text.chats import rendered
 from outlierq.core.errors import RecipeError, SourceError, StatsError
 from outlierq.load import build_skeleton, find_structure, load_model, load_tokenizer, open_checkpoint, study
 from outlierq.load.model.decoder import block_list

@@ -29,7 +29,7 @@ from outlierq.pipeline.remodel.rewrite import check_source
 from outlierq.recipe import Calibration
 
 if TYPE_CHECKING:
-    from outlierq.calibrate.corpus.text import TokenSet
+    from outlierq.calibrate.text.windows import TokenSet
 
 
 @dataclass(frozen=True)

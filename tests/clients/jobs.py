@@ -113,7 +113,7 @@ def run_job(
 @cache
 def questions() -> tuple[list[int], list[list[int]]]:
     """The prompt and the windows as token ids of SmolLM2. The text is what every Python carries, its held-out part."""
-    from outlierq.calibrate.corpus.text import embedded_text
+    from outlierq.calibrate.text.windows import embedded_text
     from outlierq.evaluate.divergence import text_windows
 
     tokenizer = smollm2_tokenizer()

@@ -52,7 +52,7 @@ from outlierq.pipeline.processes.sharding import (
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.calibrate.corpus.text import TokenSet
+    from outlierq.calibrate.text.windows import TokenSet
     from outlierq.core.scheme import ActivationScheme
     from outlierq.recipe import Calibration
     from outlierq.recipe.sections import Section
@@ -394,7 +394,7 @@ class StatsFromRun:
         if not self.fields & BLOCK_FIELDS:
             return None
         if "attention_mass" in self.fields and self._classes is None:
-            from outlierq.calibrate.corpus.text import token_classes
+            from outlierq.calibrate.text.windows import token_classes
             from outlierq.load import load_tokenizer
 
             self._classes = token_classes(load_tokenizer(self.checkpoint), self.tokens.ids)
@@ -549,7 +549,7 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
 
 def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
     """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them."""
-    from outlierq.calibrate.corpus.text import token_windows
+    from outlierq.calibrate.text.windows import token_windows
     from outlierq.core.windows import check_ids, check_length
     from outlierq.load import load_tokenizer
 
@@ -571,7 +571,7 @@ def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
 
 def _with_images(model: StudiedModel, tokens: TokenSet, images: Section, tokenizer: Any) -> TokenSet:
     """The windows with the recipe's images. RecipeError when the model has nothing to see them with."""
-    from outlierq.calibrate.corpus.images import ImageSource, with_images
+    from outlierq.calibrate.text.images import ImageSource, with_images
     from outlierq.core.windows import opening_tokens
     from outlierq.load import load_processor
 

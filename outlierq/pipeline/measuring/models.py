@@ -101,7 +101,7 @@ def measure_windows(
 def evaluation_text(data: str | None) -> tuple[str, str]:
     """The text to measure on, and its name. data: a file as calibration reads it, or None for the held-out part of the
     embedded text."""
-    from outlierq.calibrate.corpus.text import embedded_text, whole_text
+    from outlierq.calibrate.text.windows import embedded_text, whole_text
 
     if data is None:
         return embedded_text("evaluation"), "Python language reference (held-out part)"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.collect import ALL_FIELDS, stored_fields
-from outlierq.calibrate.corpus.files import MOST_BYTES
 from outlierq.calibrate.runner import SPILL_BYTES
+from outlierq.calibrate.text.files import MOST_BYTES
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.model import LinearSite, Structure, StudiedModel, largest
 from outlierq.load.model.lookup import tables

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.corpus.chats import TEMPLATE_FAULTS
+from outlierq.calibrate.text.chats import TEMPLATE_FAULTS
 from outlierq.core.errors import StatsError
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from outlierq.calibrate.corpus.text import TokenSet
+    from outlierq.calibrate.text.windows import TokenSet
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 QUESTION = "Describe this image."

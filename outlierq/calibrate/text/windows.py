@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.calibrate.corpus.chats import SHAPES, chat_columns, messages_of, rendered
-from outlierq.calibrate.corpus.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
+from outlierq.calibrate.text.chats import SHAPES, chat_columns, messages_of, rendered
+from outlierq.calibrate.text.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
 from outlierq.core.errors import StatsError, during, nearest
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
@@ -45,7 +45,7 @@ class TokenSet:
     """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings.
 
     notes: what was left out of the text, or is unusual about it. inputs: what the model gets beside the tokens of each
-    window, by argument (`calibrate/corpus/images.py`); empty where no window has an image.
+    window, by argument (`calibrate/text/images.py`); empty where no window has an image.
     """
 
     ids: torch.Tensor

@@ -1,1 +1,0 @@
-"""What a model is calibrated on: text, chats, files of either, images."""
