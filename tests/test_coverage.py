@@ -50,7 +50,7 @@ SAMPLE = {
 }
 
 
-NEWER = ("falcon", "mamba2", "nanochat", "zamba2")
+NEWER = ("falcon", "gpt2", "mamba2", "nanochat", "zamba2")
 
 
 @pytest.mark.parametrize(
