@@ -221,6 +221,15 @@ def test_router_and_kept_experts_are_named_to_clients_as_they_are_on_disk(outlie
     assert "model.layers.1.block_sparse_moe.experts.3.w1.weight_packed" in out
 
 
+def test_what_holds_for_all_experts_is_said_once(outlierq, mixtures, tmp_path):
+    out = tmp_path / "out"
+    answer = outlierq("quantize", mixtures("Qwen3Moe"), "-r", "gptaq-w4", "-o", out, *CALIBRATION)
+    assert answer.code == 0, answer.err
+    notes = json.loads((out / "outlierq.json").read_text())["notes"]
+    (said,) = [note for note in notes if "its tokens are routed" in note]
+    assert re.match(r"model.layers.0.mlp.experts.0.\w+ and \d+ more: its tokens are routed", said)
+
+
 def test_a_transform_scales_experts_and_router_together(outlierq, mixtures, ids, tmp_path):
     source, out = mixtures("Qwen2Moe"), tmp_path / "out"
     (tmp_path / "smooth.yaml").write_text(

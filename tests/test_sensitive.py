@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def test_auto_nvfp4_keeps_its_share_in_fp8_and_a_killed_run_goes_on(tiny_llama, 
         outlierq.quantize(str(tiny_llama), "auto-nvfp4", out=folder, settings=settings, device="cpu")
 
     run(whole)
+    notes = json.loads((whole / "outlierq.json").read_text())["notes"]
+    assert re.match(r"quantize.keep_share: [1-8] of 8 layers, .*% of these weights, get FP8 or keep 16 bits", notes[0])
     groups = json.loads((whole / "config.json").read_text())["quantization_config"]["config_groups"].values()
     bits = {(g["weights"]["num_bits"], g["input_activations"]["num_bits"]): g["input_activations"] for g in groups}
     assert bits.keys() == {(4, 4), (8, 8)} and bits[8, 8]["strategy"] == "token" and bits[8, 8]["dynamic"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,6 +14,14 @@ def note(text: str) -> None:
     collected = _current.get()
     if collected is not None:
         collected.append(text)
+
+
+def counted_together(noted: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes (where, what) as sentences: what holds at several places is said once, with the first and their number."""
+    places: dict[str, list[str]] = {}
+    for where, what in noted:
+        places.setdefault(what, []).append(where)
+    return [f"{at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}: {what}" for what, at in places.items()]
 
 
 @contextmanager

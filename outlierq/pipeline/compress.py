@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,11 @@ def _compressed(
     if measurement is not None:
         ranks.first(lambda: check_measurement(checkpoint, measurement))
     experts = expert_stats(checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources)
-    recipe = with_sensitive_kept(checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources)
+    recipe, decided = with_sensitive_kept(
+        checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources
+    )
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = make_plan(checkpoint, recipe, expert_stats=experts)
+        plan = replace(make_plan(checkpoint, recipe, expert_stats=experts), decided=decided)
     if gate is not None and resources.max_memory is not None:
         check_evaluation([plan.model.skeleton] * 2, gate.dtype, gate.window_length, resources.max_memory)
     run.planned(plan)

@@ -11,6 +11,7 @@ from typing import Any
 from outlierq import __version__
 from outlierq.calibrate.groups import NOT_RUN
 from outlierq.core.machine.heap import peak_bytes
+from outlierq.core.notes import counted_together
 from outlierq.core.report import STORED, Report, SiteRow
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.starved import STARVED
@@ -42,7 +43,8 @@ def make_report(
     calibration = None if source.calibration is None else dict(source.calibration)
     noted = [note for entry in journal.entries.values() for note in entry["notes"]]
     # What is said of a starved expert's linears is said once for the block, too.
-    noted += [f"{row.site}: {row.note}" for row in rows if row.note and not row.note.startswith((STARVED, NOT_RUN))]
+    said_once = (STARVED, NOT_RUN)
+    noted += counted_together((row.site, row.note) for row in rows if row.note and not row.note.startswith(said_once))
     noted += carried_note(rows)
     if rewrite_error is not None:
         noted.append(f"the rewritten model's float32 logits differ by {rewrite_error:.1e} from the original's")

@@ -73,14 +73,14 @@ def with_sensitive_kept(
     given: Path | None = None,
     restart: bool = False,
     resources: Resources = USUAL,
-) -> Recipe:
-    """The recipe with an override for the linears that `quantize.keep_share` keeps; itself when it keeps none.
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with overrides for the linears that `quantize.keep_share` keeps, and a sentence that says which share.
 
     given: statistics of an earlier calibration; else they are made beside `out`, where a stopped run continues.
     """
     quantize = recipe.quantize
     if quantize is None or quantize.keep_share is None:
-        return recipe
+        return recipe, ()
     plain = recipe.model_copy(update={"quantize": quantize.model_copy(update={"keep_share": None})})
     plan = make_plan(checkpoint, plain)
     folder = given
@@ -96,7 +96,7 @@ def with_sensitive_kept(
     return resources.ranks.first(lambda: _kept(plain, plan, made, share))
 
 
-def _kept(recipe: Recipe, plan: Plan, folder: Path, share: float) -> Recipe:
+def _kept(recipe: Recipe, plan: Plan, folder: Path, share: float) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with what statistics in a folder say; the lead alone knows that they are complete."""
     source = StatsFromFile(folder, plan.checkpoint, plan.structure, FIELDS)
     units = units_of(plan, source, source.reader.sensitivity())
@@ -188,8 +188,8 @@ def most_costly(units: Sequence[Unit], share: float) -> list[int]:
     return [number for number, at in enumerate(chosen or []) if at == 1 and units[number].loss > 0]
 
 
-def _with_overrides(recipe: Recipe, units: Sequence[Unit], kept: Sequence[int]) -> Recipe:
-    """The recipe with the kept units in overrides, and a description that says what they are predicted to save."""
+def _with_overrides(recipe: Recipe, units: Sequence[Unit], kept: Sequence[int]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the kept units in overrides, and what they are predicted to save in words."""
     assert recipe.quantize is not None, "the recipe rounds nothing"
     in_fp8 = [site for number in kept if units[number].is_enough_in_fp8 for site in units[number].sites]
     in_16_bits = [site for number in kept if not units[number].is_enough_in_fp8 for site in units[number].sites]
@@ -198,11 +198,10 @@ def _with_overrides(recipe: Recipe, units: Sequence[Unit], kept: Sequence[int]) 
     weights = sum(units[number].weights for number in kept) / max(1, sum(unit.weights for unit in units))
     before = sum(unit.loss for unit in units)
     after = before - sum(units[number].loss - units[number].loss_when_kept for number in kept)
-    said = f"{len(kept)} of {len(units)} layers kept, {weights:.1%} of the weights: "
-    said += f"predicted loss {before:.3g} -> {after:.3g}"
+    held = f"{len(kept)} of {len(units)} layers, {weights:.1%} of these weights, get FP8 or keep 16 bits"
+    said = f"quantize.keep_share: {held}: predicted loss {before:.3g} -> {after:.3g}"
     quantize = recipe.quantize.model_copy(update={"overrides": (*recipe.quantize.overrides, *overrides)})
-    description = f"{recipe.description} ({said})" if recipe.description else said
-    return recipe.model_copy(update={"quantize": quantize, "description": description})
+    return recipe.model_copy(update={"quantize": quantize}), (said,)
 
 
 def _overrides(sites: Sequence[LinearSite], keys: Mapping[str, Any]) -> list[Override]:

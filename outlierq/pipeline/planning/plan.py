@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
+from outlierq.core.notes import counted_together
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
@@ -91,7 +92,8 @@ class Plan(Shown):
     none is quantized, so that they stay in the tensor that the source has for all of them; they are no sites.
     expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
     nobody asked. load_fault: why transformers cannot hold packed weights of this class, and what helps. experts_remedy:
-    a setting with which it loads the model, where it does not load experts that are packed apart.
+    a setting with which it loads the model, where it does not load experts that are packed apart. decided: what a
+    calibration before the plan has decided, in words.
     """
 
     model: StudiedModel
@@ -105,6 +107,7 @@ class Plan(Shown):
     savings: tuple[str, ...] | None = None
     load_fault: PackedFault | None = None
     experts_remedy: str = ""
+    decided: tuple[str, ...] = ()
 
     @cached_property
     def format(self) -> Format:
@@ -144,20 +147,17 @@ class Plan(Shown):
 
     @property
     def notes(self) -> list[str]:
-        """Every site that cannot follow the recipe, and every pattern without a site, as a sentence.
-
-        Equal reasons are counted together.
-        """
-        reasons: dict[str, list[str]] = {}
-        for planned in self.sites:
-            if planned.reason and not planned.reason.startswith("ignored"):
-                reasons.setdefault(planned.reason, []).append(planned.site.module)
-        noted = [
-            f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
-            for reason, modules in reasons.items()
-        ]
+        """Every site that cannot follow the recipe, and every pattern without a site, as a sentence."""
+        reasons = ((planned.site.module, planned.reason) for planned in self.sites)
+        noted = counted_together((name, why) for name, why in reasons if why and not why.startswith("ignored"))
         share = share_note(self.quantized_share) if self.schemes else []
-        made = [*share, *self._together_noted, *source_notes(self.checkpoint), *rewrite_notes(self.checkpoint)]
+        made = [
+            *self.decided,
+            *share,
+            *self._together_noted,
+            *source_notes(self.checkpoint),
+            *rewrite_notes(self.checkpoint),
+        ]
         limits = [*self.approximations, *self.layout.notes, *self._limits, *self._patterns_noted]
         return [*made, *noted, *limits, *left_behind_notes(self.checkpoint.left_behind)]
 
