@@ -277,6 +277,16 @@ def test_blocks_that_share_weights_are_written_once_and_loaded_by_all(made, tmp_
     assert (before.exp() * (before - after)).sum(-1).mean() < 0.05
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4-w4a4", "best-w4-light"])
+def test_what_cannot_run_beside_its_quantized_self_is_refused_with_what_can(recipe, made, tmp_path):
+    source = made("gemma4_text")
+    with pytest.raises(RecipeError, match="hands more than hidden states") as refused:
+        outlierq.quantize(source, recipe, out=tmp_path / "out", settings=FEW)
+    assert "gptq-w4, nvfp4 or mxfp4" in refused.value.hint
+    for name in ("gptq-w4", "mxfp4"):
+        outlierq.quantize(source, name, out=tmp_path / name, settings=FEW if name == "gptq-w4" else {})
+
+
 def test_nothing_is_folded_into_what_other_blocks_use(made, tmp_path):
     report, _ = quantized(made("zamba2"), tmp_path / "out")
     notes = [row["note"] for row in report["transforms"] if "shared_transformer" in row["group"]]

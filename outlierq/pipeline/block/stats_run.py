@@ -216,7 +216,7 @@ class StatsFromRun:
             raise RecipeError(
                 f"{type(self.model).__name__} hands more than hidden states from block to block, so it cannot run "
                 "beside its quantized self",
-                hint="use `quantize.method: gptq`, and leave a `learn` section out",
+                hint="use a recipe that runs the text once for each block, such as gptq-w4, nvfp4 or mxfp4",
             )
         return shard.hidden.copied(Spill(self._scratch, self._savings.spill_bytes))
 
