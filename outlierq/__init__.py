@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         read_recipe,
         recipe_text,
         recipes,
+        recommend,
         study_calibration,
         study_methods,
         study_write,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.core.report import Evaluation, Report
     from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.advising.recommend import Recommendation
     from outlierq.pipeline.asked.events import Event
     from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.fitting.frontier import Frontier
@@ -74,6 +76,7 @@ __all__ = [
     "OutlierqError",
     "Plan",
     "Recipe",
+    "Recommendation",
     "Report",
     "Sweep",
     "SweepRow",
@@ -97,6 +100,7 @@ __all__ = [
     "read_recipe",
     "recipe_text",
     "recipes",
+    "recommend",
     "study_calibration",
     "study_methods",
     "study_write",
@@ -119,6 +123,7 @@ _HOMES = {
     "OutlierqError": "core.errors",
     "Plan": "pipeline.planning.plan",
     "Recipe": "recipe",
+    "Recommendation": "pipeline.advising.recommend",
     "Report": "core.report",
     "Sweep": "pipeline.fitting.sweep",
     "SweepRow": "pipeline.fitting.sweep",

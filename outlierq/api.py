@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
     from outlierq.core.report import Evaluation, Report
     from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.advising.recommend import Recommendation
     from outlierq.pipeline.asked.events import Listener
     from outlierq.pipeline.asked.request import SourceLike
     from outlierq.pipeline.bench import Benchmark
@@ -82,6 +83,37 @@ def plan(
     with listening(progress) as listen:
         source = Source(model, revision, trust_remote_code, like=_path(like))
         return plan(source, asked, max_memory=max_memory, listen=listen)
+
+
+def recommend(
+    model: SourceLike,
+    *,
+    gpu: str | None = None,
+    client: str | None = None,
+    goal: str | None = None,
+    stats: Place | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Recommendation:
+    """Three recipes for a model, with reasons, exact sizes, the expected loss and the command to copy; headers only.
+
+    gpu: the card that will run the result ("L4", "H100", "B200", "MI350", ...) or "cpu"; None: what NVIDIA GPUs from
+    Ampere on have in common. client: what will load it: "vllm", "llama.cpp" or "transformers". goal: "size", "speed" or
+    "quality"; None gives one recipe for each. stats: what `calibrate` wrote, to predict losses from.
+    Nothing is recommended that `plan` refuses, or that the client is not known to load.
+
+    >>> advice = outlierq.recommend(model, gpu="L4", client="vllm", goal="size")
+    >>> len(advice.suggestions), advice.suggestions[0].fit.fits
+    (3, True)
+    """
+    from outlierq.pipeline.advising.recommend import recommend
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.report.progress import listening
+
+    source = Source(model, revision, trust_remote_code)
+    with listening(progress) as listen:
+        return recommend(source, gpu=gpu, client=client, goal=goal, stats=_path(stats), listen=listen)
 
 
 def quantize(

@@ -17,6 +17,7 @@ SMALL = ("--set", "calibration.samples=6", "--set", "calibration.sequence_length
 COMMANDS = [
     "quantize",
     "calibrate",
+    "recommend",
     "fit",
     "frontier",
     "plan",

@@ -17,6 +17,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "compressed_tensors", "gg
 COMMANDS = (
     "quantize",
     "calibrate",
+    "recommend",
     "fit",
     "frontier",
     "sweep",

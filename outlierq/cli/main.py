@@ -28,7 +28,7 @@ from outlierq.cli.commands import (
     recipes,
     verify,
 )
-from outlierq.cli.commands.choosing import fit, frontier, study, sweep
+from outlierq.cli.commands.choosing import fit, frontier, recommend, study, sweep
 from outlierq.cli.shared import translated
 from outlierq.cli.streams import Streams
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
@@ -48,6 +48,7 @@ app = typer.Typer(
 )
 app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
 app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
+app.command("recommend", epilog=recommend.EXAMPLES)(translated(recommend.command))
 app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
 app.command("frontier", epilog=frontier.EXAMPLES)(translated(frontier.command))
 app.command("sweep", epilog=sweep.EXAMPLES)(translated(sweep.command))

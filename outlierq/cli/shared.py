@@ -134,12 +134,12 @@ def print_json(values: Any) -> None:
 
 
 def show(*parts: Any, stderr: bool = False) -> None:
-    """Print rich renderables, plainly when it is not a terminal."""
+    """Print rich renderables, plainly when it is not a terminal; strings as they are, however long."""
     from outlierq.report.terminal import make_console
 
     console = make_console(stderr=stderr)
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
 
 
 def numbers_of(text: str | None, argument: str) -> tuple[int, ...]:

@@ -22,19 +22,19 @@ def plan(source: Source, request: Request, *, max_memory: str | int | None = Non
     A compressed checkpoint and a format alone: the plan of the conversion, for which every weight is read.
     OutlierqError when the memory is too little.
     """
-    decided = _decided(source, request, listen)
-    decided = replace(decided, expected=estimate(decided))
+    made = decided(source, request, listen)
+    made = replace(made, expected=estimate(made))
     most = ceiling(max_memory)
     if most is None:
-        return decided
-    works = works_of(decided)
+        return made
+    works = works_of(made)
     check_together(works, most)
     said = [sentence for work in works for sentence in choose(work, most).sentences]
-    return replace(decided, savings=tuple(dict.fromkeys(said)))
+    return replace(made, savings=tuple(dict.fromkeys(said)))
 
 
-def _decided(source: Source, request: Request, listen: Listener) -> Plan:
-    """What a run would do."""
+def decided(source: Source, request: Request, listen: Listener = silent) -> Plan:
+    """What a run would do, without what it would cost."""
     source, alone = source.in_its_frame(request), isinstance(request, FormatAlone)
     checkpoint = source.open() if alone else source.headers()
     if isinstance(request, FormatAlone) and request.converts(checkpoint):

@@ -72,6 +72,14 @@ class Recipe(Section):
         return tuple(t for t in self.transform if transform_method(t.method).stage == "permute")
 
     @property
+    def reads_statistics(self) -> bool:
+        """Whether statistics of an earlier calibration can take the place of running the model."""
+        calibration = self.calibration
+        if not self.needs or calibration is None or self.rewrites or self.permutations:
+            return False
+        return calibration.mode == "static" and calibration.inputs == "exact"
+
+    @property
     def needs(self) -> frozenset[str]:
         """The statistics that the methods of this recipe read; empty for a data-free recipe.
 

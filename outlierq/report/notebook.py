@@ -11,11 +11,13 @@ from rich.text import Text
 
 from outlierq.core.report import DRAWN
 from outlierq.report import terminal
+from outlierq.report.advice_text import advice
 from outlierq.report.outlier_text import outlier_summary
 
 if TYPE_CHECKING:
     from outlierq.core.report import Evaluation
     from outlierq.evaluate.comparison import Comparison
+    from outlierq.pipeline.advising.recommend import Recommendation
     from outlierq.pipeline.diff import Difference
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.verify import Verification
@@ -94,12 +96,18 @@ def difference(result: Difference) -> Group:
     return Group(table, Text(f"{counts}, {result.equal} equal"))
 
 
+def recommendation(made: Recommendation) -> Group:
+    """The recipes, with their commands."""
+    return Group(*(Text(part) if isinstance(part, str) else part for part in advice(made)))
+
+
 DRAWN |= {
     "Comparison": lambda value: html(comparison(value)),
     "Difference": lambda value: html(difference(value)),
     "Evaluation": lambda value: html(evaluation(value)),
     "OutlierReport": lambda value: html(outlier_summary(value)),
     "Plan": lambda value: html(plan(value)),
+    "Recommendation": lambda value: html(recommendation(value)),
     "Report": lambda value: html(terminal.summary(value)),
     "Verification": lambda value: html(verification(value)),
 }

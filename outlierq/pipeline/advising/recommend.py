@@ -1,0 +1,323 @@
+"""`outlierq recommend`: three recipes that suit a model, a card, a client and a goal, each asked of the planner."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from outlierq.core.errors import ArgumentError, OutlierqError, nearest
+from outlierq.core.report import Shown
+from outlierq.pipeline.advising.expected import Expected, expected
+from outlierq.pipeline.advising.hardware import Card, card_of, smallest_card, table
+from outlierq.pipeline.asked.events import Listener, silent
+from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.fitting.goal import CARD_SHARE, cache_size, loaded_bytes
+from outlierq.pipeline.fitting.storage import CLIENTS
+from outlierq.pipeline.plan import decided
+from outlierq.pipeline.planning.plan import Plan
+from outlierq.recipe import Recipe, given
+
+GOALS = ("size", "speed", "quality")
+MOST = 3  # recipes that are shown
+SAME_SIZE = 1.02  # results that differ by less are alike in size
+# Positions for which a card should hold a cache beside the weights, or all of the model's where it has fewer.
+USUAL_CONTEXT = 8192
+# After what a client says of one scheme, what it says of others: "loads; has no kernel for ..."
+DOUBTS = re.compile(r"(^|; )(has no|does not|not tried|needs a plug-in|reads .* wrongly)|: not tried")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a card holds the weights and a cache in 16 bits. loaded_bytes: of the weights while they run. context:
+    the most positions whose cache fits, beside them, into 90 % of the card, 0 for none; None where that is not known.
+    """
+
+    fits: bool | None
+    loaded_bytes: int
+    context: int | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A recipe that suits. goal: for which it stands here. output_bytes: exact, of the result without its report.
+
+    client: what the client says of it. command: to copy; then: what runs the result.
+    """
+
+    recipe: str
+    goal: str
+    why: str
+    output_bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    fit: Fit
+    expected: Expected
+    client: str
+    command: str
+    then: str
+
+
+@dataclass(frozen=True)
+class Recommendation(Shown):
+    """What suits a model. refused: recipe -> why it was passed over. remarks: what holds for all. checked: the date of
+    the facts.
+    """
+
+    model: str
+    card: Card
+    client: str
+    goal: str | None
+    suggestions: tuple[Suggestion, ...]
+    refused: Mapping[str, str]
+    remarks: tuple[str, ...]
+    checked: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        card = {"name": self.card.name, "words": self.card.words, "memory": self.card.memory}
+        rows = [vars(s) | {"fit": vars(s.fit), "expected": vars(s.expected)} for s in self.suggestions]
+        others = {"client": self.client, "goal": self.goal, "refused": dict(self.refused)}
+        said = {"remarks": list(self.remarks), "checked": self.checked}
+        return {"model": self.model, "card": card, **others, "suggestions": rows, **said}
+
+
+def recommend(
+    source: Source,
+    *,
+    gpu: str | None = None,
+    client: str | None = None,
+    goal: str | None = None,
+    stats: Path | None = None,
+    listen: Listener = silent,
+) -> Recommendation:
+    """The first three recipes that the planner accepts, the client loads and the card runs, those that fit it first.
+
+    gpu: a card of data/hardware.json, "cpu", or None for what many have in common. client: None is llama.cpp for
+    "cpu", else vllm. goal: None gives one recipe for each. ArgumentError for unknown names, OutlierqError when no
+    recipe works, with what was said of each.
+    """
+    card = card_of(gpu)
+    served = _known(client or ("llama.cpp" if card.is_cpu else "vllm"), list(CLIENTS), "for", "a client")
+    if goal is not None:
+        goal = _known(goal, list(GOALS), "goal", "a goal")
+    candidates = _Candidates(source, card, served)
+    rows = _one_each(candidates) if goal is None else _first(candidates, goal, MOST)
+    if not rows:
+        raise _nothing(source, card, served, candidates.refused)
+    suggestions = tuple(_suggestion(candidates, *row, stats, listen) for row in rows)
+    facts = table("recommended")
+    of_card = card.remark if served == "vllm" else ""
+    remarks = tuple(filter(None, [facts["remarks"].get(served), of_card, *_common(suggestions)]))
+    return Recommendation(
+        source.name, card, served, goal, suggestions, candidates.refused, remarks, table("hardware")["checked"]
+    )
+
+
+class _Candidates:
+    """Recipes for a model, a card and a client; each is planned once. refused: recipe -> why."""
+
+    def __init__(self, source: Source, card: Card, client: str):
+        self.source, self.card, self.client = source, card, client
+        self.refused: dict[str, str] = {}
+        self._plans: dict[str, Plan | None] = {}
+        self._opened = replace(source, place=source.headers())
+
+    def of(self, goal: str) -> Iterable[tuple[str, Plan]]:
+        """Those that work, in the order of preference for a goal; for size those that are not nearly the smallest come
+        later, by their bytes."""
+        if goal != "size":
+            return self._working(goal)
+        rows = list(self._working(goal))
+        nearly = SAME_SIZE * min((plan.output_bytes for _, plan in rows), default=0)
+        return sorted(rows, key=lambda row: row[1].output_bytes if row[1].output_bytes > nearly else 0)
+
+    def _working(self, goal: str) -> Iterator[tuple[str, Plan]]:
+        """Those that work, in the order of data/recommended.json."""
+        for name in table("recommended")["order"][self.client][goal]:
+            if name not in self._plans:
+                self._plans[name] = self._planned(name)
+            plan = self._plans[name]
+            if plan is not None:
+                yield name, plan
+
+    def _planned(self, name: str) -> Plan | None:
+        """The plan of a recipe; None, with the reason kept, where the card, the planner or the client objects."""
+        needs = table("recommended")["recipes"][name].get("needs")
+        if needs is not None and self.client == "vllm" and needs not in self.card.runs:
+            self.refused[name] = f"vLLM has no kernel on {self.card.name} for {table('hardware')['words'][needs]}"
+            return None
+        recipe = given(name)
+        try:
+            plan = decided(self._framed(recipe), recipe)
+        except OutlierqError as error:
+            self.refused[name] = error.what
+            return None
+        said = self.lines(plan)
+        doubt = (
+            next((line for line in said if not _loads(line)), None) if said else f"nothing is known of {self.client}"
+        )
+        if doubt is not None:
+            self.refused[name] = doubt
+            return None
+        if not plan.schemes:
+            self.refused[name] = "it would quantize nothing of this model"
+            return None
+        return plan
+
+    def _framed(self, recipe: Recipe) -> Source:
+        """The source that is open already, or a GGUF file in its own frame."""
+        framed = self.source.in_its_frame(recipe)
+        return self._opened if framed is self.source else framed
+
+    def lines(self, plan: Plan) -> list[str]:
+        """What is known of the client with a plan; of vLLM, of its build for this card."""
+        word = CLIENTS[self.client].word
+        said = [line for line in plan.clients if line.startswith((word, "every client"))]
+        if self.client == "vllm":
+            said = [line for line in said if ("CPU" in line.partition(":")[0]) == self.card.is_cpu]
+        return said
+
+    def fit(self, plan: Plan) -> Fit:
+        """How the result fits the card."""
+        decodes = self.client == "transformers" and any("(d" in line for line in self.lines(plan))
+        held = 2 * plan.parameters if decodes else loaded_bytes(plan)
+        return _fit(plan, held, self.card)
+
+
+def _loads(line: str) -> bool:
+    """Whether a line about a client says that it loads the result, and raises no doubt."""
+    what = line.partition(": ")[2]
+    return what.startswith("loads") and not DOUBTS.search(what)
+
+
+def _first(candidates: _Candidates, goal: str, most: int, but: Collection[str] = ()) -> list[tuple[str, str, Plan]]:
+    """The first that fit the card, then those that do not: recipe, goal and plan. but: recipes to pass over."""
+    fitting: list[tuple[str, str, Plan]] = []
+    others: list[tuple[str, str, Plan]] = []
+    for name, plan in candidates.of(goal):
+        if name not in but:
+            (others if candidates.fit(plan).fits is False else fitting).append((name, goal, plan))
+        if len(fitting) == most:
+            break
+    return [*fitting, *others][:most]
+
+
+def _one_each(candidates: _Candidates) -> list[tuple[str, str, Plan]]:
+    """The first for each goal that is not there yet."""
+    rows: list[tuple[str, str, Plan]] = []
+    for goal in GOALS:
+        rows += _first(candidates, goal, 1, [name for name, _, _ in rows])
+    return rows
+
+
+def _suggestion(
+    candidates: _Candidates, name: str, goal: str, plan: Plan, stats: Path | None, listen: Listener
+) -> Suggestion:
+    """Everything that is said of a recipe."""
+    command, then = _commands(candidates, plan, stats)
+    return Suggestion(
+        recipe=name,
+        goal=goal,
+        why=table("recommended")["recipes"][name]["why"],
+        output_bytes=plan.output_bytes,
+        source_bytes=plan.source_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        fit=candidates.fit(plan),
+        expected=expected(plan, stats, listen=listen),
+        client="; ".join(candidates.lines(plan)),
+        command=command,
+        then=then,
+    )
+
+
+def _fit(plan: Plan, held: int, card: Card) -> Fit:
+    """How many positions a card holds beside so many bytes of weights."""
+    shape = _shape(plan)
+    if shape is None:
+        limit = None if card.memory is None else CARD_SHARE * card.memory
+        words = f"{_size(held)} of weights; how large its cache is, is not known"
+        return Fit(None if limit is None else held <= limit, held, None, words)
+    positions = int(shape.get("max_position_embeddings") or USUAL_CONTEXT)
+    usual = min(positions, USUAL_CONTEXT)
+    if card.memory is None:
+        needed = held + cache_size(shape, usual)
+        name = smallest_card(needed, CARD_SHARE)
+        words = f"{_size(needed)} with a cache for {usual:,} positions"
+        return Fit(None, held, None, f"{words}; the smallest card that is known to hold it: {name or 'none'}")
+    limit = CARD_SHARE * card.memory
+    most = bisect_right(range(1, positions + 1), limit, key=lambda length: held + cache_size(shape, length))
+    if most == 0:
+        return Fit(False, held, 0, f"no: {_size(held)} of weights, {_size(int(limit))} to fill")
+    words = f"with a cache in 16 bits for {most:,} positions beside it"
+    few = f", of the model's {positions:,}" if most < positions else ", all that the model has"
+    return Fit(most >= usual, held, most, words + few)
+
+
+def _shape(plan: Plan) -> dict[str, Any] | None:
+    """What the size of a cache depends on, as transformers names it; None where a config does not say."""
+    text = plan.model.skeleton.config.get_text_config()
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
+    others = ("layer_types", "sliding_window", "kv_lora_rank", "qk_rope_head_dim", "max_position_embeddings")
+    shape = {name: getattr(text, name, None) for name in (*names, *others)}
+    return shape if all(isinstance(shape[name], int) for name in names[:3]) else None
+
+
+def _commands(candidates: _Candidates, plan: Plan, stats: Path | None) -> tuple[str, str]:
+    """What writes the checkpoint, and what runs it."""
+    source, recipe = candidates.source, plan.recipe
+    stem = re.sub(r"[^\w.-]+", "-", Path(source.name).name.removesuffix(".gguf")) or "model"
+    out = f"{stem}-{recipe.name.removeprefix('gguf-')}" + (".gguf" if recipe.export.format == "gguf" else "")
+    words = ["outlierq", "quantize", source.name, "-r", recipe.name, "-o", out]
+    if stats is not None and recipe.reads_statistics:
+        words += ["--stats", str(stats)]
+    if source.revision:
+        words += ["--revision", source.revision]
+    words += ["--trust-remote-code"] if source.trust_remote_code else []
+    return shlex.join(words), _running(candidates.client, out)
+
+
+def _running(client: str, out: str) -> str:
+    """How a client runs a result."""
+    place = shlex.quote(f"./{out}")
+    return {
+        "vllm": f"vllm serve {place}",
+        "llama.cpp": f"llama-server -m {place}",
+        "transformers": f'AutoModelForCausalLM.from_pretrained("./{out}")',
+    }[client]
+
+
+def _common(suggestions: Sequence[Suggestion]) -> list[str]:
+    """What has to be said when nothing fits."""
+    if any(each.fit.fits is not False for each in suggestions):
+        return []
+    return ["nothing of this fits the card: take a larger one, or share the model among several"]
+
+
+def _nothing(source: Source, card: Card, client: str, refused: Mapping[str, str]) -> OutlierqError:
+    """That no recipe works, and why not."""
+    said = "\n".join(f"  {name}: {why}" for name, why in refused.items())
+    others = " or ".join(f"--for {name}" for name in CLIENTS if name != client)
+    return OutlierqError(
+        f"no recipe that is known for {client} on {card.name} works for {source.name}:\n{said}",
+        hint=f"try {others}, or another --gpu",
+    )
+
+
+def _known(name: str, names: list[str], argument: str, kind: str) -> str:
+    """The name; ArgumentError with the nearest one that is known."""
+    if name.lower() in names:
+        return name.lower()
+    close = nearest(name.lower(), names)
+    advice = f"did you mean {close}?" if close else f"choose {', '.join(names)}"
+    raise ArgumentError(f"{name!r} is not {kind} that is known; {advice}", argument=argument)
+
+
+def _size(count: int) -> str:
+    """GB with three figures."""
+    return f"{count / 1e9:.3g} GB"
