@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -239,6 +241,32 @@ def test_reading_ahead_reads_every_byte_and_ends_with_the_block(untied_llama, mo
         assert any(thread.name == "read-ahead" for thread in threading.enumerate())
     assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
     assert read == checkpoint.weight_files and read
+
+
+def test_wishes_and_farewells_are_for_files_of_a_system_that_takes_them(tmp_path, monkeypatch):
+    """macOS has no `posix_fadvise`, and what is read from the Hub is no file."""
+    from outlierq.load.source.read_ahead import WISH, will_need
+
+    (tmp_path / "weights").write_bytes(bytes(3 * WISH))
+    wishes = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, advice: wishes.append((start, length)))
+    with (tmp_path / "weights").open("rb", buffering=0) as file:
+        will_need(file, 7, 2 * WISH + 1)
+        assert wishes == [(7, WISH), (7 + WISH, WISH), (7 + 2 * WISH, 1)]
+        will_need(io.BytesIO(bytes(WISH)), 0, WISH)
+        writer.leave_cache(file.fileno())
+        assert wishes[3:] == [(0, 0)]
+        monkeypatch.delattr(os, "posix_fadvise")
+        will_need(file, 0, WISH)
+        writer.leave_cache(file.fileno())
+    assert len(wishes) == 4
+
+
+def test_reading_ahead_ends_where_a_file_cannot_be_read(tmp_path):
+    from outlierq.load.source import read_ahead
+
+    (tmp_path / "weights").write_bytes(bytes(5 << 20))
+    read_ahead._read([tmp_path / "weights", tmp_path / "gone", tmp_path], threading.Event())
 
 
 def test_no_thread_works_on_when_the_run_fails(untied_llama, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from outlierq.core.quant_tensor import QuantTensor
 
-# Bytes read back at a time: a piece is digested and compared while it is in the cache.
-CHUNK = 1 << 19
+# Bytes read back at a time: all of a usual piece of a weight, as fewer calls hand Python's lock over less often.
+CHUNK = 1 << 22
 # A tensor that is only copied is in memory as a whole up to this size.
 PIECE_BYTES = 16 << 20
 FAULTY = "the disk or the exporter is faulty; the output was not put in place"
@@ -131,10 +132,14 @@ class ShardWriter:
         return digest
 
     def sync(self) -> None:
-        """Force everything written so far onto the disk."""
+        """Force everything written so far onto the disk, and out of the file cache.
+
+        It was read back and is not needed again soon; what is, the source and libraries, would have to make room.
+        """
         for name, fd in self._files.items():
             try:
                 os.fdatasync(fd)
+                leave_cache(fd)
             except OSError as error:
                 raise disk_error(error, self.folder / name, 0) from error
 
@@ -143,6 +148,13 @@ class ShardWriter:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+
+
+def leave_cache(fd: int) -> None:
+    """Let the system forget what it holds of a file that is on the disk, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # of a file system that cannot
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _bytes_before(tensor: torch.Tensor, row: int | None) -> int:

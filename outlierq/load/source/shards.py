@@ -19,6 +19,7 @@ from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError, nearest
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.model import TensorInfo
+from outlierq.load.source.read_ahead import AHEAD, will_need
 
 if TYPE_CHECKING:
     import torch
@@ -197,6 +198,7 @@ def read_rows(
         for first in range(0, rows, count):
             part = raw[: min(count, rows - first) * row_bytes]
             start = stored.start + first * row_bytes
+            will_need(file, start + AHEAD * bool(first), len(part) if first else AHEAD)
             read_exactly(file, start, memoryview(part.numpy()), stored.info.name, stored.path)
             if digests is not None:
                 digest.update(memoryview(part.numpy()))

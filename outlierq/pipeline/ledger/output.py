@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from outlierq.load.source.shards import StoredTensor
 
-PIECE_WEIGHTS = 1 << 19  # compared at a time
+PIECE_WEIGHTS = 1 << 21  # compared at a time
 
 
 Results = Mapping[LinearSite, tuple[QuantTensor, SiteRow]]
