@@ -259,7 +259,7 @@ def frontier(
     from outlierq.pipeline.asked.request import Source, with_limits
     from outlierq.pipeline.asked.resources import Resources
     from outlierq.pipeline.fitting.frontier import frontier
-    from outlierq.report.frontier_page import check_place, write_frontier
+    from outlierq.report.pages.frontier_page import check_place, write_frontier
     from outlierq.report.progress import listening
 
     check_place(_path(out))
@@ -522,7 +522,7 @@ def detect(
     from outlierq.pipeline.asked.request import Source
     from outlierq.pipeline.asked.resources import Resources, known_device
     from outlierq.pipeline.detect import detect
-    from outlierq.report.outlier_files import check_places, write_files
+    from outlierq.report.pages.outlier_files import check_places, write_files
     from outlierq.report.progress import listening
 
     check_places(out, _path(png))

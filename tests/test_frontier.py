@@ -11,7 +11,7 @@ import pytest
 import outlierq as public
 from outlierq.core.errors import ArgumentError
 from outlierq.pipeline.fitting.frontier import Frontier
-from outlierq.report.frontier_page import frontier_page
+from outlierq.report.pages.frontier_page import frontier_page
 
 FEW = {"numbers": ["int4", "int8"], "device": "cpu"}
 

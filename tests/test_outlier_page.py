@@ -13,7 +13,7 @@ from outlier_reports import PLANTED, SPIKE, SPIKE_BLOCK, SPIKE_CHANNEL, outlier_
 
 from outlierq.core.errors import OutputError
 from outlierq.core.measured.outliers import MassiveEntry, OutlierReport
-from outlierq.report import outlier_charts, outlier_page, outlier_panels
+from outlierq.report.pages import outlier_charts, outlier_page, outlier_panels
 
 NAMES = ("channels", "sorted", "massive", "errors")
 SCRIPT = "</script><script>window.hacked = 1</script><img src=x onerror=window.hacked=1>"

@@ -10,7 +10,7 @@ import pytest
 from outlier_reports import PLANTED, SPIKE, SPIKE_BLOCK, SPIKE_CHANNEL, outlier_report
 from test_outlier_page import NAMES, SCRIPT, hostile
 
-from outlierq.report import outlier_page
+from outlierq.report.pages import outlier_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `make test-page`")
 pytestmark = pytest.mark.slow

@@ -67,7 +67,7 @@ def _pictures(candidate: Candidate, outliers: Path | None) -> tuple[list[CardPic
     path = outliers or candidate.files.get(OUTLIERS)
     if path is None:
         return [], {}
-    from outlierq.report.outlier_page import page, write_pictures
+    from outlierq.report.pages.outlier_page import page, write_pictures
 
     path = path / OUTLIERS if path.is_dir() else path
     try:

@@ -22,7 +22,7 @@ from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.printable import over_texts, printable
 from outlierq.core.measured.outliers import GroupOutliers, OutlierReport
-from outlierq.report.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
+from outlierq.report.pages.outlier_charts import PREFERRED_SCHEME, Picture, error_after, main_scheme, pictures, schemes
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -244,7 +244,7 @@ def _finite(value: float | None) -> float:
 
 
 def _part(ending: str) -> str:
-    return files("outlierq.report").joinpath(f"outlier_page.{ending}").read_text(encoding="utf-8")
+    return files("outlierq.report.pages").joinpath(f"outlier_page.{ending}").read_text(encoding="utf-8")
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from outlierq.core.measured.outliers import GroupOutliers, MassiveEntry, OutlierReport
-from outlierq.report.outlier_panels import (
+from outlierq.report.pages.outlier_panels import (
     CHANNEL_COLOURS,
     Spec,
     channel_panel,

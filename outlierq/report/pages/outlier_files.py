@@ -22,7 +22,7 @@ def check_places(out: str | os.PathLike[str] | None, png: Path | None) -> None:
 
 def write_files(report: OutlierReport, out: str | os.PathLike[str] | None, png: Path | None) -> list[Path]:
     """Write what is asked for; every file that was written."""
-    from outlierq.report.outlier_page import write_page, write_pictures
+    from outlierq.report.pages.outlier_page import write_page, write_pictures
 
     written: list[Path] = []
     if out is not None:

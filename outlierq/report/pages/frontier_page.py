@@ -14,7 +14,7 @@ from outlierq import __version__
 from outlierq.core.errors import ArgumentError
 from outlierq.pipeline.asked.request import refuse_unwritable, write_file
 from outlierq.pipeline.fitting.frontier import Frontier
-from outlierq.report.outlier_page import element_json, policy_hash, printable_value
+from outlierq.report.pages.outlier_page import element_json, policy_hash, printable_value
 
 NATS = "Predicted from sensitivities: the sum over all layers of what rounding costs at the end of the model, in nats."
 NO_UNIT = (
@@ -52,7 +52,7 @@ def frontier_page(frontier: Frontier, stats: Path | str) -> str:
 
 def _part(name: str) -> str:
     """A file of this folder."""
-    return (files("outlierq.report") / name).read_text(encoding="utf-8")
+    return (files("outlierq.report.pages") / name).read_text(encoding="utf-8")
 
 
 def check_place(out: Path | None) -> None:
