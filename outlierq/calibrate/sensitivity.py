@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HEAD_TOKENS = 256  # that go through the output head together: its logits are as wide as the vocabulary
 
-Tell = Callable[[int, str], Any]
+Tell = Callable[[int, int, str], Any]
 
 
 def measure_sensitivity(
@@ -35,14 +35,15 @@ def measure_sensitivity(
     """Of every linear in blocks. hidden: what enters the first block, [sequences, tokens, channels]; it is used up.
 
     ids: [sequences, tokens] of the same text; `runner.start` has read it. folder: for the inputs of all blocks.
-    tell: is told of every block and what is done with it. NumbersError when a gradient is not finite.
+    tell: is told how many steps are done, of which block the next one is, and what it does. NumbersError when a
+    gradient is not finite.
     """
     blocks = runner.structure.blocks
     kept = [_forward(runner, block, hidden, folder, tell) for block in blocks]
     gradients = _at_the_end(runner, ids, hidden, seed)
     linears: dict[str, LinearSensitivity] = {}
-    for block in reversed(blocks):
-        tell(block.index, "what an error of its outputs costs")
+    for done, block in enumerate(reversed(blocks), start=len(blocks)):
+        tell(done, block.index, "what an error of its outputs costs")
         with during("calibrate", block.name):
             linears = _backward(runner, block, kept.pop(), gradients) | linears
         return_freed_memory()
@@ -51,7 +52,7 @@ def measure_sensitivity(
 
 def _forward(runner: BlockRunner, block: Block, hidden: HiddenStates, folder: str | Path, tell: Tell) -> HiddenStates:
     """Run a block, so that `hidden` holds its outputs; its inputs, as they were."""
-    tell(block.index, "its inputs, to come back to")
+    tell(block.index, block.index, "its inputs, to come back to")
     kept = HiddenStates(
         tuple(hidden.values.shape),
         hidden.values.dtype,

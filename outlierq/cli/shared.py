@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from outlierq.core.errors import ArgumentError
+from outlierq.core.errors import ArgumentError, OutlierqError
+from outlierq.report.log import Log
 
 if TYPE_CHECKING:
-    from outlierq.pipeline.asked.events import Listener
+    from outlierq.pipeline.asked.events import Event, Listener
     from outlierq.pipeline.planning.plan import Plan
 
 T = TypeVar("T")
@@ -59,6 +63,11 @@ Settings = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, or cuda; auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line on stderr for every step.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option("--log-file", metavar="FILE", help="Add what is said and done to this file, with the time."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 MaxMemory = Annotated[
     str | None,
@@ -125,6 +134,22 @@ TrustMethods = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Watching:
+    """How much of a command's work is told, and where it is kept."""
+
+    verbose: bool = False
+    log: Log = field(default_factory=Log)
+
+
+WATCHING: ContextVar[Watching] = ContextVar("watching")
+
+
+def watching() -> Watching:
+    """What was asked for; the usual outside of a command."""
+    return WATCHING.get(Watching())
+
+
 def print_json(values: Any) -> None:
     """Data for machines, on stdout."""
     from outlierq.core.machine.printable import whole_characters
@@ -140,6 +165,7 @@ def show(*parts: Any, stderr: bool = False) -> None:
     console = make_console(stderr=stderr)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
+        watching().log.show(part)
 
 
 def numbers_of(text: str | None, argument: str) -> tuple[int, ...]:
@@ -152,6 +178,7 @@ def numbers_of(text: str | None, argument: str) -> tuple[int, ...]:
 
 def say(text: str, quiet: bool = False) -> None:
     """One line of log on stderr."""
+    watching().log.write(text)
     if not quiet:
         typer.echo(text, err=True)
 
@@ -170,20 +197,63 @@ def plan_shower(quiet: bool = False, stderr: bool = True) -> Callable[[Plan], No
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Listener]:
-    """A listener that draws a progress bar on a terminal, and prints a line now and then elsewhere."""
-    from outlierq.report.progress import bar, lines
+    """A listener that draws two lines on a terminal, and prints one now and then elsewhere; the log gets every step."""
+    from outlierq.report.progress import bar, lines, on_terminal
 
-    if quiet:
-        yield lambda event: None
-    elif sys.stderr.isatty():
-        with bar() as listen:
-            yield listen
-    else:
-        yield lines(say)
+    asked = watching()
+    with ExitStack() as shown:
+        listeners = []
+        if not quiet and on_terminal():
+            listeners.append(shown.enter_context(bar()))
+        if not quiet and (asked.verbose or not on_terminal()):
+            listeners.append(shown.enter_context(lines(_on_stderr, steps=asked.verbose)))
+        if asked.log:
+            listeners.append(shown.enter_context(lines(asked.log.write, steps=True)))
+
+        def listen(event: Event) -> None:
+            for each in listeners:
+                each(event)
+
+        yield listen
+
+
+def _on_stderr(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def watched(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with --verbose and --log-file, where it can be --quiet: where there is something to watch."""
+    signature = inspect.signature(command, eval_str=True)
+    if "quiet" not in signature.parameters:
+        return command
+
+    @functools.wraps(command)
+    def call(*words: Any, verbose: bool = False, log_file: Path | None = None, **options: Any) -> None:
+        log = Log(log_file)
+        before = WATCHING.set(Watching(verbose, log))
+        log.write(command_line())
+        try:
+            command(*words, **options)
+            log.write("done")
+        except OutlierqError as error:
+            log.write(f"error: {error}")
+            raise
+        except BaseException as error:
+            log.write(f"ended: {error or type(error).__name__}")
+            raise
+        finally:
+            WATCHING.reset(before)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = {"verbose": (Verbose, False), "log_file": (LogFile, None)}
+    added = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in more.items()]
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    call.__annotations__ = command.__annotations__ | {name: annotation for name, (annotation, _) in more.items()}
+    return call
 
 
 def translated(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which says of a value that makes no sense to which option it was given."""
+    """The command as it is registered: it says of a value that makes no sense to which option it was given."""
 
     @functools.wraps(command)
     def call(*words: Any, **options: Any) -> None:
@@ -192,7 +262,7 @@ def translated(command: Callable[..., None]) -> Callable[..., None]:
         except ArgumentError as error:
             raise typer.BadParameter(error.what, param_hint=f"--{error.argument.replace('_', '-')}") from None
 
-    return call
+    return watched(call)
 
 
 def command_line() -> str:

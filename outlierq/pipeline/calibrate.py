@@ -216,6 +216,7 @@ def _make_missing(
             return_freed_memory()
         if not done.logits:
             source.ranks.at = "the logits"
+            listen(Event("calibrate", len(blocks), len(blocks), step="final logits"))
             with during("calibrate", "logits"):
                 sample = source.logits()
             check_unchanged(source.checkpoint)

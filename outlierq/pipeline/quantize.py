@@ -102,6 +102,8 @@ def quantize(
             output.made_of |= source.made_of
             _Run(plan, source, work, output, clock, resources, savings).all()
             with clock("verify"):
+                blocks = len(plan.structure.blocks)
+                listen(Event("quantize", blocks, blocks, step="verifying"))
                 write_small(work, plan.small_files)
                 output.verify()
                 check_written(work, plan.checkpoint)
@@ -229,6 +231,7 @@ class _Run:
         """Write what lies outside of the blocks; linears there are rounded without statistics when they are asked."""
         if OUTSIDE in self._done:
             return
+        self.listen(Event("quantize", 0, len(self.plan.structure.blocks), step="what is outside of the blocks"))
         results: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for site in self._outside_sites():
             results |= self._round(site)
@@ -275,10 +278,10 @@ class _Run:
             self.source.finished(block.index, lambda: self._written(block))
         return_freed_memory()
 
-    def _tell(self, block: Block, step: str = "") -> None:
-        """Tell the listener what is being done for a block."""
+    def _tell(self, block: Block, step: str = "", share: float = 0.0) -> None:
+        """Tell the listener what is being done for a block. share: of its rounding that is done."""
         total = len(self.plan.structure.blocks)
-        self.listen(Event("quantize", block.index, total, block.name, self.error, step=step))
+        self.listen(Event("quantize", block.index, total, block.name, self.error, step=step, share=share))
 
     def _written(self, block: Block) -> dict[str, torch.Tensor]:
         """The dense tensors of a block as they lie on disk; only the lead reads what only the lead has written."""
@@ -379,9 +382,10 @@ class _Run:
         if self.plan.recipe.quantize is None:
             return {}
         own: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
-        for group in groups:
+        for number, group in enumerate(groups):
             if any(name in mine for name in names_of(group)):
-                self._tell(block, f"rounding {', '.join(site.module.rpartition('.')[2] for site in group.sites[:3])}")
+                linears = ", ".join(site.module.rpartition(".")[2] for site in group.sites[:3])
+                self._tell(block, f"rounding {linears}", number / len(groups))
                 own |= self._quantize_one(group, mine, stats, tensors)
                 return_freed_memory()
         everything = {site: result for made in self.ranks.gather(own) for site, result in made.items()}

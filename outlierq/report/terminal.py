@@ -10,12 +10,14 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -35,10 +37,30 @@ UNKNOWN = "–"
 FEW_PARTS = 8  # a group with more members shows only itself
 SIZES_SHOWN = 11  # of a frontier, beside the smallest
 PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
+NARROW = 60  # columns below which the rows of a table are written one after the other
+
+_DRAWING: ContextVar[Console | None] = ContextVar("drawing", default=None)
+
+
+@contextmanager
+def drawing() -> Iterator[Console]:
+    """A console on stderr whose last lines change; what is printed meanwhile goes above them."""
+    console = make_console(stderr=True)
+    before = _DRAWING.set(console)
+    try:
+        yield console
+    finally:
+        _DRAWING.reset(before)
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
-    """A console that is plain, and wide enough for whole rows, when it does not write to a terminal."""
+    """A console that is plain, and wide enough for whole rows, when it does not write to a terminal.
+
+    While progress is drawn it is that one: any other would write into its lines.
+    """
+    drawn = _DRAWING.get()
+    if drawn is not None and file is None and (stderr or sys.stdout.isatty()):
+        return drawn
     console = _Harmless(file=file or (sys.stderr if stderr else sys.stdout), highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
@@ -235,14 +257,22 @@ def human_bytes(count: int) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """As a person would say it: 0.42 s, 12.3 s, 3 min 20 s, 1 h 02 min."""
+    """As a person would say it: 0.42 s, 12.3 s, 3 min 20 s, 1 h 02 min, 3 days 4 h."""
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} days {hours % 24} h"
+
+
+def rounded_seconds(seconds: float) -> str:
+    """The same without parts of a second, for time that is still running."""
+    return f"{seconds:.0f} s" if seconds < 59.5 else human_seconds(max(60, round(seconds)))
 
 
 def _add_divergence(table: Table, measured: Divergence | Mapping[str, Any]) -> None:
@@ -339,6 +369,21 @@ class _Plain(Table):
     def add_row(self, *cells: Any, **options: Any) -> None:
         texts = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells)
         super().add_row(*texts, **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW and len(self.columns) > 3
+        yield from self._one_by_one() if narrow else super().__rich_console__(console, options)
+
+    def _one_by_one(self) -> Iterator[Text]:
+        """Every row as a text that may be broken anywhere: columns of a few letters cannot be read."""
+        yield self._joined([column.header for column in self.columns], "dim")
+        for row, cells in zip(self.rows, zip(*(column.cells for column in self.columns), strict=True), strict=True):
+            yield self._joined(cells, str(row.style or ""))
+
+    @staticmethod
+    def _joined(cells: Iterable[RenderableType], style: str) -> Text:
+        parts = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells]
+        return Text(" · ", style).join(part for part in parts if part.plain)
 
 
 def _before_after_table() -> Table:

@@ -279,8 +279,8 @@ class StatsFromRun:
         blocks = self.structure.blocks
         hidden = shard.runner.start(ids, inputs=inputs)
 
-        def tell(index: int, step: str) -> None:
-            self.listen(Event("calibrate", index, len(blocks), blocks[index].name, step=step))
+        def tell(done: int, index: int, step: str) -> None:
+            self.listen(Event("sensitivity", done, 2 * len(blocks), blocks[index].name, step=step))
 
         return measure_sensitivity(shard.runner, ids, hidden, self._scratch, seed=self.settings.seed or 0, tell=tell)
 

@@ -28,6 +28,7 @@ CALIBRATION = (
 
 
 @app.command("methods", epilog=METHODS)
+@shared.translated
 def methods(
     model: shared.Model,
     stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`, which all methods share.")],
@@ -78,6 +79,7 @@ def methods(
 
 
 @app.command("calibration", epilog=CALIBRATION)
+@shared.translated
 def calibration(
     model: shared.Model,
     text: Annotated[
@@ -118,6 +120,7 @@ def calibration(
 
 
 @app.command("write", epilog=WRITE)
+@shared.translated
 def write(
     model: shared.Model,
     method: Annotated[str, typer.Argument(help="A method by its name in the table of `study methods`.")],
