@@ -73,6 +73,7 @@ def say(text: str) -> None:
 def lines(write: Callable[[str], object], *, steps: bool = False) -> Iterator[Listener]:
     """A line when a stage begins, and every ten seconds, for logs. steps: one for every step, too."""
     course, lock, said = Course(), threading.Lock(), set[object]()
+    words(course.standing())  # imports what it needs: the other thread must not, while this one may import torch
 
     def line() -> None:
         with lock:
