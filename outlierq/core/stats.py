@@ -35,7 +35,8 @@ class InputStats:
     """Sufficient statistics of one input group over the calibration tokens; K is the number of channels.
 
     tokens, sequences: how many were seen (padding and skipped first tokens excluded).
-    min, max: [K] float32. sum_x, sum_abs, sum_sq, sum_cube, sum_fourth: [K] float64 power sums.
+    min, max: [K] float32, smallest and largest value of each channel. sum_x, sum_abs, sum_sq, sum_cube, sum_fourth: [K]
+    float64 power sums.
     count_large: [K] tokens with |x| >= 6; sequence_large: [K] sum over sequences of the share of such positions
     (the LLM.int8() criterion, arXiv:2208.07339 section 3). first_abs_max: [K] largest |x| at position 0 of a sequence.
     hessian: [K, K] float32, (1 / tokens) * sum of x x^T. rows: [R, K] bfloat16 reservoir of whole tokens.

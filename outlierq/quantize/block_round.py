@@ -46,8 +46,8 @@ def block_round(
     scales do where they are plain numbers. code_reach: how far a weight may go in all steps together, in units of a
     scale; scale_reach: a scale, relative. More steps are finer, not longer: what goes farther leaves the start, whose
     errors make up for each other, without a way back (KL of a model of 0.94 M parameters: 0.0095 with a reach of 0.15,
-    0.0092 with 0.3, 0.0099 with 0.6, 0.0100 with 0.7). Linears whose codes stand for several weights, or lie in a
-    table, stay as they are.
+    0.0092 with 0.3, 0.0099 with 0.6, 0.0100 with 0.7). step_tokens: of text, in each step. seed: of the order of the
+    text. Linears whose codes stand for several weights, or lie in a table, stay as they are.
     """
     linears = {s: _Linear(block.weights[s], q, tune) for s, q in block.start.items() if _learnable(q)}
     if not steps or not linears:

@@ -44,6 +44,9 @@ def int8_split(
     w: [out, in] float32. A channel is an outlier when it reaches `threshold`, or `ratio` times the median channel's
     largest value, in at least `min_rate` of the tokens (one huge token alone is served by its own scale). As many
     columns are kept as `ops.int8_split.column_budget` says, outliers with the largest abs_max * rms first.
+
+    threshold: of an outlier, in the units of the input. ratio: of an outlier to the median channel. min_rate: share of
+    the tokens in which it must be one. scale_search: of the int8 columns, as in `rtn`.
     """
     columns, outliers = choose_columns(stats, threshold=threshold, ratio=ratio, min_rate=min_rate)
     if outliers > len(columns):

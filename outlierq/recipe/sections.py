@@ -29,7 +29,13 @@ class Section(BaseModel):
 
 
 class TextSource(Section):
-    """Where calibration text comes from: a file (`path`, or the word `embedded`), or a `dataset` of the Hub."""
+    """Where calibration text comes from: a file, or a data set of the Hub.
+
+    path: of a file, or the word `embedded` for the Python language reference. dataset: its id on the Hub, with `config`
+    and `split`. column: that holds the text, of a data set or of a file with rows; found by itself where it has a usual
+    name. split: of the data set. config: which of its parts. weight: the source's share of the windows, relative to the
+    other sources.
+    """
 
     path: str | None = None
     dataset: str | None = None
@@ -46,7 +52,11 @@ class TextSource(Section):
 
 
 class ImageSource(Section):
-    """Where calibration images come from: a folder (`path`), or a `column` of a `dataset` of the Hub."""
+    """Where calibration images come from: a folder, or a data set of the Hub.
+
+    path: of the folder; `photo.txt` beside `photo.jpg` describes it. dataset: its id on the Hub. column: that holds the
+    images. caption: the column that describes them. split: of the data set. config: which of its parts.
+    """
 
     path: str | None = None
     dataset: str | None = None
@@ -65,7 +75,13 @@ class ImageSource(Section):
 class Calibration(Section):
     """Which tokens the statistics are made of, and how.
 
-    images: put before the first windows of text, one each, as the model's processor does it.
+    text: one source or several; a word is short for its path. images: put before the first windows of text, one each,
+    as the model's processor does it. samples: windows of text. sequence_length: tokens of a window. seed: of the choice
+    among the windows; null takes the first ones. chat_template: documents are rendered as chats. skip_first_tokens: of
+    each window, which count for nothing. sink_weight: the first token of each window counts so often in the hessian.
+    mode: `static` statistics are of the original model, `sequential` ones of each block behind the quantized blocks.
+    batch_size: windows that run at once. all_experts: every expert sees every token. min_expert_tokens: an expert that
+    saw fewer is rounded without statistics of its own; left out, 256 where the method reads the hessian, else 64.
     inputs: whether the hessian is of inputs as they come, or as the client rounds them; then, in sequential mode, so do
     the blocks.
     shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
@@ -130,8 +146,9 @@ def _name_in(known: list[str], value: str, what: str) -> str:
 class Activations(Section):
     """Symmetric inputs of 8 or 4 bits for the quantized linears (see `ActivationScheme`).
 
+    kind: `int`, or `float` for E4M3 (8 bits) and E2M1 (4 bits). bits: of an input. per: what has one scale.
     dynamic: a scale per token (or per group of columns) is computed at run time. Otherwise one scale per tensor is
-    fixed from calibration; clip_search then chooses the one with the least output error (`output`), or the one that
+    fixed from calibration. clip_search: how that one is chosen: with the least output error (`output`), or so that it
     just holds the largest input (`none`). scales: of `per: group`: `two-level` is NVFP4, whose unit is fixed from
     calibration (`dynamic: false`), `power-of-two` MXFP4 or MXFP8; plain ones belong to weights with a `block`.
     """
@@ -156,7 +173,10 @@ class Activations(Section):
 
 
 class KVCache(Section):
-    """Calibrated scales for a KV cache in E4M3: one per tensor, or one per key-value head."""
+    """Calibrated scales for a KV cache in E4M3.
+
+    per: one for the keys and one for the values of a block (`tensor`), or one for each key-value head (`head`).
+    """
 
     per: Literal["tensor", "head"] = "tensor"
 
@@ -174,7 +194,8 @@ class KVCache(Section):
 class Override(Section):
     """Different storage for the linears whose module name fits a pattern (`patterns.matches`); later overrides win.
 
-    activations: a section of its own, or `none` for inputs in 16 bits.
+    match: a pattern, with `*` for anything, or a regular expression after `re:`. keep: leave them in 16 bits.
+    activations: a section of its own, or `none` for inputs in 16 bits. All other keys are those of `quantize`.
     """
 
     match: str
@@ -196,6 +217,9 @@ class Override(Section):
 class Quantize(Section):
     """The scheme and the method. `options` are the method's own keys, written beside the others in YAML.
 
+    method: that rounds. bits: of a code. group_size: neighbouring input columns that share a scale, or `channel` for
+    one scale a row. symmetric: without zero points. when_indivisible: what becomes of a width that the groups do not
+    divide. overrides: other storage for some linears; the last one that fits counts.
     kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
@@ -260,14 +284,20 @@ class Quantize(Section):
 
 
 class Transform(Section):
-    """A function-preserving rewrite that runs before rounding."""
+    """A function-preserving rewrite that runs before rounding; its method's own keys stand beside it.
+
+    method: that finds it.
+    """
 
     method: str
     options: dict[str, Any] = {}
 
 
 class Learn(Section):
-    """What improves each block as a whole once its linears are rounded."""
+    """What improves each block as a whole once its linears are rounded; its method's own keys stand beside it.
+
+    method: that learns.
+    """
 
     method: str
     options: dict[str, Any] = {}
@@ -276,6 +306,7 @@ class Learn(Section):
 class Export(Section):
     """How the result is written.
 
+    format: of the files. max_shard_size: of one weight file, in bytes or as `5GB`.
     names: those of the source's tensors, or `class`: those of the parameters of transformers' class, for classes whose
     stored tensors it splits or joins, which it cannot do with packed ones.
     """
@@ -305,8 +336,11 @@ class Export(Section):
 class Gate(Section):
     """What is measured on the result, beside the original, and what it may lose; exit code 3 when a limit is passed.
 
-    max_perplexity_increase: `3%` or 0.03. min_task: `mmlu:-1.0` (points against the original), `mmlu:40` (its own).
-    text: a file, or the word `embedded` for the held-out part of the embedded text. limit: samples per task.
+    max_kl: mean KL divergence per token from the original, in nats. max_perplexity_increase: `3%` or 0.03. min_top1:
+    share of positions with the original's most likely token. min_task: `mmlu:-1.0` (points against the original),
+    `mmlu:40` (its own). text: a file, or the word `embedded` for the held-out part of the embedded text. windows: of
+    it. window_length: tokens of a window. limit: samples per task. num_fewshot: examples in a task's prompt.
+    batch_size: sequences of a task at a time. dtype: in which the models run.
     """
 
     max_kl: float | None = Field(None, ge=0, allow_inf_nan=False)

@@ -41,9 +41,9 @@ def awq(
 
     Candidates: s = x^r ("plain", Eq. 5) and s = x^r / m^(1-r) ("duo": m is the mean weight magnitude relative to its
     group's maximum), x the mean |input| of a channel, r on a grid of [0, 1] and then around the best point; always the
-    identity, so the result errs no more than no scaling. grid_points: steps of r on [0, 1]; scaling: which families to
-    try. w: [out, in] float32, all linears that read the input,
-    stacked; at most `search_rows` of its rows, evenly spread, judge the candidates.
+    identity, so the result errs no more than no scaling. grid_points: steps of r on [0, 1]. scaling: which families to
+    try. search_rows: at most so many rows of w, evenly spread, judge the candidates. w: [out, in] float32, all linears
+    that read the input, stacked.
     tie: [in] producer channel of every input channel, or None; channels with one producer get one scale (grouped-query
     attention repeats a value channel over query heads).
     """

@@ -27,7 +27,11 @@ def gather_outliers(
     ratio: Annotated[float, Gt(1)] = 20.0,
     min_rate: Annotated[float, Ge(0)] = 0.001,
 ) -> torch.Tensor:
-    """[k] the input channels that shall come last: those that `int8_split` keeps in 16 bits with the same options."""
+    """[k] the input channels that shall come last: those that `int8_split` keeps in 16 bits with the same options.
+
+    threshold: of an outlier, in the units of the input. ratio: of an outlier to the median channel. min_rate: share of
+    the tokens in which it must be one.
+    """
     return choose_columns(stats, threshold=threshold, ratio=ratio, min_rate=min_rate)[0]
 
 
