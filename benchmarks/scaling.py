@@ -20,6 +20,14 @@ ASSUMED = {
     "between machines, bytes": 12e9,  # 100 Gbit Ethernet
     "between GPUs of a machine, bytes": 200e9,
 }
+# Rates of two server cores with AMX, per second: measured at a width of 2,048 (block_cost.json), solving with today's
+# solver (docs/scaling.md: 5.6 seconds of a thread for 4,096 x 4,096). The disk is assumed.
+CPU = {
+    "matrix products in bf16, operations": 973e9,
+    "solving in float32, operations": 2 * 5 * 4096**3 / 5.6,
+    "reading from the disk, bytes": 1e9,
+    "writing to the disk, bytes": 1e9,
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,22 @@ def llama(blocks: int, hidden: int, inner: int, keys: int) -> Shape:
 # name: (kinds of block, hidden size, vocabulary)
 MODELS: dict[str, tuple[tuple[Shape, ...], int, int]] = {
     "8B": ((llama(32, 4096, 14336, 1024),), 4096, 128256),
+    # Qwen3-30B-A3B: 128 experts, 8 of them for a token.
+    "30B MoE": (
+        (
+            Shape(
+                48,
+                (
+                    (2048, 4096 + 1024, 1, 1.0),
+                    (4096, 2048, 1, 1.0),
+                    (2048, 2 * 768, 128, 8 / 128),
+                    (768, 2048, 128, 8 / 128),
+                ),
+            ),
+        ),
+        2048,
+        151936,
+    ),
     "70B": ((llama(80, 8192, 28672, 1024),), 8192, 128256),
     "405B": ((llama(126, 16384, 53248, 1024),), 16384, 128256),
     # DeepSeek-V3: low-rank attention, 3 dense blocks, 58 with 256 experts of which 8 see a token, and a shared one.
@@ -98,26 +122,26 @@ MODELS: dict[str, tuple[tuple[Shape, ...], int, int]] = {
         129280,
     ),
 }
-MACHINES = {"1 GPU": (1, 1), "8 GPUs": (1, 8), "4 x 8 GPUs": (4, 8)}
+MACHINES = {"2 CPU cores": (1, 1), "1 GPU": (1, 1), "8 GPUs": (1, 8), "4 x 8 GPUs": (4, 8)}
 
 
-def seconds(kinds: tuple[Shape, ...], machines: int, gpus: int) -> dict[str, float]:
+def seconds(kinds: tuple[Shape, ...], machines: int, gpus: int, rates: dict[str, float] = ASSUMED) -> dict[str, float]:
     """Seconds of a gptq-w4 run by what they go to. Blocks follow one another; ranks share a block's text and sites."""
     ranks = machines * gpus
     found = dict.fromkeys(("read", "forward", "hessians", "network", "solve", "write"), 0.0)
     for kind in kinds:
-        products = ASSUMED["matrix products in bf16, operations"] * ranks
+        products = rates["matrix products in bf16, operations"] * ranks
         found["forward"] += kind.blocks * kind.forward * TOKENS / products
         found["hessians"] += kind.blocks * kind.gram * TOKENS / products
         # The sites of a block are dealt out whole: the largest input is the least that a rank can have.
         largest = max(width**3 + 4 * out * width**2 for width, out, _, _ in kind.inputs)
         share = max(kind.solve / ranks, largest)
-        found["solve"] += kind.blocks * share / ASSUMED["solving in float32, operations"]
+        found["solve"] += kind.blocks * share / rates["solving in float32, operations"]
         # Every machine reads every weight; the lead writes all.
-        found["read"] += kind.blocks * 2 * kind.weights / ASSUMED["reading from the disk, bytes"]
-        found["write"] += kind.blocks * kind.weights * 0.53 / ASSUMED["writing to the disk, bytes"]
+        found["read"] += kind.blocks * 2 * kind.weights / rates["reading from the disk, bytes"]
+        found["write"] += kind.blocks * kind.weights * 0.53 / rates["writing to the disk, bytes"]
         if ranks > 1:
-            rate = ASSUMED["between machines, bytes"] if machines > 1 else ASSUMED["between GPUs of a machine, bytes"]
+            rate = rates["between machines, bytes"] if machines > 1 else rates["between GPUs of a machine, bytes"]
             # A rank sends the hessians that it does not own, then its codes and scales go to the lead.
             found["network"] += kind.blocks * (kind.hessian_bytes * (ranks - 1) / ranks + 1.1 * kind.weights) / rate
     return found
@@ -154,7 +178,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name, (kinds, _, _) in MODELS.items():
         for label, (machines, gpus) in MACHINES.items():
-            found = seconds(kinds, machines, gpus)
+            found = seconds(kinds, machines, gpus, CPU if "CPU" in label else ASSUMED)
             columns = " | ".join(f"{value / 60:,.1f}" for value in found.values())
             print(f"| {name} | {label} | {columns} | **{sum(found.values()) / 60:,.0f} min** |")
     if MEASURED.exists():

@@ -1,0 +1,304 @@
+"""README and docs are true: commands and snippets run, links lead somewhere, what is generated is current."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from doc_pages import DOCS, PAGES, ROOT, Command, anchors, blocks, commands, inline_code, links, name_of
+from doc_reader import MODELS, STANDS_FOR, TEXTS, Reader, few_tokens
+
+import outlierq
+
+# Programs that a page may call beside ours; tests/clients calls those that serve.
+OTHERS = {
+    "vllm",
+    "llama-server",
+    "llama-cli",
+    "pip",
+    "git",
+    "cd",
+    "cat",
+    "head",
+    "uvx",
+    "pipx",
+    "docker",
+    "python3.11",
+    "pre-commit",
+}
+# Pages whose commands take a second or two for a tiny model; the others are `slow`.
+QUICK = ("README.md", "docs/index.md", "docs/first-model.md", "docs/python.md")
+names = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def ours(page: Path) -> list[Command]:
+    """Every call of outlierq in the blocks of a page, as the words behind its name."""
+    found = []
+    for command in commands(page, {"outlierq", "torchrun", "python"}):
+        words = command.words
+        if words[0] != "outlierq":
+            if words[1:3] != ("-m", "outlierq") and ("-m", "outlierq") not in itertools.pairwise(words):
+                continue
+            words = words[words.index("outlierq") :]
+        found.append(Command(command.page, command.line, words[1:]))
+    return found
+
+
+def check(words: tuple[str, ...]) -> None:
+    """The command line itself reads the words, the recipe exists, and its settings fit; nothing is run."""
+    from typer.main import get_command
+
+    from outlierq.cli.main import app
+
+    words = tuple(word for word in words[: words.index(">")] if word) if ">" in words else words
+    words = tuple(STANDS_FOR.get(word, word) for word in words)
+    command, context = get_command(app), None
+    if words[0].startswith("-"):
+        assert words[0] in {option for parameter in command.params for option in parameter.opts}
+        return
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, words[0]
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(command.name, list(words))
+    assert not context.args
+    check_recipes(command.name, context.params)
+
+
+def check_recipes(command: str, values: dict) -> None:
+    """Names of recipes are those of shipped ones, or of files; settings are keys that they know."""
+    from outlierq.recipe import load
+
+    asked = (
+        values.get("recipe") or values.get("recipes") or (values["reference"] if command in ("show", "check") else ())
+    )
+    asked = [asked] if isinstance(asked, str) else list(asked)
+    for name in (name for each in asked for name in each.split(",")):
+        if name.endswith((".yaml", "/")) or "/" in name or ":" in name:
+            continue  # a file, a result, or a repository
+        load(name, list(values.get("settings") or values.get("set") or ()))
+
+
+@names
+def test_every_command_of_a_page_is_one_that_exists(page):
+    for command in ours(page):
+        try:
+            check(command.words)
+        except BaseException as error:  # click leaves the process by exceptions of its own
+            raise AssertionError(f"{command}: {error!r}") from error
+
+
+@names
+def test_blocks_of_bash_call_programs_that_are_known(page):
+    known = {"outlierq", "torchrun", "python", "make", "export", *OTHERS}
+    for block in (block for block in blocks(page) if block.language in ("bash", "sh")):
+        from doc_pages import calls
+
+        for line, words in calls(block):
+            assert words[0].rpartition("/")[2] in known, f"{name_of(page)}:{line} {words[0]}"
+
+
+def test_the_pages_hold_commands_at_all():
+    assert sum(len(ours(page)) for page in PAGES) > 45
+
+
+@names
+def test_targets_scripts_and_extras_that_a_page_names_exist(page):
+    targets = set(re.findall(r"^([\w-]+)(?: [\w -]+)?:", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands(page, {"make", "python", "pip"}):
+        program, *words = command.words
+        if program == "make":
+            assert next(w for w in words if "=" not in w) in targets, str(command)
+        elif program == "python" and words[0].endswith(".py"):
+            folder = (ROOT / words[0]).parent  # options that several scripts have are in a module beside them
+            source = "".join(path.read_text() for path in folder.glob("*.py")) if (ROOT / words[0]).exists() else ""
+            missing = [w for w in words[1:] if w.startswith("--") and f'"{w}"' not in source]
+            assert not missing, f"{command}: {missing}"
+        elif program == "pip":
+            asked = [name for w in words for name in re.findall(r"^(?:\.|outlierq)\[([\w,]+)\]", w)]
+            assert {each for name in asked for each in name.split(",")} <= extras.keys(), str(command)
+
+
+@names
+def test_commands_in_running_text_exist(page):
+    from typer.main import get_command
+
+    from outlierq.cli.main import app
+
+    for line, code in inline_code(page):
+        words = shlex.split(code.replace("'", "")) if code.startswith("outlierq ") else []
+        if len(words) < 2 or words[1].startswith("-"):
+            continue
+        command, rest = get_command(app), words[1:]
+        while hasattr(command, "commands") and rest:
+            assert rest[0] in command.commands, f"{name_of(page)}:{line} {code}"
+            command, rest = command.commands[rest[0]], rest[1:]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("-") and len(word) > 1} <= known, (
+            f"{name_of(page)}:{line} {code}"
+        )
+
+
+@names
+def test_links_and_anchors_lead_somewhere(page):
+    broken = []
+    for line, target in links(page):
+        if re.match(r"[a-z]+:", target):
+            continue  # another site
+        path, _, anchor = unquote(target).partition("#")
+        goal = (page.parent / path).resolve() if path else page
+        if not goal.exists() or not goal.is_relative_to(ROOT):
+            broken.append(f"{name_of(page)}:{line} {target}")
+        elif anchor and goal.suffix == ".md" and anchor not in anchors(goal):
+            broken.append(f"{name_of(page)}:{line} {target}: no such heading")
+    assert not broken
+
+
+@names
+def test_files_that_a_page_names_exist(page):
+    """`benchmarks/fit.py` is one of the repository, `quantize/gptq.py` one of the package."""
+    pattern = re.compile(r"(?P<folder>\w+)/[\w./-]*\.(py|md|yaml|json|c|cu)")
+    folders = {path.name for place in (ROOT, ROOT / "outlierq") for path in place.iterdir() if path.is_dir()}
+    for line, code in inline_code(page):
+        named = pattern.fullmatch(code)
+        if named and named["folder"] in folders:
+            places = (ROOT / code, ROOT / "outlierq" / code)
+            assert any(place.exists() for place in places), f"{name_of(page)}:{line} {code}"
+
+
+@cache
+def sayings() -> list[re.Pattern[str]]:
+    """Every text in the package as a pattern; what is filled in may be anything."""
+    found = set()
+    for path in (ROOT / "outlierq").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [re.escape(p.value) if isinstance(p, ast.Constant) else ".*?" for p in node.values]
+                plain = sum(len(p.value) for p in node.values if isinstance(p, ast.Constant))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts, plain = [re.escape(node.value)], len(node.value)
+            else:
+                continue
+            if plain >= 8:  # a text of fewer letters could be anything
+                found.add("".join(parts))
+    return [re.compile(pattern.removesuffix("\\\n"), re.DOTALL) for pattern in found]
+
+
+def quoted(page: Path) -> list[tuple[str, str]]:
+    """What the blocks of a page quote behind "error:" and "hint:", with the place of each."""
+    found = []
+    for block in blocks(page):
+        for part in re.split(r"^(?=error: |hint: )", block.text, flags=re.MULTILINE):
+            if part.startswith(("error: ", "hint: ")):
+                first = part.split(": ", 1)[1].strip().split("\n")[0]
+                found.append((f"{name_of(page)}:{block.line}", first))
+    return found
+
+
+def test_every_message_that_the_docs_quote_is_said_by_the_code():
+    messages = [message for page in PAGES for message in quoted(page)]
+    assert len(messages) > 25
+    unsaid = [f"{where} {text}" for where, text in messages if not any(said.fullmatch(text) for said in sayings())]
+    assert not unsaid
+
+
+def test_the_reference_of_recipes_is_current_and_explains_every_key():
+    made = subprocess.run([sys.executable, ROOT / "scripts" / "recipe_reference.py"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (ROOT / "docs" / "recipe-reference.md").read_text(), (
+        "python scripts/recipe_reference.py --write"
+    )
+    unexplained = [line for line in made.stdout.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert not unexplained
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_llama, tmp_path_factory) -> Path:
+    """What pages take for granted: models by the names that pages use, and files of text."""
+    place = tmp_path_factory.mktemp("desk")
+    for name in MODELS:
+        (place / name).symlink_to(tiny_llama)
+    for name in TEXTS:
+        (place / name).write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello! " * 40}]}
+    (place / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 40)
+    outlierq.quantize(place / "model", "dense", format="gguf", out=place / "model-f16.gguf")
+    return place
+
+
+@pytest.fixture
+def reader(desk, outlierq, tmp_path, monkeypatch) -> Reader:
+    """Somebody with these files, whose recipes take a second."""
+    for path in desk.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    few_tokens(monkeypatch)
+    return Reader(tmp_path, outlierq)
+
+
+def followed() -> list:
+    """Every page with something to run; those that take long are marked."""
+    return [
+        pytest.param(page, id=name_of(page), marks=() if name_of(page) in QUICK else pytest.mark.slow) for page in PAGES
+    ]
+
+
+@pytest.mark.parametrize("page", followed())
+def test_what_a_page_shows_runs(page, reader):
+    reader.follow(page)
+
+
+def navigation() -> list[str]:
+    """The pages that the site's menu names."""
+
+    def walk(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in walk(part)]
+
+    text = re.sub(r"!!python\S*", "", (ROOT / "mkdocs.yml").read_text())
+    return walk(yaml.safe_load(text)["nav"])
+
+
+def test_the_menu_of_the_site_names_every_page_once():
+    assert sorted(navigation()) == [page.name for page in DOCS]
+
+
+def test_links_out_of_the_pages_lead_to_copies_on_the_site(tmp_path):
+    made = subprocess.run([sys.executable, ROOT / "scripts" / "docs_site.py", "-o", tmp_path / "site"], check=False)
+    assert made.returncode == 0
+    sources = sorted((tmp_path / "site").rglob("*.md"))
+    assert len(sources) > len(DOCS) and (tmp_path / "site/repository/benchmarks/results/outliers.json").is_file()
+    for page in sources:
+        for line, target in links(page):
+            path = unquote(target).partition("#")[0]
+            assert re.match(r"[a-z]+:", target) or not path or (page.parent / path).exists(), (
+                f"{page.name}:{line} {target}"
+            )
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_no_link_of_it_is_broken(tmp_path):
+    pytest.importorskip("zensical", reason="zensical is not installed; run `make docs`")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for command in (
+        [ROOT / "scripts" / "docs_site.py", "-o", tmp_path / "build" / "docs"],
+        ["-m", "zensical", "build", "--strict"],
+    ):
+        made = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert made.returncode == 0, made.stdout + made.stderr
+    assert {page.stem for page in DOCS} <= {page.stem for page in (tmp_path / "build" / "site").glob("*.html")}
