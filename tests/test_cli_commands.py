@@ -27,6 +27,7 @@ COMMANDS = [
     "inspect",
     "recipes",
     "demo",
+    "help",
 ]
 SUBCOMMANDS = [("recipes", "list"), ("recipes", "show"), ("recipes", "check")]
 HEAVY = ["torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "compressed_tensors", "datasets"]

@@ -34,6 +34,7 @@ COMMANDS = (
     "adapter",
     "bench",
     "demo",
+    "help",
 )
 
 

@@ -7,11 +7,13 @@ import gc
 import os
 import signal
 import sys
+from types import ModuleType
 from typing import Any
 
 import typer
 
 from outlierq import __version__
+from outlierq.cli import topics
 from outlierq.cli.commands import (
     adapter,
     bench,
@@ -29,6 +31,7 @@ from outlierq.cli.commands import (
     verify,
 )
 from outlierq.cli.commands.choosing import fit, frontier, recommend, study, sweep
+from outlierq.cli.help import Group, register
 from outlierq.cli.shared import translated
 from outlierq.cli.streams import Streams
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
@@ -39,6 +42,7 @@ EPILOG = "Exit codes: 0 done · 1 an error, or SIGTERM · 2 wrong usage · 3 a q
 
 app = typer.Typer(
     name="outlierq",
+    cls=Group,
     help="Compress an LLM checkpoint: one command, a smaller checkpoint that serving stacks load, its loss measured.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -46,25 +50,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize", epilog=quantize.EXAMPLES)(translated(quantize.command))
-app.command("calibrate", epilog=calibrate.EXAMPLES)(translated(calibrate.command))
-app.command("recommend", epilog=recommend.EXAMPLES)(translated(recommend.command))
-app.command("fit", epilog=fit.EXAMPLES)(translated(fit.command))
-app.command("frontier", epilog=frontier.EXAMPLES)(translated(frontier.command))
-app.command("sweep", epilog=sweep.EXAMPLES)(translated(sweep.command))
-app.command("plan", epilog=plan.EXAMPLES)(translated(plan.command))
-app.command("detect", epilog=detect.EXAMPLES)(translated(detect.command))
-app.command("eval", epilog=evaluate.EXAMPLES)(translated(evaluate.command))
-app.command("adapter", epilog=adapter.EXAMPLES)(translated(adapter.command))
-app.command("publish", epilog=publish.EXAMPLES)(translated(publish.command))
-app.command("compare", epilog=compare.EXAMPLES)(translated(compare.command))
-app.command("diff", epilog=diff.EXAMPLES)(translated(diff.command))
-app.command("verify", epilog=verify.EXAMPLES)(translated(verify.command))
-app.command("inspect", epilog=inspect.EXAMPLES)(translated(inspect.command))
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(study.app, name="study")
-app.command("bench", epilog=bench.EXAMPLES)(translated(bench.command))
-app.command("demo", epilog=demo.EXAMPLES)(translated(demo.command))
+# Groups of the overview -> their commands.
+COMMANDS: dict[str, dict[str, ModuleType]] = {
+    "Compress": {"recommend": recommend, "plan": plan, "quantize": quantize, "calibrate": calibrate},
+    "Choose": {"fit": fit, "frontier": frontier, "sweep": sweep, "detect": detect},
+    "Check": {"eval": evaluate, "verify": verify, "compare": compare, "diff": diff, "inspect": inspect},
+    "Share": {"publish": publish, "adapter": adapter},
+    "Try": {"demo": demo, "bench": bench},
+}
+for _panel, _modules in COMMANDS.items():
+    for _name, _module in _modules.items():
+        register(app, _name, translated(_module.command), _module.EXAMPLES, _panel)
+app.add_typer(recipes.app, name="recipes", rich_help_panel="Choose")
+app.add_typer(study.app, name="study", rich_help_panel="Choose")
+register(app, "help", translated(topics.command), topics.EXAMPLES, "Try")
 
 
 def _version(asked: bool) -> None:

@@ -12,8 +12,10 @@ from outlierq.cli import shared
 EXAMPLES = (
     "Examples:\n\n"
     "  outlierq detect ./SmolLM2-135M --stats ./stats\n\n"
-    "  outlierq detect ./SmolLM2-135M --stats ./stats -o outliers     (outliers.json and outliers.html)\n\n"
-    "  outlierq detect ./Llama-3.1-8B --png ./card/pictures           (a short calibration runs first)\n\n"
+    "  outlierq detect ./SmolLM2-135M --stats ./stats -o outliers\n\n"
+    "  without statistics, a short calibration runs first:\n\n"
+    "  outlierq detect ./Llama-3.1-8B --png ./card/pictures\n\n"
+    "  for other programs:\n\n"
     "  outlierq detect ./SmolLM2-135M --stats ./stats --json | jq .outlier_channels"
 )
 

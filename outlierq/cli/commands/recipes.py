@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from outlierq.cli import shared
+from outlierq.cli.help import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     help="List, show and check recipes.",
     no_args_is_help=True,
     epilog="Examples:\n\n  outlierq recipes list\n\n  outlierq recipes show gptq-w4 > mine.yaml\n\n"
@@ -21,7 +23,7 @@ Reference = Annotated[
 ]
 
 
-@app.command("list", epilog="Example:\n\n  outlierq recipes list --json")
+@app.command("list", cls=Command, epilog="Example:\n\n  outlierq recipes list --json")
 def list_recipes(as_json: shared.AsJson = False) -> None:
     """The recipes that come with outlierq."""
     import outlierq
@@ -35,7 +37,7 @@ def list_recipes(as_json: shared.AsJson = False) -> None:
         typer.echo(f"{name:<{width}}  {text}")
 
 
-@app.command("show", epilog="Example:\n\n  outlierq recipes show awq-w4 > mine.yaml")
+@app.command("show", cls=Command, epilog="Example:\n\n  outlierq recipes show awq-w4 > mine.yaml")
 def show(reference: Reference) -> None:
     """Print a recipe as it is written, comments included."""
     import outlierq
@@ -43,7 +45,7 @@ def show(reference: Reference) -> None:
     typer.echo(outlierq.recipe_text(reference), nl=False)
 
 
-@app.command("check", epilog="Example:\n\n  outlierq recipes check mine.yaml --set quantize.bits=3")
+@app.command("check", cls=Command, epilog="Example:\n\n  outlierq recipes check mine.yaml --set quantize.bits=3")
 def check(reference: Reference, settings: shared.Settings = None, trust_methods: shared.TrustMethods = False) -> None:
     """Check a recipe; every fault is reported at once, with its line."""
     import outlierq

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:\n\n"
-    "  outlierq fit ./SmolLM2-135M --stats ./stats --bits 4.25                    (prints the recipe)\n\n"
+    "  print the recipe alone:\n\n"
+    "  outlierq fit ./SmolLM2-135M --stats ./stats --bits 4.25\n\n"
+    "  and compress by it:\n\n"
     "  outlierq fit ./Llama-3.1-8B --stats ./stats --size 4.5GiB --client vllm -o ./out\n\n"
     "  outlierq fit ./Llama-3.1-8B --stats ./stats --card 8GiB --context 32768 --client llama.cpp -o ./out"
 )

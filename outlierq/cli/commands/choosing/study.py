@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from outlierq.cli import shared
+from outlierq.cli.help import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     help="Compare methods, or calibration texts, on one model.",
     no_args_is_help=True,
     epilog="Examples:\n\n  outlierq calibrate ./SmolLM2-135M -o stats\n\n"
@@ -27,7 +29,7 @@ CALIBRATION = (
 )
 
 
-@app.command("methods", epilog=METHODS)
+@app.command("methods", cls=Command, epilog=METHODS)
 @shared.translated
 def methods(
     model: shared.Model,
@@ -78,7 +80,7 @@ def methods(
     shared.show(table(study))
 
 
-@app.command("calibration", epilog=CALIBRATION)
+@app.command("calibration", cls=Command, epilog=CALIBRATION)
 @shared.translated
 def calibration(
     model: shared.Model,
@@ -119,7 +121,7 @@ def calibration(
     shared.show(table(study))
 
 
-@app.command("write", epilog=WRITE)
+@app.command("write", cls=Command, epilog=WRITE)
 @shared.translated
 def write(
     model: shared.Model,
