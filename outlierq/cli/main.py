@@ -111,6 +111,8 @@ def _run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads of torch would spin while they wait for each other: with another program on the machine half of the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         if os.environ.get("WORLD_SIZE", "1") == "1":

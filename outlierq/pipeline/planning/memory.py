@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # Weights of a stack that are solved at a time when memory is short, and sequences of a batch: the least.
 LEAST_WEIGHTS = 1 << 18
 # Without a ceiling, freed memory goes back to the system at once from this size on: that of whole stacks and hessians.
-# Fresh pages take time, so work that makes many temporary matrices keeps them below.
-LARGE = 2 << 20
+# Fresh pages take time (half as many of them from 32 MiB on as from 2), and what stays is given back after each block.
+LARGE = 32 << 20
 
 
 def evaluation_bytes(models: Sequence[PreTrainedModel], dtype: str, window_length: int) -> int:
