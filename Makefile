@@ -47,11 +47,11 @@ torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py --kills 200 --faults 100 --around 100 --seed 0
 
 # The outlier page in a real browser: the system's Chromium if there is one, else one that playwright fetches (as root,
-# because it also installs the libraries that Chromium needs).
+# because it also installs the libraries that Chromium needs). Screenshots are left in build/screenshots.
 test-page: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
-	$(BIN)/python -m pytest -m slow tests/test_outlier_page_chromium.py
+	OUTLIERQ_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest -m slow tests/test_outlier_page_chromium.py
 
 # What we write, loaded and run by real programs: first each in an environment of its own (8 GB below .clients, some 20
 # minutes, most of it compiling llama.cpp), then about 40 minutes of tests on 2 cores.

@@ -79,7 +79,7 @@ class TestAMissingLibrary:
 
     def test_of_pictures_is_said_before_a_calibration_runs(self, outlierq, tiny_llama, without, tmp_path):
         without("vl_convert")
-        answer = outlierq("detect", tiny_llama, "-o", tmp_path / "report")
+        answer = outlierq("detect", tiny_llama, "--png", tmp_path / "pictures")
         assert answer.code == 1 and "pip install 'outlierq[report]'" in answer.err
         assert "calibration" not in answer.err
 

@@ -6,14 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median_high
 
 from outlierq.pipeline.asked.events import Event
 
 BEGINNING = Event("preparing", 0, 0)
 INSIDE = {"quantize": "calibrate"}  # what a stage does for each block before its own part
-RECENT = 8  # units whose time says how long the next ones take
-# Of a run that goes on, units that are there already pass in no time: they say nothing of those to come.
-PASSED_OVER = 0.25
+# Units whose time says how long the next ones take. Their median: a first one also reads the text, and units that an
+# earlier run has made pass in no time.
+RECENT = 4
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,5 @@ class Course:
         waiting = self._event.total - self._event.done
         if not self._took or not waiting:
             return None
-        telling = [seconds for seconds in self._took if seconds >= PASSED_OVER * max(self._took)]
-        each = sum(telling) / len(telling)
+        each = median_high(self._took)
         return max(0.0, each * waiting - min(each, now - self._unit_since))

@@ -7,14 +7,13 @@ Content-Security-Policy runs only the script whose hash it names and lets nothin
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 
 from outlierq import __version__
 from outlierq.core.errors import ArgumentError
 from outlierq.pipeline.asked.request import refuse_unwritable, write_file
 from outlierq.pipeline.fitting.frontier import Frontier
-from outlierq.report.pages.outlier_page import element_json, policy_hash, printable_value
+from outlierq.report.pages.page import element_json, part, policy_hash, printable_value
 
 NATS = "Predicted from sensitivities: the sum over all layers of what rounding costs at the end of the model, in nats."
 NO_UNIT = (
@@ -28,14 +27,14 @@ def frontier_page(frontier: Frontier, stats: Path | str) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    script = _part("frontier_page.js")
+    script = part("frontier_page.js")
     data = frontier.to_dict() | {
         "stats": str(stats),
         "client_name": frontier.client.lower(),
         "recipe_text": frontier.recipe_text,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=printable_value)
-    return environment.from_string(_part("frontier_page.html")).render(
+    return environment.from_string(part("frontier_page.html")).render(
         model=frontier.model,
         client=frontier.client,
         recipe=frontier.recipe,
@@ -43,16 +42,11 @@ def frontier_page(frontier: Frontier, stats: Path | str) -> str:
         lead=NATS if frontier.in_nats else NO_UNIT,
         loss_name="predicted KL per token, nats" if frontier.in_nats else "predicted loss, no unit",
         version=__version__,
-        css=Markup(_part("outlier_page.css")),
+        css=Markup(part("page.css")),
         data=Markup(element_json(data)),
         script=Markup(script),
         script_hash=Markup(policy_hash(script)),
     )
-
-
-def _part(name: str) -> str:
-    """A file of this folder."""
-    return (files("outlierq.report.pages") / name).read_text(encoding="utf-8")
 
 
 def check_place(out: Path | None) -> None:

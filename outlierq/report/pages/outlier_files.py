@@ -15,7 +15,7 @@ NAME = "outliers"
 
 def check_places(out: str | os.PathLike[str] | None, png: Path | None) -> None:
     """OutlierqError before any work when these files cannot be written, or the library that draws them is missing."""
-    if out is not None or png is not None:
+    if png is not None:
         needs_extra("vl_convert")
     refuse_unwritable(*(report_paths(out) if out else ()), None if png is None else png / "picture.png")
 
