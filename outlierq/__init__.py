@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         study_methods,
         study_write,
         sweep,
+        tune,
         verify,
     )
     from outlierq.core.errors import GateError, OutlierqError
@@ -105,6 +106,7 @@ __all__ = [
     "study_methods",
     "study_write",
     "sweep",
+    "tune",
     "verify",
 ]
 

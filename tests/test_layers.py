@@ -32,6 +32,7 @@ COMMANDS = (
     "recipes",
     "study",
     "adapter",
+    "tune",
     "bench",
     "demo",
     "help",

@@ -28,6 +28,7 @@ from outlierq.cli.commands import (
     publish,
     quantize,
     recipes,
+    tune,
     verify,
 )
 from outlierq.cli.commands.choosing import fit, frontier, recommend, study, sweep
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 # Groups of the overview -> their commands.
 COMMANDS: dict[str, dict[str, ModuleType]] = {
-    "Compress": {"recommend": recommend, "plan": plan, "quantize": quantize, "calibrate": calibrate},
+    "Compress": {"recommend": recommend, "plan": plan, "quantize": quantize, "calibrate": calibrate, "tune": tune},
     "Choose": {"fit": fit, "frontier": frontier, "sweep": sweep, "detect": detect},
     "Check": {"eval": evaluate, "verify": verify, "compare": compare, "diff": diff, "inspect": inspect},
     "Share": {"publish": publish, "adapter": adapter},

@@ -18,8 +18,11 @@ def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor
     """`x` [..., K] rounded to the scheme's grid and back, in the dtype of `x`.
 
     scale: [1] of a static scheme; a dynamic one takes max|x| / code_max over its token, group of columns or tensor
-    (1 where that is no normal number, as where all values are 0). Scales of groups: see `group_scale`.
+    (1 where that is no normal number, as where all values are 0). Scales of groups: see `group_scale`. Gradients pass
+    the rounding as if it were not there (straight-through): its own are 0.
     """
+    if x.requires_grad:
+        return fake_quantize(x.detach(), scheme, scale) + (x - x.detach())
     wide = x.float()
     if scheme.per == "group":
         grouped = _in_groups(wide, scheme.group_size)

@@ -22,10 +22,10 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.rounded_block import RoundedBlock
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.grid import code_dtype, nearest_code, stored
+from outlierq.quantize.moving import Adam, gathered, in_turn, split, spread
 from outlierq.registry import learner
 
 FAR = 0.45  # of the way between two codes: how far from its own a weight may begin
-HELD_OUT = 8  # one of so many batches is held out of learning
 LOOKS = 8  # how often the error on held-out batches is looked at
 
 
@@ -58,7 +58,7 @@ def block_round(
     least = first
     walk = _Walk(moving, steps)
     together = step_tokens // block.asked(0)[..., 0].numel()
-    for step, some in enumerate(_in_turn(learning, together, steps, seed)):
+    for step, some in enumerate(in_turn(learning, together, steps, seed)):
         trouble = _gradients(block, linears, some)
         if trouble:
             note(f"learning stopped at step {step} of {steps}: {trouble}")
@@ -71,12 +71,6 @@ def block_round(
                 best, least = now, error
     note(f"learned: the block's held-out output error is {least / first if first else 1:.3f} of what it was")
     return best
-
-
-def split(batches: int) -> tuple[list[int], list[int]]:
-    """Which batches are learned on, and which are held out: every eighth, and one at least; of one batch none is."""
-    count = max(1, batches // HELD_OUT)
-    return list(range(batches - count)), list(range(batches - count, batches))
 
 
 def _learnable(quantized: QuantTensor) -> bool:
@@ -101,7 +95,7 @@ class _Linear:
 
     def __init__(self, w: torch.Tensor, start: QuantTensor, tune: str):
         self.start, self.scheme = start, start.scheme
-        self.scale = _spread(start.float_scale, self.scheme, w.shape)
+        self.scale = spread(start.float_scale, self.scheme, w.shape)
         self.low = replace(start, codes=torch.zeros_like(start.codes)).dequantize()
         codes = start.codes.float()
         gap = _gap(codes, self.scheme)
@@ -130,14 +124,14 @@ class _Linear:
 
     def weight(self) -> torch.Tensor:
         """The weight [out, in] as it is now, a leaf that gradients are of."""
-        return self._base().mul_(1 + _spread(self.change, self.scheme, self.place.shape)).requires_grad_()
+        return self._base().mul_(1 + spread(self.change, self.scheme, self.place.shape)).requires_grad_()
 
     def take(self, gradient: torch.Tensor) -> None:
         """Add a gradient [out, in] of the weight to those of what moves; rounding is passed over (straight-through)."""
         if self.moves_codes:
             self.by_place.addcmul_(gradient, self.scale)
         if self.moves_scales:
-            self.by_change += _gathered(gradient * self._base(), self.scheme, self.change.shape)
+            self.by_change += gathered(gradient * self._base(), self.scheme, self.change.shape)
 
     def stored(self) -> QuantTensor:
         """What the linear is now, as it will be read back."""
@@ -157,20 +151,6 @@ def _gap(codes: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(codes), exponent.clamp(min=least) - behind)
 
 
-def _spread(values: torch.Tensor, scheme: QuantScheme, shape: Sequence[int]) -> torch.Tensor:
-    """Numbers of groups [rows, groups] for every weight [out, in]."""
-    height = 1 if scheme.block is None else scheme.block[0]
-    tall = values if height == 1 else values.repeat_interleave(height, 0)[: shape[0]]
-    return tall.repeat_interleave(scheme.columns_per_group(shape[1]), 1)[:, : shape[1]]
-
-
-def _gathered(values: torch.Tensor, scheme: QuantScheme, shape: Sequence[int]) -> torch.Tensor:
-    """Sums over the weights [out, in] of every group [rows, groups]: what `_spread` is the transpose of."""
-    height, width = (1 if scheme.block is None else scheme.block[0]), scheme.columns_per_group(values.shape[1])
-    more = (0, shape[1] * width - values.shape[1], 0, shape[0] * height - values.shape[0])
-    return torch.nn.functional.pad(values, more).view(shape[0], height, shape[1], width).sum((1, 3))
-
-
 class _Walk:
     """Adam (arXiv:1412.6980) in steps that fall linearly to 0.
 
@@ -179,34 +159,14 @@ class _Walk:
 
     def __init__(self, moving: Sequence[_Moving], steps: int):
         self.moving, self.steps = moving, steps
-        self.mean = [torch.zeros_like(each.values) for each in moving]
-        self.square = [torch.zeros_like(each.values) for each in moving]
+        self.adams = [Adam(each.values) for each in moving]
 
     def step(self, number: int) -> None:
         """Step number `number`, from 0; gradients are zero after it."""
         share = (self.steps - number) / (self.steps * (self.steps + 1) / 2)
-        for at, each in enumerate(self.moving):
-            each.values.sub_(self._direction(at, number + 1), alpha=each.reach * share)
+        for each, adam in zip(self.moving, self.adams, strict=True):
+            each.values.sub_(adam.direction(each.gradient, number + 1), alpha=each.reach * share)
             each.gradient.zero_()
-
-    def _direction(self, at: int, number: int) -> torch.Tensor:
-        """Where numbers go, of their shape, in step `number` from 1; decays are 0.9 and 0.95."""
-        mean, square, gradient = self.mean[at], self.square[at], self.moving[at].gradient
-        mean.lerp_(gradient, 0.1)
-        square.lerp_(gradient.square(), 0.05)
-        spread = (square / (1 - 0.95**number)).sqrt_().clamp_(min=1e-30)
-        return (mean / (1 - 0.9**number)).div_(spread)
-
-
-def _in_turn(batches: Sequence[int], count: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """`count` batches for every step, one at least and all at most, in a seeded order, each as often as any other."""
-    count = min(max(1, count), len(batches))
-    generator, waiting = torch.Generator().manual_seed(seed), list[int]()
-    for _ in range(steps):
-        while len(waiting) < count:
-            waiting += [batches[at] for at in torch.randperm(len(batches), generator=generator)]
-        yield waiting[:count]
-        del waiting[:count]
 
 
 def _gradients(block: RoundedBlock, linears: Mapping[LinearSite, _Linear], batches: Sequence[int]) -> str:

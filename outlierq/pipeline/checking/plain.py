@@ -62,12 +62,19 @@ def offset_of(norm: torch.nn.Module) -> float:
 
 
 def compare_plain(
-    plain: Checkpoint, expected: Expected, findings: Findings, *, computed: frozenset[str], rounded: frozenset[str]
+    plain: Checkpoint,
+    expected: Expected,
+    findings: Findings,
+    *,
+    computed: frozenset[str],
+    rounded: frozenset[str],
+    tuned: Mapping[str, float],
 ) -> list[str]:
     """Every tensor that was not quantized against what it came from; gives the names of those that differ.
 
     computed: were rewritten, so that their last bits may depend on the machine. rounded: were quantized and are stored
-    dense, which is judged elsewhere. What a fold moved is computed, too.
+    dense, which is judged elsewhere. What a fold moved is computed, too. tuned: how far the numbers of a tensor went
+    when it was tuned afterwards.
     """
     reference, differing = expected.reference, []
     for name in reference.tensors:
@@ -78,7 +85,7 @@ def compare_plain(
                 findings.fault(CHECK, name, "is in the source, but not here")
             continue
         try:
-            what = _difference(plain, expected, name, name in computed)
+            what = _difference(plain, expected, name, name in computed, tuned.get(name, 0.0))
         except SourceError as error:
             findings.fault(CHECK, name, error.what)
             continue
@@ -91,8 +98,8 @@ def compare_plain(
     return differing
 
 
-def _difference(plain: Checkpoint, expected: Expected, name: str, is_rewritten: bool) -> str | None:
-    """How a tensor differs from what it must be; None when it does not."""
+def _difference(plain: Checkpoint, expected: Expected, name: str, is_rewritten: bool, tuned: float) -> str | None:
+    """How a tensor differs from what it must be, or from there by more than `tuned`; None when it does not."""
     import torch
 
     is_computed = is_rewritten or expected.is_moved(name)
@@ -107,11 +114,12 @@ def _difference(plain: Checkpoint, expected: Expected, name: str, is_rewritten: 
     allowed = COMPUTED.get(str(one.dtype).removeprefix("torch."), 0.0) * largest if is_computed else 0.0 * largest
     if expected.is_moved(name):
         allowed = (MOVED * other.float().abs() + MOVED_BESIDE * largest).clamp(min=allowed.item())
-    wrong = apart > allowed
-    if is_computed and not bool(wrong.any()):
+    wrong = apart > allowed + tuned
+    if (is_computed or tuned) and not bool(wrong.any()):
         return None
     share = int(wrong.sum())
     meant = "what the recipe makes of the source" if is_computed else "the source, though nothing changed it"
+    meant = f"{meant} but by {tuned:.4g} in tuning" if tuned else meant
     return (
         f"differs from {meant}: {share} of {apart.numel()} values, the farthest by {apart.max():.4g} "
         f"({apart.max() / largest:.2g} of the largest)"

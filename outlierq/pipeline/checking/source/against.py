@@ -40,7 +40,8 @@ READ_AS_BFLOAT16 = 2e-3
 class Comparison:
     """What is expected of a checkpoint. dense: names of weights that were quantized and are stored in 16 bits.
 
-    methods, recorded: of each quantized weight its method and relative error, as far as a report says them. guess:
+    methods, recorded: of each quantized weight its method and relative error, as far as a report says them. tuned: how
+    far the numbers of a tensor went that was tuned afterwards. guess:
     judges the weights where no report says how they were folded; None where it does. aside: what repeating inferred
     folds found. errors: relative error of each weight that was judged.
     """
@@ -51,6 +52,7 @@ class Comparison:
     dense: list[str]
     methods: Mapping[str, str]
     recorded: Mapping[str, float]
+    tuned: Mapping[str, float]
     guess: Guess | None
     aside: Findings = field(default_factory=Findings)
     errors: dict[str, float] = field(default_factory=dict)
@@ -74,7 +76,8 @@ class Comparison:
         transforms = () if report is None else report.transforms
         known = report is not None and all("trace" in row for row in transforms if row.get("fold"))
         aside = findings if known else Findings()
-        is_folded = not known and _gains_differ(plain, made_of)
+        tuned = _tuned(report)
+        is_folded = not known and _gains_differ(plain, made_of, tuned)
         is_split = any("outlier_columns" in linear.members for linear in plain.linears.values())
         if is_folded or (is_split and not known):
             transforms = tuple(inferred_folds(plain, made_of))
@@ -85,7 +88,7 @@ class Comparison:
         recorded = {name: row.weight_error for name, row in by_name.items()} if known and not is_other else {}
         dense = [name for name in methods if name in plain.tensors and name not in plain.packed]
         guess = None if known else Guess(findings, may_be_folded=is_folded)
-        return cls(plain, expected, findings, dense, methods, recorded, guess, aside)
+        return cls(plain, expected, findings, dense, methods, recorded, tuned, guess, aside)
 
     def weight(self, name: str, weight: torch.Tensor, quantized: QuantTensor | None) -> None:
         """Judge one quantized weight, float32 [out, in], and its codes where they are known."""
@@ -129,6 +132,7 @@ class Comparison:
             findings,
             computed=_computed(self.expected.reference),
             rounded=frozenset(self.dense),
+            tuned=self.tuned,
         )
         if self.guess is None:
             self.findings.faults += findings.faults
@@ -187,10 +191,16 @@ def _same_in_16_bits(recorded: float | None) -> float:
     return SAME_BUT_FOR_SCALES + math.hypot(recorded, READ_AS_BFLOAT16) / recorded - 1
 
 
-def _gains_differ(plain: Checkpoint, reference: Checkpoint) -> bool:
-    """Whether any vector differs from the source: folds show in gains and biases."""
+def _tuned(report: Report | None) -> Mapping[str, float]:
+    """How far `outlierq tune` moved the numbers of tensors that are no weights, by name, as the record says."""
+    said = ((report.record or {}).get("tune") or {}).get("moved") if report else None
+    return {name: float(far) for name, far in said.items()} if isinstance(said, Mapping) else {}
+
+
+def _gains_differ(plain: Checkpoint, reference: Checkpoint, tuned: Mapping[str, float]) -> bool:
+    """Whether any vector differs from the source that was not tuned: folds show in gains and biases."""
     vectors = [name for name, info in plain.tensors.items() if len(info.shape) == 1 and name in reference.tensors]
-    return any(_differs(plain, reference, name) for name in vectors)
+    return any(_differs(plain, reference, name) for name in vectors if name not in tuned)
 
 
 def _differs(plain: Checkpoint, reference: Checkpoint, name: str) -> bool:

@@ -1,0 +1,193 @@
+"""A packed checkpoint and its original on the same text, as `quantize.tune` asks for it: losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outlierq.calibrate.end_loss import EndLoss
+from outlierq.calibrate.runner import BlockRunner, PartWeights, Spill
+from outlierq.core.errors import NumbersError
+from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.model import StudiedModel, TensorSource
+from outlierq.pipeline.asked.events import Event, Listener
+from outlierq.pipeline.tuning.moving import Moving
+
+if TYPE_CHECKING:
+    import torch
+
+    from outlierq.quantize.tune import Changes, Tunable
+
+# Bytes of decoded weights that stay in memory: a step needs every block twice, and decoding takes as long as running.
+DECODED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class How:
+    """How the two run. batch_size: windows in a batch. dtype: in which blocks run. work: a folder for what spills."""
+
+    batch_size: int
+    dtype: str
+    device: str
+    work: Path
+    listen: Listener
+
+
+class Remembered(TensorSource):
+    """A checkpoint that keeps the tensors which it has read, up to DECODED_BYTES of them."""
+
+    def __init__(self, source: TensorSource):
+        self.source, self.dtype, self.tensors = source, source.dtype, source.tensors
+        self._known: dict[str, torch.Tensor] = {}
+        self._room = DECODED_BYTES
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in the shape of its header; it is not to be written to."""
+        if name in self._known:
+            return self._known[name]
+        tensor = self.source.read(name)
+        if tensor.nbytes <= self._room:
+            self._known[name] = tensor
+            self._room -= tensor.nbytes
+        return tensor
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors by name, each in the shape of its header."""
+        return {name: self.read(name) for name in names}
+
+
+class Parts:
+    """Gives the parts of a model their weights. changed: is given the name of a part that has them now, and the part.
+
+    dtype: of floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        model: StudiedModel,
+        dtype: torch.dtype,
+        device: str,
+        changed: Callable[[str, torch.nn.Module], None] = lambda name, part: None,
+    ):
+        self.model, self.dtype, self.device, self.changed = model, dtype, device, changed
+        self.source = Remembered(model.checkpoint)
+
+    @property
+    def weights(self) -> PartWeights:
+        """For a runner."""
+        return PartWeights(self._materialise, self._release)
+
+    def _part(self, name: str) -> torch.nn.Module:
+        return self.model.skeleton.get_submodule(name) if name else self.model.skeleton
+
+    def _materialise(self, name: str) -> None:
+        """Give a part its weights; for the empty name, what is outside of the blocks."""
+        from outlierq.load import leave_empty, load_tensors_into
+
+        part, towers = self._part(name), () if name else self.model.structure.towers
+        skip = () if name else (*(block.name for block in self.model.structure.blocks), *towers)
+        load_tensors_into(
+            part, self.source, self.model.names, prefix=name, skip=skip, dtype=self.dtype, device=self.device
+        )
+        for tower in towers:
+            leave_empty(self.model.skeleton.get_submodule(tower), dtype=self.dtype, device=self.device)
+        self.changed(name, part)
+
+    def _release(self, name: str) -> None:
+        """Take the weights of a part again."""
+        from outlierq.load import release
+
+        release(self._part(name))
+        return_freed_memory()
+
+
+class _Tuned:
+    """The packed model while it is tuned: what its numbers are, and the gradients that were had."""
+
+    def __init__(self, model: StudiedModel, moving: Mapping[str, Moving], dtype: torch.dtype, device: str):
+        self.moving = moving
+        self.by_part: dict[str, list[Moving]] = {}
+        for each in moving.values():
+            self.by_part.setdefault(each.part, []).append(each)
+        self.changes: Changes = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.loss: EndLoss | None = None
+        self.parts = Parts(model, dtype, device, self._change)
+
+    def _change(self, name: str, part: torch.nn.Module) -> None:
+        """Put the present changes into a part; while learning, gradients are wanted by what moves."""
+        for each in self.by_part.get(name, ()) if self.changes else ():
+            parameter = _parameter(part, name, each)
+            parameter.data = each.applied(parameter.data, self.changes[each.name].to(parameter.device))
+            parameter.requires_grad_(self.loss is not None and self.loss.learning)
+
+    def take(self, name: str, part: torch.nn.Module) -> None:
+        """Keep the gradients of a part; what no gradient has reached has none."""
+        for each in self.by_part.get(name, ()):
+            parameter, change = _parameter(part, name, each), self.changes[each.name]
+            if parameter.grad is None:
+                self.gradients[each.name] = change.new_zeros(change.shape)
+                continue
+            values = (parameter.data.float(), parameter.grad.float(), change.to(parameter.device))
+            self.gradients[each.name] = each.gradient(*values).cpu()
+
+
+def _parameter(part: torch.nn.Module, name: str, moving: Moving) -> torch.nn.Parameter:
+    """The parameter of a moving tensor in the part of that name."""
+    return part.get_parameter(moving.slot.removeprefix(f"{name}.") if name else moving.slot)
+
+
+@contextmanager
+def tunable(
+    original: StudiedModel,
+    packed: StudiedModel,
+    moving: Mapping[str, Moving],
+    ids: torch.Tensor,
+    how: How,
+) -> Iterator[Tunable]:
+    """The two on windows [sequences, tokens], in batches."""
+    import torch
+
+    from outlierq.quantize.tune import Tunable
+
+    number, device = getattr(torch, how.dtype), how.device
+    tuned = _Tuned(packed, moving, number, device)
+
+    def runner(model: StudiedModel, parts: Parts) -> BlockRunner:
+        return BlockRunner(
+            model.skeleton,
+            model.structure,
+            parts.weights,
+            device=device,
+            dtype=number,
+            batch_size=how.batch_size,
+            spill=Spill(how.work),
+        )
+
+    def told(index: int, share: float) -> None:
+        blocks = original.structure.blocks
+        how.listen(Event("original", index, len(blocks), blocks[index].name, step="what it gives", share=share))
+
+    def loss(changes: Changes, batches: Sequence[int]) -> float:
+        tuned.changes = changes
+        return end.value(batches)
+
+    def gradient(changes: Changes, batches: Sequence[int]) -> tuple[float, Changes]:
+        tuned.changes, tuned.gradients = changes, {}
+        value = end.gradient(batches)
+        if tuned.gradients.keys() != moving.keys():
+            raise NumbersError("some of what is tuned takes no part in the model")
+        return value, tuned.gradients
+
+    def rounded(changes: Changes) -> Changes:
+        return {name: moving[name].left(change) for name, change in changes.items()}
+
+    packed.checkpoint.install(packed.skeleton, packed.names)
+    first = runner(original, Parts(original, number, device))
+    with EndLoss(first, runner(packed, tuned.parts), ids, tuned.take) as end:
+        tuned.loss = end
+        batches = end.start(told)
+        yield Tunable({name: each.start for name, each in moving.items()}, batches, loss, gradient, rounded)
