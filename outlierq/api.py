@@ -681,6 +681,38 @@ def publish(
     )
 
 
+def report_page(
+    run: Place,
+    *,
+    out: Place | None = None,
+    reference: SourceLike | None = None,
+    samples: int = 3,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> Path:
+    """Write a whole run as one HTML page, from the record that `quantize` left; its path.
+
+    run: the folder or the GGUF file that was written. out: by default `RUN.report.html` beside it. reference: the
+    original; then both models continue so many prompts (`samples`), side by side.
+
+    >>> outlierq.report_page(compressed, out="run.html").name
+    'run.html'
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.measuring.run_report import run_report
+    from outlierq.report.pages.run_page import page_place, write_run_page
+    from outlierq.report.progress import listening
+
+    place = page_place(Path(run), _path(out))
+    with listening(progress) as listen:
+        source = None if reference is None else Source(reference, revision, trust_remote_code)
+        write_run_page(run_report(Path(run), source, samples, Resources.of(device, listen=listen)), place)
+    return place
+
+
 def recipes() -> dict[str, str]:
     """The recipes that come with outlierq: names and what they are.
 

@@ -114,13 +114,13 @@ def test_nothing_is_printed_unless_progress_is_asked_for(tiny_llama, tmp_path, c
     assert capsys.readouterr() == ("", "")
     outlierq.quantize(tiny_llama, "rtn-w4", out=tmp_path / "told", progress=True)
     said = capsys.readouterr()
-    assert said.out == "" and "quantize 0/2, 0 s, peak" in said.err
+    assert said.out == "" and "quantize 0/2 · 0 s · peak" in said.err
 
 
 def test_a_listener_is_told_of_every_event(tiny_llama, tmp_path):
     events = []
     outlierq.quantize(tiny_llama, "rtn-w4", out=tmp_path / "out", progress=events.append)
-    assert [(event.done, event.total) for event in events if event.stage == "quantize"] == [(0, 2), (1, 2)]
+    assert [(event.done, event.total) for event in events if event.stage == "quantize"] == [(0, 2), (1, 2), (2, 2)]
 
 
 class TestNotebook:

@@ -29,6 +29,7 @@ COMMANDS = (
     "diff",
     "verify",
     "inspect",
+    "report",
     "recipes",
     "study",
     "adapter",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from outlier_reports import outlier_report
 from test_outlier_page import SCRIPT, hostile
+from test_run_page import made_run
 
-from outlierq.report.pages import outlier_page
+from outlierq.report.pages import outlier_page, run_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `make test-page`")
 pytestmark = pytest.mark.slow
@@ -114,13 +115,15 @@ def test_the_page_loads_without_complaints_and_asks_for_nothing(page):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_screen(browser, written, width, scheme, tmp_path):
-    page = opened(browser, written, scheme, width)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    run_page.write_run_page(made_run(), tmp_path / "run.html")
     kept = Path(os.environ.get("OUTLIERQ_SCREENSHOTS", tmp_path))
     kept.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=kept / f"outliers-{width}-{scheme}.png", full_page=True)
-    assert page.complaints == []
-    page.context.close()
+    for path in (written, tmp_path / "run.html"):
+        page = opened(browser, path, scheme, width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.screenshot(path=kept / f"{path.stem}-{width}-{scheme}.png", full_page=True)
+        assert page.complaints == []
+        page.context.close()
 
 
 def test_text_and_pictures_are_there_without_scripts(browser, written):

@@ -18,19 +18,16 @@ from outlierq.cli.commands import (
     adapter,
     bench,
     calibrate,
-    compare,
     demo,
     detect,
-    diff,
     evaluate,
-    inspect,
     plan,
     publish,
     quantize,
     recipes,
     tune,
-    verify,
 )
+from outlierq.cli.commands.checking import compare, diff, inspect, report, verify
 from outlierq.cli.commands.choosing import fit, frontier, recommend, study, sweep
 from outlierq.cli.help import Group, register
 from outlierq.cli.shared import translated
@@ -55,7 +52,14 @@ app = typer.Typer(
 COMMANDS: dict[str, dict[str, ModuleType]] = {
     "Compress": {"recommend": recommend, "plan": plan, "quantize": quantize, "calibrate": calibrate, "tune": tune},
     "Choose": {"fit": fit, "frontier": frontier, "sweep": sweep, "detect": detect},
-    "Check": {"eval": evaluate, "verify": verify, "compare": compare, "diff": diff, "inspect": inspect},
+    "Check": {
+        "eval": evaluate,
+        "verify": verify,
+        "compare": compare,
+        "diff": diff,
+        "inspect": inspect,
+        "report": report,
+    },
     "Share": {"publish": publish, "adapter": adapter},
     "Try": {"demo": demo, "bench": bench},
 }

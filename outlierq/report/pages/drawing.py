@@ -6,9 +6,10 @@ One drawing serves the page, where colours are CSS variables and follow the them
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -113,7 +114,50 @@ def svg(
     )
 
 
+def powers(bounds: tuple[float, float], y: Callable[[float], float], wide: float, theme: Theme) -> str:
+    """Powers of ten as percentages at the side, a thin line across for each.
+
+    bounds: logarithms of the least and the largest value. y: where a value lies.
+    """
+    drawn = ""
+    for power in range(math.ceil(bounds[0]), math.floor(bounds[1]) + 1):
+        height = y(10.0**power)
+        drawn += text(LEFT - 5, height + 4, f"{100 * 10.0**power:g}%", theme.muted, "end")
+        drawn += line(LEFT, height, LEFT + wide, height, theme.rule)
+    return drawn
+
+
 def ticks(values: Sequence[int], most: int = 4) -> list[int]:
-    """Places in a sequence that get a label: both ends and some evenly between."""
-    count = min(most, len(values))
+    """Places in a sequence that get a label: both ends and some evenly between, or all of a few."""
+    count = len(values) if len(values) <= most + 3 else most
     return sorted({round(place) for place in np.linspace(0, len(values) - 1, count)}) if values else []
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing. title, remark: above it. alt: what it shows. height: in its own units. cells: for a page that reads
+    them out: "blocks", "columns", "width" (channels in a column), "top" (ratio of 255), "levels" (base64).
+    """
+
+    title: str
+    remark: str
+    alt: str
+    drawing: str
+    height: float
+    cells: dict[str, object] | None = None
+
+    @property
+    def svg(self) -> str:
+        """As an element of a page."""
+        return svg(self.height, self.drawing, self.alt)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels under one heading. name: for files and anchors. lead: how to read it. absent: why there are no panels."""
+
+    name: str
+    title: str
+    lead: str
+    panels: tuple[Panel, ...]
+    absent: str = ""

@@ -19,10 +19,9 @@ from typing import Any
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.measured.outliers import GroupOutliers, OutlierReport
 from outlierq.detect.verdict import ERRORS, SHAPES, level
-from outlierq.report.pages.drawing import PAPER, TEXT, WIDTH, svg, text
+from outlierq.report.pages.drawing import PAPER, TEXT, WIDTH, Picture, svg, text
 from outlierq.report.pages.outlier_pictures import (
     PREFERRED_SCHEME,
-    Picture,
     by_role,
     error_after,
     main_scheme,
@@ -129,7 +128,7 @@ def _content(report: OutlierReport) -> dict[str, Any]:
         "findings": findings,
         "answers": [_where(report), _how_bad(report), _channels(report)],
         "advice": _advice(report, rows),
-        "pictures": [_drawn(picture) for picture in pictures(report)],
+        "pictures": pictures(report),
         "remedies": rows,
         "schemes": schemes(report.groups),
         "roles": _roles(report),
@@ -141,12 +140,6 @@ def _content(report: OutlierReport) -> dict[str, Any]:
         "notes": _notes(report),
         "seconds": f"{report.seconds:.1f} seconds",
     }
-
-
-def _drawn(picture: Picture) -> dict[str, Any]:
-    """A picture whose panels have their SVG."""
-    panels = [vars(each) | {"svg": svg(each.height, each.drawing, each.alt)} for each in picture.panels]
-    return {**vars(picture), "panels": panels}
 
 
 def _where(report: OutlierReport) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import base64
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,9 +22,12 @@ from outlierq.report.pages.drawing import (
     RIGHT,
     TOP,
     WIDTH,
+    Panel,
+    Picture,
     Theme,
     image,
     line,
+    powers,
     text,
     ticks,
     titled,
@@ -38,31 +40,6 @@ MOST_CHANNELS = 24  # of massive activations
 ROW = 5.0  # height of a block in a map
 
 Height = Callable[[float], float]  # where a value lies
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One drawing. title, remark: above it. alt: what it shows. height: in its own units. cells: for a page that reads
-    them out: "blocks", "columns", "width" (channels in a column), "top" (ratio of 255), "levels" (base64).
-    """
-
-    title: str
-    remark: str
-    alt: str
-    drawing: str
-    height: float
-    cells: dict[str, object] | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Panels under one heading. name: for files and anchors. lead: how to read it. absent: why there are no panels."""
-
-    name: str
-    title: str
-    lead: str
-    panels: tuple[Panel, ...]
-    absent: str = ""
 
 
 def pictures(report: OutlierReport, theme: Theme = PAGE) -> tuple[Picture, ...]:
@@ -248,11 +225,7 @@ def _error_panel(role: str, groups: Sequence[GroupOutliers], scheme: str, theme:
 
 def _error_axis(theme: Theme, bounds: tuple[float, float], y: Height, wide: float) -> str:
     """Powers of ten at the side, thresholds across."""
-    drawn = ""
-    for power in range(math.ceil(bounds[0]), math.floor(bounds[1]) + 1):
-        drawn += text(LEFT - 5, y(10.0**power) + 4, f"{100 * 10.0**power:g}%", theme.muted, "end")
-        drawn += line(LEFT, y(10.0**power), LEFT + wide, y(10.0**power), theme.rule)
-    limit = ERRORS[PREFERRED_SCHEME]
+    drawn, limit = powers(bounds, y, wide, theme), ERRORS[PREFERRED_SCHEME]
     for value in (limit.watch, limit.dangerous):
         drawn += line(LEFT, y(value), LEFT + wide, y(value), theme.accent, "3 3")
     return drawn
