@@ -366,6 +366,7 @@ def evaluate(
     bos: bool = True,
     max_length: int | None = None,
     kv_cache: str | None = None,
+    generate: bool = False,
     limits: Limits | None = None,
     out: Place | None = None,
     junit: Place | None = None,
@@ -386,7 +387,8 @@ def evaluate(
     bos: each window begins as the tokenizer begins a text, as the model is served. max_length: tokens of context in
     tasks (2048; 0 takes all positions). runtime: "packed" multiplies the packed weights as they are stored. dtype:
     float32 (packed: bfloat16), or float16. kv_cache: fp8, int8, int4 or nvfp4, in which a server keeps the model's keys
-    and values, each token and head with a scale of its own.
+    and values, each token and head with a scale of its own. generate: also what both say to three
+    prompts (`["samples"]`).
     limits: `.passed` says whether all were kept. out, junit: files for the result, and for what the limits say.
     record: put the result into the model's outlierq.json, where `publish` reads it. cached: take what was measured
     before. command: how to repeat it, a part of the result.
@@ -421,6 +423,7 @@ def evaluate(
         bos=bos,
         max_length=max_length,
         kv_cache=kv_cache,
+        generate=generate,
     )
     refuse_unwritable(_path(out), _path(junit))
     original = None if reference is None else Source(reference, trust_remote_code=trust_remote_code)
@@ -725,14 +728,18 @@ def recipes() -> dict[str, str]:
 
 
 def recipe_text(recipe: Place) -> str:
-    """A recipe as it is written, comments included, by name or path.
+    """A recipe as it is written, comments included, by name or path; or the one that made a checkpoint, by its folder,
+    or its name on the Hub ("owner/name").
 
     >>> "group_size: 128" in outlierq.recipe_text("gptq-w4")
     True
     """
-    from outlierq.recipe import find, read
+    from outlierq.recipe import HUB, is_published, shipped, text_of
 
-    return read(find(os.fspath(recipe)))
+    reference = os.fspath(recipe)
+    if is_published(reference) and reference not in shipped():
+        reference = HUB + reference
+    return text_of(reference).text
 
 
 def read_recipe(recipe: RecipeLike, settings: Settings = None, *, trust_methods: bool = False) -> Recipe:
@@ -1019,7 +1026,7 @@ def _path(place: Place | None) -> Path | None:
 def _write_junit(evaluation: Evaluation, path: Path) -> None:
     """What the gate says as JUnit XML, for CI servers."""
     from outlierq.pipeline.asked.request import write_file
-    from outlierq.report.junit import junit_xml
+    from outlierq.report.ci.junit import junit_xml
 
     rows, seconds = evaluation.gate_rows, evaluation["divergence"]["seconds"]
     write_file(path, junit_xml(rows, evaluation["model"], seconds))

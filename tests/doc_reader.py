@@ -18,6 +18,7 @@ MODELS = ("Llama-3.1-8B", "model", "big", "SmolLM2-135M", "SmolLM2-135M-Instruct
 STANDS_FOR = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "./SmolLM2-135M-Instruct",
     "OWNER/NAME": "./model",
+    "hf:OWNER/NAME": "./out",
     "MODEL": "./model",
     "RECIPE": "gptq-w4",
     "OUT": "out",

@@ -8,7 +8,7 @@ from outlierq.core.errors import EXIT_GATE, GateError, OutlierqError
 from outlierq.core.limits import GateRow, Limits, TaskLimit, raise_if_failed, share
 from outlierq.evaluate.divergence import Divergence
 from outlierq.evaluate.gate import check_gate
-from outlierq.report.junit import junit_xml
+from outlierq.report.ci.junit import junit_xml
 
 MEASURED = Divergence(
     tokens=100,

@@ -13,6 +13,7 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine import hub as asking
 from outlierq.load import open_checkpoint
 from outlierq.load.hub import snapshot as hub
 
@@ -156,4 +157,4 @@ def test_a_hub_that_asks_to_wait_for_a_day_is_not_waited_for(headers):
     ("code", "headers"), [(429, {"retry-after": "60"}), (429, {}), (200, {"ratelimit": "t=86400"})]
 )
 def test_a_short_wait_is_waited_for(code, headers):
-    hub._refuse_long_wait(SimpleNamespace(status_code=code, headers=headers))
+    asking._refuse_long_wait(SimpleNamespace(status_code=code, headers=headers))

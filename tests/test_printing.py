@@ -205,7 +205,7 @@ class TestStreams:
 
     def test_junit_is_xml_whatever_the_path(self):
         from outlierq.evaluate.gate import GateRow
-        from outlierq.report.junit import junit_xml
+        from outlierq.report.ci.junit import junit_xml
 
         names = "".join(map(chr, range(0x20))) + "\x7f\x85\ufffe\uffff\ud800<&\"'"
         raw = junit_xml([GateRow(f"task {names}", 2.0, "<=", 1.0), GateRow("kl", 0.0, "<=", 1.0)], names, 1.0)

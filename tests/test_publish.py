@@ -20,7 +20,7 @@ BASE = ("--base-model", "maker/tiny")
 CARD = """---
 license: apache-2.0
 language: [en]
-tags: [not-carried]
+tags: [chat, legal, gguf, 8-bit, "region:us"]
 ---
 # A tiny model
 """
@@ -142,7 +142,7 @@ class TestCard:
         head, _ = card_of(hub)
         assert head["base_model"] == "maker/tiny" and head["base_model_relation"] == "quantized"
         assert head["quantized_by"] == "alice" and head["license"] == "apache-2.0" and head["language"] == ["en"]
-        assert head["tags"] == ["outlierq", "compressed-tensors", "4-bit"]
+        assert head["tags"] == ["chat", "legal", "outlierq", "compressed-tensors", "4-bit"], "those of the file go"
 
     def test_the_text_holds_recipe_figures_conditions_limits_and_how_to_run_it(self, outlierq, hub, compressed):
         outlierq("publish", compressed, REPO, *BASE, "-q")
@@ -154,6 +154,42 @@ class TestCard:
         assert "62 predicted tokens in 2 windows of 32" in text and "float32 on cpu" in text
         assert re.search(r"\| KL divergence per token \(nats\) \| [\d.e-]+ \| ≤ 5 \|", text)
         assert f'from_pretrained("{REPO}")' in text and f"vllm serve {REPO}" in text
+
+    def test_the_recipe_of_the_card_and_that_of_the_hub_run_as_they_stand(self, outlierq, hub, compressed, tmp_path):
+        import torch
+        from safetensors.torch import load_file
+
+        assert outlierq("publish", compressed, REPO, *BASE, "-q").code == 0
+        _, text = card_of(hub)
+        assert f"`outlierq quantize maker/tiny -r hf:{REPO} -o out`" in text
+        (tmp_path / "card.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+        shown = outlierq("recipes", "show", REPO)
+        assert shown.code == 0 and shown.out.split("\n", 1)[1] == (tmp_path / "card.yaml").read_text()
+        source = compressed.parent / "the-source"
+        for number, recipe in enumerate((tmp_path / "card.yaml", f"hf:{REPO}", compressed)):
+            done = outlierq("quantize", source, "-r", recipe, "-o", tmp_path / str(number), "-q")
+            assert done.code == 0, done.err
+            for file in compressed.glob("*.safetensors"):
+                ours, theirs = load_file(tmp_path / str(number) / file.name), load_file(file)
+                assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def test_the_measurement_of_the_card_can_be_repeated_by_anybody(self, outlierq, hub, compressed):
+        assert outlierq("publish", compressed, REPO, *BASE, "-q").code == 0
+        repeat = f"outlierq eval {REPO} --reference maker/tiny --windows 2 --window-length 32"
+        assert f"Repeat it with `{repeat}`." in card_of(hub)[1]
+
+    def test_what_both_models_say_and_what_they_need_in_memory_stands_in_the_card(
+        self, outlierq, hub, folder, compressed
+    ):
+        words = ("--windows", 1, "--window-length", 16, "--device", "cpu", "--generate", "--record", "-q")
+        answer = outlierq("eval", folder, "--reference", compressed.parent / "the-source", *words)
+        assert answer.code == 0 and "prompt  Write one sentence" in answer.out
+        assert outlierq("publish", folder, REPO, *BASE, "-q").code == 0
+        _, text = card_of(hub)
+        samples = json.loads((folder / "outlierq.json").read_text())["evaluation"]["samples"]
+        assert len(samples) == 3 and all(row["before"] is not None and row["prompt"] in text for row in samples)
+        assert "--generate`" in text
+        assert re.search(r"weights in memory.*\| +\| [\d.]+ kB", text) and "for 8,192 positions" in text
 
     def test_a_format_that_vllm_does_not_load_is_not_offered_to_it(self, compressed):
         from outlierq.report.model_card import model_card
@@ -199,7 +235,7 @@ class TestCard:
         for name in ("README.md", "outlierq.json"):
             assert str(compressed.parent) not in hub.content(REPO)[name].decode(), name
         assert Report.from_dict(json.loads(hub.content(REPO)["outlierq.json"])).model == "maker/tiny"
-        assert "outlierq quantize the-source" in card_of(hub)[1]
+        assert "the-source" not in card_of(hub)[1], "nobody has that folder"
 
     @pytest.mark.parametrize(
         ("text", "cleaned"),

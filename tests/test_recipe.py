@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -13,7 +14,19 @@ from outlierq.core.errors import RecipeError
 from outlierq.core.gguf.mixes import mixes
 from outlierq.core.gguf.types import block_types
 from outlierq.core.scheme import QuantScheme
-from outlierq.recipe import Calibration, Export, Override, Quantize, Recipe, TextSource, parse, parse_size
+from outlierq.recipe import (
+    Calibration,
+    Export,
+    Override,
+    Quantize,
+    Recipe,
+    TextSource,
+    load,
+    parse,
+    parse_size,
+    recipe_yaml,
+    shipped,
+)
 
 GPTQ = "quantize:\n  method: gptq\ncalibration: {}\n"
 RTN = "quantize:\n  method: rtn\n"
@@ -572,3 +585,63 @@ def test_a_bare_number_is_a_size_in_bytes():
 def test_a_text_that_is_no_positive_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a"):
         parse_size(text)
+
+
+class TestPublished:
+    """Recipes from the reports of what they made."""
+
+    @pytest.mark.parametrize("name", sorted(shipped()))
+    def test_what_a_report_keeps_of_a_shipped_recipe_reads_as_the_same_recipe(self, name):
+        recipe = load(name)
+        again = parse(recipe_yaml(recipe.model_dump(mode="json")), name=name)
+        assert again == recipe and again.fingerprint == recipe.fingerprint
+
+    @pytest.mark.parametrize(
+        "setting",
+        ["quantize.ignore=[]", "calibration.seed=null", "gate.max_kl=0.1", "calibration.text=[a.txt, {dataset: x/y}]"],
+    )
+    def test_empty_values_that_mean_something_are_kept(self, setting):
+        recipe = load("gptq-w4", [setting])
+        assert parse(recipe_yaml(recipe.model_dump(mode="json")), name="gptq-w4") == recipe
+
+    @pytest.fixture
+    def report(self, tmp_path):
+        """A folder with a report of a newer outlierq. Written by `change`."""
+
+        def change(**values):
+            settings = load("gptq-w4").model_dump(mode="json")
+            content = {"recipe": "gptq-w4", "settings": settings, "versions": {"outlierq": "99.0"}} | values
+            (tmp_path / "outlierq.json").write_text(json.dumps(content))
+            return str(tmp_path)
+
+        return change
+
+    def test_a_recipe_of_a_newer_version_runs_where_nothing_in_it_is_new(self, report):
+        assert load(report()) == load("gptq-w4")
+
+    def test_a_recipe_that_is_newer_than_this_version_says_so(self, report):
+        settings = load("gptq-w4").model_dump(mode="json")
+        for new in ({"sparkle": {"level": 3}}, {"quantize": settings["quantize"] | {"method": "gptq9"}}):
+            with pytest.raises(
+                RecipeError, match=r"(?s)made by outlierq 99\.0, and this is .*(sparkle|gptq9)"
+            ) as error:
+                load(report(settings=settings | new))
+            assert "--upgrade" in error.value.hint
+
+    @pytest.mark.parametrize("values", [{"settings": None}, {"recipe": 3}, {"settings": []}])
+    def test_a_report_without_a_recipe_is_said(self, report, values):
+        with pytest.raises(RecipeError, match="holds no recipe"):
+            load(report(**values))
+
+    def test_a_folder_without_a_report_is_said(self, tmp_path):
+        with pytest.raises(RecipeError, match="no recipe is known of it"):
+            load(str(tmp_path))
+
+    @pytest.mark.parametrize("reference", ["hf:", "hf:x", "hf:a/b/c", "hf:../b@", "hf:a b/c"])
+    def test_what_is_no_name_on_the_hub_is_said(self, reference):
+        with pytest.raises(RecipeError, match="no recipe on the Hub"):
+            load(reference)
+
+    def test_a_repository_that_outlierq_did_not_make_is_said(self, hub, outlierq):
+        answer = outlierq("plan", "x", "-r", "hf:alice/none")
+        assert answer.code == 1 and "recipe of alice/none cannot be read" in answer.err

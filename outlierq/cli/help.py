@@ -23,7 +23,7 @@ GROUPS = {
     "Calibration": ("--stats", "--samples", "--sequence-length", "--chat-template", "--seed", "--sensitivity"),
     "Measuring": (
         *("--tasks", "--data-dir", "--text", "--windows", "--window-length", "--limit", "--num-fewshot"),
-        *("--batch-size", "--backend", "--runtime", "--dtype", "--no-bos", "--max-length", "--kv-cache"),
+        *("--batch-size", "--backend", "--runtime", "--dtype", "--no-bos", "--max-length", "--kv-cache", "--generate"),
         *("--record", "--no-cache"),
     ),
     "Quality gate": ("--max-kl", "--max-perplexity-increase", "--min-top1", "--min-task", "--junit"),

@@ -130,7 +130,7 @@ def _run() -> None:
     except OutlierqError as error:
         if os.environ.get("OUTLIERQ_DEBUG"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        _say_error(str(error))
         sys.exit(error.exit_code)
     except (SystemExit, KeyboardInterrupt) as stop:
         # Typer turns Ctrl-C into this exit code without a word, once it has begun.
@@ -142,8 +142,18 @@ def _run() -> None:
         said = _of_the_machine(error)
         if said is None or os.environ.get("OUTLIERQ_DEBUG"):
             raise
-        typer.echo(f"error: {said}", err=True)
+        _say_error(str(said))
         sys.exit(EXIT_ERROR)
+
+
+def _say_error(text: str) -> None:
+    """An error on stderr; in a job of GitHub also as an annotation."""
+    from outlierq.report.ci.github import annotation
+
+    typer.echo(f"error: {text}", err=True)
+    marked = annotation(text)
+    if marked is not None:
+        typer.echo(marked, err=True)
 
 
 def _terminate(*_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -263,6 +264,17 @@ def translated(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.BadParameter(error.what, param_hint=f"--{error.argument.replace('_', '-')}") from None
 
     return watched(call)
+
+
+def on_page(text: Callable[[], str]) -> None:
+    """Add to the page of a CI job what a run came to, where there is such a page; one that is full loses nothing."""
+    from outlierq.report.ci import github
+
+    if github.SUMMARY in os.environ:
+        try:
+            github.add_summary(text())
+        except OSError as error:
+            say(f"note: the summary of this job cannot be written: {error}")
 
 
 def command_line() -> str:

@@ -1,6 +1,7 @@
 """YAML -> checked, frozen `Recipe`; `loading` has the order in which that happens."""
 
-from outlierq.recipe.loading import USUAL_RECIPE, RecipeLike, Settings, as_texts, given, load, parse
+from outlierq.recipe.loading import USUAL_RECIPE, RecipeLike, Settings, as_texts, given, load, parse, text_of
+from outlierq.recipe.published import HUB, is_published, recipe_yaml
 from outlierq.recipe.schema import Recipe
 from outlierq.recipe.sections import (
     Activations,
@@ -19,6 +20,7 @@ from outlierq.recipe.sections import (
 from outlierq.recipe.shipped import description, find, read, shipped
 
 __all__ = [
+    "HUB",
     "USUAL_RECIPE",
     "Activations",
     "Calibration",
@@ -38,9 +40,12 @@ __all__ = [
     "description",
     "find",
     "given",
+    "is_published",
     "load",
     "parse",
     "parse_size",
     "read",
+    "recipe_yaml",
     "shipped",
+    "text_of",
 ]

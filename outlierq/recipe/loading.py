@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from outlierq.core.errors import RecipeError
 from outlierq.core.machine.untrusted import yaml_tree
 from outlierq.recipe.faults import failure, fault_of, impossible
+from outlierq.recipe.published import Written, published
 from outlierq.recipe.schema import Recipe
 from outlierq.recipe.sections import Learn, Quantize, Section, Transform
 from outlierq.recipe.shipped import find, read
@@ -32,8 +33,20 @@ def load(reference: str, settings: list[str] | None = None, *, trust_methods: bo
 
     trust_methods: `method: package.module:function` is imported, which runs that code.
     """
+    written = text_of(reference)
+    try:
+        return parse(written.text, name=written.name, settings=settings, trust_methods=trust_methods)
+    except RecipeError as error:
+        raise written.fault(error) from None
+
+
+def text_of(reference: str) -> Written:
+    """The text of a recipe: of a file, a shipped one, or one that made a checkpoint here or on the Hub."""
+    made = published(reference)
+    if made is not None:
+        return made
     path = find(reference)
-    return parse(read(path), name=path.stem, settings=settings, trust_methods=trust_methods)
+    return Written(path.stem, read(path))
 
 
 def given(recipe: RecipeLike, settings: Settings = None, *, trust_methods: bool = False) -> Recipe:

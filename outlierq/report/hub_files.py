@@ -10,6 +10,7 @@ from outlierq.core.errors import PublishError
 from outlierq.core.machine.untrusted import brief, json_object
 from outlierq.core.measured.outliers import OutlierReport
 from outlierq.core.report import REPORT_NAME
+from outlierq.pipeline.fitting.goal import cache_size
 from outlierq.pipeline.publish import (
     CARD,
     REPOSITORY,
@@ -19,9 +20,10 @@ from outlierq.pipeline.publish import (
     with_record_of,
     without_paths,
 )
-from outlierq.report.model_card import CardPicture, metadata, model_card, source_metadata
+from outlierq.report.model_card import CACHED, Beside, CardPicture, metadata, model_card, source_metadata
 
 NONE = "none"
+WEIGHTS = (".safetensors", ".gguf")
 OUTLIERS, OUTLIER_PAGE = "outliers.json", "outliers.html"
 
 
@@ -35,7 +37,15 @@ def hub_files(
         report, repository, base, source_metadata(candidate.folder), tuple(candidate.files), licence=licence
     )
     pictures, drawn = _pictures(candidate, outliers)
-    card = model_card(report, repository, base, head, gate=candidate.gate, clients=candidate.clients, pictures=pictures)
+    card = model_card(
+        report,
+        repository,
+        base,
+        head,
+        gate=candidate.gate,
+        clients=candidate.clients,
+        beside=Beside(pictures, *_in_memory(candidate)),
+    )
     ours = {CARD: card.encode(), **drawn}
     if OUTLIERS in candidate.files:
         ours[OUTLIERS] = scrubbed_json(candidate.files[OUTLIERS].read_bytes())
@@ -60,6 +70,16 @@ def _base_model(candidate: Candidate, given: str | None) -> str | None:
         f"the checkpoint was made from {source}, which is no Hub id, so the card cannot name its original",
         hint="say which it is: --base-model owner/name (or --base-model none for a model of your own)",
     )
+
+
+def _in_memory(candidate: Candidate) -> tuple[int, int | None]:
+    """Bytes of the weights, and of a cache beside them where config.json says how large it is."""
+    weights = sum(path.stat().st_size for name, path in candidate.files.items() if name.endswith(WEIGHTS))
+    file = candidate.files.get("config.json")
+    config = {} if file is None else json_object(file.read_bytes(), "config.json", PublishError)
+    text = config.get("text_config") or config
+    known = all(isinstance(text.get(name), int) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    return weights, cache_size(config, CACHED) if known else None
 
 
 def _pictures(candidate: Candidate, outliers: Path | None) -> tuple[list[CardPicture], dict[str, bytes]]:

@@ -6,6 +6,7 @@ The text is `data/model_card.md.jinja`. The same checkpoint gives the same card,
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,15 +20,22 @@ from outlierq.core.machine.printable import over_texts, printable
 from outlierq.core.machine.untrusted import LARGEST_YAML, yaml_tree
 from outlierq.core.report import Report
 from outlierq.export import Format, format_type
+from outlierq.pipeline.measuring.measure import Measurement
+from outlierq.recipe import HUB, recipe_yaml
+from outlierq.report.markdown import Markdown, code, fenced, inline
 from outlierq.report.terminal import begun_with, human_bytes
 
 T = TypeVar("T")
 # What of the source's card holds for a compressed copy as well.
+# Of its tags those that are of the file, and not of the model, do not.
+OF_FILES = re.compile(
+    r"(?i)^(safetensors|gguf|pytorch|tf|jax|onnx|mlx|quantized|compressed-tensors|awq|gptq|fp8|nvfp4|mxfp4|bitsandbytes|"
+    r"[\d.]+-bit|region:.*|base_model:.*|license:.*|arxiv:.*|dataset:.*|autotrain_compatible|endpoints_compatible)$"
+)
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 MAX_NOTES = 10
-# What means something within a line of Markdown, or begins a block in a list; underscores inside of words do not.
-MARKS = re.compile(r"[\\`*\[\]<>|~#&]|(?<!\w)_|_(?!\w)")
+CACHED = 8192  # positions, for which a cache is reckoned
 UNKNOWN = "–"
 
 
@@ -37,6 +45,20 @@ class CardPicture:
 
     file: str
     title: str
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the files beside a card hold. weight_bytes: of the weights; cache_bytes: of `CACHED` positions, in 16 bits;
+    None where that is not known.
+    """
+
+    pictures: Sequence[CardPicture] = ()
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
+
+
+NOTHING = Beside()
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
@@ -78,6 +100,7 @@ def metadata(
             )
         carried |= {"license": "other", "license_name": "as-the-original", "license_link": name}
     format = report.settings.get("export", {}).get("format", "")
+    ours = ["outlierq", *([format] if format else []), *sorted({f"{row.bits}-bit" for row in report.rows})]
     values: dict[str, Any] = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     return {
         **values,
@@ -85,8 +108,15 @@ def metadata(
         "library_name": format_type(format).library if format else Format.library,
         "pipeline_tag": "text-generation",
         **carried,
-        "tags": ["outlierq", *([format] if format else []), *sorted({f"{row.bits}-bit" for row in report.rows})],
+        "tags": list(dict.fromkeys([*_tags(source), *ours])),
     }
+
+
+def _tags(source: Mapping[str, Any]) -> list[str]:
+    """The tags of the source's card that say what the model is."""
+    tags = source.get("tags")
+    listed = tags if isinstance(tags, list) else []
+    return [tag for tag in listed if isinstance(tag, str) and not OF_FILES.match(tag)]
 
 
 def model_card(
@@ -97,20 +127,20 @@ def model_card(
     *,
     gate: Sequence[Mapping[str, Any]] = (),
     clients: Sequence[str] = (),
-    pictures: Sequence[CardPicture] = (),
+    beside: Beside = NOTHING,
 ) -> str:
     """The whole README.md. report: without paths of this machine. head: see `metadata`. gate: rows that were kept."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_inline)
-    environment.filters["code"] = _code
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=inline)
+    environment.filters["code"] = code
     template = (resources.files("outlierq") / "data" / "model_card.md.jinja").read_text(encoding="utf-8")
     settings = dict(report.settings)
     measured = report.evaluation
     text = environment.from_string(template).render(
-        metadata=_Markdown(yaml.safe_dump(over_texts(dict(head), printable), sort_keys=False, allow_unicode=True)),
+        metadata=Markdown(yaml.safe_dump(over_texts(dict(head), printable), sort_keys=False, allow_unicode=True)),
         name=repository.partition("/")[2],
-        repository=_Markdown(repository),
+        repository=Markdown(repository),
         base_model=base_model,
         description=_sentence(settings.pop("description", "")),
         report=report,
@@ -120,8 +150,14 @@ def model_card(
         gate=gate,
         clients=clients,
         runs={client: _runs(client, clients) for client in ("transformers", "vLLM")} | {"vllm": _runs("vLLM", clients)},
-        pictures=pictures,
-        recipe=_fenced("yaml", yaml.safe_dump(_short(settings), sort_keys=False, allow_unicode=True)),
+        pictures=beside.pictures,
+        recipe=fenced("yaml", recipe_yaml(report.settings)),
+        made_by=shlex.join(["outlierq", "quantize", base_model or "MODEL", "-r", HUB + repository, "-o", "out"]),
+        measured_by=_measuring(measured, repository, base_model) if measured else None,
+        samples=measured["samples"] if measured and "samples" in measured else (),
+        weight_bytes=beside.weight_bytes,
+        cache_bytes=beside.cache_bytes,
+        cached=CACHED,
         notes=_few(list(dict.fromkeys(report.notes))),
         begun_with=begun_with,
         bytes=human_bytes,
@@ -154,46 +190,20 @@ def _task_conditions(measured: Mapping[str, Any]) -> str:
     return ", ".join([*said, *([f"the model has {positions} positions"] if shortened else [])])
 
 
-def _short(settings: T) -> T | dict[Any, Any] | list[Any]:
-    """Settings without what is not set."""
-    if isinstance(settings, Mapping):
-        return {key: _short(value) for key, value in settings.items() if value not in (None, [], {}, ())}
-    return [_short(value) for value in settings] if isinstance(settings, list | tuple) else settings
+def _measuring(measured: Mapping[str, Any], repository: str, base_model: str | None) -> str:
+    """The command that measures the same again. A text of somebody's own is named by its last part."""
+    conditions, usual = measured["conditions"], vars(Measurement())
+    words = ["outlierq", "eval", repository, "--reference", base_model or "MODEL"]
+    for name, value in conditions.items():
+        if name in usual and value not in (usual[name], None, []) and name not in ("bos", "generate"):
+            words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
+    words += [] if conditions.get("bos", True) else ["--no-bos"]
+    words += ["--generate"] if conditions.get("generate") else []
+    return shlex.join(words)
 
 
 def _sentence(text: str) -> str:
     return " ".join(text.split()).rstrip(".")
-
-
-class _Markdown(str):
-    """Text that stands in the card as it is: ours, or checked before."""
-
-    __slots__ = ()
-
-
-def _inline(value: T) -> T | _Markdown:
-    """What the template writes: any text that is not ours without meaning in Markdown or HTML, on one line."""
-    if not isinstance(value, str) or isinstance(value, _Markdown):
-        return value
-    return _Markdown(MARKS.sub(r"\\\g<0>", printable(value, lines=False)))
-
-
-def _code(text: str) -> _Markdown:
-    """The text as code within a line."""
-    text = printable(text, lines=False)
-    fence = _fence(text, 1)
-    return _Markdown(f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}")
-
-
-def _fenced(language: str, text: str) -> _Markdown:
-    """The text as a block of code, which nothing in it ends."""
-    fence = _fence(text, 3)
-    return _Markdown(f"{fence}{language}\n{printable(text)}{fence}")
-
-
-def _fence(text: str, least: int) -> str:
-    """More backticks than stand in a row anywhere in the text."""
-    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _few(notes: list[str]) -> list[str]:

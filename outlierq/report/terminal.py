@@ -157,9 +157,21 @@ def evaluation(measured: Evaluation) -> list[RenderableType]:
     shown: list[RenderableType] = [divergence(measured["divergence"])]
     if "tasks" in measured:
         shown.append(tasks(measured["tasks"], measured.get("reference_tasks")))
+    if measured.get("samples"):
+        shown.append(samples(measured["samples"]))
     if measured.gate_rows:
         shown.append(gate(measured.gate_rows))
     return shown
+
+
+def samples(rows: Sequence[Mapping[str, str | None]]) -> Table:
+    """What both models say to some prompts."""
+    table = _Plain.grid(padding=(0, 2))
+    for row in rows:
+        for title in ("prompt", "before", "after"):
+            if row[title] is not None:
+                table.add_row(title, " ".join(str(row[title]).split()))
+    return table
 
 
 def sites(rows: Sequence[SiteRow], worst: int = 5) -> RenderableType:

@@ -66,6 +66,9 @@ def command(
             "default: as the checkpoint says."
         ),
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Also let both models continue three prompts; a model card shows them.")
+    ] = False,
     max_kl: shared.MaxKl = None,
     max_perplexity_increase: shared.MaxPerplexityIncrease = None,
     min_top1: shared.MinTop1 = None,
@@ -104,6 +107,7 @@ def command(
             bos=not no_bos,
             max_length=max_length,
             kv_cache=kv_cache,
+            generate=generate,
             limits=outlierq.Limits.of(max_kl, max_perplexity_increase, min_top1, min_task),
             out=out,
             junit=junit,
@@ -116,6 +120,9 @@ def command(
             progress=listen,
             command=shared.command_line(),
         )
+    from outlierq.report.ci import github
+
+    shared.on_page(lambda: github.of_evaluation(evaluation))
     for line in evaluation["divergence"].get("linears", ()):
         shared.say(line, quiet)
     if as_json:

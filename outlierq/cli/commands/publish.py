@@ -62,6 +62,9 @@ def command(
         trust_remote_code=trust_remote_code,
         told=lambda text: shared.say(text, quiet),
     )
+    if done.sent is not None:
+        sent = done.sent
+        shared.on_page(lambda: f"Published: {sent.url} ({'private' if sent.private else 'public'})\n")
     if as_json:
         shared.print_json(done.to_dict())
     elif done.sent is None:

@@ -76,7 +76,9 @@ def command(
             command=shared.command_line(),
         )
     from outlierq.report import terminal
+    from outlierq.report.ci import github
 
+    shared.on_page(lambda: github.of_run(report))
     if as_json:
         shared.print_json(report.to_dict())
     else:

@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from outlierq.core.errors import SourceError
+from outlierq.core.machine.hub import asking
 from outlierq.core.machine.own_files import PART
 from outlierq.core.machine.threads import pool
 from outlierq.load.hub.content import check_content
-from outlierq.load.hub.snapshot import Listed, asking
+from outlierq.load.hub.snapshot import Listed
 from outlierq.load.source.shards import LARGEST_HEADER, StoredTensor, parse_header
 
 # Headers of large shards have some 100 KB; one request then suffices for nearly all.

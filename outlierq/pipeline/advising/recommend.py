@@ -16,7 +16,7 @@ from outlierq.pipeline.advising.expected import Expected, expected
 from outlierq.pipeline.advising.hardware import Card, card_of, smallest_card, table
 from outlierq.pipeline.asked.events import Listener, silent
 from outlierq.pipeline.asked.request import Source
-from outlierq.pipeline.fitting.goal import CARD_SHARE, cache_size, loaded_bytes
+from outlierq.pipeline.fitting.goal import CARD_SHARE, cache_shape, cache_size, loaded_bytes
 from outlierq.pipeline.fitting.storage import CLIENTS
 from outlierq.pipeline.plan import decided
 from outlierq.pipeline.planning.plan import Plan
@@ -238,7 +238,7 @@ def _suggestion(
 
 def _fit(plan: Plan, held: int, card: Card) -> Fit:
     """How many positions a card holds beside so many bytes of weights."""
-    shape = _shape(plan)
+    shape = cache_shape(plan)
     if shape is None:
         limit = None if card.memory is None else CARD_SHARE * card.memory
         words = f"{_size(held)} of weights; how large its cache is, is not known"
@@ -259,15 +259,6 @@ def _fit(plan: Plan, held: int, card: Card) -> Fit:
     return Fit(most >= usual, held, most, words + few)
 
 
-def _shape(plan: Plan) -> dict[str, Any] | None:
-    """What the size of a cache depends on, as transformers names it; None where a config does not say."""
-    text = plan.model.skeleton.config.get_text_config()
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
-    others = ("layer_types", "sliding_window", "kv_lora_rank", "qk_rope_head_dim", "max_position_embeddings")
-    shape = {name: getattr(text, name, None) for name in (*names, *others)}
-    return shape if all(isinstance(shape[name], int) for name in names[:3]) else None
-
-
 def _commands(candidates: _Candidates, plan: Plan, stats: Path | None) -> tuple[str, str]:
     """What writes the checkpoint, and what runs it."""
     source, recipe = candidates.source, plan.recipe
@@ -276,6 +267,10 @@ def _commands(candidates: _Candidates, plan: Plan, stats: Path | None) -> tuple[
     words = ["outlierq", "quantize", source.name, "-r", recipe.name, "-o", out]
     if stats is not None and recipe.reads_statistics:
         words += ["--stats", str(stats)]
+    elif recipe.needs and recipe.calibration is not None:
+        positions = (cache_shape(plan) or {}).get("max_position_embeddings")
+        if positions and positions < recipe.calibration.sequence_length:
+            words += ["-s", f"calibration.sequence_length={positions}"]
     if source.revision:
         words += ["--revision", source.revision]
     words += ["--trust-remote-code"] if source.trust_remote_code else []

@@ -58,7 +58,7 @@ class Goal:
             return bits_budget(self.bits, layers)
         assert self.card is not None and self.context is not None, "`check` was not asked"
         cache_bytes = CACHE_BYTES if plan.recipe.kv_cache is None else plan.recipe.kv_cache.scheme.bits // 8
-        return card_budget(self.card, self.context, plan.checkpoint.config, cache_bytes=cache_bytes)
+        return card_budget(self.card, self.context, plan, cache_bytes=cache_bytes)
 
 
 def fitted(space: Space, goal: Goal, stats: Path, resources: Resources = USUAL) -> Fitted:

@@ -14,7 +14,7 @@ from outlierq.ops.search.knapsack import smallest, total
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.fitting.choosing import Options
-from outlierq.pipeline.fitting.goal import cache_size, loaded_bytes
+from outlierq.pipeline.fitting.goal import cache_shape, cache_size, loaded_bytes
 from outlierq.pipeline.fitting.layers import Layer, Storage
 from outlierq.pipeline.fitting.losses import Prediction
 from outlierq.pipeline.fitting.space import ANY, Space, predicted, space_of
@@ -173,7 +173,5 @@ def _drawn(space: Space, prediction: Prediction) -> Frontier:
 
 def _cache_of_a_token(space: Space) -> float:
     """Bytes that one more token of context takes; 0 where the config does not tell."""
-    try:
-        return cache_size(space.checkpoint.config, 1)
-    except (KeyError, TypeError, ValueError):
-        return 0.0
+    shape = cache_shape(space.plan)
+    return 0.0 if shape is None else cache_size(shape, 1)

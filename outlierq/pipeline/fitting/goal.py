@@ -53,8 +53,11 @@ def bits_budget(bits: float, layers: Sequence[Layer]) -> Budget:
     return Budget("bits", bits, held, "a weight of the linears", "bits", 8 / weights)
 
 
-def card_budget(card: str, context: int, config: Mapping[str, Any], *, cache_bytes: int = CACHE_BYTES) -> Budget:
+def card_budget(card: str, context: int, plan: Plan, *, cache_bytes: int = CACHE_BYTES) -> Budget:
     """Bytes of a card that weights and the KV cache of `context` tokens take."""
+    config = cache_shape(plan)
+    if config is None:
+        raise ArgumentError("how large the cache of this model is, is not known; give --size", argument="card")
     cache, limit = cache_size(config, context, cache_bytes), _bytes(card, "card")
     if context < 1:
         raise ArgumentError(f"a context of {context} tokens holds nothing", argument="context")
@@ -64,6 +67,15 @@ def card_budget(card: str, context: int, config: Mapping[str, Any], *, cache_byt
         lambda plan: loaded_bytes(plan) + cache,
         f"weights, and {cache:,} bytes of cache for {context:,} tokens, in {CARD_SHARE:.0%} of the card,",
     )
+
+
+def cache_shape(plan: Plan) -> dict[str, Any] | None:
+    """What the size of a cache depends on, as transformers names it; None where a config does not say."""
+    text = plan.model.skeleton.config.get_text_config()
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    others = ("num_key_value_heads", "head_dim", "layer_types", "sliding_window", "kv_lora_rank", "qk_rope_head_dim")
+    shape = {name: getattr(text, name, None) for name in (*needed, *others, "max_position_embeddings")}
+    return shape if all(isinstance(shape[name], int) for name in needed) else None
 
 
 def loaded_bytes(plan: Plan) -> int:

@@ -43,6 +43,9 @@ PACKAGES = ("torch", "transformers")
 EMBEDDED, LLAMA_CPP = "embedded", "llama.cpp"
 BACKENDS = ("transformers", "vllm", LLAMA_CPP)
 RUNTIMES = ("dense", "packed")
+# What both models continue, greedily, where somebody wants to see it; as a user's turn where there is a chat template.
+PROMPTS = ("Write one sentence about the sea.", "The capital of France is", "Count from one to ten:")
+NEW_TOKENS = 32
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,7 +58,7 @@ class Measurement:
     `llama.cpp` computes everything of a GGUF file. runtime: "packed" multiplies the model's packed weights as they are;
     the reference is always dense. bos: windows begin as the tokenizer begins a text. max_length: tokens of context in
     tasks, 0 for all of the model's positions. kv_cache: numbers in which a server keeps keys and values of the model,
-    not of the reference.
+    not of the reference. generate: also what model and reference say to `PROMPTS`.
     """
 
     text: str | None = None
@@ -72,12 +75,15 @@ class Measurement:
     bos: bool = True
     max_length: int | None = None
     kv_cache: str | None = None
+    generate: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_cache is not None:
             _one_of("kv_cache", self.kv_cache, SERVED_CACHES)
             if self.backend != "transformers":
                 raise ArgumentError(f"{self.backend} has its own cache; leave one of the two out", argument="kv_cache")
+        if self.generate and self.backend == LLAMA_CPP:
+            raise ArgumentError(f"{LLAMA_CPP} is not asked to generate; leave one of the two out", argument="generate")
         _one_of("runtime", self.runtime, RUNTIMES)
         if self.runtime == "packed" and self.backend != "transformers":
             raise ArgumentError(f"{self.backend} has its own kernels; leave one of the two out", argument="runtime")
@@ -168,6 +174,9 @@ def measure(
         for name, side in (("tasks", model), ("reference_tasks", original)):
             if side is not None:
                 result[name] = ask(name, {**shared, "model": side.hash}, partial(_tasks, side, measurement))
+    if measurement.generate:
+        said = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, **how, **hashes}
+        result["samples"] = ask("samples", said, lambda: {"rows": _samples(model, original)})["rows"]
     notes = list(dict.fromkeys(filter(None, uncached)))
     return Evaluation(result | {"from_cache": reused} | ({"notes": notes} if notes else {}))
 
@@ -257,6 +266,13 @@ class _Side:
 
         return load_tokenizer(self.checkpoint)
 
+    def says(self, prompt: str) -> str:
+        """The most likely continuation of a prompt."""
+        from outlierq.evaluate.generation import complete
+
+        chat = self.tokenizer.chat_template is not None
+        return complete(self.model, self.tokenizer, prompt, max_new_tokens=NEW_TOKENS, chat=chat).strip()
+
 
 def _windows(side: _Side, original: _Side | None, content: str) -> evaluation.Windows:
     """The windows of a text; everything else that the measurement names is looked for, too."""
@@ -288,6 +304,14 @@ def _divergence(
     return measured
 
 
+def _samples(side: _Side, original: _Side | None) -> list[dict[str, str | None]]:
+    """What both say to each prompt."""
+    return [
+        {"prompt": prompt, "before": None if original is None else original.says(prompt), "after": side.says(prompt)}
+        for prompt in PROMPTS
+    ]
+
+
 def _tasks(side: _Side, measurement: Measurement) -> dict[str, Any]:
     """The tasks of one side, asked in process or through vLLM."""
     from outlierq.evaluate.tasks import Served
@@ -314,6 +338,7 @@ def _task_options(measurement: Measurement) -> dict[str, Any]:
 def _conditions(measurement: Measurement, device: str) -> dict[str, Any]:
     """Every setting, as plain values, in the order that reports have."""
     values = asdict(measurement)
+    values |= {} if values.pop("generate") is False else {"generate": True}
     values |= {"data_dir": values["data_dir"] and str(values["data_dir"]), "tasks": list(measurement.tasks)}
     last = {"device": device, "backend": values.pop("backend"), "runtime": values.pop("runtime")}
     return values | last

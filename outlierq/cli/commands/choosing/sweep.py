@@ -72,6 +72,7 @@ def command(
             progress=listen,
             told=told,
         )
+    shared.on_page(swept.markdown)
     if as_json:
         shared.print_json(swept.to_dict())
     elif as_csv or as_markdown:

@@ -1,0 +1,219 @@
+"""What runs elsewhere: action, container, example and release give commands that exist; what a job of GitHub shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import check_release
+
+ROOT = Path(__file__).parents[1]
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
+EXAMPLE = yaml.safe_load((ROOT / "examples" / "github-workflow.yml").read_text())
+RELEASE = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+STEPS = {step.get("name", "Python"): step for step in ACTION["runs"]["steps"]}
+
+
+def parsed(words: list[str]) -> None:
+    """The command line reads the words; nothing is run."""
+    from typer.main import get_command
+
+    from outlierq.cli.main import app
+
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context("x", list(words))
+    assert context.params and not context.args
+
+
+def step(name: str, folder: Path, **values: str) -> list[list[str]]:
+    """The commands that a step of the action gives for inputs, in a folder with an `outlierq` that only notes them."""
+    noted = folder / "noted"
+    program = folder / "outlierq"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\nopen({str(noted)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for key, expression in STEPS[name]["env"].items():
+        given = re.fullmatch(r"\$\{\{ inputs\.([\w-]+) \}\}", expression)[1]
+        environment[key] = values.get(given.replace("-", "_"), ACTION["inputs"][given].get("default", ""))
+    subprocess.run(["bash", "-eo", "pipefail", "-c", STEPS[name]["run"]], env=environment, cwd=folder, check=True)
+    return [json.loads(line) for line in noted.read_text().splitlines()]
+
+
+class TestAction:
+    """`uses: OWNER/outlierq@v0.1.0`."""
+
+    def test_it_compresses_holds_against_the_gate_and_publishes(self, tmp_path):
+        inputs = {"model": "maker/model", "gate": "--max-kl 0.05 --min-top1 90%", "options": "-s gate.windows=4"}
+        checked = step("Check the recipe", tmp_path, **inputs)
+        made = step("Compress and gate", tmp_path, **inputs)[1:]
+        sent = step("Publish", tmp_path, repo="me/model", base_model="maker/model")[2:]
+        assert checked == [["plan", "maker/model", "-r", "gptq-w4"]]
+        more = ["--max-kl", "0.05", "--min-top1", "90%", "-s", "gate.windows=4", "--junit", "outlierq-out.gate.xml"]
+        assert made == [["quantize", "maker/model", "-r", "gptq-w4", "-o", "outlierq-out", *more]]
+        assert sent == [["publish", "outlierq-out", "me/model", "--update", "--base-model", "maker/model"]]
+        for words in (*checked, *made, *sent):
+            parsed(words)
+
+    def test_without_a_gate_or_an_original_nothing_is_said_of_them(self, tmp_path):
+        assert step("Compress and gate", tmp_path, model="m") == [
+            ["quantize", "m", "-r", "gptq-w4", "-o", "outlierq-out"]
+        ]
+        assert step("Publish", tmp_path, repo="a/b")[1:] == [["publish", "outlierq-out", "a/b", "--update"]]
+
+    @pytest.mark.parametrize("hostile", ['x"; touch broken; "', "$(touch broken)", "`touch broken`", "x\ntouch broken"])
+    def test_an_input_is_a_word_and_never_code(self, tmp_path, hostile):
+        step("Check the recipe", tmp_path, model=hostile, recipe=hostile)
+        step("Compress and gate", tmp_path, model=hostile, recipe=hostile, gate=hostile, options=hostile, out=hostile)
+        step("Publish", tmp_path, repo=hostile, base_model=hostile)
+        assert not (tmp_path / "broken").exists()
+
+    def test_no_step_puts_an_input_into_its_text(self):
+        for each in ACTION["runs"]["steps"]:
+            assert "${{" not in each.get("run", ""), each["name"]
+        assert [name for name, each in STEPS.items() if "HF_TOKEN" in each.get("env", {})] == ["Publish"]
+        assert STEPS["Publish"]["if"] == "inputs.repo != ''"
+
+    def test_it_is_itself_what_is_installed_so_it_works_from_any_repository(self):
+        assert '"$GITHUB_ACTION_PATH[eval]"' in STEPS["Install outlierq"]["run"]
+        assert all(each["shell"] == "bash" for each in ACTION["runs"]["steps"] if "run" in each)
+
+    def test_the_example_gives_it_inputs_that_it_has_and_publishes_on_tags_only(self):
+        (used,) = [s for s in EXAMPLE["jobs"]["compress"]["steps"] if "outlierq" in s.get("uses", "")]
+        from outlierq import __version__
+
+        assert used["uses"].endswith(f"@v{__version__}")
+        assert set(used["with"]) <= set(ACTION["inputs"]) and {"model", "recipe", "gate", "repo"} <= set(used["with"])
+        assert all("startsWith(github.ref, 'refs/tags/') &&" in used["with"][name] for name in ("repo", "token"))
+        words = ["quantize", "m", "-r", used["with"]["recipe"], "-o", "out"]
+        parsed([*words, *used["with"]["gate"].split(), *used["with"]["options"].split()])
+
+
+def test_the_container_has_the_command_as_its_entry_and_installs_torch_for_cpus_first():
+    text = (ROOT / "Containerfile").read_text()
+    assert 'ENTRYPOINT ["outlierq"]' in text
+    assert text.index("whl/cpu") < text.index("/wheels/outlierq-")
+    for line in re.findall(r"docker run .*?outlierq (.*?)(?:`|$)", text, re.MULTILINE):
+        words = shlex.split(line)
+        if words != ["--help"]:
+            parsed(words)
+
+
+def test_every_command_of_the_page_on_ci_is_one_that_exists():
+    lines = [line for line in (ROOT / "docs" / "ci.md").read_text().splitlines() if line.startswith("outlierq ")]
+    assert len(lines) > 2
+    for line in lines:
+        parsed(shlex.split(line)[1:])
+
+
+class TestRelease:
+    """What a tag does."""
+
+    def test_wheels_are_built_for_every_python_and_machine_and_published_without_a_token(self):
+        jobs = RELEASE["jobs"]
+        import tomllib
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+        build = next(s for s in jobs["wheels"]["steps"] if "cibuildwheel" in s.get("uses", ""))
+        assert build["env"]["CIBW_BUILD"].split() == [f"cp{v.replace('.', '')}-*" for v in versions]
+        assert {"ubuntu-24.04", "ubuntu-24.04-arm"} < set(jobs["wheels"]["strategy"]["matrix"]["os"])
+        assert jobs["publish"]["permissions"] == {"id-token": "write"}
+        assert jobs["publish"]["needs"] == ["wheels", "pure"]
+        assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text()
+
+    def test_scripts_that_it_calls_are_there(self):
+        text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+        called = set(re.findall(r"scripts/\w+\.py", text))
+        assert called == {"scripts/check_release.py", "scripts/check_wheel.py"}
+        assert all((ROOT / name).is_file() for name in called)
+
+    @pytest.mark.parametrize(
+        ("tag", "heading", "said"),
+        [
+            ("v{version}", "## {version} (2026-12-31)\n\n- a\n", []),
+            ("{version}", "## {version} (2026-12-31)\n\n- a\n", ["the tag is"]),
+            ("v9.9.9", "## {version} (2026-12-31)\n\n- a\n", ["the tag is v9.9.9"]),
+            ("v{version}", "## 9.9.9 (2026-12-31)\n\n- a\n", ["no section"]),
+            ("v{version}", "## {version} (unreleased)\n\n- a\n", ["write the day"]),
+            ("v{version}", "## {version} (2026-12-31)\n\n## 0.0.1 (2026-01-01)\n\n- a\n", ["says nothing"]),
+        ],
+    )
+    def test_a_tag_is_the_version_and_the_changelog_has_its_day(self, tag, heading, said):
+        from outlierq import __version__
+
+        assert check_release.version() == __version__
+        found = check_release.faults(*(text.format(version=__version__) for text in (tag, heading)))
+        assert len(found) == len(said) and all(part in fault for part, fault in zip(said, found, strict=True))
+
+    def test_the_changelog_of_this_version_is_being_written(self):
+        assert check_release.section((ROOT / "CHANGELOG.md").read_text(), check_release.version())[1].startswith("- ")
+
+
+class TestJob:
+    """What a job of GitHub shows."""
+
+    @pytest.fixture
+    def page(self, tmp_path, monkeypatch) -> Path:
+        """The page of a job, as GitHub passes it."""
+        monkeypatch.setenv("GITHUB_ACTIONS", "true")
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+        return tmp_path / "summary.md"
+
+    QUICK = ("-s", "gate.windows=1", "-s", "gate.window_length=32", "-q")
+
+    def test_the_page_gets_a_table_of_the_run_and_of_its_gate(self, outlierq, tiny_llama, tmp_path, page):
+        words = ("-r", "rtn-w8", "-o", tmp_path / "out", "--max-kl", 5, *self.QUICK)
+        answer = outlierq("quantize", tiny_llama, *words)
+        assert answer.code == 0 and "::error" not in answer.err
+        text = page.read_text()
+        assert text.startswith("### ") and re.search(r"\| KL divergence per token \|  \| [\d.e-]+ nats \|", text)
+        assert "Every limit was kept." in text and "| ✅ | KL divergence per token" in text
+
+    def test_a_passed_limit_is_an_annotation_and_is_marked_on_the_page(self, outlierq, tiny_llama, tmp_path, page):
+        words = ("-r", "rtn-w4", "-o", tmp_path / "out", "--max-kl", 0, *self.QUICK)
+        answer = outlierq("quantize", tiny_llama, *words)
+        assert answer.code == 3
+        (marked,) = [line for line in answer.err.splitlines() if line.startswith("::error")]
+        assert marked.startswith("::error title=outlierq::1 of 1 quality limits failed%0A") and "FAILED" in marked
+        assert "**A limit was passed.**" in page.read_text() and "❌" in page.read_text()
+
+    def test_any_error_is_an_annotation_on_one_line(self, outlierq, page):
+        answer = outlierq("plan", "no/such/folder", "-r", "none")
+        assert answer.code == 1 and len([line for line in answer.err.splitlines() if "::error" in line]) == 1
+
+    def test_nothing_in_an_error_ends_the_line_or_begins_another_command(self, page):
+        from outlierq.report.ci.github import annotation
+
+        marked = annotation("100%\n::set-output name=a::b\r\x1b[31m", title="a,b:c")
+        assert marked == "::error title=a%2Cb%3Ac::100%25%0A::set-output name=a::b%0D\\x1b[31m".replace("%0D", "%0A")
+
+    def test_names_of_others_mean_nothing_on_the_page(self, page):
+        from outlierq.core.report import Evaluation
+        from outlierq.report.ci.github import of_evaluation
+
+        text = of_evaluation(Evaluation({"model": "<img src=x> | [a](b)", "divergence": {"perplexity": 2.0}}))
+        assert "\\<img" in text and "\\[a\\](b)" in text
+
+    def test_elsewhere_nothing_is_annotated_and_no_page_is_written(self, outlierq, monkeypatch):
+        monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+        monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+        assert "::error" not in outlierq("plan", "no/such/folder", "-r", "none").err
+
+    def test_a_page_that_cannot_be_written_loses_nothing(self, outlierq, tiny_llama, tmp_path, monkeypatch):
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none" / "summary.md"))
+        answer = outlierq("quantize", tiny_llama, "-r", "rtn-w8", "-o", tmp_path / "out", "-q")
+        assert answer.code == 0 and "summary of this job cannot be written" in answer.err
