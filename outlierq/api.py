@@ -168,7 +168,7 @@ def quantize(
     if junit is not None and (isinstance(asked, FormatAlone) or asked.gate is None):
         raise ArgumentError("there is no gate; give a limit such as --max-kl", argument="junit")
     refuse_unwritable(_path(junit))
-    run = Run(_path(stats), _path(data_dir), restart, planned or (lambda plan: None), command)
+    run = Run(_path(stats), _path(data_dir), restart, planned, command)
     source = Source(model, revision, trust_remote_code, stream_from_hub, _path(like))
     with listening(progress) as listen:
         report = compress(source, asked, out, run, Resources.of(device, max_memory, listen))
@@ -226,7 +226,7 @@ def fit(
 
     goal = Goal(_text(size), bits, _text(card), context, max_kl, client, numbers)
     base = with_limits(recipe, settings, limits, trust_methods=trust_methods)
-    run = Run(_path(stats), None, restart, planned or (lambda plan: None), command)
+    run = Run(_path(stats), None, restart, planned, command)
     source, told = Source(model, revision, trust_remote_code), found or (lambda fitted: None)
     with listening(progress) as listen:
         resources = Resources.of(device, listen=listen)

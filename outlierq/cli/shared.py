@@ -184,14 +184,14 @@ def say(text: str, quiet: bool = False) -> None:
         typer.echo(text, err=True)
 
 
-def plan_shower(quiet: bool = False, stderr: bool = True) -> Callable[[Plan], None]:
-    """What shows a plan, unless nothing is to be said."""
+def plan_shower(stderr: bool = True) -> Callable[[Plan], None]:
+    """What shows a plan, and what it will cost where that is known."""
 
     def shown(plan: Plan) -> None:
         from outlierq.report import terminal
 
-        if not quiet:
-            show(terminal.plan_of(plan), stderr=stderr)
+        costs = [] if plan.expected is None else terminal.expectations(plan)
+        show(terminal.plan_of(plan), *costs, stderr=stderr)
 
     return shown
 

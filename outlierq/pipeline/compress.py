@@ -28,6 +28,7 @@ from outlierq.pipeline.measuring.measure import (
     with_command,
 )
 from outlierq.pipeline.planning.decide import make_plan
+from outlierq.pipeline.planning.estimate import estimate
 from outlierq.pipeline.planning.memory import check_evaluation
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import refuse_several
@@ -40,14 +41,14 @@ class Run:
     """How a run goes, beside what the recipe says; nothing of this changes what is written.
 
     stats: a folder of `outlierq calibrate` to use instead of running the model. data_dir: the data of the gate's tasks.
-    restart: throw away an unfinished run in the same place. planned: is told of the plan before the work; what it
-    raises stops the run. command: how to repeat it, recorded with what was measured.
+    restart: throw away an unfinished run in the same place. planned: is told of the plan before the work, with what it
+    will cost; what it raises stops the run. command: how to repeat it, recorded with what was measured.
     """
 
     stats: Path | None = None
     data_dir: Path | None = None
     restart: bool = False
-    planned: Callable[[Plan], Any] = lambda plan: None
+    planned: Callable[[Plan], Any] | None = None
     command: str | None = None
 
 
@@ -103,7 +104,8 @@ def _compressed(
         plan = replace(make_plan(checkpoint, recipe, expert_stats=experts), decided=decided)
     if gate is not None and resources.max_memory is not None:
         check_evaluation([plan.model.skeleton] * 2, gate.dtype, gate.window_length, resources.max_memory)
-    run.planned(plan)
+    if run.planned is not None:
+        run.planned(replace(plan, expected=estimate(plan, stats=run.stats is not None, device=resources.device)))
     report = None
     if gate is not None and not run.restart:  # a run that was stopped while its gate was measured goes on there
         report = ranks.first(lambda: unmeasured(folder, plan))
@@ -139,7 +141,8 @@ def _converted(checkpoint: Checkpoint, format: str, out: Path, run: Run, resourc
     if resources.max_memory is not None:
         raise ArgumentError("a conversion has no ceiling", argument="max_memory")
     plan = make_conversion(checkpoint, format, listen=resources.listen)
-    run.planned(plan)
+    if run.planned is not None:
+        run.planned(plan)
     report = convert(plan, out, restart=run.restart, listen=resources.listen)
     checkpoint.drop_shards()
     return report

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from outlierq.evaluate.divergence import Divergence
     from outlierq.pipeline.fitting.frontier import Frontier
     from outlierq.pipeline.fitting.sweep import Sweep
-    from outlierq.pipeline.planning.plan import Plan, PlanRow
+    from outlierq.pipeline.planning.plan import Estimate, Plan, PlanRow
 
 UNKNOWN = "–"
 FEW_PARTS = 8  # a group with more members shows only itself
 SIZES_SHOWN = 11  # of a frontier, beside the smallest
+BUSY = 1.3  # times longer than on an idle machine, from which on that is said
 PIPE_WIDTH = 100  # columns when nobody tells: a log file or a pipe
 NARROW = 60  # columns below which the rows of a table are written one after the other
 
@@ -96,13 +97,21 @@ def expectations(planned: Plan, ceiling: str | int | None = None) -> list[str]:
     if planned.schemes:
         said.append(f"quantized: {planned.quantized_share:.1%} of the weights of linear layers")
     if planned.expected is not None:
-        said.append(
-            f"estimated, within a factor of two: {human_seconds(planned.expected.seconds)}; "
-            f"peak memory at most {human_bytes(planned.expected.peak_bytes)}"
-        )
+        said += [_time(planned.expected), f"peak memory: at most {human_bytes(planned.expected.peak_bytes)}"]
     if planned.savings is not None:
         said.append(f"with --max-memory {ceiling}, memory stays below that:")
         said += [f"  {sentence}" for sentence in planned.savings] or ["  nothing has to be done for that"]
+    return said
+
+
+def _time(expected: Estimate) -> str:
+    """How long it will take, and how long it would take on a machine with nothing else to do."""
+    if expected.seconds is None:
+        return "time: unknown for this recipe on this machine"
+    said = f"time: about {rounded_seconds(expected.seconds)}, within a factor of two"
+    if expected.waiting >= BUSY:
+        alone = rounded_seconds(expected.seconds / expected.waiting)
+        said += f"; others keep this machine busy, alone it would be {alone}"
     return said
 
 

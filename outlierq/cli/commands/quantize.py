@@ -72,7 +72,7 @@ def command(
             trust_methods=trust_methods,
             restart=restart,
             progress=listen,
-            planned=shared.plan_shower(quiet),
+            planned=None if quiet else shared.plan_shower(),
             command=shared.command_line(),
         )
     from outlierq.report import terminal

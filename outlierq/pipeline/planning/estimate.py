@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from outlierq.pipeline.planning.plan import Estimate, Plan
+from outlierq.pipeline.planning.speed import measured_speed
 from outlierq.registry import method
 
-# Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4 on 2 CPU cores.
+# Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4: on two cores
+# 2.5, on one core of another machine 2.1 (49 CPU seconds for 4,096 tokens, where this says 60).
 OVERHEAD = 2.5
+# A transform that searches its scales rounds the weights and multiplies them with the hessian so often. With it
+# awq-gptq-w4 is 129 CPU seconds, where 154 were measured (60 without).
+SEARCHED = 20
+FOLDED = ("smoothquant",)  # transforms that have nothing to search
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Memory of the run without a ceiling, from shapes; time, from a short matrix product on this machine, too."""
+def estimate(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Estimate:
+    """Memory of the run without a ceiling, from shapes; time, from a short matrix product on this machine, too.
+
+    stats: statistics come from a file. Time is None where nothing is known of it: on a GPU, of methods from outside, of
+    codebooks of vectors.
+    """
     from outlierq.pipeline.planning.phases import BASE_BYTES, peaks
     from outlierq.pipeline.planning.work import NO_SAVINGS, work_of
 
-    peak = max(peaks(work_of(plan), NO_SAVINGS).values())
+    peak = max(peaks(work_of(plan, stats=stats), NO_SAVINGS).values())
+    unknown = device != "cpu" or bool(plan.recipe.outside_code) or any(s.vector > 1 for s in plan.schemes.values())
+    speed = measured_speed()
+    alone = None if unknown else _seconds(plan, stats, speed.best)
     # Without a ceiling the allocator keeps some of what is freed.
-    return Estimate(peak + (peak - BASE_BYTES) // 4, _seconds(plan))
+    return Estimate(peak + (peak - BASE_BYTES) // 4, alone and alone * speed.waiting, speed.waiting)
 
 
-def _seconds(plan: Plan) -> float:
-    """Wall time of the run."""
+def _seconds(plan: Plan, stats: bool, best: float) -> float:
+    """Wall time of the run on a machine that has nothing else to do. best: operations in a second."""
     calibration = plan.recipe.calibration
     if calibration is None or not plan.recipe.needs:
         return 3.0 + sum(s.out_features * s.in_features for s in plan.schemes) / 2e8
@@ -32,8 +45,9 @@ def _seconds(plan: Plan) -> float:
     solving = 6 * sum(s.out_features * s.in_features**2 for s in plan.schemes)
     sequential = calibration.mode == "sequential"
     beside = sequential and ("cross" in plan.recipe.needs or plan.recipe.learn is not None)  # the original model, too
-    passes = 1 + sequential + beside
-    return 5.0 + OVERHEAD * (passes * products + solving * 4 + _learning(plan)) / _flops()
+    passes = (not stats) + sequential + beside
+    searching = sum(SEARCHED / 3 for t in plan.recipe.group_transforms if t.method not in FOLDED)
+    return 5.0 + OVERHEAD * (passes * products + solving * (4 + searching) + _learning(plan)) / best
 
 
 def _learning(plan: Plan) -> float:
@@ -52,18 +66,3 @@ def _share_of_experts(plan: Plan) -> float:
     experts = max((len({s.expert for s in block.sites if s.expert}) for block in plan.structure.blocks), default=0)
     per_token = getattr(config, "num_experts_per_tok", None)
     return per_token / experts if experts and per_token else 1.0
-
-
-def _flops() -> float:
-    """Products per second of a bfloat16 matrix product on this machine, from 50 ms of them."""
-    import time
-
-    import torch
-
-    a = torch.ones(512, 512, dtype=torch.bfloat16)
-    a @ a
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.05:
-        a @ a
-        count += 1
-    return count * 2 * 512**3 / (time.perf_counter() - started)

@@ -77,10 +77,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two where it was measured."""
+    """peak_bytes: resident memory, an upper bound. seconds: wall time, within a factor of two; None: unknown.
+
+    waiting: how many times longer that is than on the same machine with nothing else to do.
+    """
 
     peak_bytes: int
-    seconds: float
+    seconds: float | None
+    waiting: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from outlierq.core.machine.printable import printable
 
 WIDTH = 340  # of a panel, in the units of its text: as wide as a telephone shows it
-LEFT, RIGHT, TOP, BOTTOM = 34, 6, 8, 22  # around what is drawn, for its axes
+LEFT, RIGHT, TOP, BOTTOM = 38, 6, 8, 22  # around what is drawn, for its axes
 TEXT = 11
 LEVELS = 64
 # From a channel like the others to one that stands out: light to dark on paper, dark to light on a dark screen.

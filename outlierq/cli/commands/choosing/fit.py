@@ -71,8 +71,8 @@ def command(
 
     def found(fitted: Fitted) -> None:
         typer.echo(fitted.text.rstrip())
-        if out is None:
-            shared.plan_shower(quiet)(fitted.plan)
+        if out is None and not quiet:
+            shared.plan_shower()(fitted.plan)
 
     with shared.progress(quiet) as listen:
         fitted = outlierq.fit(
@@ -96,7 +96,7 @@ def command(
             restart=restart,
             progress=listen,
             found=found,
-            planned=shared.plan_shower(quiet),
+            planned=None if quiet else shared.plan_shower(),
             command=shared.command_line(),
         )
     if fitted.report is None:
