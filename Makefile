@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo publish-demo test test-oldest test-newest resolve test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz coverage docs docs-serve docs-sources
+.PHONY: setup demo publish-demo test test-oldest test-newest resolve test-slow torture test-page test-kernels test-gpu bench-gpu clients test-clients check house lint format clean fuzz coverage docs docs-serve docs-sources stranger
 
 setup: $(STAMP)
 
@@ -96,6 +96,10 @@ fuzz: setup
 # make coverage COVERAGE='--only llama --recipes rtn-w8' for less. A run that was stopped goes on: coverage.jsonl.
 coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage.py --write $(COVERAGE)
+
+# The first screen of the README in an empty environment, timed; says how large the core is.
+stranger: setup
+	$(BIN)/python scripts/stranger.py
 
 # The documentation as a site, in build/site; a link or an anchor that leads nowhere fails. docs-serve shows it while one
 # writes (make docs-sources, elsewhere, after each change of docs/).

@@ -98,6 +98,18 @@ def test_the_readme_names_every_command_and_no_other():
     assert sorted(re.findall(r"`(\w+)`", "".join(first))) == sorted(get_command(app).commands)
 
 
+def test_the_page_on_python_names_every_function():
+    page = (ROOT / "docs" / "python.md").read_text()
+    named = set(re.findall(r"`outlierq\.(\w+)`", page))
+    assert named == {name for name in outlierq.__all__ if name.islower()}
+
+
+def test_the_first_screen_of_the_readme_goes_from_nothing_to_a_verified_checkpoint():
+    """`scripts/stranger.py` follows it in an empty environment."""
+    words = runpy.run_path(str(ROOT / "scripts" / "stranger.py"))["commands"]()
+    assert [each[0] if each[0] == "pip" else each[1] for each in words] == ["pip", "quantize", "verify", "eval"]
+
+
 @names
 def test_blocks_of_bash_call_programs_that_are_known(page):
     known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *LLAMA_CPP}
