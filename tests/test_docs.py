@@ -162,6 +162,30 @@ def test_commands_in_running_text_exist(page):
         )
 
 
+RECIPE = re.compile(r"(rtn|gpta?q|awq|best|w[48]|fp8|(nv|mx)fp[48]|auto|rotate|smoothquant|os-plus|gguf|kv)-[\w-]+")
+SETTING = re.compile(r"(?:calibration|quantize|export|gate|kv_cache)\.[\w.]+=\S+")
+
+
+@names
+def test_recipes_and_settings_in_running_text_exist(page):
+    from outlierq.core.errors import RecipeError
+    from outlierq.recipe import load, shipped
+    from outlierq.registry import formats
+
+    def fits(setting: str, recipe: str) -> bool:
+        try:
+            return bool(load(recipe, [setting]))
+        except RecipeError:
+            return False
+
+    for line, code in inline_code(page):
+        if RECIPE.fullmatch(code):
+            assert code in {*shipped(), *formats()}, f"{name_of(page)}:{line} {code}"
+        for setting in SETTING.findall(code.replace("'", "")):
+            some = ("gptq-w4", "gguf-q8_0", "mxfp4")
+            assert any(fits(setting, recipe) for recipe in some), f"{name_of(page)}:{line} {setting}"
+
+
 @names
 def test_links_and_anchors_lead_somewhere(page):
     broken = []
