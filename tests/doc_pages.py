@@ -83,7 +83,7 @@ def commands(page: Path, programs: set[str]) -> list[Command]:
     """Every line of a block that calls one of the programs, as words; a line that ends in a backslash goes on."""
     found = []
     for block in blocks(page):
-        if block.language in ("", "bash", "sh", "console"):
+        if block.language in ("", "bash"):
             found += [Command(page, line, words) for line, words in calls(block) if words[0] in programs]
     return found
 

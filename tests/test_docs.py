@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
-from doc_pages import DOCS, PAGES, ROOT, Command, anchors, blocks, commands, inline_code, links, name_of
+from doc_pages import DOCS, PAGES, ROOT, Command, anchors, blocks, calls, commands, inline_code, links, name_of
 from doc_reader import MODELS, STANDS_FOR, TEXTS, Reader, few_tokens
 
 import outlierq
@@ -113,9 +113,8 @@ def test_the_first_screen_of_the_readme_goes_from_nothing_to_a_verified_checkpoi
 @names
 def test_blocks_of_bash_call_programs_that_are_known(page):
     known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *LLAMA_CPP}
-    for block in (block for block in blocks(page) if block.language in ("bash", "sh")):
-        from doc_pages import calls
-
+    assert {block.language for block in blocks(page)} <= {"", "bash", "python", "yaml", "text"}, "others are not tried"
+    for block in (block for block in blocks(page) if block.language == "bash"):
         for line, words in calls(block):
             assert words[0].rpartition("/")[2] in known, f"{name_of(page)}:{line} {words[0]}"
 
