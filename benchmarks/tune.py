@@ -3,7 +3,8 @@
     python benchmarks/tune.py MODEL --calibration TEXT --judge TEXT --autoround-python PYTHON -o RESULT.json
 
 Each run is a process of its own, whose CPU seconds are counted; one program judges all results, by KL against the
-original on text that no run has seen. `--reuse FOLDER` keeps what was finished there.
+original on text that no run has seen. `--reuse FOLDER` keeps what was finished there. `--tuned` also tunes every result
+of ours end to end afterwards (`outlierq tune`).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from outlierq.calibrate.text.windows import token_windows
 from outlierq.load import load_tokenizer, open_checkpoint
 
 LIMITS = {4: 0.85, 3: 0.9, 2: 1.0}  # KL of our best recipe over AutoRound's, by bits
+TUNED = "-tuned"
 PEER = Path(__file__).parent / "peers" / "autoround_run.py"
 
 
@@ -44,6 +46,21 @@ def our_command(asked: argparse.Namespace, recipe: str, bits: int, out: Path) ->
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return [sys.executable, "-m", "outlierq", "quantize", str(asked.model), "-r", recipe, *words, "-o", str(out)]
+
+
+def tune_command(asked: argparse.Namespace, compressed: Path, out: Path) -> list[str]:
+    """The command line that tunes one of our results on the calibration text."""
+    sizes = ["--samples", str(asked.tuned), "--sequence-length", str(asked.sequence_length)]
+    words = ["tune", str(compressed), "--reference", str(asked.model), "--text", str(asked.calibration), *sizes]
+    return [sys.executable, "-m", "outlierq", *words, "-o", str(out)]
+
+
+def gained(rows: dict[str, dict]) -> dict[str, dict]:
+    """Of every result that was tuned, what is left of its KL on each text."""
+    pairs = {name: rows[name.removesuffix(TUNED)] for name in rows if name.endswith(TUNED)}
+    return {
+        name: {text: rows[name]["kl"][text] / kl for text, kl in before["kl"].items()} for name, before in pairs.items()
+    }
 
 
 def peer_command(asked: argparse.Namespace, iterations: int, bits: int, tokens: Path, out: Path) -> list[str]:
@@ -98,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (default: 32)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of all windows (default: 256)")
+    parser.add_argument("--tuned", type=int, default=0, metavar="SAMPLES", help="windows to tune our results on")
     parser.add_argument("--windows", type=int, default=30, help="windows that judge (default: 30)")
     parser.add_argument("--reuse", type=Path, help="folder for the outputs; what was finished there is kept")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
@@ -116,6 +134,9 @@ def main() -> None:
             for recipe in asked.recipes:
                 out = work / f"{recipe}-{bits}bit"
                 rows[out.name] = run(asked, our_command(asked, recipe, bits, out), out)
+                if asked.tuned:
+                    after = out.with_name(f"{out.name}{TUNED}")
+                    rows[after.name] = run(asked, tune_command(asked, out, after), after)
             for iterations in asked.iterations if asked.autoround_python else ():
                 out = work / f"autoround-{iterations}-{bits}bit"
                 rows[out.name] = run(asked, peer_command(asked, iterations, bits, tokens, out), out)
@@ -126,7 +147,7 @@ def main() -> None:
         "peer": versions(asked.autoround_python) if asked.autoround_python else None,
     }
     bounds = {bits: row for bits in asked.bits if (row := compared(asked, rows, bits))}
-    write_results(asked.output, {"conditions": conditions, "bounds": bounds, "runs": rows})
+    write_results(asked.output, {"conditions": conditions, "bounds": bounds, "tuned": gained(rows), "runs": rows})
 
 
 if __name__ == "__main__":

@@ -876,8 +876,8 @@ def tune(
 
     Scales, gains of norms and biases move against KL(reference || compressed) on `samples` windows of `sequence_length`
     tokens; an eighth of them judges. Where no step helps on those, `out` holds the same bytes, and says so. compressed:
-    a folder of ours or of another program. reference: what it was made of. steps: each on `step_tokens`; None: once
-    through the text. step_size: the largest relative step, None: a hundredth of the mean relative error of the weights.
+    a folder of ours or of another program. reference: what it was made of. steps: each on `step_tokens`; None: three
+    times through the text. step_size: the largest relative step, None: 0.015 of the mean relative error of the weights.
     kinds: what may move. dtype: in which blocks run, float32 or bfloat16. An interrupted run continues when it is
     called in the same way again; `restart` throws it away.
 

@@ -186,3 +186,11 @@ def test_what_cannot_be_tuned_is_refused_in_words_before_work(tiny_llama, w3, tm
     with pytest.raises(OutlierqError, match="'codes' cannot be tuned"):
         outlierq.tune(w3, tiny_llama, out=tmp_path / "t", kinds=["codes"])
     assert not (tmp_path / "t").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_tuned_is_tuned_again_and_still_verified(tiny_llama, tuned, tmp_path):
+    said = outlierq.tune(tuned[0], tiny_llama, out=tmp_path / "t", steps=2, dtype="bfloat16", **SIZES | {"samples": 8})
+    verification = outlierq.verify(tmp_path / "t", source=tiny_llama)
+    assert verification.sound, verification.faults
+    assert {row.method for row in said.report.rows} == {"rtn+tune"}
+    assert said.report.record["tune"]["moved"].keys() == tuned[1].report.record["tune"]["moved"].keys()

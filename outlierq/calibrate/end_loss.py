@@ -56,16 +56,16 @@ class EndLoss:
         blocks hand on more than hidden states.
         """
         finals = self.original.start(self.ids, whole=True)
-        for index, block in enumerate(self.original.structure.blocks):
-            with _weights(self.original, block.name) as module:
-                self.original.run(module, index, finals, progress=partial(told, index))
-        self.inputs: HiddenStates = self.changed.start(self.ids, whole=True)
-        if self.changed.hands_more:
+        if self.original.hands_more:
             raise SourceError(
-                f"{type(self.changed.model).__name__} hands more than hidden states from block to block, so no "
+                f"{type(self.original.model).__name__} hands more than hidden states from block to block, so no "
                 "gradient goes through one block at a time",
                 hint="recipes that round well to begin with (best-w4) need no gradient of the whole model",
             )
+        for index, block in enumerate(self.original.structure.blocks):
+            with _weights(self.original, block.name) as module:
+                self.original.run(module, index, finals, progress=partial(told, index))
+        self.inputs: HiddenStates = self.changed.start(self.ids)
         self._asked = self._stack.enter_context(self.original.tail(self.ids, finals))
         return len(self.inputs)
 

@@ -27,13 +27,13 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of the text; an eighth of them is held out and judges.")] = 64,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    steps: Annotated[int | None, typer.Option(min=0, help="Steps.", show_default="once through the text")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps.", show_default="three times through the text")
+    ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a step.")] = 1024,
     step_size: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="The largest relative step.", show_default="a hundredth of the mean error of the weights"
-        ),
+        typer.Option(min=0, help="The largest relative step.", show_default="0.015 of the mean error of the weights"),
     ] = None,
     tune: Annotated[
         str, typer.Option(help="What may move, separated by commas: scales, norms, biases.")
@@ -49,7 +49,8 @@ def command(
     """Tune scales, norms and biases of COMPRESSED against the original's predictions; codes stay as they are."""
     import outlierq
 
-    place = out or Path(f"{compressed.rstrip('/')}-tuned")
+    beside = compressed.rstrip("/") if Path(compressed).exists() else Path(compressed).name  # that of a Hub id
+    place = out or Path(f"{beside}-tuned")
     with shared.progress(quiet) as listen:
         tuned = outlierq.tune(
             compressed,

@@ -62,7 +62,7 @@ class Remembered(TensorSource):
 class Parts:
     """Gives the parts of a model their weights. changed: is given the name of a part that has them now, and the part.
 
-    dtype: of floating-point numbers.
+    dtype: of floating-point numbers. source: where they are read.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class Parts:
         model: StudiedModel,
         dtype: torch.dtype,
         device: str,
+        source: TensorSource,
         changed: Callable[[str, torch.nn.Module], None] = lambda name, part: None,
     ):
-        self.model, self.dtype, self.device, self.changed = model, dtype, device, changed
-        self.source = Remembered(model.checkpoint)
+        self.model, self.dtype, self.device = model, dtype, device
+        self.source, self.changed = source, changed
 
     @property
     def weights(self) -> PartWeights:
@@ -115,13 +116,14 @@ class _Tuned:
         self.changes: Changes = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self.loss: EndLoss | None = None
-        self.parts = Parts(model, dtype, device, self._change)
+        self.parts = Parts(model, dtype, device, Remembered(model.checkpoint), self._change)
 
     def _change(self, name: str, part: torch.nn.Module) -> None:
         """Put the present changes into a part; while learning, gradients are wanted by what moves."""
         for each in self.by_part.get(name, ()) if self.changes else ():
             parameter = _parameter(part, name, each)
-            parameter.data = each.applied(parameter.data, self.changes[each.name].to(parameter.device))
+            change = self.changes[each.name].to(parameter.device)
+            parameter.data = each.applied(parameter.data, change).to(parameter.dtype)
             parameter.requires_grad_(self.loss is not None and self.loss.learning)
 
     def take(self, name: str, part: torch.nn.Module) -> None:
@@ -186,7 +188,7 @@ def tunable(
         return {name: moving[name].left(change) for name, change in changes.items()}
 
     packed.checkpoint.install(packed.skeleton, packed.names)
-    first = runner(original, Parts(original, number, device))
+    first = runner(original, Parts(original, number, device, original.checkpoint))
     with EndLoss(first, runner(packed, tuned.parts), ids, tuned.take) as end:
         tuned.loss = end
         batches = end.start(told)
