@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.studying.adapter import Adapter
     from outlierq.pipeline.studying.methods import MethodStudy
     from outlierq.pipeline.studying.texts import CalibrationStudy
-    from outlierq.pipeline.tuning.tune import Tuned
+    from outlierq.pipeline.tuning.settings import Tuned
     from outlierq.pipeline.verify import Verification
     from outlierq.recipe import Recipe, RecipeLike, Settings
 
@@ -887,7 +887,8 @@ def tune(
     """
     from outlierq.pipeline.asked.request import Source
     from outlierq.pipeline.asked.resources import Resources
-    from outlierq.pipeline.tuning.tune import TuneSettings, tune
+    from outlierq.pipeline.tuning.settings import TuneSettings
+    from outlierq.pipeline.tuning.tune import tune
     from outlierq.report.progress import listening
 
     settings = TuneSettings(text, samples, sequence_length, steps, step_tokens, step_size, tuple(kinds), seed, dtype)

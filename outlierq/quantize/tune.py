@@ -104,15 +104,14 @@ def tune(
     for number, batches in enumerate(in_turn(learning, together, steps, seed)):
         if number < state.step:
             continue
-        if state.trouble:
-            break
         try:
             _step(model, state, batches, step_size * _size(number, steps))
         except NumbersError as error:
             state.trouble = error.what
+            break
         if state.step > LATE * steps:
             _average(state)
-        if not state.trouble and (state.step % max(1, steps // LOOKS) == 0 or state.step == steps):
+        if state.step % max(1, steps // LOOKS) == 0 or state.step == steps:
             _look(model, state, held_out)
         told(state)
     return state

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Written in turn: while one is replaced, the journal's last line is of the other.
 NAMES = ("tune-0.safetensors", "tune-1.safetensors")
-FIGURES = ("late_count", "step", "first", "least", "losses", "trouble")
+FIGURES = ("late_count", "step", "first", "least", "losses")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class KeptState:
         except OSError as error:
             raise disk_error(error, path, len(content)) from error
         digest = xxhash.xxh3_128_hexdigest(content)
-        figures = {"kl": state.losses[-1] if state.losses else None, "held_out": state.judged.get(state.step)}
+        figures = {"kl": state.losses[-1], "held_out": state.judged.get(state.step)}
         self.journal.add(
             f"step {state.step}",
             {"xxh3_128": digest, "rows": [], "transforms": [], "notes": [], "figures": figures},
