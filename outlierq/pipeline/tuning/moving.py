@@ -27,7 +27,7 @@ SCALES = ("weight_scale", "scales", "scale")  # what formats call the member tha
 
 @dataclass(frozen=True)
 class MovingVector:
-    """A gain of a norm, or a bias, [n]. name: of the stored tensor. slot: of the parameter. part: the name of its
+    """The gain of a norm, or a bias, [n]. name: of the stored tensor. slot: of the parameter. part: the name of its
     block, empty for what is outside of the blocks. offset: of a gain, what the class adds to it. unit: of a bias, the
     typical size of its values.
     """
@@ -35,7 +35,7 @@ class MovingVector:
     name: str
     slot: str
     part: str
-    kind: Literal["gain", "bias"]
+    kind: Literal["norms", "biases"]
     values: torch.Tensor
     offset: float = 0.0
     unit: float = 0.0
@@ -47,13 +47,13 @@ class MovingVector:
 
     def applied(self, parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """The parameter [n] with a change [n]."""
-        if self.kind == "bias":
+        if self.kind == "biases":
             return parameter + self.unit * change
         return (parameter + self.offset) * (1 + change) - self.offset
 
     def gradient(self, now: torch.Tensor, gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """By the change [n], from that by the parameter as it is `now` [n]."""
-        return gradient * (self.unit if self.kind == "bias" else (now + self.offset) / (1 + change))
+        return gradient * (self.unit if self.kind == "biases" else (now + self.offset) / (1 + change))
 
     def stored(self, change: torch.Tensor) -> torch.Tensor:
         """The tensor [n] to be stored, rounded once."""
@@ -64,7 +64,7 @@ class MovingVector:
         import torch
 
         before, after = self.values.float(), self.stored(change).float()
-        base = torch.full_like(before, self.unit) if self.kind == "bias" else before + self.offset
+        base = torch.full_like(before, self.unit) if self.kind == "biases" else before + self.offset
         return torch.where(base == 0, 0.0, (after - before) / base)
 
 
@@ -83,7 +83,7 @@ class MovingScale:
     @property
     def kind(self) -> str:
         """For what is said of it."""
-        return "scale"
+        return "scales"
 
     @property
     def start(self) -> torch.Tensor:
@@ -141,7 +141,7 @@ def moving_of(model: StudiedModel, kinds: frozenset[str]) -> tuple[dict[str, Mov
                 else:
                     moving[scale.name] = scale
     for vector in _vectors(model):
-        if f"{'norm' if vector.kind == 'gain' else 'biase'}s" in kinds:
+        if vector.kind in kinds:
             moving[vector.name] = vector
     return moving, [f"the scales of {count} weights stay as they are: {why}" for why, count in left.items()]
 
@@ -205,7 +205,7 @@ def _vectors(model: StudiedModel) -> Iterator[MovingVector]:
         part = next((b.name for b in model.structure.blocks if slot.startswith(f"{b.name}.")), "")
         if slot.endswith(".weight") and is_norm(slot):
             norm = model.skeleton.get_submodule(slot.removesuffix(".weight"))
-            yield MovingVector(name, slot, part, "gain", plain.read(name), offset=offset_of(norm))
+            yield MovingVector(name, slot, part, "norms", plain.read(name), offset=offset_of(norm))
         elif slot.endswith(".bias"):
             values = plain.read(name)
-            yield MovingVector(name, slot, part, "bias", values, unit=float(values.float().square().mean().sqrt()))
+            yield MovingVector(name, slot, part, "biases", values, unit=float(values.float().square().mean().sqrt()))

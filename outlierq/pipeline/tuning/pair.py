@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from outlierq.core.errors import SourceError, during
 from outlierq.core.model import Checkpoint, StudiedModel
+from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import Report
 from outlierq.load import check_recorded, report_beside
 from outlierq.pipeline.asked.events import Event, Listener
 from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.checking.codes import codes_of_rows
 from outlierq.pipeline.checking.finding import Findings
 from outlierq.pipeline.checking.source.against import Comparison
 from outlierq.pipeline.tuning.moving import Moving, moving_of
@@ -82,6 +84,14 @@ def _check_tokens(stored: Checkpoint, original: Checkpoint) -> None:
     check_same_tokens(load_tokenizer(stored), load_tokenizer(original), text, (stored.source, original.source))
 
 
+def _codes(plain: Checkpoint, name: str) -> QuantTensor | None:
+    """The codes of a packed weight [out, in]; None where they cannot be told."""
+    try:
+        return plain.quantized(name) if name in plain.linears else None
+    except SourceError:
+        return codes_of_rows(plain, name)
+
+
 def _compared(packed: StudiedModel, original: Checkpoint, report: Report | None, listen: Listener) -> Comparison:
     """Hold every weight against the original. SourceError when one is no rounded form of what it was made from."""
     findings = Findings()
@@ -90,8 +100,7 @@ def _compared(packed: StudiedModel, original: Checkpoint, report: Report | None,
     for number, name in enumerate(plain.packed):
         listen(Event("check", number, len(plain.packed), name))
         with during("check", name):
-            quantized = plain.quantized(name) if name in plain.linears else None
-            comparison.weight(name, plain.read(name).float(), quantized)
+            comparison.weight(name, plain.read(name).float(), _codes(plain, name))
     comparison.finish()
     if findings.faults:
         fault = findings.faults[0]

@@ -95,7 +95,7 @@ class Tuned(Shown):
         """What was done, in one sentence."""
         if not self.improved:
             return f"no step helped on held-out text (KL {self.before:.4g}): all bytes stay as they are"
-        kinds = " and ".join(f"{count} tensors of {kind}s" for kind, count in self.moved.items())
+        kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in self.moved.items())
         return (
             f"{kinds} tuned in {self.steps} steps: KL on held-out text {self.before:.4g} -> {self.after:.4g} "
             f"({self.after / self.before - 1:+.1%})"
