@@ -20,35 +20,41 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def measured(monkeypatch, rates: list[float], load: float = 0.0):
-    left = iter(rates)
-    monkeypatch.setattr(speed, "_sample", lambda matrix: next(left))
-    monkeypatch.setattr(speed.os, "getloadavg", lambda: (load, 0.0, 0.0))
+def measured(monkeypatch, alone: float, wall: float, load: float) -> speed.Speed:
+    """A speed of samples that compute at one rate and, beside others, come at another by the clock."""
+    monkeypatch.setattr(speed, "_sample", lambda matrix, threads: (alone, wall))
+    monkeypatch.setattr(speed, "_load", lambda threads: load)
     return speed.measured_speed()
 
 
-def test_the_best_rate_is_kept_for_a_machine_and_slower_samples_say_how_busy_it_is(cache, monkeypatch):
-    idle = measured(monkeypatch, [80.0] * 7 + [100.0])
-    assert idle.best == 100 and idle.waiting == pytest.approx(100 / 82.5)
-    busy = measured(monkeypatch, [20.0] * 8)
-    assert busy.best == 100 and busy.waiting == pytest.approx(5)
+def test_the_best_rate_is_kept_for_a_machine(cache, monkeypatch):
+    assert measured(monkeypatch, 100.0, 100.0, 1.0).best == 100
+    assert measured(monkeypatch, 80.0, 20.0, 9.0).best == 100
+    assert measured(monkeypatch, 120.0, 20.0, 9.0).best == 120
 
 
-def test_a_load_that_samples_do_not_meet_counts_as_well(cache, monkeypatch):
-    monkeypatch.setattr(speed.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    assert measured(monkeypatch, [100.0] * 8, load=4.0).waiting == pytest.approx(2.5)
-    assert measured(monkeypatch, [100.0] * 8).waiting == 1
+@pytest.mark.parametrize(("wall", "load", "waiting"), [(100, 0.3, 1), (25, 9, 4), (25, 2.5, 2.5), (100, 9, 1)])
+def test_time_beside_others_is_what_samples_meet_and_at_most_what_the_load_says(
+    cache, monkeypatch, wall, load, waiting
+):
+    assert measured(monkeypatch, 100.0, wall, load).waiting == pytest.approx(waiting)
+
+
+def test_a_rate_does_not_suffer_from_threads_that_wait():
+    import torch
+
+    alone, wall = speed._sample(torch.ones(speed.SIDE, speed.SIDE, dtype=torch.bfloat16), 1)
+    assert alone > 0.9 * wall > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": "x"}', b"\xff"])
 def test_a_damaged_or_forbidden_cache_is_no_obstacle(cache, monkeypatch, content):
     cache.mkdir()
     (cache / "speed.json").write_bytes(content)
-    assert measured(monkeypatch, [50.0] * 8).best == 50
+    assert measured(monkeypatch, 50.0, 50.0, 1.0).best == 50
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")
-    assert measured(monkeypatch, [50.0] * 8).best == 50
+    assert measured(monkeypatch, 50.0, 50.0, 1.0).best == 50
 
 
 def test_a_busy_machine_days_and_the_unknown_are_said():

@@ -202,6 +202,7 @@ def progress(quiet: bool) -> Iterator[Listener]:
     from outlierq.report.progress import bar, lines, on_terminal
 
     asked = watching()
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of several processes one tells
     with ExitStack() as shown:
         listeners = []
         if not quiet and on_terminal():

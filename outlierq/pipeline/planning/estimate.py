@@ -6,11 +6,11 @@ from outlierq.pipeline.planning.plan import Estimate, Plan
 from outlierq.pipeline.planning.speed import measured_speed
 from outlierq.registry import method
 
-# Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M with gptq-w4: on two cores
-# 2.5, on one core of another machine 2.1 (49 CPU seconds for 4,096 tokens, where this says 60).
-OVERHEAD = 2.5
-# A transform that searches its scales rounds the weights and multiplies them with the hessian so often. With it
-# awq-gptq-w4 is 129 CPU seconds, where 154 were measured (60 without).
+# Time of a calibrated run as a multiple of its matrix products. Measured on SmolLM2-135M with gptq-w4, in CPU
+# seconds of one core: 1.5 (46 for 4,096 tokens, where this says 56) and 2.0 (49 for 2,048).
+OVERHEAD = 1.8
+# A transform that searches its scales rounds the weights and multiplies them with the hessian so often: awq-gptq-w4 was
+# 154 CPU seconds where gptq-w4 was 60.
 SEARCHED = 20
 FOLDED = ("smoothquant",)  # transforms that have nothing to search
 

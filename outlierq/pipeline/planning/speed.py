@@ -7,20 +7,24 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from outlierq.core.machine.cache_folder import cache_folder
 from outlierq.core.machine.own_files import write_atomically
 
-SAMPLES, SAMPLE_SECONDS = 8, 0.01
+if TYPE_CHECKING:
+    import torch
+
+SAMPLES, SAMPLE_SECONDS = 8, 0.02
 SIDE = 512  # of the matrices
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations per second of a bfloat16 matrix product. best: the most that was ever seen on this machine.
+    """Operations per second of a bfloat16 matrix product. best: on processors of its own, the most that was ever seen.
 
-    now: the mean of a few samples. waiting: how many times longer work takes beside the processes that run: as the
-    system's load of the last minute says, or these samples.
+    now: the mean of a few samples, by the clock on the wall. load: how many share a processor, by the system's load of
+    the last minute.
     """
 
     best: float
@@ -29,29 +33,34 @@ class Speed:
 
     @property
     def waiting(self) -> float:
-        """At least 1."""
-        return max(1.0, self.load, self.best / self.now)
+        """How many times longer work takes beside the processes that run, at least 1.
+
+        What the load says or what the samples met, whichever is less: the one also counts who waits for a disk or has a
+        low priority, the other has seen a moment only.
+        """
+        return max(1.0, min(self.load, self.best / self.now))
 
 
 def measured_speed() -> Speed:
-    """Of this machine with torch's number of threads, from a tenth of a second; the best is kept in the cache."""
+    """Of this machine with torch's number of threads, from some tenths of a second; the best is kept in the cache."""
     import torch
 
     matrix = torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
     matrix @ matrix
-    samples = [_sample(matrix) for _ in range(SAMPLES)]
     threads = torch.get_num_threads()
-    best = _kept(max(samples), f"{platform.node()} {platform.processor()} {torch.__version__} {threads}")
-    return Speed(best, sum(samples) / SAMPLES, _load(threads))
+    alone, wall = zip(*(_sample(matrix, threads) for _ in range(SAMPLES)), strict=True)
+    best = _kept(max(alone), f"{platform.node()} {platform.processor()} {torch.__version__} {threads}")
+    return Speed(best, sum(wall) / SAMPLES, _load(threads))
 
 
-def _sample(matrix: object) -> float:
-    """Operations per second over some milliseconds."""
-    started, count = time.perf_counter(), 0
+def _sample(matrix: torch.Tensor, threads: int) -> tuple[float, float]:
+    """Operations in a second, if no thread had to wait, and by the clock. matrix: [side, side]."""
+    started, computing, count = time.perf_counter(), time.process_time(), 0
     while (gone := time.perf_counter() - started) < SAMPLE_SECONDS or not count:
-        matrix @ matrix  # type: ignore[operator]
+        matrix @ matrix
         count += 1
-    return count * 2 * SIDE**3 / gone
+    done, busy = count * 2 * SIDE**3, time.process_time() - computing
+    return done * threads / max(busy, 1e-6), done / gone
 
 
 def _load(threads: int) -> float:

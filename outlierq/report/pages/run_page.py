@@ -218,9 +218,10 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _commands(report: Report, place: Path) -> list[tuple[str, str]]:
-    """(what it is for, the words): check it, measure it."""
+    """(what it is for, the words): do it again, check it, measure it."""
     model, out = report.model, str(place)
     return [
+        ("do it again", shlex.join(["outlierq", "quantize", model, "-r", out, "-o", f"{out}-again"])),
         ("check every byte and every weight", shlex.join(["outlierq", "verify", out, "--source", model])),
         ("measure it beside the original", shlex.join(["outlierq", "eval", out, "--reference", model, "--record"])),
     ]
