@@ -348,6 +348,53 @@ def test_sizes_and_losses_of_the_recipes_are_those_that_were_measured():
         )
 
 
+RUNS = {  # what the pages call a run of outliers.json
+    "rounded to nearest": "w8a8-rtn", "`w8a8-dynamic`": "w8a8-rtn", "`smoothquant-w8a8`": "smoothquant",
+    "`os-plus-w8a8`": "os-plus", "`rotate-w8a8`": "rotate", "`int8-split`": "int8-split", "`llm-int8`": "llm-int8",
+    "`w8a8-static`": "w8a8-static", "`fp8-dynamic`": "fp8-dynamic",
+}  # fmt: skip
+
+
+def test_losses_by_outliers_are_those_that_were_measured():
+    runs = json.loads((ROOT / "benchmarks" / "results" / "outliers.json").read_text())["runs"]
+    page = (ROOT / "docs" / "outliers.md").read_text()
+    rows = re.findall(r"^\| ([^|(]+?)(?: \(.*?\))? \| (0\.\d+) \| (0\.\d+) \|$", page, re.MULTILINE)
+    ours = [(RUNS[name], plain, stressed) for name, plain, stressed in rows if name in RUNS]
+    assert len(ours) == 5
+    for name, *losses in ours:
+        for kind, loss in zip(("plain", "stressed"), losses, strict=True):
+            assert float(loss) == pytest.approx(runs[f"{name}/{kind}"]["kl"], rel=0.005)
+    page = (ROOT / "docs" / "choose.md").read_text()
+    cells = re.findall(r"\| (`[\w-]+`) \| (0\.\d+) \| ([\d.]+) % \|$", page, re.MULTILINE)
+    assert len(cells) > 5
+    for name, loss, agreement in cells:
+        run = runs[f"{RUNS[name]}/plain"]
+        assert (float(loss), float(agreement)) == (round(run["kl"], 4), round(100 * run["top1_agreement"], 1)), name
+
+
+def test_the_tables_of_large_models_are_those_that_the_benchmark_prints():
+    script = ROOT / "benchmarks" / "scaling.py"
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert len(rows) > 25 and [row for row in rows if row not in page] == []
+
+
+def test_recipes_that_the_pages_show_are_sound():
+    from outlierq.recipe.schema import Recipe
+
+    base = yaml.safe_load(outlierq.recipe_text("gptq-w4"))
+    shown = [(page, block) for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    checked = 0
+    for page, block in shown:
+        content = yaml.safe_load(block.text)
+        own_code = ":" in str(content.get("quantize", {}).get("method", "")) if isinstance(content, dict) else True
+        if not own_code and content.keys() <= Recipe.model_fields.keys():
+            assert outlierq.read_recipe({**base, **content}), f"{name_of(page)}:{block.line}"
+            checked += 1
+    assert checked > 3
+
+
 def followed() -> list:
     """Every page with something to run; those that take long are marked."""
     return [
