@@ -60,6 +60,56 @@ def test_the_smallest_passing_checkpoint_stands_and_its_rounds_are_gone(tiny_lla
     assert larger.plan.output_bytes < fitted.plan.output_bytes and larger.report is None
 
 
+@pytest.mark.parametrize("recipe", ["gptq-w4", "awq-gptq-w4"])
+def test_only_blocks_whose_schemes_changed_are_rounded_again_to_the_same_bytes(
+    tiny_llama, stats, tmp_path, monkeypatch, recipe
+):
+    from outlierq.pipeline import quantize as pipeline
+    from outlierq.pipeline.asked.request import Source, request
+    from outlierq.pipeline.compress import Run, compress
+
+    rounded, original = [], pipeline.quantize_group
+    monkeypatch.setattr(
+        pipeline, "quantize_group", lambda *args, **options: rounded.append(1) or original(*args, **options)
+    )
+    asked = request(recipe, {"quantize.group_size": 32})
+    changed = request(recipe, {"quantize.group_size": 32, "quantize.overrides": [{"match": "*.1.mlp.*", "bits": 8}]})
+
+    def calls(name: str, asked, **given) -> int:
+        rounded.clear()
+        compress(Source(str(tiny_llama)), asked, tmp_path / name, Run(stats=stats, **given))
+        return len(rounded)
+
+    both = calls("all", asked)
+    assert calls("anew", changed) == both == 2 * calls("again", changed, alike={0: tmp_path / "all"}) > 2
+    assert calls("other", changed, alike={1: tmp_path / "all"}) == both  # that block has other schemes there
+    for name in ("again", "other"):
+        assert weights(tmp_path / name) == weights(tmp_path / "anew") != weights(tmp_path / "all")
+        assert public.verify(tmp_path / name, tiny_llama).sound
+
+
+def weights(folder: Path) -> bytes:
+    """What a folder holds of tensors."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_rounds_are_told_which_blocks_an_earlier_one_has(tiny_llama, stats, tmp_path, monkeypatch):
+    from outlierq.pipeline.fitting import passing
+
+    told, original = [], passing.compress
+
+    def compress(source, recipe, place, run, resources):
+        told.append(dict(run.alike))
+        return original(source, recipe, place, run, resources)
+
+    monkeypatch.setattr(passing, "compress", compress)
+    monkeypatch.setattr(passing, "CLOSE", 1.0)  # never close enough
+    limit = public.fit(tiny_llama, stats=stats, bits=5.2, **FEW).loss
+    public.fit(tiny_llama, stats=stats, max_kl=limit, out=tmp_path / "out", **FEW)
+    assert told[0] == {} and len(told) > 1
+    assert any(told[1:]) and {path.parent for later in told for path in later.values()} == {tmp_path}
+
+
 def test_a_kl_that_leaves_nothing_to_quantize_is_refused_with_the_nearest(tiny_llama, stats):
     with pytest.raises(ArgumentError, match=r"leaves nothing to quantize; the least that a mixture costs is [\d.e-]+"):
         public.fit(tiny_llama, stats=stats, max_kl=1e-12, **FEW)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Run:
     stats: a folder of `outlierq calibrate` to use instead of running the model. data_dir: the data of the gate's tasks.
     restart: throw away an unfinished run in the same place. planned: is told of the plan before the work, with what it
     will cost; what it raises stops the run. command: how to repeat it, recorded with what was measured.
+    alike: earlier results that have some blocks as they become here, by their index.
     """
 
     stats: Path | None = None
@@ -50,6 +51,7 @@ class Run:
     restart: bool = False
     planned: Callable[[Plan], Any] | None = None
     command: str | None = None
+    alike: Mapping[int, Path] = field(default_factory=dict)
 
 
 def compress(
@@ -101,7 +103,7 @@ def _compressed(
         checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources
     )
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = replace(make_plan(checkpoint, recipe, expert_stats=experts), decided=decided)
+        plan = replace(make_plan(checkpoint, recipe, expert_stats=experts), decided=decided, alike=run.alike)
     if gate is not None and resources.max_memory is not None:
         check_evaluation([plan.model.skeleton] * 2, gate.dtype, gate.window_length, resources.max_memory)
     if run.planned is not None:

@@ -39,7 +39,7 @@ from outlierq.pipeline.block.starved import (
     tokens_of,
 )
 from outlierq.pipeline.block.stats import StatsSource
-from outlierq.pipeline.block.taken_over import taken_over
+from outlierq.pipeline.block.taken_over import taken_from, taken_over
 from outlierq.pipeline.checking.written import check_written
 from outlierq.pipeline.ledger.clock import Clock
 from outlierq.pipeline.ledger.folder import finish, work_folder, working
@@ -381,6 +381,9 @@ class _Run:
         """Quantize every group of the block, each rank its own; the lead gets all results."""
         if self.plan.recipe.quantize is None:
             return {}
+        before = self._as_before(block)
+        if before:
+            return before if self.ranks.lead else {}
         own: dict[LinearSite, tuple[QuantTensor, SiteRow]] = {}
         for number, group in enumerate(groups):
             if any(name in mine for name in names_of(group)):
@@ -398,6 +401,13 @@ class _Run:
         errors = [row.output_error for _, row in results.values() if row.output_error is not None]
         self.error = sum(errors) / len(errors) if errors else None
         return results
+
+    def _as_before(self, block: Block) -> dict[LinearSite, tuple[QuantTensor, SiteRow]]:
+        """What an earlier result has of the block, where it has all of it."""
+        sites = [site for site in block.sites if site in self.schemes]
+        if block.index not in self.plan.alike or not self._rounded.keys() >= {*sites}:
+            return {}
+        return taken_from(self.plan.alike[block.index], {site: self.schemes[site] for site in sites})
 
     def _learn(
         self,

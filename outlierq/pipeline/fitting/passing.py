@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from outlierq.core.errors import ArgumentError, StatsError
+from outlierq.core.model import Block
 from outlierq.core.report import REPORT_NAME, Report
+from outlierq.core.scheme import QuantScheme
 from outlierq.ops.search.knapsack import Units, frontier, knapsack, smallest, total
 from outlierq.pipeline.asked.request import Source, folder_of
 from outlierq.pipeline.asked.resources import Resources
@@ -20,6 +22,7 @@ from outlierq.pipeline.fitting.choosing import Chosen, Options
 from outlierq.pipeline.fitting.losses import Prediction
 from outlierq.pipeline.fitting.space import Fitted, Space, written
 from outlierq.pipeline.measuring.measure import read_report
+from outlierq.pipeline.planning.plan import Plan
 from outlierq.recipe import Gate, Recipe
 
 ROUNDS = 4
@@ -94,7 +97,8 @@ def smallest_of(space: Space, prediction: Prediction, max_kl: float) -> Fitted:
 def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, told: Callable[[Fitted], Any]) -> Fitted:
     """Quantize and measure until the smallest passing choice stands; it is then at `out`.
 
-    Where none passes, that is what came closest, and its evaluation says so. What was tried before is taken up again.
+    Where none passes, that is what came closest, and its evaluation says so. What was tried before is taken up again,
+    and only blocks of which something changes are rounded anew.
     """
     options = Options.of(space.layers, prediction.losses)
     tried: list[Tried] = []
@@ -104,6 +108,7 @@ def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, to
             break
         told(fitted)
         place = _place(job.out, number)
+        job = replace(job, run=replace(job.run, alike=_alike(fitted.plan, tried)))
         tried.append(Tried(fitted, place, _measured(job, fitted.recipe, place)))
         if CLOSE * max_kl <= tried[-1].kl <= max_kl:
             break
@@ -113,6 +118,27 @@ def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, to
         if each is not best:
             shutil.rmtree(each.folder)
     return replace(best.fitted, report=best.report)
+
+
+def _alike(plan: Plan, tried: Sequence[Tried]) -> dict[int, Path]:
+    """For each block whose schemes were tried before the last result that has them.
+
+    Statistics from a folder are those of the original model, so what becomes of a block does not depend on others;
+    unless it learns, from what the blocks before it make of text.
+    """
+    if plan.recipe.learn is not None:
+        return {}
+    return {
+        block.index: each.folder
+        for block in plan.structure.blocks
+        for each in tried
+        if _schemes(plan, block) == _schemes(each.fitted.plan, block)
+    }
+
+
+def _schemes(plan: Plan, block: Block) -> dict[str, QuantScheme | None]:
+    """How each linear of a block is stored, by name; None for 16 bits."""
+    return {site.weight: plan.schemes.get(site) for site in block.sites}
 
 
 def _aim(tried: Sequence[Tried], max_kl: float) -> float:

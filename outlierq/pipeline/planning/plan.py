@@ -97,7 +97,8 @@ class Plan(Shown):
     expected: what the run will cost, and savings: what is done to stay below a ceiling of memory, both None where
     nobody asked. load_fault: why transformers cannot hold packed weights of this class, and what helps. experts_remedy:
     a setting with which it loads the model, where it does not load experts that are packed apart. decided: what a
-    calibration before the plan has decided, in words.
+    calibration before the plan has decided, in words. alike: for the index of a block an earlier result that has it as
+    it would become here, from the same statistics.
     """
 
     model: StudiedModel
@@ -112,6 +113,7 @@ class Plan(Shown):
     load_fault: PackedFault | None = None
     experts_remedy: str = ""
     decided: tuple[str, ...] = ()
+    alike: Mapping[int, Path] = field(default_factory=dict)
 
     @cached_property
     def format(self) -> Format:
