@@ -153,13 +153,3 @@ class TestNotebook:
         for cell in cells:
             exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
         assert names["report"].size.ratio > 1 and names["evaluation"].kl > 0
-
-
-def test_the_python_of_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme[readme.index("## In Python") :]
-    code = section[section.index("```python\n") + 10 : section.index("\n```\n")]
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_llama, "Llama-3.1-8B")
-    exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "out" / "model.safetensors").is_file()

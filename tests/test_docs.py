@@ -27,7 +27,7 @@ import outlierq
 OTHERS = {"vllm", "pip", "git", "cd", "cat", "head", "uvx", "pipx", "docker", "python3.11", "pre-commit", "auto-round"}
 LLAMA_CPP = {f"llama-{name}" for name in ("server", "cli", "imatrix", "quantize", "perplexity")}
 # Pages whose commands take a second or two for a tiny model; the others are `slow`.
-QUICK = ("README.md", "docs/index.md", "docs/first-model.md", "docs/python.md")
+QUICK = ("README.md", "docs/first-model.md", "docs/python.md")
 names = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
