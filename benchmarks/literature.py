@@ -40,8 +40,8 @@ def main() -> None:
     """Calibrate once, fill every table, compare with what was hoped for, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint: folder or Hub id")
-    parser.add_argument("--calibration", help="text file to calibrate on (default: the embedded text)")
-    parser.add_argument("--text", help="text file to measure on (default: the held-out embedded text)")
+    parser.add_argument("--calibration", help="text file to calibrate on (default: mix)")
+    parser.add_argument("--text", help="text file to measure on (default: the held-out part of mix)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)

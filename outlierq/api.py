@@ -467,8 +467,9 @@ def calibrate(
     """Run a model once and keep the statistics of every linear input in the folder `out`; a stopped run continues.
 
     Any number of recipes then run from them without a forward pass: `quantize(model, recipe, stats=out, ...)`.
-    recipe: take its calibration section. text: files of text or rows, or "embedded"; several are mixed. samples: token
-    windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses among windows.
+    recipe: take its calibration section. text: files of text or rows, or "mix" (the default); several are mixed.
+    samples: token windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses
+    among windows.
     sensitivity: also what an error of each linear costs at the end of the model, for `fit` to predict the KL by;
     finished statistics that lack it get it.
     imatrix: a file that gets them as llama.cpp's importance matrix, too.
@@ -535,7 +536,7 @@ def detect(
     with listening(progress) as listen:
         checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(where, listen=listen)
         if stats is None and told is not None:
-            told("no --stats: running a short calibration on the embedded text first; it is not kept")
+            told("no --stats: running a short calibration on the mix of texts first; it is not kept")
         report = detect(checkpoint, stats=_path(stats), resources=resources)
     for path in write_files(report, out, _path(png)):
         (written or (lambda path: None))(path)
@@ -914,10 +915,10 @@ def study_calibration(
 ) -> CalibrationStudy:
     """How much it matters for a model on which text it is calibrated: one calibration each, compared with all others.
 
-    texts: files, "embedded", or "nonsense" (random signs); at least two. samples: windows of `sequence_length` tokens
+    texts: files, "mix", "embedded" or "nonsense" (random signs); at least two. samples: windows of that many tokens
     of each. bits, group_size (None: per channel): of the weights that are rounded on each text, judged on the others.
 
-    >>> texts = ["embedded", "nonsense"]
+    >>> texts = ["mix", "nonsense"]
     >>> study = outlierq.study_calibration(model, texts, samples=4, sequence_length=32, group_size=32)
     >>> study.error[0][0], study.error[0][1] > 1
     (1.0, True)
@@ -956,7 +957,7 @@ def study_methods(
 
     stats: what `calibrate` wrote; all methods share it. bits, group_size (None: per channel): of the weights. inputs:
     "16", "int8" or "int4": of the linears, a scale per token. only: methods by their names in the table. text: a file
-    to measure on, None for the held-out embedded text. out: a file for the table, as JSON, or as a page for .md.
+    to measure on, None for the held-out part of the mix. out: a file for the table, as JSON, or as a page for .md.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
     >>> study = outlierq.study_methods(model, stats="stats", only=["gptq"], group_size=32, windows=2, window_length=32)

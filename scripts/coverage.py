@@ -32,7 +32,7 @@ import torch
 from coverage_models import POSITIONS, VOCABULARY, architectures, auto_class, tiny_model, tokens, write_checkpoint
 
 import outlierq
-from outlierq.calibrate.text.windows import embedded_text
+from outlierq.calibrate.text.embedded import embedded_text
 from outlierq.core.errors import OutlierqError
 from outlierq.load.model.conversion.class_named import class_named
 from outlierq.load.model.experts.apart import as_stored

@@ -111,18 +111,19 @@ def kept_memory() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def embedded_tokens() -> None:
-    """Each tokenizer cuts the embedded text into tokens once: a tiny calibration hardly takes as long."""
+    """Each tokenizer cuts the Python language reference into tokens once: a tiny calibration hardly takes as long."""
     from outlierq.calibrate.text import windows as text
+    from outlierq.calibrate.text.embedded import EMBEDDED
 
     made, original = {}, text._token_stream
 
-    def stream(tokenizer, source, chat_template, left_out):
+    def stream(tokenizer, source, chat_template, left_out, begin):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or chat_template or source.path != text.EMBEDDED:
-            return original(tokenizer, source, chat_template, left_out)
+        if backend is None or chat_template or source.path != EMBEDDED:
+            return original(tokenizer, source, chat_template, left_out, begin)
         key = (backend.to_str(), source.split)
         if key not in made:
-            made[key] = list(original(tokenizer, source, chat_template, left_out))
+            made[key] = list(original(tokenizer, source, chat_template, left_out, begin))
         return iter(made[key])
 
     text._token_stream = stream

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import lzma
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from outlierq.calibrate.text.windows import TextSource, embedded_text, shares, token_windows
+from outlierq.calibrate.text import embedded
+from outlierq.calibrate.text.embedded import MIX, documents, embedded_text
+from outlierq.calibrate.text.windows import TextSource, shares, token_windows
 from outlierq.core.errors import StatsError
 
+DATA = Path(embedded.__file__).parents[2] / "data"
 WORDS = 300
 EOS, BOS, UNKNOWN = WORDS, WORDS + 1, WORDS + 2
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -27,6 +33,17 @@ def tokenizer(*, bos: bool = False, chat: str | None = None) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", chat_template=chat
     )
+
+
+class Spelling:
+    """One token a sign: its code point. Documents end with 0."""
+
+    eos_token_id, all_special_ids = 0, (0,)
+
+    def __call__(self, texts, **settings):
+        single = isinstance(texts, str)
+        ids = [[ord(sign) for sign in text] for text in ([texts] if single else texts)]
+        return {"input_ids": ids[0] if single else ids}
 
 
 def words(*numbers: int) -> str:
@@ -128,23 +145,81 @@ def test_a_mix_is_shared_out_by_weight(tmp_path, counting):
     assert shares(7, [1]) == [7] and sum(shares(128, [0.1, 0.7, 0.2])) == 128
 
 
-def test_the_embedded_text_has_two_parts_without_common_topics():
+def test_the_python_language_reference_has_two_parts_without_common_topics():
     from pydoc_data.topics import topics
 
-    parts = {part: embedded_text(part) for part in ("calibration", "evaluation")}
+    parts = {part: embedded_text(part, "embedded") for part in ("calibration", "evaluation")}
     inside = {part: {name for name in topics if topics[name] in text} for part, text in parts.items()}
     assert not inside["calibration"] & inside["evaluation"]
     assert inside["calibration"] | inside["evaluation"] == set(topics)
     assert 0.1 < len(parts["evaluation"]) / sum(map(len, parts.values())) < 0.5
-    with pytest.raises(StatsError, match="not 'test'"):
-        embedded_text("test")
+    for name in ("mix", "embedded"):
+        with pytest.raises(StatsError, match="not 'test'"):
+            embedded_text("test", name)
 
 
-def test_the_embedded_text_is_a_source_by_name():
-    calibration, evaluation = windows("embedded"), windows([{"path": "embedded", "split": "evaluation"}])
-    assert "Python language reference (calibration part)" in calibration.description
-    assert torch.equal(calibration.ids, windows(["embedded"]).ids)
-    assert calibration.fingerprint != evaluation.fingerprint or calibration.description != evaluation.description
+@pytest.fixture(scope="module")
+def mix() -> list[dict[str, str]]:
+    """The rows of the mix: part, domain, source, work and text."""
+    return [json.loads(line) for line in lzma.open(DATA / "text.jsonl.xz", "rt", encoding="utf-8")]
+
+
+def test_the_parts_of_the_mix_share_no_work_and_no_translation_of_one(mix):
+    works = {part: {row["work"] for row in mix if row["part"] == part} for part in ("calibration", "evaluation")}
+    assert min(map(len, works.values())) > 80 and not works["calibration"] & works["evaluation"]
+    assert len({row["text"] for row in mix}) == len(mix)
+    for part in works:
+        assert documents(part) == tuple(row["text"] for row in mix if row["part"] == part)
+    assert 0.05 < len(embedded_text("evaluation")) / len(embedded_text("calibration")) < 0.2
+
+
+def test_every_stretch_of_the_mix_holds_each_domain_in_its_share(mix):
+    rows = [row for row in mix if row["part"] == "calibration"]
+    whole = _shares_of_domains(rows)
+    assert set(whole) == {"encyclopedia", "prose", "documentation", "code", "mathematics", "chat", "languages"}
+    assert min(whole.values()) > 0.03 and max(whole.values()) < 0.35
+    for start in range(0, len(rows) - 100, 100):
+        here = _shares_of_domains(rows[start : start + 100])
+        assert all(0.5 < here[domain] / share < 1.7 for domain, share in whole.items()), (start, here)
+
+
+def _shares_of_domains(rows: list[dict[str, str]]) -> dict[str, float]:
+    """The share of each domain in the characters of the rows."""
+    characters = Counter()
+    for row in rows:
+        characters[row["domain"]] += len(row["text"])
+    return {domain: count / characters.total() for domain, count in characters.items()}
+
+
+def test_every_source_of_the_mix_is_listed_with_its_licence_in_the_wheel(mix):
+    listed = (DATA / "text.md").read_text("utf-8")
+    for source in {row["source"] for row in mix}:
+        assert f"| {source} |" in listed, source
+    titles = {row["work"] for row in mix if row["source"] == "Wikipedia"}
+    assert len(titles) > 50 and all(title in listed for title in titles)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("mix", "outlierq's mix of texts"), ("embedded", "Python language reference")]
+)
+def test_a_text_that_is_always_at_hand_is_a_source_by_its_word(word, name):
+    settings = {"tokenizer": Spelling(), "sequence_length": 64}
+    calibration = windows(word, **settings)
+    assert f"{name} (calibration part)" in calibration.description
+    assert torch.equal(calibration.ids, windows([word], **settings).ids)
+    held_out = windows([{"path": word, "split": "evaluation"}], **settings)
+    assert calibration.fingerprint != held_out.fingerprint
+
+
+def test_a_seed_says_where_in_the_mix_to_begin():
+    settings = {"tokenizer": Spelling(), "sequence_length": 2048, "samples": 4}
+    first, again, other = (windows(MIX, seed=seed, **settings).ids for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    begun = "".join(map(chr, first.flatten().tolist())).split("\0")
+    there = documents("calibration").index(begun[0])
+    assert begun[1] == documents("calibration")[there + 1] and there > 0
+    unseeded = windows(MIX, **settings).ids.flatten().tolist()
+    assert "".join(map(chr, unseeded)).startswith(documents("calibration")[0])
 
 
 def test_messages_are_rendered_by_the_chat_template(tmp_path):
@@ -223,7 +298,7 @@ def test_a_data_set_without_a_network_is_refused(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     error = refused("cannot stream the data set some/set: no route", [{"dataset": "some/set"}])
-    assert "embedded" in error.hint and error.where == "calibrate on some/set"
+    assert "text: mix" in error.hint and error.where == "calibrate on some/set"
 
 
 def test_a_data_set_is_streamed_with_its_config_and_split(monkeypatch):

@@ -87,7 +87,7 @@ class TestOpening:
         result = measure(open_checkpoint(str(begun)), open_checkpoint(str(begun)), SMALL)
         assert result["divergence"]["opening"] == "<s>" and result["conditions"]["bos"] is True
         checkpoint = open_checkpoint(str(begun))
-        from outlierq.calibrate.text.windows import embedded_text
+        from outlierq.calibrate.text.embedded import embedded_text
 
         ids = checked_windows(
             checkpoint, load_tokenizer(checkpoint), embedded_text("evaluation"), windows=2, window_length=32

@@ -87,7 +87,7 @@ StreamFromHub = Annotated[
         "the disk.",
     ),
 ]
-Text = Annotated[str | None, typer.Option(help="Text file to measure on; default: held-out embedded text.")]
+Text = Annotated[str | None, typer.Option(help="Text file to measure on; default: the held-out part of `mix`.")]
 Windows = Annotated[int, typer.Option(min=0, help="Number of windows of the text; 0 takes all.")]
 WindowLength = Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")]
 GroupSize = Annotated[str, typer.Option(help="Columns that share a scale, or `channel`.")]

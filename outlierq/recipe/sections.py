@@ -31,10 +31,10 @@ class Section(BaseModel):
 class TextSource(Section):
     """Where calibration text comes from: a file, or a data set of the Hub.
 
-    path: of a file, or the word `embedded` for the Python language reference. dataset: its id on the Hub, with `config`
-    and `split`. column: that holds the text, of a data set or of a file with rows; found by itself where it has a usual
-    name. split: of the data set. config: which of its parts. weight: the source's share of the windows, relative to the
-    other sources.
+    path: of a file, `mix` for the texts of many kinds that ship with outlierq, or `embedded` for the Python language
+    reference. dataset: its id on the Hub, with `config` and `split`. column: that holds the text, of a data set or of a
+    file with rows; found by itself where it has a usual name. split: of the data set. config: which of its parts.
+    weight: the source's share of the windows, relative to the other sources.
     """
 
     path: str | None = None
@@ -87,7 +87,7 @@ class Calibration(Section):
     shards: in how many parts the windows run, which decides the order of all sums; left out, one for each process.
     """
 
-    text: tuple[TextSource, ...] = Field((TextSource(path="embedded"),), min_length=1)
+    text: tuple[TextSource, ...] = Field((TextSource(path="mix"),), min_length=1)
     images: ImageSource | None = None
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=2)
@@ -110,7 +110,7 @@ class Calibration(Section):
     @field_validator("text", mode="before")
     @classmethod
     def _text_in_short(cls, value: Any) -> list[Any]:
-        """`text: embedded` and `text: notes.txt` are short for a list with one source."""
+        """`text: mix` and `text: notes.txt` are short for a list with one source."""
         entries = value if isinstance(value, list | tuple) else [value]
         return [{"path": e} if isinstance(e, str) else e for e in entries]
 
@@ -338,7 +338,7 @@ class Gate(Section):
 
     max_kl: mean KL divergence per token from the original, in nats. max_perplexity_increase: `3%` or 0.03. min_top1:
     share of positions with the original's most likely token. min_task: `mmlu:-1.0` (points against the original),
-    `mmlu:40` (its own). text: a file, or the word `embedded` for the held-out part of the embedded text. windows: of
+    `mmlu:40` (its own). text: a file, or `mix` or `embedded` for the held-out part of that text. windows: of
     it. window_length: tokens of a window. limit: samples per task. num_fewshot: examples in a task's prompt.
     batch_size: sequences of a task at a time. dtype: in which the models run.
     """
@@ -347,7 +347,7 @@ class Gate(Section):
     max_perplexity_increase: float | None = None
     min_top1: float | None = None
     min_task: tuple[str, ...] = ()
-    text: str = "embedded"
+    text: str = "mix"
     windows: int = Field(24, ge=1)
     window_length: int = Field(512, ge=2)
     limit: int | None = Field(None, ge=1)

@@ -113,11 +113,11 @@ def run_job(
 @cache
 def questions() -> tuple[list[int], list[list[int]]]:
     """The prompt and the windows as token ids of SmolLM2. The text is what every Python carries, its held-out part."""
-    from outlierq.calibrate.text.windows import embedded_text
+    from outlierq.calibrate.text.embedded import embedded_text
     from outlierq.evaluate.divergence import text_windows
 
     tokenizer = smollm2_tokenizer()
-    windows = text_windows(tokenizer, embedded_text("evaluation"), WINDOW_LENGTH, WINDOWS)
+    windows = text_windows(tokenizer, embedded_text("evaluation", "embedded"), WINDOW_LENGTH, WINDOWS)
     return tokenizer(PROMPT, add_special_tokens=False)["input_ids"], windows.tolist()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlierq.calibrate.text.chats import SHAPES, chat_columns, messages_of, rendered
+from outlierq.calibrate.text.embedded import MIX, TITLES, documents, embedded_text
 from outlierq.calibrate.text.files import MOST_BYTES, Columns, Row, file_rows, file_text, has_rows
 from outlierq.core.errors import StatsError, during, nearest
 from outlierq.core.machine.installed import needs_extra
@@ -23,9 +24,7 @@ from outlierq.core.windows import begun, opening_tokens, room_beside
 if TYPE_CHECKING:
     import torch
 
-EMBEDDED = "embedded"
 DELIMITERS = frozenset(".,;:!?\n")  # tokens made of these are where attention sinks are found (arXiv:2402.17762)
-HELD_OUT = 4  # every 4th topic of the embedded text is kept for evaluation
 # Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
 POOL_FACTOR = 8
 # Tokenizing one long string takes some 150 bytes of memory a character, so long texts go in pieces, a few at a time.
@@ -57,12 +56,12 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text comes from: a file, a data set of the Hub, or the text that every Python carries.
+    """Where text comes from: a file, a data set of the Hub, or a text that is always at hand.
 
     path: a text file (one stream of text), one of rows (.jsonl, .json, .csv, .parquet, ...: one document a row), or
-    the word "embedded". dataset: a Hub id, with its `config`. column: what holds the text of a row, default "text" (for
-    chats, the columns that `chat_columns` knows, if there are any). split: of the data set (default "train"), or
-    "calibration" / "evaluation" of the embedded text.
+    "mix" or "embedded" (`embedded.py`). dataset: a Hub id, with its `config`. column: what holds the text of a row,
+    default "text" (for chats, the columns that `chat_columns` knows, if there are any). split: of the data set
+    (default "train"), or "calibration" / "evaluation" of the mix and of the embedded text.
     weight: share of the samples, relative to the other sources.
     """
 
@@ -82,8 +81,8 @@ class TextSource:
     @property
     def name(self) -> str:
         """How the source is called in messages and reports: without folders, which differ between machines."""
-        if self.path == EMBEDDED:
-            return f"Python language reference ({self.split or 'calibration'} part)"
+        if self.path in TITLES:
+            return f"{TITLES[self.path]} ({self.split or 'calibration'} part)"
         if self.path is not None:
             return Path(self.path).name
         return " ".join(part for part in (self.dataset, self.config, self.split) if part)
@@ -91,21 +90,7 @@ class TextSource:
     @property
     def has_rows(self) -> bool:
         """Whether it is made of documents, not of one stream of text."""
-        return self.path is None or has_rows(self.path)
-
-
-def embedded_text(part: str) -> str:
-    """The Python language reference that ships with Python; `part` is "calibration" or "evaluation".
-
-    Every 4th topic, in alphabetical order, belongs to "evaluation"; the parts share no topic.
-    """
-    from pydoc_data.topics import topics
-
-    if part not in ("calibration", "evaluation"):
-        raise StatsError(f"the embedded text has the parts calibration and evaluation, not {part!r}")
-    held_out = part == "evaluation"
-    texts = [topics[name] for i, name in enumerate(sorted(topics)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
-    return "\n".join(texts)
+        return self.path in (None, MIX) or has_rows(self.path)
 
 
 def token_windows(
@@ -119,10 +104,10 @@ def token_windows(
 ) -> TokenSet:
     """`samples` windows of `sequence_length` tokens, which do not overlap, shared out to the sources by weight.
 
-    Documents are joined to one stream and cut. seed: chooses among the windows; None takes the first ones in
-    order. chat_template: documents are rendered as chats (their messages, or their text as one user turn). Each window
-    begins with what the tokenizer puts before a text by itself (a bos token). StatsError when the text cannot be read,
-    is too short, or says next to nothing.
+    Documents are joined to one stream and cut. seed: chooses among the windows (of the mix, whose every stretch is a
+    fair one, where to begin); None takes the first ones in order. chat_template: documents are rendered as chats (their
+    messages, or their text as one user turn). Each window begins with what the tokenizer puts before a text by itself
+    (a bos token). StatsError when the text cannot be read, is too short, or says next to nothing.
     """
     import torch
 
@@ -193,7 +178,7 @@ def shares(samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def _as_source(entry: str | Mapping[str, Any] | TextSource) -> TextSource:
-    """A source as the recipe has it: the word "embedded", or its keys."""
+    """A source as the recipe has it: a word or a path, or its keys."""
     if isinstance(entry, TextSource):
         return entry
     if isinstance(entry, str):
@@ -221,10 +206,12 @@ def _windows(
     if count == 0:
         return torch.empty(0, sequence_length, dtype=torch.long)
     body = room_beside(opening, sequence_length)
-    pool = count if generator is None else POOL_FACTOR * count
-    limit = pool * body if source.has_rows or generator is None else None
+    in_order = generator is None or source.path == MIX
+    pool = count if in_order else POOL_FACTOR * count
+    limit = pool * body if source.has_rows or in_order else None
     left_out: Counter[str] = Counter()
-    stream = _token_stream(tokenizer, source, chat_template, left_out)
+    begin = 0 if generator is None or source.path != MIX else int(torch.randint(1 << 30, (), generator=generator))
+    stream = _token_stream(tokenizer, source, chat_template, left_out, begin)
     tokens = torch.tensor(list(islice(stream, limit)), dtype=torch.long)
     if left_out:
         note(f"{source.name}: left out: {', '.join(f'{what} ({n})' for what, n in sorted(left_out.items()))}")
@@ -235,7 +222,7 @@ def _windows(
             hint=f"use samples: {available}, a smaller sequence_length, or more text" if available else "use more text",
         )
     windows = tokens[: available * body].view(available, body)
-    order = torch.arange(count) if generator is None else torch.randperm(available, generator=generator)[:count]
+    order = torch.arange(count) if in_order else torch.randperm(available, generator=generator)[:count]
     windows = windows[order]
     _judge(windows, tokenizer, source.name)
     return begun(windows, opening)
@@ -262,13 +249,18 @@ def _judge(windows: torch.Tensor, tokenizer: Any, name: str) -> None:
         note(f"{name}: there are only {in_all} different tokens among {windows.numel():,}")
 
 
-def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool, left_out: Counter[str]) -> Iterator[int]:
-    """The tokens of all documents. Rows are separated by the eos token, chats by what their template writes."""
+def _token_stream(
+    tokenizer: Any, source: TextSource, chat_template: bool, left_out: Counter[str], begin: int = 0
+) -> Iterator[int]:
+    """The tokens of all documents. Rows are separated by the eos token, chats by what their template writes.
+
+    begin: document of the mix that is the first one; those before it come last.
+    """
     eos = getattr(tokenizer, "eos_token_id", None)
     separator = eos if source.has_rows and not chat_template else None
-    documents = _documents(source, tokenizer if chat_template else None, left_out)
+    all_texts = _documents(source, tokenizer if chat_template else None, left_out, begin)
     first = True
-    while texts := list(islice(documents, DOCUMENTS_AT_A_TIME)):
+    while texts := list(islice(all_texts, DOCUMENTS_AT_A_TIME)):
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             if separator is not None and not first:
                 yield separator
@@ -276,10 +268,10 @@ def _token_stream(tokenizer: Any, source: TextSource, chat_template: bool, left_
             first = False
 
 
-def _documents(source: TextSource, chat_tokenizer: Any | None, left_out: Counter[str]) -> Iterator[str]:
+def _documents(source: TextSource, chat_tokenizer: Any | None, left_out: Counter[str], begin: int = 0) -> Iterator[str]:
     """The texts of a source. Empty ones are left out, and counted where they are rows."""
     if source.has_rows:
-        rows = _rows(source, chat=chat_tokenizer is not None)
+        rows = _rows(source, begin, chat=chat_tokenizer is not None)
     elif chat_tokenizer is None:
         rows = ({"text": piece} for piece in _pieces(_stream(source)))
     else:
@@ -321,17 +313,21 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _stream(source: TextSource) -> str:
-    """The whole text of a file, or the embedded one."""
+    """The whole text of a file, or of one that is always at hand."""
     assert source.path is not None, "a data set has rows, and no text of its own"
-    return embedded_text(source.split or "calibration") if source.path == EMBEDDED else file_text(source.path)
+    named = source.path in TITLES
+    return embedded_text(source.split or "calibration", source.path) if named else file_text(source.path)
 
 
-def _rows(source: TextSource, *, chat: bool) -> Iterator[Row]:
+def _rows(source: TextSource, begin: int, *, chat: bool) -> Iterator[Row]:
     """The rows of a source, each with the columns that its text is made of."""
 
     def columns(names: Sequence[str]) -> tuple[str, ...]:
         return _columns(source, names, chat)
 
+    if source.path == MIX:
+        texts = documents(source.split or "calibration")
+        return ({"text": texts[(begin + i) % len(texts)]} for i in range(len(texts)))
     return file_rows(source.path, columns) if source.path is not None else _dataset_rows(source, columns)
 
 
@@ -362,5 +358,5 @@ def _dataset_rows(source: TextSource, columns: Columns) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         raise StatsError(
             f"cannot stream the data set {source.dataset}: {error}",
-            hint="without a network, give `path` to a text file, or use the embedded text",
+            hint="without a network, give `path` to a text file, or use the mix that ships with outlierq (`text: mix`)",
         ) from error

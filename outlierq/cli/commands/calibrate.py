@@ -25,7 +25,7 @@ def command(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A file of text or rows (.jsonl, .csv, .parquet) or `embedded` (the default). Repeated for a mix."
+            help="A file of text or rows (.jsonl, .csv, .parquet) or `mix` (the default). Repeated to mix several."
         ),
     ] = None,
     recipe: Annotated[

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 RESULTS_VERSION = 1
 PACKAGES = ("torch", "transformers")
-EMBEDDED, LLAMA_CPP = "embedded", "llama.cpp"
+LLAMA_CPP = "llama.cpp"
 BACKENDS = ("transformers", "vllm", LLAMA_CPP)
 RUNTIMES = ("dense", "packed")
 # What both models continue, greedily, where somebody wants to see it; as a user's turn where there is a chat template.
@@ -53,7 +53,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Measurement:
     """What to measure, and how. Everything here is part of the result.
 
-    text: a file, or None for the held-out embedded text. windows: None takes all. tasks: of lm-eval, on the model and,
+    text: as `evaluation_text` takes it. windows: None takes all. tasks: of lm-eval, on the model and,
     when there is one, on the original. backend: who answers the tasks, `transformers` (our own loader) or `vllm`;
     `llama.cpp` computes everything of a GGUF file. runtime: "packed" multiplies the model's packed weights as they are;
     the reference is always dense. bos: windows begin as the tokenizer begins a text. max_length: tokens of context in
@@ -96,7 +96,7 @@ class Measurement:
     def of_gate(cls, gate: Gate, *, data_dir: Path | None) -> Measurement:
         """What a gate needs to know."""
         return cls(
-            text=None if gate.text == EMBEDDED else gate.text,
+            text=gate.text,
             windows=gate.windows,
             window_length=gate.window_length,
             tasks=gate.limits.tasks,

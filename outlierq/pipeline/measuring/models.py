@@ -99,12 +99,14 @@ def measure_windows(
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
-    """The text to measure on, and its name. data: a file as calibration reads it, or None for the held-out part of the
-    embedded text."""
-    from outlierq.calibrate.text.windows import embedded_text, whole_text
+    """The text to measure on, and its name. data: a file as calibration reads it, or `mix` (as None) or `embedded` for
+    the held-out part of that text."""
+    from outlierq.calibrate.text.embedded import MIX, TITLES, embedded_text
+    from outlierq.calibrate.text.windows import whole_text
 
-    if data is None:
-        return embedded_text("evaluation"), "Python language reference (held-out part)"
+    data = MIX if data is None else data
+    if data in TITLES:
+        return embedded_text("evaluation", data), f"{TITLES[data]} (held-out part)"
     try:
         return whole_text(data), Path(data).name
     except StatsError as error:

@@ -87,7 +87,7 @@ class Conditions:
     """What all methods share. bits, group_size (None: per channel): of the weights. inputs: `16`, or `int8` or `int4`
     per token at run time.
 
-    text: a file, None for the held-out embedded text. window_length, windows: of it, None for all.
+    text: a file, None for the held-out part of the mix. window_length, windows: of it, None for all.
     """
 
     bits: int = 4

@@ -72,7 +72,7 @@ def study_calibration(
     quantizer: Sequence[str] = (),
     resources: Resources = USUAL,
 ) -> CalibrationStudy:
-    """Calibrate on every text and compare. texts: files, `embedded`, or `nonsense`; at least two.
+    """Calibrate on every text and compare. texts: files, `mix`, `embedded`, or `nonsense`; at least two.
 
     settings: how many windows of which length. quantizer: keys of the recipe gptq-w4 to override. ArgumentError for
     fewer texts.

@@ -76,7 +76,7 @@ def _other(packed: StudiedModel, original: StudiedModel, why: str) -> SourceErro
 
 def _check_tokens(stored: Checkpoint, original: Checkpoint) -> None:
     """OutlierqError when the two read a text as other tokens."""
-    from outlierq.calibrate.text.windows import embedded_text
+    from outlierq.calibrate.text.embedded import embedded_text
     from outlierq.evaluate.tokens import check_same_tokens
     from outlierq.load import load_tokenizer
 

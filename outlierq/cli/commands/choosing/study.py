@@ -24,7 +24,7 @@ METHODS = (
 )
 WRITE = 'Example:\n\n  outlierq study write ./SmolLM2-135M "sparsegpt 2:4" --stats stats -o pruned'
 CALIBRATION = (
-    "Examples:\n\n  outlierq study calibration ./SmolLM2-135M --text embedded --text nonsense\n\n"
+    "Examples:\n\n  outlierq study calibration ./SmolLM2-135M --text mix --text nonsense\n\n"
     "  outlierq study calibration ./SmolLM2-135M --text chats.txt --text code.txt --text news.txt --json"
 )
 
@@ -85,7 +85,7 @@ def methods(
 def calibration(
     model: shared.Model,
     text: Annotated[
-        list[str], typer.Option(help="A text file, `embedded`, or `nonsense` (random signs). Give at least two.")
+        list[str], typer.Option(help="A text file, `mix`, `embedded`, or `nonsense` (random signs). Give at least two.")
     ],
     samples: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 32,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
