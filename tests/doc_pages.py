@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ class Command:
         return f"{name_of(self.page)}:{self.line} {shlex.join(self.words)}"
 
 
+@cache
 def blocks(page: Path) -> list[Block]:
     """Every block of code: between fences, or indented by four spaces behind an empty line that is in no list."""
     found, lines, number = [], page.read_text().splitlines(), 0
@@ -70,6 +72,7 @@ def starts_block(lines: list[str], number: int) -> bool:
     return not re.match(r" *([-*+]|\d+\.) |  ", before)
 
 
+@cache
 def prose(page: Path) -> list[tuple[int, str]]:
     """The lines that are in no block, with their numbers from 1."""
     lines = list(enumerate(page.read_text().splitlines(), start=1))
@@ -109,6 +112,7 @@ def links(page: Path) -> list[tuple[int, str]]:
     return [(number, link["target"]) for number, line in prose(page) for link in LINK.finditer(line)]
 
 
+@cache
 def anchors(page: Path) -> set[str]:
     """The anchors of all headings, as GitHub makes them, and as the site does."""
     found: set[str] = set()

@@ -31,6 +31,16 @@ QUICK = ("README.md", "docs/first-model.md", "docs/python.md")
 names = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
+@cache
+def command_line():
+    """The whole command line, as click has it."""
+    from typer.main import get_command
+
+    from outlierq.cli.main import app
+
+    return get_command(app)
+
+
 def ours(page: Path) -> list[Command]:
     """Every call of outlierq in the blocks of a page, as the words behind its name."""
     found = []
@@ -46,13 +56,9 @@ def ours(page: Path) -> list[Command]:
 
 def check(words: tuple[str, ...]) -> None:
     """The command line itself reads the words, the recipe exists, and its settings fit; nothing is run."""
-    from typer.main import get_command
-
-    from outlierq.cli.main import app
-
     words = tuple(word for word in words[: words.index(">")] if word) if ">" in words else words
     words = tuple(STANDS_FOR.get(word, word) for word in words)
-    command, context = get_command(app), None
+    command, context = command_line(), None
     if words[0].startswith("-"):
         assert words[0] in {option for parameter in command.params for option in parameter.opts}
         return
@@ -88,14 +94,10 @@ def test_every_command_of_a_page_is_one_that_exists(page):
 
 
 def test_the_readme_names_every_command_and_no_other():
-    from typer.main import get_command
-
-    from outlierq.cli.main import app
-
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| command | what it does |") : readme.index("Every command has examples")]
     first = [line.split("|")[1] for line in table.splitlines()[2:] if line]
-    assert sorted(re.findall(r"`(\w+)`", "".join(first))) == sorted(get_command(app).commands)
+    assert sorted(re.findall(r"`(\w+)`", "".join(first))) == sorted(command_line().commands)
 
 
 def test_the_page_on_python_names_every_function():
@@ -143,15 +145,11 @@ def test_targets_scripts_and_extras_that_a_page_names_exist(page):
 
 @names
 def test_commands_in_running_text_exist(page):
-    from typer.main import get_command
-
-    from outlierq.cli.main import app
-
     for line, code in inline_code(page):
         words = shlex.split(code.replace("'", "")) if code.startswith("outlierq ") else []
         if len(words) < 2 or words[1].startswith("-"):
             continue
-        command, rest = get_command(app), words[1:]
+        command, rest = command_line(), words[1:]
         while hasattr(command, "commands") and rest:
             assert rest[0] in command.commands, f"{name_of(page)}:{line} {code}"
             command, rest = command.commands[rest[0]], rest[1:]
