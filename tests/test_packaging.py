@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,3 +151,54 @@ def test_an_installed_wheel_brings_recipes_kernels_and_the_version(wheels, tmp_p
     assert len(kernels) > 5
     code = f"from outlierq.kernels.launch import source_text\nfor n in {kernels!r}: print(len(source_text(n)) > 0)"
     assert output_of(python, "-c", code, cwd=tmp_path).split() == ["True"] * len(kernels)
+
+
+MOST_PACKAGES, MOST_BYTES = 45, 1_200_000_000  # beside outlierq itself; with torch for CPUs
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """The interpreter of an environment with nothing but pip. What is installed comes from an index."""
+    place = tmp_path_factory.mktemp("bare") / "environment"
+    output_of(sys.executable, "-m", "venv", place, cwd=place.parent)
+    return place / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_the_core_is_at_most_45_packages_and_1_2_gigabytes_with_torch(bare, wheels, tmp_path):
+    install = (bare, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+    output_of(*install, "torch", cwd=tmp_path)
+    output_of(*install, wheels["pure"], cwd=tmp_path)
+    held = json.loads(output_of(bare, "-m", "pip", "list", "--format=json", cwd=tmp_path))
+    packages = {package["name"].lower() for package in held} - {"pip", "outlierq"}
+    assert {"torch", "transformers"} < packages and len(packages) <= MOST_PACKAGES, sorted(packages)
+    folder = Path(output_of(bare, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+
+
+@pytest.mark.slow
+def test_uvx_and_pipx_run_the_wheel_as_the_readme_says(wheels, tmp_path, monkeypatch):
+    lines = re.findall(r"^((?:uvx|pipx) .*?) +#", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {line.split()[0] for line in lines} == {"uvx", "pipx"}
+    tools = tmp_path / "tools"
+    output_of(sys.executable, "-m", "venv", tools, cwd=tmp_path)
+    output_of(tools / "bin" / "python", "-m", "pip", "install", "--quiet", "uv", "pipx", cwd=tmp_path)
+    wheel_folders = [line.split("=", 1)[1].strip("'") for line in pip_settings(tools) if line.startswith("global.find")]
+    settings = {"UV_CONSTRAINT": ROOT / "constraints.txt", "PIP_CONSTRAINT": ROOT / "constraints.txt"}
+    settings |= {name: tmp_path / name.lower() for name in ("UV_CACHE_DIR", "UV_TOOL_DIR", "PIPX_HOME", "PIPX_BIN_DIR")}
+    if wheel_folders:
+        settings["UV_FIND_LINKS"] = wheel_folders[0]
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    for line in lines:
+        words = [str(wheels["pure"]) if word == "." else word for word in line.split()]
+        words = ["--version" if word == "demo" else word for word in words]  # the demo has a test of its own
+        said = output_of(tools / "bin" / words[0], *words[1:], cwd=tmp_path)
+        assert words[0] == "pipx" or said.startswith("outlierq ")
+    assert output_of(tmp_path / "pipx_bin_dir" / "outlierq", "--version", cwd=tmp_path).startswith("outlierq ")
+
+
+def pip_settings(environment: Path) -> list[str]:
+    """What this machine tells pip, which uv does not read."""
+    return output_of(environment / "bin" / "python", "-m", "pip", "config", "list", cwd=environment).splitlines()

@@ -67,6 +67,14 @@ def test_the_command_runs_as_it_stands(tiny_llama, outlierq, tmp_path, monkeypat
     assert f"({size:,} bytes, exact)" in " ".join(answer.out.split())
 
 
+def test_a_command_asks_for_no_longer_windows_than_the_model_has_positions(tools, outlierq, tmp_path, monkeypatch):
+    model = tools.write_llama(tmp_path / "short", hidden_size=128, intermediate_size=128, max_position_embeddings=64)
+    (first, *_) = public.recommend(model, gpu="L4", goal="size").suggestions
+    assert first.command.endswith("-s calibration.sequence_length=64")
+    monkeypatch.chdir(tmp_path)
+    assert outlierq(*shlex.split(first.command)[1:], "-s", "calibration.samples=4", "-q").code == 0
+
+
 def test_json_holds_everything(tiny_llama, outlierq):
     values = json.loads(outlierq("recommend", tiny_llama, "--gpu", "l40s", "--json").out)
     assert values["card"]["name"] == "L40S" and values["client"] == "vllm" and values["checked"]
