@@ -6,12 +6,12 @@ from outlierq.pipeline.planning.plan import Estimate, Plan
 from outlierq.pipeline.planning.speed import measured_speed
 from outlierq.registry import method
 
-# Time of a calibrated run as a multiple of its matrix products. Measured on SmolLM2-135M with gptq-w4, in CPU
-# seconds of one core: 1.5 (46 for 4,096 tokens, where this says 56) and 2.0 (49 for 2,048).
-OVERHEAD = 1.8
-# A transform that searches its scales rounds the weights and multiplies them with the hessian so often: awq-gptq-w4 was
-# 154 CPU seconds where gptq-w4 was 60.
-SEARCHED = 20
+# Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M. In CPU seconds of one core,
+# measured and as said here: gptq-w4 46 and 49, gptaq-w4 68 and 58, awq-gptq-w4 115 and 103,
+# smoothquant-w8a8 74 and 64, gguf-q4_k 45 and 51.
+OVERHEAD = 2.5
+# A transform that searches its scales rounds the weights and multiplies them with the hessian so often.
+SEARCHED = 30
 FOLDED = ("smoothquant",)  # transforms that have nothing to search
 
 

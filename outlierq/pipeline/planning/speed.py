@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -35,10 +36,10 @@ class Speed:
     def waiting(self) -> float:
         """How many times longer work takes beside the processes that run, at least 1.
 
-        What the load says or what the samples met, whichever is less: the one also counts who waits for a disk or has a
-        low priority, the other has seen a moment only.
+        Between what the load says and what the samples met: the one also counts who waits for a disk or has a low
+        priority, the other has seen a moment only.
         """
-        return max(1.0, min(self.load, self.best / self.now))
+        return math.sqrt(max(1.0, self.load) * max(1.0, self.best / self.now))
 
 
 def measured_speed() -> Speed:

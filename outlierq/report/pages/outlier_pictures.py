@@ -243,7 +243,7 @@ def _error_marks(
     joined = dot = ""
     if after is not None and _positive(after):
         joined = line(x, y(error), x, y(after), theme.rule)
-        dot = f'<circle cx="{x:.1f}" cy="{y(after):.1f}" r="{radius * 0.7:.1f}" fill="{colour}"/>'
+        dot = f'<circle cx="{x:.1f}" cy="{y(after):.1f}" r="{radius * 0.7:.1f}" fill="{theme.muted}"/>'
     ring = (
         f'<circle cx="{x:.1f}" cy="{y(error):.1f}" r="{radius:.1f}" fill="{theme.paper}" stroke="{colour}" '
         'stroke-width="1.4">'
