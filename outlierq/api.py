@@ -455,6 +455,7 @@ def calibrate(
     chat_template: bool = False,
     seed: int | None = None,
     sensitivity: bool = False,
+    serve: Sequence[RecipeLike] = (),
     imatrix: Place | None = None,
     device: str = "auto",
     max_memory: str | int | None = None,
@@ -463,6 +464,7 @@ def calibrate(
     trust_remote_code: bool = False,
     trust_methods: bool = False,
     progress: bool | Listener | None = None,
+    told: Callable[[int], Any] | None = None,
 ) -> StoredStatistics:
     """Run a model once and keep the statistics of every linear input in the folder `out`; a stopped run continues.
 
@@ -471,7 +473,8 @@ def calibrate(
     samples: token windows of `sequence_length`. chat_template: render documents with the model's own. seed: chooses
     among windows.
     sensitivity: also what an error of each linear costs at the end of the model, for `fit` to predict the KL by;
-    finished statistics that lack it get it.
+    finished statistics that lack it get it. serve: recipes; only what they read is kept, which takes less room.
+    told: is given about how many bytes there will be, before work starts.
     imatrix: a file that gets them as llama.cpp's importance matrix, too.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
@@ -479,9 +482,9 @@ def calibrate(
     '4 x 32 tokens of ...'
     >>> report = outlierq.quantize(model, "gptq-w4", out="w4", stats="stats")
     """
-    from outlierq.pipeline.asked.request import Source, calibration, folder_of, refuse_unwritable
+    from outlierq.pipeline.asked.request import Source, calibration, fields_for, folder_of, refuse_unwritable
     from outlierq.pipeline.asked.resources import Resources
-    from outlierq.pipeline.calibrate import make_statistics
+    from outlierq.pipeline.calibrate import Kept, make_statistics
     from outlierq.report.progress import listening
 
     options = {
@@ -492,13 +495,13 @@ def calibrate(
         "chat_template": chat_template or None,
     }
     section = calibration(recipe, settings, options, trust_methods=trust_methods)
+    only = fields_for(serve, trust_methods=trust_methods)
     source, file = Source(model, revision, trust_remote_code, stream_from_hub), _path(imatrix)
     refuse_unwritable(file)
     with listening(progress) as listen:
         resources = Resources.of(device, max_memory, listen)
-        return make_statistics(
-            source, section, folder_of(out), imatrix=file, sensitivity=sensitivity, resources=resources
-        )
+        kept = Kept(only, sensitivity, told or (lambda nbytes: None))
+        return make_statistics(source, section, folder_of(out), kept, imatrix=file, resources=resources)
 
 
 def detect(

@@ -140,3 +140,24 @@ def test_a_nan_in_the_head_names_it(untied_llama, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(NumbersError, match=r"lm_head\.weight holds 1 NaN or Inf"):
         calibrate(open_checkpoint(str(damaged)), settings(), tmp_path / "stats")
+
+
+def test_the_size_is_said_beforehand_and_recipes_that_are_named_take_less_room(tiny_llama, outlierq, tmp_path):
+    words = ("--samples", 4, "--sequence-length", 32)
+    said = outlierq("calibrate", tiny_llama, "-o", tmp_path / "all", *words)
+    served = outlierq("calibrate", tiny_llama, "-o", tmp_path / "few", *words, "--serve", "gptq-w4,awq-w4")
+    assert said.code == served.code == 0, served.err
+    assert "statistics will take up to " in said.err and said.err.index("will take") < said.err.index("calibrate 0/2")
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("all", "few")]
+    assert sizes[1] < 0.8 * sizes[0]
+    for name in ("gptq-w4", "awq-w4"):
+        done = outlierq("quantize", tiny_llama, "-r", name, "--stats", tmp_path / "few", "-o", tmp_path / name, "-q")
+        assert done.code == 0, done.err
+    other = outlierq("quantize", tiny_llama, "-r", "w8a8-static", "--stats", tmp_path / "few", "-o", tmp_path / "x")
+    assert other.code == 1 and "does not hold" in other.err and "calibrate again" in other.err
+
+
+@pytest.mark.parametrize("recipe", ["best-w4", "rotate-w8a8", "rtn-w8"])
+def test_a_recipe_that_statistics_cannot_serve_is_said(tiny_llama, outlierq, tmp_path, recipe):
+    answer = outlierq("calibrate", tiny_llama, "-o", tmp_path / "stats", "--serve", recipe)
+    assert answer.code == 2 and recipe in answer.err and not (tmp_path / "stats").exists()

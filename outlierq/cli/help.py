@@ -20,7 +20,15 @@ NAMES = 30  # columns for names; longer ones stand on a line of their own
 # Options by what they are about, in the order of the groups; all others come first, as "Options".
 GROUPS = {
     "Recipe": ("--recipe", "--set", "--format", "--like", "--client", "--numbers"),
-    "Calibration": ("--stats", "--samples", "--sequence-length", "--chat-template", "--seed", "--sensitivity"),
+    "Calibration": (
+        "--stats",
+        "--samples",
+        "--sequence-length",
+        "--chat-template",
+        "--seed",
+        "--sensitivity",
+        "--serve",
+    ),
     "Measuring": (
         *("--tasks", "--data-dir", "--text", "--windows", "--window-length", "--limit", "--num-fewshot"),
         *("--batch-size", "--backend", "--runtime", "--dtype", "--no-bos", "--max-length", "--kv-cache", "--generate"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from outlierq.pipeline.block.imatrix import imatrix_from
 from outlierq.pipeline.block.stats_run import Asked, StatsFromRun, in_shards, token_set
 from outlierq.pipeline.ledger.folder import locked
 from outlierq.pipeline.planning.memory import obeying
-from outlierq.pipeline.planning.work import Savings, work_of_calibration
+from outlierq.pipeline.planning.phases import Phases
+from outlierq.pipeline.planning.work import NO_SAVINGS, Savings, work_of_calibration
 from outlierq.pipeline.processes.ranks import ALONE
 from outlierq.pipeline.remodel.rewrite import check_source
 from outlierq.recipe import Calibration
@@ -52,23 +53,36 @@ class StoredStatistics:
         return stored | self.identity.to_json()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept. only: fields (None: all). sensitivity: also what an error of each linear costs at the end of the
+    model. told: is given about how many bytes that will be, before work.
+    """
+
+    only: frozenset[str] | None = None
+    sensitivity: bool = False
+    told: Callable[[int], Any] = lambda nbytes: None
+
+
+EVERYTHING = Kept()
+
+
 def make_statistics(
     source: Source,
     settings: Calibration,
     out: Path,
+    kept: Kept = EVERYTHING,
     *,
     imatrix: Path | None = None,
-    sensitivity: bool = False,
     resources: Resources = USUAL,
 ) -> StoredStatistics:
     """Calibrate a model as a user names it; all processes that share the work are told what was stored.
 
-    imatrix: a file that gets the statistics as llama.cpp has them. sensitivity: also what an error of each linear costs
-    at the end of the model.
+    imatrix: a file that gets the statistics as llama.cpp has them.
     """
     with source.opened_for(out) as checkpoint:
         resources.ranks.first(lambda: check_recorded(checkpoint))
-        identity = calibrate(checkpoint, settings, out, sensitivity=sensitivity, resources=resources)
+        identity = calibrate(checkpoint, settings, out, **vars(kept), resources=resources)
         if resources.ranks.lead:
             checkpoint.drop_shards()
             if imatrix is not None:
@@ -89,12 +103,13 @@ def calibrate(
     *,
     only: frozenset[str] | None = None,
     sensitivity: bool = False,
+    told: Callable[[int], Any] = lambda nbytes: None,
     resources: Resources = USUAL,
 ) -> StatsIdentity:
     """Write all statistics to the folder `out`, block by block, and then final logits; a stopped run continues.
 
     only: fields of `InputStats` and `BlockStats` to keep, and no logits. sensitivity: that, too, also to finished
-    statistics that lack it.
+    statistics that lack it. told: is given about how many bytes there will be.
     """
     from outlierq.load import served, study
 
@@ -107,7 +122,9 @@ def calibrate(
     structure = model.structure
     checkpoint.make_room(structure, fetching(listen), together=False)
     former = ranks.first(lambda: former_shards(out))
-    savings = obeying(work_of_calibration(model, settings, fields, resources, shards=former), resources)
+    work = work_of_calibration(model, settings, fields, resources, shards=former)
+    savings = obeying(work, resources)
+    told(len(structure.blocks) * Phases(work, NO_SAVINGS).statistics())
     tokens = ranks.first(lambda: token_set(model, settings))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)

@@ -52,6 +52,13 @@ def command(
             "`outlierq fit` predicts the KL divergence. Finished statistics get it, too.",
         ),
     ] = False,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Keep only what these recipes read, separated by commas: less room on disk.",
+            autocompletion=shared.recipe_names,
+        ),
+    ] = None,
     imatrix: Annotated[
         str | None,
         typer.Option(help="Write them to this file, too, as llama.cpp's importance matrix (GGUF)."),
@@ -67,6 +74,7 @@ def command(
 ) -> None:
     """Collect the statistics that every method works from; any number of recipes then run without a forward pass."""
     import outlierq
+    from outlierq.report.terminal import human_bytes
 
     with shared.progress(quiet) as listen:
         stats = outlierq.calibrate(
@@ -80,6 +88,7 @@ def command(
             chat_template=chat_template,
             seed=seed,
             sensitivity=sensitivity,
+            serve=[name for names in serve or () for name in names.split(",") if name],
             imatrix=imatrix,
             device=device,
             max_memory=max_memory,
@@ -88,12 +97,11 @@ def command(
             trust_remote_code=trust_remote_code,
             trust_methods=trust_methods,
             progress=listen,
+            told=lambda nbytes: shared.say(f"statistics will take up to {human_bytes(nbytes)} in {out}", quiet),
         )
     if as_json:
         shared.print_json(stats.to_dict())
         return
-    from outlierq.report.terminal import human_bytes
-
     typer.echo(f"{stats.description}\nstatistics written: {out} ({human_bytes(stats.nbytes)})")
     for note in stats.notes:
         typer.echo(f"note: {note}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,6 +181,24 @@ def calibration(
     content = json.dumps({"calibration": section, "export": {"format": "dense"}})
     left = None if recipe is not None else as_texts(settings)
     return parse(content, name="calibrate options", settings=left).calibration or Calibration()
+
+
+def fields_for(recipes: Sequence[RecipeLike], *, trust_methods: bool = False) -> frozenset[str] | None:
+    """The fields of statistics that recipes read; None, which is all, for none of them.
+
+    ArgumentError for a recipe that statistics of an earlier calibration cannot serve.
+    """
+    from outlierq.calibrate.collect import stored_fields
+
+    if not recipes:
+        return None
+    needs: set[str] = set()
+    for recipe in (given(each, trust_methods=trust_methods) for each in recipes):
+        if not recipe.reads_statistics:
+            why = "runs the model itself" if recipe.needs else "needs no statistics"
+            raise ArgumentError(f"{recipe.name} {why}", argument="serve")
+        needs |= recipe.needs
+    return stored_fields(needs)
 
 
 def gate_settings(limits: Limits) -> dict[str, object]:
