@@ -13,7 +13,7 @@ from outlierq import __version__
 from outlierq.core.errors import ArgumentError
 from outlierq.pipeline.asked.request import refuse_unwritable, write_file
 from outlierq.pipeline.fitting.frontier import Frontier
-from outlierq.report.pages.page import element_json, part, policy_hash, printable_value
+from outlierq.report.pages.page import element_json, model_name, part, policy_hash, printable_value
 
 NATS = "Predicted from sensitivities: the sum over all layers of what rounding costs at the end of the model, in nats."
 NO_UNIT = (
@@ -35,7 +35,7 @@ def frontier_page(frontier: Frontier, stats: Path | str) -> str:
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=printable_value)
     return environment.from_string(part("frontier_page.html")).render(
-        model=frontier.model,
+        model=model_name(frontier.model),
         client=frontier.client,
         recipe=frontier.recipe,
         statistics=str(stats),
