@@ -208,3 +208,9 @@ def given_numbers(inputs) -> str:
 def test_an_unknown_card_raises_in_python_too(tiny_llama):
     with pytest.raises(ArgumentError, match="did you mean L40S"):
         public.recommend(tiny_llama, gpu="L40Z")
+
+
+def test_without_a_card_nothing_is_said_that_is_not_true_of_each(outlierq, tiny_llama):
+    said = outlierq("recommend", tiny_llama).out
+    assert "on any GPU" not in said.replace("for vllm on any GPU", "")
+    assert "some of the NVIDIA GPUs from Ampere on" in " ".join(said.split()) and "hold it: T4" not in said

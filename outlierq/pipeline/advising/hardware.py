@@ -62,8 +62,13 @@ def card_of(name: str | None) -> Card:
 
 
 def smallest_card(needed: int, share: float) -> str | None:
-    """The GPU with the least memory of which `share` holds so many bytes; None when none does."""
-    sizes = sorted((parse_size(held["memory"]), name) for name, held in table("hardware")["cards"].items())
+    """The GPU with the least memory of which `share` holds so many bytes; None when none does.
+
+    Only those count that run what all GPUs of some years have in common.
+    """
+    facts = table("hardware")
+    alike = {name: held for name, held in facts["cards"].items() if {*held["runs"]} >= {*facts["any"]["runs"]}}
+    sizes = sorted((parse_size(held["memory"]), name) for name, held in alike.items())
     return next((name for memory, name in sizes if needed <= share * memory), None)
 
 

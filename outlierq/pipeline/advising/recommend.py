@@ -150,7 +150,9 @@ class _Candidates:
         """The plan of a recipe; None, with the reason kept, where the card, the planner or the client objects."""
         needs = table("recommended")["recipes"][name].get("needs")
         if needs is not None and self.client == "vllm" and needs not in self.card.runs:
-            self.refused[name] = f"vLLM has no kernel on {self.card.name} for {table('hardware')['words'][needs]}"
+            kind, where = table("hardware")["words"][needs], self.card.name
+            where = f"some of the {self.card.words}" if self.card.memory is None else where
+            self.refused[name] = f"vLLM has no kernel on {where} for {kind}"
             return None
         recipe = given(name)
         try:
