@@ -478,8 +478,8 @@ def calibrate(
     imatrix: a file that gets them as llama.cpp's importance matrix, too.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
-    >>> stats.description
-    '4 x 32 tokens of ...'
+    >>> stats.description.startswith("4 x 32 tokens of ")
+    True
     >>> report = outlierq.quantize(model, "gptq-w4", out="w4", stats="stats")
     """
     from outlierq.pipeline.asked.request import Source, calibration, fields_for, folder_of, refuse_unwritable
