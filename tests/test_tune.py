@@ -20,6 +20,7 @@ from outlierq.ops.activations import fake_quantize
 from outlierq.pipeline.tuning.kept import KeptState
 from outlierq.pipeline.tuning.moving import moving_of
 from outlierq.pipeline.tuning.running import How, tunable
+from outlierq.quantize.tune import Tunable, tune
 
 SIZES = {"samples": 16, "sequence_length": 32, "step_tokens": 64, "device": "cpu"}
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -104,6 +105,7 @@ def test_where_no_step_helps_all_bytes_stay_and_it_is_said(tiny_llama, w3, tmp_p
     answer = outlierq("tune", w3, "--reference", tiny_llama, "-o", tmp_path / "t", *sizes, "--device", "cpu")
     assert answer.code == 0 and "no step helped" in answer.out, answer.err
     assert not changed(w3, tmp_path / "t")
+    assert outlierq("verify", tmp_path / "t", "--source", tiny_llama).code == 0
     notes = json.loads((tmp_path / "t" / "outlierq.json").read_text())["notes"]
     assert any("no step helped on the held-out part" in note for note in notes)
 
@@ -138,6 +140,18 @@ def test_gradients_are_those_of_the_divergence(tiny_llama, w3, tmp_path):
                 for far in (1e-3, -1e-3)
             ]
             assert (beside[0] - beside[1]) / 2e-3 == pytest.approx(foretold, rel=0.02)
+
+
+def test_a_state_worse_than_the_start_sends_tuning_back_and_halves_its_steps():
+    def loss(changes, batches):
+        return float((changes["a"] - 1e-3).square().sum())
+
+    model = Tunable(
+        {"a": torch.zeros(3)}, 8, loss, lambda c, b: (loss(c, b), {"a": 2 * (c["a"] - 1e-3)}), lambda changes: changes
+    )
+    state = tune(model, steps=24, step_size=0.05)
+    assert state.size < 0.25 and state.began and state.least < 0.5 * state.first
+    assert torch.allclose(state.best["a"], torch.tensor(1e-3), atol=1e-3)
 
 
 def test_a_change_is_what_is_left_of_it_once_it_is_stored(w3):

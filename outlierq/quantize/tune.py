@@ -47,9 +47,10 @@ class Tunable:
 class TuneState:
     """Where tuning is: all that the next step depends on. Tensors are changes, or of their shapes, by name.
 
-    step: steps done. late: the sum of late states, and how many. first, least: KL on held-out text of the start and of
-    the best state. losses: KL on the text of each step. judged: by step, KL on held-out text. trouble: why it stopped
-    early, empty where it did not.
+    step: steps done. size: of steps, beside what was asked: halved whenever a state was worse than the start, which
+    sent tuning back to the best one, after step `began`. late: the sum of late states, and how many.
+    first, least: KL on held-out text of the start and of the best state. losses: KL on the text of each step.
+    judged: by step, KL on held-out text. trouble: why it stopped early, empty where it did not.
     """
 
     changes: dict[str, torch.Tensor]
@@ -58,6 +59,8 @@ class TuneState:
     late: dict[str, torch.Tensor]
     late_count: int = 0
     step: int = 0
+    size: float = 1.0
+    began: int = 0
     first: float = math.inf
     least: float = math.inf
     losses: list[float] = field(default_factory=list)
@@ -105,7 +108,7 @@ def tune(
         if number < state.step:
             continue
         try:
-            _step(model, state, batches, step_size * _size(number, steps))
+            _step(model, state, batches, step_size * state.size * _size(number, steps))
         except NumbersError as error:
             state.trouble = error.what
             break
@@ -132,7 +135,7 @@ def _step(model: Tunable, state: TuneState, batches: Sequence[int], size: float)
     if wrong or not math.isfinite(loss):
         raise NumbersError(f"the gradient is not finite, first that of {wrong[0] if wrong else 'the loss'}")
     for name, gradient in gradients.items():
-        state.changes[name] -= size * state.adams[name].direction(gradient, state.step + 1)
+        state.changes[name] -= size * state.adams[name].direction(gradient, state.step - state.began + 1)
     state.losses.append(loss)
     state.step += 1
 
@@ -150,3 +153,13 @@ def _look(model: Tunable, state: TuneState, held_out: Sequence[int]) -> None:
     state.judged[state.step] = loss = model.loss(now, held_out)
     if loss < state.least:
         state.best, state.least = dict(now), loss
+    if not loss <= state.first:
+        _go_back(state)
+
+
+def _go_back(state: TuneState) -> None:
+    """To the best state, and on in half as large steps: what suits one model by its errors throws another one off."""
+    fresh = TuneState.of(state.changes)
+    state.changes = {name: change.clone() for name, change in state.best.items()}
+    state.adams, state.late, state.late_count = fresh.adams, fresh.late, 0
+    state.size, state.began = state.size / 2, state.step

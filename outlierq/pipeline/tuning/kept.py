@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Written in turn: while one is replaced, the journal's last line is of the other.
 NAMES = ("tune-0.safetensors", "tune-1.safetensors")
-FIGURES = ("late_count", "step", "first", "least", "losses")
+FIGURES = ("late_count", "step", "size", "began", "first", "least", "losses")
 
 
 @dataclass(frozen=True)

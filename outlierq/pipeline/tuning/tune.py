@@ -119,6 +119,7 @@ def _state(pair: Pair, tokens: TokenSet, settings: TuneSettings, how: How, journ
 
     assert settings.step_size is not None, "it was chosen"
     with tunable(pair.original, pair.packed, pair.moving, tokens.ids, how) as model:
+        how.listen(Event("tune", 0, steps, step="how far the start diverges"))
         return method.tune(
             model,
             steps=steps,
