@@ -32,9 +32,9 @@ from text_readers import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "outlierq/data"
-CHARACTERS = 2400  # of a document, about: a window of 512 tokens
-LEAST = 500
-MOST_OF_A_WORK = 4  # documents
+CHARACTERS = 1200  # of a document, about: some 300 tokens, so that few windows see many works
+LEAST = 400
+MOST_OF_A_WORK = 6  # documents
 HELD_OUT = 10
 PARTS = ("calibration", "evaluation")
 Row = dict[str, str]  # part, domain, source, work, text
