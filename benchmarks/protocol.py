@@ -31,15 +31,15 @@ class Quality:
     predicted_tokens: int
 
 
-def text_windows(model: Path, text: Path, count: int = 0) -> Tensor:
-    """The first `count` windows (0: all) of `text` as `model` tokenizes it: [windows, SEQUENCE_LENGTH] token ids."""
+def text_windows(model: Path, text: Path, count: int = 0, length: int = SEQUENCE_LENGTH) -> Tensor:
+    """The first `count` windows (0: all) of `text` as `model` tokenizes it: [windows, length] token ids."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-    available = len(ids) // SEQUENCE_LENGTH
+    available = len(ids) // length
     if count > available:
-        raise ValueError(f"{text.name} has {available} windows of {SEQUENCE_LENGTH} tokens, {count} were asked for")
+        raise ValueError(f"{text.name} has {available} windows of {length} tokens, {count} were asked for")
     count = count or available
-    return torch.tensor(ids[: count * SEQUENCE_LENGTH]).view(count, SEQUENCE_LENGTH)
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def test_windows(model: Path, data_dir: Path, count: int) -> Tensor:
