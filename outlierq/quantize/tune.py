@@ -23,6 +23,7 @@ WARM_UP = 0.1  # the part of all steps in which they grow
 LAST = 0.05  # the last step, beside the largest: they fall along a cosine
 LATE = 0.6  # behind this part of all steps states are averaged
 LOOKS = 8  # how often the divergence on held-out text is looked at
+FEW = 4  # steps: no fewer to warm up in, nor between two looks, as Adam's first ones follow noise
 
 Changes = Mapping[str, torch.Tensor]
 
@@ -114,7 +115,7 @@ def tune(
             break
         if state.step > LATE * steps:
             _average(state)
-        if state.step % max(1, steps // LOOKS) == 0 or state.step == steps:
+        if state.step % max(FEW, steps // LOOKS) == 0 or state.step == steps:
             _look(model, state, held_out)
         told(state)
     return state
@@ -122,7 +123,7 @@ def tune(
 
 def _size(number: int, steps: int) -> float:
     """The size of step `number`, from 0, beside the largest."""
-    warm = max(1, round(WARM_UP * steps))
+    warm = max(FEW, round(WARM_UP * steps))
     if number < warm:
         return (number + 1) / warm
     return LAST + (1 - LAST) * (1 + math.cos(math.pi * (number - warm) / max(1, steps - warm))) / 2
