@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,21 +94,27 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_rounds_are_told_which_blocks_an_earlier_one_has(tiny_llama, stats, tmp_path, monkeypatch):
-    from outlierq.pipeline.fitting import passing
+def test_rounds_are_told_which_blocks_an_earlier_one_has(tiny_llama, tmp_path):
+    from outlierq.load import open_checkpoint
+    from outlierq.pipeline.asked.request import request
+    from outlierq.pipeline.fitting.passing import Tried, _alike
+    from outlierq.pipeline.planning.decide import make_plan
 
-    told, original = [], passing.compress
+    checkpoint = open_checkpoint(str(tiny_llama))
 
-    def compress(source, recipe, place, run, resources):
-        told.append(dict(run.alike))
-        return original(source, recipe, place, run, resources)
+    def plan(recipe: str = "gptq-w4", **settings):
+        return make_plan(checkpoint, request(recipe, {f"quantize.{key}": value for key, value in settings.items()}))
 
-    monkeypatch.setattr(passing, "compress", compress)
-    monkeypatch.setattr(passing, "CLOSE", 1.0)  # never close enough
-    limit = public.fit(tiny_llama, stats=stats, bits=5.2, **FEW).loss
-    public.fit(tiny_llama, stats=stats, max_kl=limit, out=tmp_path / "out", **FEW)
-    assert told[0] == {} and len(told) > 1
-    assert any(told[1:]) and {path.parent for later in told for path in later.values()} == {tmp_path}
+    def tried(name: str, of) -> Tried:
+        return Tried(SimpleNamespace(plan=of), tmp_path / name, None)
+
+    four, eight = plan(), plan(bits=8)
+    mixed = plan(overrides=[{"match": "*.1.mlp.*", "bits": 8}])
+    kept = plan(overrides=[{"match": "*.1.mlp.*", "keep": True}])
+    assert _alike(mixed, []) == {} == _alike(mixed, [tried("eight", eight)])
+    assert _alike(mixed, [tried("four", four), tried("kept", kept)]) == {0: tmp_path / "kept"}
+    assert _alike(four, [tried("four", four), tried("mixed", mixed)]) == {0: tmp_path / "mixed", 1: tmp_path / "four"}
+    assert _alike(plan("best-w4"), [tried("learned", plan("best-w4"))]) == {}  # a block learns from those before it
 
 
 def test_a_kl_that_leaves_nothing_to_quantize_is_refused_with_the_nearest(tiny_llama, stats):

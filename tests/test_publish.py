@@ -175,7 +175,7 @@ class TestCard:
 
     def test_the_measurement_of_the_card_can_be_repeated_by_anybody(self, outlierq, hub, compressed):
         assert outlierq("publish", compressed, REPO, *BASE, "-q").code == 0
-        repeat = f"outlierq eval {REPO} --reference maker/tiny --windows 2 --window-length 32"
+        repeat = f"outlierq eval {REPO} --reference maker/tiny --text mix --windows 2 --window-length 32"
         assert f"Repeat it with `{repeat}`." in card_of(hub)[1]
 
     def test_what_both_models_say_and_what_they_need_in_memory_stands_in_the_card(
