@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 # Address space of a thread: its stack (8 MiB by default), and some for what it holds.
 THREAD_BYTES = 9 << 20
@@ -24,7 +25,11 @@ def check_room(count: int, more: int = 0) -> None:
 
     In Python 3.11 a thread that finds no memory while it starts leaves the one that started it waiting for ever.
     """
-    bytearray(count * (THREAD_BYTES + more) + SPARE_BYTES)  # asked for and given back; its pages are never touched
+    size = count * (THREAD_BYTES + more) + SPARE_BYTES
+    try:
+        mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS).close()  # asked for and given back; no page is touched
+    except OSError as error:
+        raise MemoryError(f"no room for {count} more threads: {error.strerror}") from error
 
 
 @contextmanager
