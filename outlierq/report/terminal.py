@@ -316,8 +316,7 @@ def _add_divergence(table: Table, measured: Divergence | Mapping[str, Any]) -> N
     if len(errors) > 1:
         steps = [after / before if before > 0 else 0.0 for before, after in pairwise(errors)]
         most = max(range(len(steps)), key=steps.__getitem__) + 1
-        shown = f"{errors[0]:.2g} after block 0, {errors[-1]:.2g} after the last"
-        table.add_row("error of the hidden states", "", shown, f"grows most in block {most}")
+        table.add_row("error of hidden states", "", f"{errors[-1]:.2g}", f"most in block {most}")
 
 
 def _kinds(rows: Sequence[SiteRow]) -> Table:

@@ -37,7 +37,7 @@ def command(
 
     measured = demo.divergence
     shared.show(terminal.before_after(demo.report, measured))
-    typer.echo(f"measured on {measured.windows} windows of {measured.window_length} tokens of the {demo.text}\n")
+    typer.echo(f"measured on {measured.windows} windows of {measured.window_length} tokens: {demo.text}\n")
     typer.echo(f"prompt:  {demo.prompt}\nbefore:  {demo.before}\nafter:   {demo.after}")
     typer.echo(
         f"\nwritten and verified: {out}   (whole demo: {terminal.human_seconds(demo.seconds)}, "

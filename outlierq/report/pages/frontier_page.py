@@ -1,7 +1,6 @@
 """A frontier as one HTML file that needs nothing else: one drags a budget and sees what every layer becomes.
 
-As in the outlier report, everything from outside goes through Jinja's escaping, and the page's
-Content-Security-Policy runs only the script whose hash it names and lets nothing load from anywhere.
+It has the frame of all pages (`page.py`), and a script of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from outlierq import __version__
 from outlierq.core.errors import ArgumentError
 from outlierq.pipeline.asked.request import refuse_unwritable, write_file
 from outlierq.pipeline.fitting.frontier import Frontier
-from outlierq.report.pages.page import element_json, model_name, part, policy_hash, printable_value
+from outlierq.report.pages.page import element_json, model_name, part, render
 
 NATS = "Predicted from sensitivities: the sum over all layers of what rounding costs at the end of the model, in nats."
 NO_UNIT = (
@@ -24,28 +22,24 @@ NO_UNIT = (
 
 def frontier_page(frontier: Frontier, stats: Path | str) -> str:
     """The HTML text. stats: the folder of statistics, as the command on the page names it."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    script = part("frontier_page.js")
     data = frontier.to_dict() | {
         "stats": str(stats),
         "client_name": frontier.client.lower(),
         "recipe_text": frontier.recipe_text,
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=printable_value)
-    return environment.from_string(part("frontier_page.html")).render(
+    return render(
+        "frontier_page",
+        css=part("frontier_page.css"),
+        script="frontier_page.js",
         model=model_name(frontier.model),
         client=frontier.client,
         recipe=frontier.recipe,
         statistics=str(stats),
         lead=NATS if frontier.in_nats else NO_UNIT,
         loss_name="predicted KL per token, nats" if frontier.in_nats else "predicted loss, no unit",
-        version=__version__,
-        css=Markup(part("page.css")),
         data=Markup(element_json(data)),
-        script=Markup(script),
-        script_hash=Markup(policy_hash(script)),
     )
 
 

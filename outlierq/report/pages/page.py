@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def render(template: str, *, css: str = "", **content: Any) -> str:
-    """The page of `TEMPLATE.html`, which extends page.html. css: rules of its own after the shared ones."""
+def render(template: str, *, css: str = "", script: str = "page.js", **content: Any) -> str:
+    """The page of `TEMPLATE.html`, which extends page.html. css: rules of its own after the shared ones. script: the
+    file that it runs.
+    """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    script = part("page.js")
+    code = part(script)
     environment = Environment(
         loader=FunctionLoader(part),
         autoescape=True,
@@ -44,8 +46,8 @@ def render(template: str, *, css: str = "", **content: Any) -> str:
         **content,
         version=__version__,
         css=Markup(part("page.css") + css),
-        script=Markup(script),
-        script_hashes=Markup(policy_hash(script)),
+        script=Markup(code),
+        script_hashes=Markup(policy_hash(code)),
     )
 
 
