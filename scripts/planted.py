@@ -421,7 +421,7 @@ def _static() -> Iterator[tuple[str, Change]]:
     yield "input scale 0", _part(inputs, lambda t: t * 0)
     yield "input scale negative", _part(inputs, lambda t: -t)
     yield "input scale x100", _part(inputs, lambda t: t * 100)
-    yield "input scales exchanged", _swap(f"{SITE}.input_scale", "model.layers.1.mlp.down_proj.input_scale")
+    yield "input scales exchanged", _swap(f"{SITE}.input_scale", "model.layers.1.self_attn.o_proj.input_scale")
     yield "input scale missing", lambda copy: copy.tensors.pop(f"{SITE}.input_scale")
     yield from _compressed_tensors({}, {
         "inputs dynamic": partial(_in_group, "input_activations", "dynamic", True),
