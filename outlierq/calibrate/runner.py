@@ -24,6 +24,7 @@ from outlierq.calibrate.experts import routing
 from outlierq.calibrate.rounding import rounding_inputs
 from outlierq.core.errors import NumbersError, OutputError, SourceError, during
 from outlierq.core.forward import StopForward, forward_of, head_of, several_rounds, stopping_at_head
+from outlierq.core.masking import sees_later_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -327,6 +328,26 @@ class BlockRunner:
             self.weights.release("")
         assert hidden is not None, "there are no sequences"
         return hidden
+
+    def sees_later_tokens(self, ids: torch.Tensor) -> bool:
+        """Whether the first block lets tokens see later ones. ids: of one short sequence, [1, tokens]."""
+        import torch
+
+        name = self.structure.blocks[0].name
+        for part in ("", name):
+            self.weights.materialise(part)
+        try:
+            with torch.no_grad(), self._stubs() as stubs:
+                stubs[0].run_real = True
+
+                def first_block(ids: torch.Tensor) -> torch.Tensor:
+                    self._forward_model(ids)
+                    return hidden_of(stubs[0].returned, stubs[0].module)
+
+                return sees_later_tokens(first_block, ids)
+        finally:
+            for part in ("", name):
+                self.weights.release(part)
 
     def run(
         self,
@@ -692,12 +713,13 @@ class _Stub:
     """
 
     def __init__(self, module: torch.nn.Module):
-        self.forward = module.forward
+        self.module, self.forward = module, module.forward
         self.is_last = self.run_real = self.copies = self.zeros = False
         self.calls = 0
         self.wrap = Wrap()
         self.received: torch.Tensor | None = None
         self.given: torch.Tensor | None = None
+        self.returned: Returned | None = None
         self.call: Call | None = None
 
     def reset(self, wrap: Wrap, *, copies: bool = False) -> None:
@@ -711,7 +733,8 @@ class _Stub:
         self.call = self.wrap.marked(call)
         self.calls += 1
         if self.run_real:
-            self.wrap = Wrap.of(self.forward(*args, **kwargs))
+            self.returned = self.forward(*args, **kwargs)
+            self.wrap = Wrap.of(self.returned)
             raise StopForward
         if self.is_last:
             raise StopForward

@@ -5,6 +5,9 @@ arXiv:2210.17323, section 4); each window begins as the tokenizer begins a text,
 that never saw a text without its begin-of-text token loses half of its quality without it. Not comparable with
 lm-eval's word perplexity.
 
+Models that see later tokens are asked for hidden ones instead (`core/masking.py`): the mean over windows of the mean
+loss of what is hidden bounds the likelihood of the text (LLaDA, arXiv:2502.09992, equation 3).
+
 Both models run side by side, batch by batch, and only sums are kept: caching the reference's logits instead would
 save its second run, but takes 2 bytes x tokens x vocabulary (20 GB for WikiText-2 at 32 k).
 """
@@ -16,10 +19,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import NumbersError, OutlierqError
 from outlierq.core.forward import forward_of
+from outlierq.core.masking import PROBE_TOKENS, Hidden, sees_later_tokens
 from outlierq.core.windows import begun, check_ids, check_length, room_beside
 from outlierq.evaluate.depth import HiddenDifference
 
@@ -29,18 +34,21 @@ if TYPE_CHECKING:
 # Elements of one float32 log-softmax at a time: 8 MiB; about four such tensors live at once.
 # Larger ones do not stay in a cache and take half as much time again.
 CHUNK_ELEMENTS = 1 << 21
+SHIFT_WINDOWS = 4  # that say whether a hidden token is predicted at its place, or at the one before
 
 
 @dataclass(frozen=True)
 class Divergence:
     """How well a model predicts a text, and how far it is from a reference; None where no reference was given.
 
-    tokens: predicted tokens, windows * (window_length - 1); half of that as llama.cpp counts. perplexity: exp of the
+    tokens: predicted tokens, windows * (window_length - 1); half of that as llama.cpp counts, and the hidden ones of a
+    masked-diffusion model. perplexity: exp of the
     mean negative log-likelihood. kl_per_token: mean of KL(reference || model) in nats; kl_standard_error: over windows,
     None for a single window. top1_agreement: share of positions with the same most likely token, 0..1.
     flips_to_wrong: positions where the reference's most likely token is the true one and the model's is not;
     flips_to_right: the reverse. seconds: wall time of the whole measurement, both models. opening: the tokens that
-    every window begins with, among its window_length; empty where it begins with text.
+    every window begins with, among its window_length; empty where it begins with text. hidden_behind: the mask token,
+    where hidden tokens were predicted; shift: how many places before its own a token is predicted then.
     hidden_errors: after each block, squared difference of the hidden states over the power of the reference's; empty
     where the models have no blocks in common that are known.
     """
@@ -58,16 +66,22 @@ class Divergence:
     flips_to_right: int | None = None
     opening: str = ""
     hidden_errors: tuple[float, ...] = ()
+    hidden_behind: str = ""
+    shift: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
-        return asdict(self) | {"hidden_errors": list(self.hidden_errors)}
+        values = asdict(self) | {"hidden_errors": list(self.hidden_errors)}
+        return (
+            values if self.hidden_behind else {k: v for k, v in values.items() if k not in ("hidden_behind", "shift")}
+        )
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Sums over the predicted tokens of one window, in nats and positions."""
+    """Sums over the predicted tokens of one window, in nats and positions. count: how many there are."""
 
+    count: int
     nll: float
     reference_nll: float = 0.0
     kl: float = 0.0
@@ -81,10 +95,13 @@ def measure(
     ids: torch.Tensor,
     *,
     reference: torch.nn.Module | None = None,
+    hidden: Hidden | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergence:
     """Perplexity of `model` on `ids`, and its divergence from `reference` when one is given.
+
+    hidden: the tokens to be predicted, instead of every next one (see `prediction_shift`).
 
     ids: [windows, length] int64. batch_size: windows in one forward pass; it bounds the logits held at a time
     ([batch, length, vocabulary] in the model's dtype, twice with a reference).
@@ -95,6 +112,7 @@ def measure(
 
     _check_ids(model, ids)
     start = time.perf_counter()
+    asked = _asked(reference or model, ids, hidden)
     windows: list[_Window] = []
     depths = HiddenDifference()
     with ExitStack() as stack:
@@ -104,33 +122,87 @@ def measure(
                 stack.enter_context(evaluating(module))
         if reference is not None and reference is not model:
             stack.enter_context(depths.watching(model, reference))
-        for batch in ids.split(batch_size):
+        for batch in asked.inputs.split(batch_size):
             reference_logits = None if reference is None else _logits(reference, batch)
             logits = _logits(model, batch)
             depths.batch_done()
-            for row, target in enumerate(batch[:, 1:]):
-                beside = None if reference_logits is None else reference_logits[row]
-                windows.append(_measure_window(len(windows), logits[row], beside, target))
+            for row in range(len(batch)):
+                places, target = asked.of_window(len(windows))
+                beside = None if reference_logits is None else reference_logits[row][places]
+                windows.append(_measure_window(len(windows), logits[row][places], beside, target))
             if progress is not None:
                 progress(len(windows), len(ids))
     summary = _summarise(windows, ids.shape[1], reference is not None, time.perf_counter() - start)
-    return replace(summary, hidden_errors=depths.relative)
+    return replace(summary, hidden_errors=depths.relative, shift=asked.shift)
 
 
-def measure_scores(
-    scored: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]], length: int, positions: int
-) -> Divergence:
+def model_sees_later_tokens(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Whether a token of a text, [windows, length], changes what the model says before it."""
+    import torch
+
+    with torch.inference_mode(), evaluating(model):
+        return sees_later_tokens(partial(_logits, model), ids[:1, :PROBE_TOKENS])
+
+
+def _asked(model: torch.nn.Module, ids: torch.Tensor, hidden: Hidden | None) -> _NextTokens | _HiddenTokens:
+    """What is predicted of windows [windows, length]."""
+    return _NextTokens(ids) if hidden is None else _HiddenTokens(ids, hidden, prediction_shift(model, ids, hidden))
+
+
+class _NextTokens:
+    """Every token but the first is predicted from the place before it. inputs: what models get, [windows, length]."""
+
+    shift = 1
+
+    def __init__(self, ids: torch.Tensor):
+        self.inputs = ids
+
+    def of_window(self, number: int) -> tuple[Any, torch.Tensor]:
+        """Which logits [length, vocabulary] of a window count, and the true tokens there."""
+        return slice(None, -1), self.inputs[number, 1:]
+
+
+class _HiddenTokens:
+    """The hidden tokens are predicted, `shift` places before their own. inputs: as above."""
+
+    def __init__(self, ids: torch.Tensor, hidden: Hidden, shift: int):
+        self.ids, self.hidden, self.shift = ids, hidden, shift
+        self.inputs = hidden.over(ids)
+
+    def of_window(self, number: int) -> tuple[Any, torch.Tensor]:
+        """As above."""
+        places = self.hidden.places[number].nonzero().flatten()
+        return places - self.shift, self.ids[number, places]
+
+
+def prediction_shift(model: torch.nn.Module, ids: torch.Tensor, hidden: Hidden) -> int:
+    """How many places before its own a model predicts a hidden token: 0, or 1 where it was made of one that predicts
+    the next token (Dream); on a few windows, what is likelier."""
+    import torch
+
+    losses = [0.0, 0.0]
+    tokens = [_HiddenTokens(ids, hidden, shift) for shift in (0, 1)]
+    with torch.inference_mode(), evaluating(model):
+        for number, batch in enumerate(tokens[0].inputs[:SHIFT_WINDOWS].split(1)):
+            logits = _logits(model, batch)[0]
+            for asked in tokens:
+                places, target = asked.of_window(number)
+                losses[asked.shift] += _measure_window(number, logits[places], None, target).nll
+    return int(losses[1] < losses[0])
+
+
+def measure_scores(scored: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]], length: int) -> Divergence:
     """The same of logits that another program computed, window by window.
 
     scored: logits [positions, vocabulary], the reference's or None, and the true tokens [positions] of each window.
-    length: of the windows, of which so many positions are scored. OutlierqError, NumbersError as above.
+    length: of the windows, of which some positions are scored. OutlierqError, NumbersError as above.
     """
     start, compared = time.perf_counter(), False
     windows: list[_Window] = []
     for logits, reference, target in scored:
         windows.append(_measure_window(len(windows), logits, reference, target))
         compared = reference is not None
-    return _summarise(windows, length, compared, time.perf_counter() - start, positions)
+    return _summarise(windows, length, compared, time.perf_counter() - start)
 
 
 def text_windows(
@@ -175,11 +247,11 @@ def _check_ids(model: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 def _logits(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """[batch, length - 1, vocabulary]: the logits that predict tokens 1..L-1."""
+    """[batch, length, vocabulary]: the logits at every place."""
     parameter = next(module.parameters(), batch)
     with forward_of(module, "evaluate"):
         logits: torch.Tensor = module(input_ids=batch.to(parameter.device), use_cache=False).logits
-    return logits[:, :-1]
+    return logits
 
 
 def _measure_window(index: int, logits: torch.Tensor, reference: torch.Tensor | None, target: torch.Tensor) -> _Window:
@@ -199,7 +271,7 @@ def _measure_window(index: int, logits: torch.Tensor, reference: torch.Tensor | 
     if not all(map(math.isfinite, sums)):
         raise NumbersError(f"the likelihood or the KL divergence of window {index} is infinite")
     nll, reference_nll, kl, *counts = sums
-    return _Window(nll, reference_nll, kl, *map(int, counts))
+    return _Window(len(target), nll, reference_nll, kl, *map(int, counts))
 
 
 def _measure_chunk(
@@ -241,28 +313,30 @@ def _kl(reference_logp: torch.Tensor, logp: torch.Tensor) -> float:
     return float(difference.mul_(reference_logp.exp()).sum(-1).double().sum())
 
 
-def _summarise(
-    windows: list[_Window], length: int, compared: bool, seconds: float, positions: int | None = None
-) -> Divergence:
-    """Means over all predicted tokens. positions: of a window, all but the first when nothing else is said."""
-    positions = length - 1 if positions is None else positions
-    tokens = len(windows) * positions
-    perplexity = _perplexity(sum(w.nll for w in windows) / tokens)
+def _summarise(windows: list[_Window], length: int, compared: bool, seconds: float) -> Divergence:
+    """Means over windows of the means over their predicted tokens."""
+    tokens = sum(w.count for w in windows)
+    perplexity = _perplexity(_mean([w.nll / w.count for w in windows]))
     alone = Divergence(
         perplexity=perplexity, tokens=tokens, windows=len(windows), window_length=length, seconds=seconds
     )
     if not compared:
         return alone
-    per_window = [w.kl / positions for w in windows]
+    per_window = [w.kl / w.count for w in windows]
     return replace(
         alone,
-        reference_perplexity=_perplexity(sum(w.reference_nll for w in windows) / tokens),
-        kl_per_token=sum(per_window) / len(per_window),
+        reference_perplexity=_perplexity(_mean([w.reference_nll / w.count for w in windows])),
+        kl_per_token=_mean(per_window),
         kl_standard_error=_standard_error(per_window),
         top1_agreement=sum(w.agreements for w in windows) / tokens,
         flips_to_wrong=sum(w.flips_to_wrong for w in windows),
         flips_to_right=sum(w.flips_to_right for w in windows),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Their mean."""
+    return sum(values) / len(values)
 
 
 def _perplexity(nll_per_token: float) -> float:
@@ -276,6 +350,6 @@ def _standard_error(values: list[float]) -> float | None:
     """Standard error of the mean, None for a single value."""
     if len(values) < 2:
         return None
-    mean = sum(values) / len(values)
+    mean = _mean(values)
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     return math.sqrt(variance / len(values))

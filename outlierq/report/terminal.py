@@ -156,9 +156,10 @@ def divergence(measured: Divergence | Mapping[str, Any]) -> RenderableType:
 
 
 def begun_with(measured: Mapping[str, Any]) -> str:
-    """How windows begin, as the end of a sentence about them; empty where they begin with text."""
-    opening = measured.get("opening")
-    return f", each begun with {opening} as the tokenizer begins a text" if opening else ""
+    """How windows begin and what is hidden of them, as the end of a sentence about them; empty for text as it is."""
+    opening, mask = measured.get("opening"), measured.get("hidden_behind")
+    said = f", each begun with {opening} as the tokenizer begins a text" if opening else ""
+    return f"{said}, a random share of each hidden behind {mask} and predicted" if mask else said
 
 
 def evaluation(measured: Evaluation) -> list[RenderableType]:

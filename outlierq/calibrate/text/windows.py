@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from outlierq.calibrate.text.files import MOST_BYTES, Columns, Row, file_rows, f
 from outlierq.core.errors import StatsError, during, nearest
 from outlierq.core.machine.installed import needs_extra
 from outlierq.core.machine.untrusted import brief
+from outlierq.core.masking import hidden_at_random
 from outlierq.core.measured.block_stats import MASS_COLUMNS
 from outlierq.core.notes import collecting, note
 from outlierq.core.windows import begun, opening_tokens, room_beside
@@ -37,6 +38,7 @@ LEAST_JUDGED = 32
 LEAST_DIFFERENT = 4
 FEW_DIFFERENT = 64
 FEW_JUDGED = 1024
+HIDDEN = ", a random share of each window hidden behind the mask token"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class TokenSet:
     """Token windows. ids: LongTensor [samples, sequence_length]. fingerprint: sha256 hex of ids and settings.
 
     notes: what was left out of the text, or is unusual about it. inputs: what the model gets beside the tokens of each
-    window, by argument (`calibrate/text/images.py`); empty where no window has an image.
+    window, by argument (`calibrate/text/images.py`); empty where no window has an image. masked: whether tokens are
+    hidden, as masked-diffusion models read a text.
     """
 
     ids: torch.Tensor
@@ -52,6 +55,13 @@ class TokenSet:
     description: str
     notes: tuple[str, ...] = ()
     inputs: tuple[Mapping[str, torch.Tensor], ...] = ()
+    masked: bool = False
+
+    def hidden_behind(self, token: int, opening: int, seed: int | None) -> TokenSet:
+        """The same with a random share of every window hidden behind a mask token (`core.masking`)."""
+        ids = hidden_at_random(self.ids, token, opening, seed).over(self.ids)
+        digest = hashlib.sha256(self.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
+        return replace(self, ids=ids, fingerprint=digest, description=f"{self.description}{HIDDEN}", masked=True)
 
 
 @dataclass(frozen=True)

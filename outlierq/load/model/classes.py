@@ -57,8 +57,10 @@ def _auto_class(checkpoint: Checkpoint, config: PreTrainedConfig) -> type[_BaseA
     import transformers
 
     autos = [getattr(transformers, name) for name in AUTO_CLASSES]
-    own = getattr(config, "auto_map", None) if checkpoint.trust_remote_code else None
-    return next((auto for auto in autos if auto.__name__ in (own or {}) or type(config) in auto._model_mapping), None)
+    own = (getattr(config, "auto_map", None) if checkpoint.trust_remote_code else None) or {}
+    usual = next((auto for auto in autos if auto.__name__ in own or type(config) in auto._model_mapping), None)
+    # Code that comes with a model may know but one class, with its head (Dream).
+    return transformers.AutoModel if usual is None and "AutoModel" in own else usual
 
 
 def own_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:

@@ -20,6 +20,8 @@ from outlierq.pipeline.processes.sharding import all_of_lead, dealt
 from outlierq.pipeline.remodel.rewrite import changing_method, new_shifts, original_of
 from outlierq.recipe import Calibration, Learn
 
+MASKED = "the model sees later tokens: calibrated on text with a random share of each window behind its mask token"
+
 
 def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
     """How groups are dealt to ranks: by their cost, but to the lead alone where channels change their order.
@@ -93,7 +95,7 @@ def stats_source(
     learns = recipe.learn is not None
     asked = Asked(stored_fields(needs), folds, rounded_inputs(plan), learns, owners_for(plan))
     source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)
-    source.remark = remark
+    source.remark = "; ".join(filter(None, [remark, MASKED if tokens.masked else ""]))
     return source
 
 

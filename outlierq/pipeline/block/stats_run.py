@@ -359,7 +359,8 @@ class StatsFromRun:
         return Collector(
             module,
             [g for g in groups if g.sites and self.fields & ALL_FIELDS],
-            self.fields,
+            # The first token counts as any other where none is seen by all.
+            self.fields - {"first_rows"} if self.tokens.masked else self.fields,
             Sequences(self.settings.sequence_length, self.settings.skip_first_tokens, shard.text.ids),
             reservoir=max(1, (number + 1) * ROWS // self._count - number * ROWS // self._count),
             seed=(self.settings.seed or 0) + number,
@@ -566,7 +567,24 @@ def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
     if settings.images is not None:
         tokens = _with_images(model, tokens, settings.images, tokenizer)
     check_ids(model.skeleton, tokens.ids, len(tokenizer))
-    return tokens
+    return tokens if tokens.inputs else _as_the_model_reads(model, tokens, settings, tokenizer)
+
+
+def _as_the_model_reads(model: StudiedModel, tokens: TokenSet, settings: Calibration, tokenizer: Any) -> TokenSet:
+    """The windows as they are, or partly hidden for a model that sees later tokens: it reads no others.
+
+    A model with a mask token is asked, by its first block. SourceError for a mask token that the tokenizer lacks.
+    """
+    from outlierq.core.masking import PROBE_TOKENS, mask_token
+    from outlierq.core.windows import limit_of, opening_tokens
+
+    if tokenizer.mask_token_id is None and limit_of(model.skeleton, "mask_token_id") is None:
+        return tokens
+    run = StatsFromRun(model, tokens, settings, Path(tempfile.gettempdir()), asked=Asked(frozenset(), folds=False))
+    if not run.shards[0].runner.sees_later_tokens(tokens.ids[:1, :PROBE_TOKENS]):
+        return tokens
+    token = mask_token(model.skeleton, tokenizer, model.checkpoint.source)
+    return tokens if token is None else tokens.hidden_behind(token, len(opening_tokens(tokenizer)), settings.seed)
 
 
 def _with_images(model: StudiedModel, tokens: TokenSet, images: Section, tokenizer: Any) -> TokenSet:

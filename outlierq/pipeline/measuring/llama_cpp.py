@@ -51,7 +51,7 @@ def measure_with_llama_cpp(
         beside = None if reference is None else stack.enter_context(closing(_opened(reference, measurement)))
         windows = _windows(model, content, measurement)
         scored = _scored(model, beside, windows, length // 2, resources)
-        figures = measure_scores(scored, length, length - 1 - length // 2)
+        figures = measure_scores(scored, length)
     return Evaluation(
         {
             "results_version": RESULTS_VERSION,

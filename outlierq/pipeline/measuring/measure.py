@@ -306,6 +306,7 @@ def _divergence(
 
 def _samples(side: _Side, original: _Side | None) -> list[dict[str, str | None]]:
     """What both say to each prompt."""
+    evaluation.check_continues(side.model, "--generate")
     return [
         {"prompt": prompt, "before": None if original is None else original.says(prompt), "after": side.says(prompt)}
         for prompt in PROMPTS
@@ -325,6 +326,7 @@ def _tasks(side: _Side, measurement: Measurement) -> dict[str, Any]:
         model, tokenizer = Served(folder, side.checkpoint.trust_remote_code), None
     else:
         model, tokenizer = side.model, side.tokenizer
+        evaluation.check_continues(model, "--tasks")
     return evaluation.run_tasks(
         model, tokenizer, measurement.tasks, data_dir=measurement.data_dir, **_task_options(measurement)
     )

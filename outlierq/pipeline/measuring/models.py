@@ -14,6 +14,7 @@ from outlierq.pipeline.asked.events import Event, Listener, silent
 if TYPE_CHECKING:
     import torch
 
+    from outlierq.core.masking import Hidden
     from outlierq.evaluate.divergence import Divergence
     from outlierq.evaluate.tasks import Served
 
@@ -45,10 +46,26 @@ def load_for_evaluation(
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a text, [windows, length], and the tokens that each begins with."""
+    """Windows of a text, [windows, length], and the tokens that each begins with. tokenizer, source: of the model."""
 
     ids: torch.Tensor
-    opening: str = ""
+    opening: str
+    tokenizer: Any
+    source: str
+
+    def hidden_from(self, model: torch.nn.Module) -> Hidden | None:
+        """What is hidden of them for a model that sees later tokens; None for all others. SourceError when such a model
+        has no mask token."""
+        from outlierq.core.masking import hidden_at_random, mask_token, no_mask_token
+        from outlierq.core.windows import opening_tokens
+        from outlierq.evaluate.divergence import model_sees_later_tokens
+
+        if not model_sees_later_tokens(model, self.ids):
+            return None
+        token = mask_token(model, self.tokenizer, self.source)
+        if token is None:
+            raise no_mask_token(self.source)
+        return hidden_at_random(self.ids, token, len(opening_tokens(self.tokenizer)) if self.opening else 0)
 
 
 def checked_windows(
@@ -79,7 +96,7 @@ def checked_windows(
     opening = opening_tokens(tokenizer) if bos else []
     ids = text_windows(tokenizer, text, window_length, windows, opening)
     check_ids(model, ids, len(tokenizer))
-    return Windows(ids, "".join(tokenizer.convert_ids_to_tokens(opening)))
+    return Windows(ids, "".join(tokenizer.convert_ids_to_tokens(opening)), tokenizer, checkpoint.source)
 
 
 def measure_windows(
@@ -89,13 +106,33 @@ def measure_windows(
     reference: torch.nn.Module | None = None,
     listen: Listener = silent,
 ) -> Divergence:
-    """Perplexity on windows, and with a reference KL per token, top-1 agreement and flips."""
+    """Perplexity on windows, and with a reference KL per token, top-1 agreement and flips.
+
+    Of a model that sees later tokens, hidden tokens are asked, not the next ones.
+    """
     from outlierq.evaluate.divergence import measure
 
     def progress(done: int, total: int) -> None:
         listen(Event("evaluate", done, total))
 
-    return replace(measure(model, windows.ids, reference=reference, progress=progress), opening=windows.opening)
+    hidden = windows.hidden_from(reference or model)
+    measured = measure(model, windows.ids, reference=reference, hidden=hidden, progress=progress)
+    behind = "" if hidden is None else windows.tokenizer.convert_ids_to_tokens(hidden.token)
+    return replace(measured, opening=windows.opening, hidden_behind=behind)
+
+
+def check_continues(model: torch.nn.Module, asked: str) -> None:
+    """OutlierqError for a model that sees later tokens, which is asked for what only one that continues a text does."""
+    import torch
+
+    from outlierq.core.masking import PROBE_TOKENS
+    from outlierq.evaluate.divergence import model_sees_later_tokens
+
+    if model_sees_later_tokens(model, torch.arange(PROBE_TOKENS)[None]):
+        raise OutlierqError(
+            f"the model sees later tokens and fills in hidden ones; {asked} asks it to continue a text",
+            hint=f"leave {asked} out: perplexity and KL divergence are those of hidden tokens",
+        )
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
