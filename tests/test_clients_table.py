@@ -11,6 +11,7 @@ from outlierq.core.scheme import ActivationScheme, CacheScheme, QuantScheme
 from outlierq.export.clients import (
     Mixture,
     _properties,
+    as_whole,
     cache_facts,
     client_facts,
     expert_facts,
@@ -18,6 +19,7 @@ from outlierq.export.clients import (
     with_class,
     with_layers,
 )
+from outlierq.pipeline.fitting.sweep import SweepRow
 
 TOGETHER = {"several", "some_asymmetric", "count", "merged", "read", "mixed", "biased"}
 FLOAT = QuantScheme(8, None, kind="float")
@@ -73,6 +75,18 @@ def test_experts_that_a_class_takes_in_one_tensor_only_are_said_not_to_load():
     assert len(lines) == 3 and all("does not load them" in line for line in lines)
     read = expert_facts([QuantScheme(4, 128)], Mixture("GraniteMoeForCausalLM", is_merged=False))
     assert "does not load them" in read[0] and "its loader takes them" in read[1] and "not tried" in read[2]
+
+
+def test_a_client_that_loads_all_but_the_experts_is_not_said_to_load():
+    said = ["transformers 5.23 with compressed-tensors 0.20: loads", "vLLM 0.33: loads", "vLLM 0.32: loads (slowly)"]
+    experts = ["transformers 5.23, experts: does not load them", "vLLM 0.33, experts: not tried"]
+    assert as_whole(said + experts) == ["vLLM 0.32: loads (slowly)", *experts]
+    loaded = ["transformers 5.23, experts: loads (decoded)"]
+    assert as_whole(said + loaded) == said + loaded
+    fault = ["vLLM 0.33: does not load 3 bits", "vLLM 0.33, experts: not tried"]
+    assert as_whole(fault) == fault
+    assert SweepRow("gptq-w4", "", clients=as_whole(said + experts)).loads_in == "vLLM 0.32"
+    assert SweepRow("gptq-w4", "", clients=[*said, *loaded]).loads_in.count("transformers") == 1
 
 
 def test_experts_of_a_block_that_differ_and_experts_with_biases_are_told():

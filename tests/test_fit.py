@@ -207,6 +207,8 @@ def test_a_mixture_that_no_version_of_the_client_loads_is_refused():
     check_loads(vllm, ["vLLM 0.32 (CPU build): does not load it: x", "vLLM 0.33 (GPU): loads", "transformers: loads"])
     with pytest.raises(RecipeError, match="does not load it: two"):
         check_loads(vllm, ["vLLM 0.32: does not load it: one", "vLLM 0.33: does not load it: two", "other: loads"])
+    with pytest.raises(RecipeError, match="wrongly"):
+        check_loads(CLIENTS["transformers"], ["transformers, experts: reads nvfp4 experts wrongly", "vLLM: loads"])
 
 
 def test_a_cache_of_eight_bits_leaves_more_of_a_card(tiny_llama, stats):

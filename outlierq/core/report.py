@@ -153,6 +153,7 @@ class Report(Shown):
     seconds: stage -> wall time. peak_bytes: largest resident memory, None where the system does not tell.
     evaluation: what was measured on the output, None when nothing was.
     record: what was written, to the byte (`core/machine/record.py`), None in reports of versions that kept none.
+    clients: which programs load it, one line each; empty in reports of versions that kept none.
     """
 
     model: str
@@ -176,6 +177,7 @@ class Report(Shown):
     evaluation: Evaluation | None = None
     record: dict[str, Any] | None = None
     quantized_share: float | None = None
+    clients: tuple[str, ...] = ()
 
     @property
     def size(self) -> Sizes:
@@ -200,7 +202,7 @@ class Report(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON can hold, with the version of this layout."""
         values = asdict(self)
-        lists = {name: list(values[name]) for name in ("rows", "transforms", "notes")}
+        lists = {name: list(values[name]) for name in ("rows", "transforms", "notes", "clients")}
         return whole_characters({"report_version": REPORT_VERSION, **values, **lists})
 
     @classmethod

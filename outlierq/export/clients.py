@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Fact = Mapping[str, Any]
 
+EXPERTS = ", experts"  # follows the name of a client in what it says of the experts of a mixture
 KERNEL_BLOCK = (128, 128)  # the only block that vLLM's kernels know
 
 
@@ -181,6 +182,17 @@ def with_experts_remedy(lines: Sequence[str], remedy: str) -> list[str]:
     """The lines about experts, that of transformers with what helps where it does not load them."""
     is_lost = [line.startswith("transformers") and ": does not load" in line and bool(remedy) for line in lines]
     return [f"{line}; {remedy}" if lost else line for line, lost in zip(lines, is_lost, strict=True)]
+
+
+def as_whole(lines: Sequence[str]) -> list[str]:
+    """The lines of clients without what one says of other linears where it is not known to load the experts as well."""
+    parts = [line.partition(": ") for line in lines]
+    lost = [name.partition(EXPERTS)[0] for name, _, what in parts if EXPERTS in name and not what.startswith("loads")]
+    return [
+        line
+        for line, (name, _, what) in zip(lines, parts, strict=True)
+        if EXPERTS in name or not what.startswith("loads") or not name.startswith(tuple(lost))
+    ]
 
 
 def _layer_faults(merged: Mapping[str, Any], sites: Mapping[LinearSite, QuantScheme | None]) -> list[str]:

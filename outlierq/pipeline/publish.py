@@ -271,8 +271,10 @@ def _gate(folder: Path, report: Report, limits: Limits, trust_remote_code: bool)
     return rows
 
 
-def _clients(report: Report) -> list[str]:
-    """What is known to load the format with these schemes."""
+def _clients(report: Report) -> Sequence[str]:
+    """What is known to load it: as the run said, or else what is known of the format with these schemes."""
+    if report.clients:
+        return report.clients
     from outlierq.export import format_type
     from outlierq.recipe import Recipe
 

@@ -21,7 +21,7 @@ def advice(made: Recommendation) -> list[RenderableType]:
     memory = "" if card.memory is None else f", {human_bytes(card.memory)}"
     head = Text(printable(f"{made.model} for {made.client} on {card.name} ({card.words}{memory})"), style="bold")
     parts = [part for number, each in enumerate(made.suggestions, 1) for part in _suggestion(number, each)]
-    others = [f"not {name}: {why}" for name, why in made.refused.items()]
+    others = [f"not {line}" for line in made.passed_over]
     dated = f"facts of {made.checked}; no card was measured here"
     return [head, *parts, *_notes([*made.remarks, *others, dated])]
 

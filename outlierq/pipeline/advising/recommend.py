@@ -78,6 +78,11 @@ class Recommendation(Shown):
     remarks: tuple[str, ...]
     checked: str
 
+    @property
+    def passed_over(self) -> list[str]:
+        """The refused recipes, those with one reason together."""
+        return _by_reason(self.refused)
+
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
         card = {"name": self.card.name, "words": self.card.words, "memory": self.card.memory}
@@ -298,12 +303,20 @@ def _common(suggestions: Sequence[Suggestion]) -> list[str]:
 
 def _nothing(source: Source, card: Card, client: str, refused: Mapping[str, str]) -> OutlierqError:
     """That no recipe works, and why not."""
-    said = "\n".join(f"  {name}: {why}" for name, why in refused.items())
+    said = "\n".join(f"  {line}" for line in _by_reason(refused))
     others = " or ".join(f"--for {name}" for name in CLIENTS if name != client)
     return OutlierqError(
         f"no recipe that is known for {client} on {card.name} works for {source.name}:\n{said}",
         hint=f"try {others}, or another --gpu",
     )
+
+
+def _by_reason(refused: Mapping[str, str]) -> list[str]:
+    """The recipes that were passed over, those with one reason together: "a, b: why"."""
+    names: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        names.setdefault(why, []).append(name)
+    return [f"{', '.join(together)}: {why}" for why, together in names.items()]
 
 
 def _known(name: str, names: list[str], argument: str, kind: str) -> str:

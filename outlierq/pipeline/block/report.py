@@ -71,6 +71,7 @@ def make_report(
         quantized_share=plan.quantized_share,
         seconds=dict(journal.seconds + clock.seconds),
         peak_bytes=peak_bytes(),
+        clients=tuple(plan.clients),
     )
 
 

@@ -114,7 +114,7 @@ def written(space: Space, chosen: Chosen, held: str, prediction: Prediction) -> 
 
 
 def check_loads(client: Client, lines: Sequence[str]) -> None:
-    """RecipeError when a plan's clients say of every version of this one that it does not load the result."""
+    """RecipeError when every version of a client is said, by a plan's lines, not to load it, or to read it wrongly."""
     said = [line for line in lines if line.startswith(client.word)]
-    if said and all("does not load" in line for line in said):
+    if said and all("does not load" in line or " wrongly" in line for line in said):
         raise RecipeError(said[-1], hint="choose among other numbers by --numbers, or take another --client")

@@ -22,6 +22,7 @@ from outlierq.core.machine.own_files import write_atomically
 from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Evaluation, Report
+from outlierq.export.clients import EXPERTS
 from outlierq.load import check_recorded, open_checkpoint
 from outlierq.pipeline.asked.request import Source, folder_of, write_file
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -66,7 +67,7 @@ class SweepRow:
     def loads_in(self) -> str:
         """The clients that load the result, by their first words."""
         lines = (line.partition(": ") for line in self.clients)
-        return ", ".join(name for name, _, what in lines if what.startswith("loads"))
+        return ", ".join(name for name, _, what in lines if what.startswith("loads") and EXPERTS not in name)
 
 
 @dataclass(frozen=True)

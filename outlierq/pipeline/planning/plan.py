@@ -17,6 +17,7 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.export import Format, format_type
 from outlierq.export.clients import (
     PackedFault,
+    as_whole,
     with_class,
     with_class_names,
     with_experts_remedy,
@@ -319,7 +320,7 @@ class Plan(Shown):
         if any(experts.values()):
             of_experts = self.format.expert_clients(set(experts.values()), mixture(self.model, experts))
             said += with_experts_remedy(of_experts, self.experts_remedy)
-        said = with_class(said, architecture(self.model))
+        said = as_whole(with_class(said, architecture(self.model)))
         return with_class_names(said) if self.recipe.export.names == "class" else said
 
     @property
