@@ -1,6 +1,7 @@
-"""What learned rounding is worth: our recipes beside AutoRound, on one model, with the same tokens and scheme.
+"""Our recipes beside AutoRound and llm-compressor's GPTQ: KL on one model, with the same tokens and scheme.
 
-    python benchmarks/tune.py MODEL --calibration TEXT --judge TEXT --autoround-python PYTHON -o RESULT.json
+    python benchmarks/tune.py MODEL --calibration TEXT --judge TEXT --autoround-python PYTHON \\
+        --llmcompressor-python PYTHON -o RESULT.json
 
 Each run is a process of its own, whose CPU seconds are counted; one program judges all results, by KL against the
 original on text that no run has seen. `--reuse FOLDER` keeps what was finished there. `--tuned` also tunes every result
@@ -12,6 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from measure import measure
@@ -23,7 +25,7 @@ from outlierq.load import load_tokenizer, open_checkpoint
 
 LIMITS = {4: 0.85, 3: 0.9, 2: 1.0}  # KL of our best recipe over AutoRound's, by bits
 TUNED = "-tuned"
-PEER = Path(__file__).parent / "peers" / "autoround_run.py"
+PEERS = Path(__file__).parent / "peers"
 
 
 def write_tokens(asked: argparse.Namespace, file: Path) -> None:
@@ -63,11 +65,18 @@ def gained(rows: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def peer_command(asked: argparse.Namespace, iterations: int, bits: int, tokens: Path, out: Path) -> list[str]:
-    """The command line of AutoRound."""
-    scheme = ["--bits", str(bits), "--group-size", str(asked.group_size), "--iterations", str(iterations)]
+def peer_commands(asked: argparse.Namespace, bits: int, tokens: Path, work: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The results of the peers that are there, and the command line of each."""
+    scheme = ["--bits", str(bits), "--group-size", str(asked.group_size)]
     scheme += ["--asymmetric"] if asked.asymmetric else []
-    return [asked.autoround_python, str(PEER), str(asked.model), str(tokens), str(out), *scheme]
+    if asked.llmcompressor_python:
+        out = work / f"llmcompressor-gptq-{bits}bit"
+        program = [asked.llmcompressor_python, str(PEERS / "llmcompressor_run.py"), str(asked.model), str(tokens)]
+        yield out, [*program, str(out), *scheme, "--method", "gptq"]
+    for iterations in asked.iterations if asked.autoround_python else ():
+        out = work / f"autoround-{iterations}-{bits}bit"
+        program = [asked.autoround_python, str(PEERS / "autoround_run.py"), str(asked.model), str(tokens)]
+        yield out, [*program, str(out), *scheme, "--iterations", str(iterations)]
 
 
 def run(asked: argparse.Namespace, command: list[str], out: Path) -> dict:
@@ -89,11 +98,14 @@ def run(asked: argparse.Namespace, command: list[str], out: Path) -> dict:
 
 
 def compared(asked: argparse.Namespace, rows: dict[str, dict], bits: int) -> dict | None:
-    """Our best recipe over AutoRound with the first number of iterations, on the first text."""
-    text, rival = asked.judge[0].name, f"autoround-{asked.iterations[0]}-{bits}bit"
+    """Our best recipe over the better peer, AutoRound with the first number of iterations, on the first text."""
+    text = asked.judge[0].name
+    names = f"autoround-{asked.iterations[0]}-{bits}bit", f"llmcompressor-gptq-{bits}bit"
+    rivals = [name for name in names if name in rows]
     ours = {f"{recipe}-{bits}bit": rows[f"{recipe}-{bits}bit"] for recipe in asked.recipes}
-    if rival not in rows or not ours:
+    if not rivals or not ours:
         return None
+    rival = min(rivals, key=lambda name: rows[name]["kl"][text])
     best = min(ours, key=lambda name: ours[name]["kl"][text])
     ratio = rows[best]["kl"][text] / rows[rival]["kl"][text]
     cpu = rows[best]["cost"]["cpu_seconds"] / rows[rival]["cost"]["cpu_seconds"]
@@ -108,6 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True, help="text file that all runs calibrate on")
     parser.add_argument("--judge", type=Path, nargs="+", required=True, help="text files; the first one decides")
     parser.add_argument("--autoround-python", help="Python of the environment with AutoRound; ours alone without it")
+    parser.add_argument("--llmcompressor-python", help="Python of the environment with llm-compressor")
     parser.add_argument("--iterations", type=int, nargs="+", default=[200], help="of AutoRound (default: 200)")
     parser.add_argument("--recipes", nargs="*", default=["gptq-w4", "awq-gptq-w4", "best-w4-light", "best-w4"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=sorted(LIMITS))
@@ -137,14 +150,13 @@ def main() -> None:
                 if asked.tuned:
                     after = out.with_name(f"{out.name}{TUNED}")
                     rows[after.name] = run(asked, tune_command(asked, out, after), after)
-            for iterations in asked.iterations if asked.autoround_python else ():
-                out = work / f"autoround-{iterations}-{bits}bit"
-                rows[out.name] = run(asked, peer_command(asked, iterations, bits, tokens, out), out)
+            for out, command in peer_commands(asked, bits, tokens, work):
+                rows[out.name] = run(asked, command, out)
     conditions = {
         "scheme": f"groups of {asked.group_size}, {'asymmetric' if asked.asymmetric else 'symmetric'}",
         "calibration": f"{asked.samples} x {asked.sequence_length} tokens of {asked.calibration.name}",
         "judge": f"KL(original || quantized) of {asked.windows} windows of {asked.sequence_length} tokens",
-        "peer": versions(asked.autoround_python) if asked.autoround_python else None,
+        "peers": [versions(program) for program in (asked.autoround_python, asked.llmcompressor_python) if program],
     }
     bounds = {bits: row for bits in asked.bits if (row := compared(asked, rows, bits))}
     write_results(asked.output, {"conditions": conditions, "bounds": bounds, "tuned": gained(rows), "runs": rows})

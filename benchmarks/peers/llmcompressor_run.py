@@ -1,7 +1,7 @@
 """Quantize MODEL with llm-compressor. Run by the Python of llm-compressor's environment.
 
-4-bit weights in groups of 64, or w8a8: the recipe of its documentation for int8 weights and activations (SmoothQuant
-of strength 0.8, then GPTQ).
+Weights in groups (4 bits, 64 columns unless asked otherwise), or w8a8: the recipe of its documentation for int8 weights
+and activations (SmoothQuant of strength 0.8, then GPTQ).
 
 All settings but the scheme and the calibration tokens are the peer's defaults: GPTQ with static activation order and
 damping 0.01, AWQ with duo scaling and 20 grid points, the sequential pipeline, one sample per batch.
@@ -20,29 +20,27 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 
-GROUP_SIZE = 64
 
-
-def scheme(symmetric: bool) -> dict:
-    """The settings that every quantizing modifier takes: W4A16 on all linear layers but the head."""
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP_SIZE, "symmetric": symmetric}
+def scheme(symmetric: bool, bits: int, group_size: int) -> dict:
+    """The settings that every quantizing modifier takes: inputs in 16 bits, all linear layers but the head."""
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": symmetric}
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
 
-def modifiers(method: str, symmetric: bool) -> list:
-    """The recipe of `method`; awq-both is the setting of the peer's own AWQ example."""
+def modifiers(method: str, groups: dict) -> list:
+    """The recipe of `method`; awq-both is the setting of the peer's own AWQ example. groups: what `scheme` takes."""
     if method == "w8a8":
         return [
             SmoothQuantModifier(smoothing_strength=0.8),
             GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
         ]
     if method == "gptq":
-        return [GPTQModifier(**scheme(symmetric))]
+        return [GPTQModifier(**scheme(**groups))]
     if method == "awq":
-        return [AWQModifier(), QuantizationModifier(**scheme(symmetric))]
+        return [AWQModifier(), QuantizationModifier(**scheme(**groups))]
     if method == "awq-both":
-        return [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme(symmetric))]
-    return [QuantizationModifier(**scheme(symmetric))]
+        return [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme(**groups))]
+    return [QuantizationModifier(**scheme(**groups))]
 
 
 def skip_pinning() -> None:
@@ -58,19 +56,22 @@ def calibration_set(tokens: Path) -> Dataset:
 
 
 def main() -> None:
-    """`llmcompressor_run.py MODEL TOKENS OUT --method gptq [--asymmetric]`"""
+    """`llmcompressor_run.py MODEL TOKENS OUT --method gptq [--asymmetric] [--bits 4] [--group-size 64]`"""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="Hugging Face folder")
     parser.add_argument("tokens", type=Path, help="JSON file of calibration windows")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--method", choices=["gptq", "awq", "awq-both", "rtn", "w8a8"], required=True)
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
     arguments = parser.parse_args()
+    groups = {"symmetric": not arguments.asymmetric, "bits": arguments.bits, "group_size": arguments.group_size}
     skip_pinning()
     data = calibration_set(arguments.tokens)
     oneshot(
         model=arguments.model,
-        recipe=modifiers(arguments.method, symmetric=not arguments.asymmetric),
+        recipe=modifiers(arguments.method, groups),
         dataset=None if arguments.method == "rtn" else data,
         num_calibration_samples=len(data),
         max_seq_length=len(data[0]["input_ids"]),
