@@ -189,11 +189,20 @@ class TestJob:
         assert answer.code == 3
         (marked,) = [line for line in answer.err.splitlines() if line.startswith("::error")]
         assert marked.startswith("::error title=outlierq::1 of 1 quality limits failed%0A") and "FAILED" in marked
-        assert "**A limit was passed.**" in page.read_text() and "❌" in page.read_text()
+        assert "**1 of 1 limits failed.**" in page.read_text() and "❌" in page.read_text()
 
     def test_any_error_is_an_annotation_on_one_line(self, outlierq, page):
         answer = outlierq("plan", "no/such/folder", "-r", "none")
         assert answer.code == 1 and len([line for line in answer.err.splitlines() if "::error" in line]) == 1
+
+    @pytest.mark.parametrize(
+        "words", [("plan", "x", "--bad"), ("plan",), ("recipes", "shw"), ("fit", "x", "--card", "1x")]
+    )
+    def test_wrong_usage_is_an_annotation_too_and_has_no_codes_for_colours(self, outlierq, page, words):
+        answer = outlierq(*words)
+        assert answer.code == 2 and answer.err.count("::error title=outlierq::") == 1
+        assert answer.err.startswith("error: ") and f"usage: outlierq {words[0]}" in answer.err
+        assert "x1b" not in answer.err and "│" not in answer.err
 
     def test_nothing_in_an_error_ends_the_line_or_begins_another_command(self, page):
         from outlierq.report.ci.github import annotation

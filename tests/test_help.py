@@ -79,6 +79,12 @@ def test_options_stand_in_groups_where_they_are_many():
             assert len(groups) >= 3 and len(rest) <= 10, (words, groups)
 
 
+def test_an_option_whose_name_means_something_else_there_stands_elsewhere(outlierq):
+    said = outlierq("report", "--help").out
+    assert "Calibration" not in said and said.index("--samples") < said.index("Machine")
+    assert "Calibration" in outlierq("calibrate", "--help").out
+
+
 def test_a_long_command_is_broken_where_a_shell_reads_on():
     command = "outlierq study write ./m 'sparsegpt 2:4' --stats stats -o pruned --bits 4"
     lines = broken(command, 40)

@@ -293,6 +293,16 @@ def test_pictures_are_png_files_at_twice_the_size(tmp_path):
         )
 
 
+def test_words_of_a_png_file_go_on_in_the_next_line_and_none_is_cut(report):
+    long = replace(report, model="an-organisation/" + "A-Long-Name-" * 12)
+    for picture in outlier_pictures.pictures(long, drawing.PAPER):
+        drawn = outlier_page.sheet(picture, long.model)
+        rows = re.findall(r'<text x="([\d.]+)" [^>]*>([^<]*)</text>', drawn)
+        width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
+        assert rows and all(float(x) + len(words) * 5.9 <= width for x, words in rows if float(x) >= outlier_page.GAP)
+        assert "block" in drawn
+
+
 def test_a_page_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, report, monkeypatch):
     monkeypatch.setattr(outlier_page, "page", lambda report: "text")
     (tmp_path / "taken.html").mkdir()

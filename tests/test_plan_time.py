@@ -76,6 +76,14 @@ def test_time_follows_what_a_recipe_does(cache, tiny_llama, monkeypatch):
     assert estimates.estimate(plans["gptq-w4"], device="cuda").seconds is None
 
 
+def test_windows_that_the_model_has_no_positions_for_are_said_with_the_setting(tiny_llama):
+    settings = {"gate.max_kl": 0.1, "calibration.sequence_length": 100_000, "gate.window_length": 100_000}
+    said = "\n".join(api.plan(tiny_llama, "gptq-w4", settings=settings).notes)
+    assert "windows of 100000 tokens exceed" in said
+    assert "-s calibration.sequence_length=" in said and "-s gate.window_length=" in said
+    assert "exceed" not in "\n".join(api.plan(tiny_llama, "rtn-w4").notes)
+
+
 def test_a_run_says_what_it_will_cost_before_it_starts(outlierq, tiny_llama, tmp_path):
     answer = outlierq("quantize", tiny_llama, "-r", "rtn-w4", "-o", tmp_path / "out")
     assert answer.code == 0 and "bytes, exact)" in answer.err and "time: about " in answer.err

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from gguf_models import write_model
 
 import outlierq as public
 from outlierq.core.errors import ArgumentError
@@ -143,6 +144,30 @@ def test_for_a_processor_it_is_llama_cpp(llama_256, outlierq):
     answer = outlierq("recommend", llama_256, "--gpu", "cpu")
     assert answer.code == 0 and re.findall(r"\d\. (\S+)", answer.out)[1:] == ["gguf-q4_k_s", "gguf-q8_0"]
     assert "llama-server -m ./llama-256-q8_0.gguf" in answer.out
+
+
+def test_a_gguf_file_is_opened_once_in_each_form_and_becomes_no_larger_one(tmp_path, monkeypatch):
+    from outlierq.load import FramedCheckpoint
+    from outlierq.pipeline.asked import request
+
+    file, opened = tmp_path / "model.gguf", []
+    folder = write_model(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, attention_bias=False)
+    public.quantize(folder, "gguf-q8_0", out=file, progress=False)
+    framed, source = FramedCheckpoint.__init__, request.Source.open
+
+    def counted(self):
+        opened.extend(["class"] if isinstance(self.place, str | Path) else [])
+        return source(self)
+
+    monkeypatch.setattr(
+        FramedCheckpoint, "__init__", lambda self, *a, **k: opened.append("own") or framed(self, *a, **k)
+    )
+    monkeypatch.setattr(request.Source, "open", counted)
+    advice = public.recommend(file, gpu="cpu")
+    assert sorted(set(opened)) == ["class", "own"] and len(opened) <= 3  # one as the template
+    assert advice.suggestions and all(each.output_bytes < file.stat().st_size for each in advice.suggestions)
+    assert "it would make a file of" in advice.refused["gguf-q8_0"]
+    assert all(each.source_bytes == file.stat().st_size for each in advice.suggestions)
 
 
 def test_a_model_that_no_recipe_suits_gets_the_reason_of_each(tiny_llama, tmp_path, outlierq):

@@ -29,7 +29,7 @@ def made_run(word: str = "SmolLM2-135M", blocks: int = 30) -> RunReport:
     figures = {"perplexity": 12.5, "reference_perplexity": 12.0, "kl_per_token": 0.0412, "kl_standard_error": 0.001}
     evaluation = Evaluation(
         divergence=figures | {"top1_agreement": 0.913, "hidden_errors": [1e-4 * 2**b for b in range(6)]},
-        gate=[{"name": word, "value": 0.0412, "relation": "<=", "limit": 0.03}],
+        gate=[{"name": word, "value": 0.0412, "relation": "<=", "limit": 0.030000123456789}],
         passed=False,
         text=word,
         command=f"outlierq eval {word}",
@@ -67,7 +67,11 @@ def test_size_loss_and_gate_come_first_and_everything_has_its_place():
     assert {"plan", "errors-title", "depth-title"} <= {a["id"] for _, a in parsed.elements if "id" in a}
     assert len([a for a in parsed.all("svg") if a.get("role") == "img" and a["aria-label"]]) == 7 + 1
     assert "0.32 % at worst, in block 5" in parsed.text, "divergence by depth"
-    assert "≤ 0.03" in parsed.text and "outlierq verify out --source SmolLM2-135M" in parsed.text
+    assert (
+        "≤ 0.03" in parsed.text
+        and "≤ 0.03000" not in parsed.text
+        and "outlierq verify out --source SmolLM2-135M" in parsed.text
+    )
 
 
 def test_a_run_that_was_not_measured_says_how_to_measure_it():

@@ -64,14 +64,19 @@ class Group(TyperGroup):
 
 def page(command: Any, context: Any, width: int) -> list[Line]:
     """The lines of a command's help, none longer than `width` but for single words."""
-    pieces = command.collect_usage_pieces(context)
-    usage = " ".join(piece.strip("{}").upper() if piece.startswith("{") else piece for piece in pieces)
-    lines: list[Line] = [*_folded(f"Usage: {context.command_path} {usage}", width, hang=4), ("", "")]
+    lines: list[Line] = [*_folded(f"Usage: {usage(command, context)}", width, hang=4), ("", "")]
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         lines += [*_folded(" ".join(paragraph.split()), width), ("", "")]
     for title, rows in _sections(command, context):
         lines += [(title, ""), *_rows(rows, width), ("", "")]
     return [*lines, *examples(command.epilog or "", width)]
+
+
+def usage(command: Any, context: Any) -> str:
+    """How the command is called: "outlierq plan [OPTIONS] MODEL"."""
+    pieces = command.collect_usage_pieces(context)
+    words = (piece.strip("{}").upper() if piece.startswith("{") else piece for piece in pieces)
+    return " ".join([context.command_path, *words])
 
 
 def examples(epilog: str, width: int) -> list[Line]:
@@ -161,10 +166,12 @@ def _sections(command: Any, context: Any) -> Iterator[tuple[str, list[tuple[str,
 
 
 def _group(param: Any) -> str:
-    """The group of an option."""
+    """The group of an option: its own word for it, or the one that its name stands for."""
     if not param.opts[0].startswith("-"):
         return "Arguments"
-    return next((title for title, names in GROUPS.items() if {*names} & {*param.opts}), "Options")
+    return param.rich_help_panel or next(
+        (title for title, names in GROUPS.items() if {*names} & {*param.opts}), "Options"
+    )
 
 
 def _names(param: Any, shown: str) -> str:

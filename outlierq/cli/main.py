@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -29,7 +29,7 @@ from outlierq.cli.commands import (
 )
 from outlierq.cli.commands.checking import compare, diff, inspect, report, verify
 from outlierq.cli.commands.choosing import fit, frontier, recommend, study, sweep
-from outlierq.cli.help import Group, register
+from outlierq.cli.help import Group, register, usage
 from outlierq.cli.shared import translated
 from outlierq.cli.streams import Streams
 from outlierq.core.errors import EXIT_ERROR, OutlierqError, lacks_memory
@@ -121,19 +121,19 @@ def _run() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            app(prog_name="outlierq")
+            _command()
         else:
             from outlierq.pipeline.processes.ranks import joined
 
             with joined() as ranks:
-                app(prog_name="outlierq", obj=ranks)
+                _command(obj=ranks)
     except OutlierqError as error:
         if os.environ.get("OUTLIERQ_DEBUG"):
             raise
         _say_error(str(error))
         sys.exit(error.exit_code)
     except (SystemExit, KeyboardInterrupt) as stop:
-        # Typer turns Ctrl-C into this exit code without a word, once it has begun.
+        # Typer turns Ctrl-C into this exit code, once it has begun.
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         if code in (INTERRUPTED, TERMINATED):
             typer.echo("\nstopped; run the same command again to continue", err=True)
@@ -144,6 +144,30 @@ def _run() -> None:
             raise
         _say_error(str(said))
         sys.exit(EXIT_ERROR)
+
+
+def _command(**more: Any) -> NoReturn:
+    """What the words of the command line ask for; wrong ones are said as any error.
+
+    Typer's own box breaks what is to be copied, and in a job of GitHub it is full of codes for colours.
+    """
+    try:
+        code = app(prog_name="outlierq", standalone_mode=False, **more)
+    except typer.TyperException as error:
+        if error.format_message():  # nothing where the help has been shown instead
+            _say_error(_wrong_usage(error))
+        sys.exit(error.exit_code)
+    sys.exit(code or 0)
+
+
+def _wrong_usage(error: typer.TyperException) -> str:
+    """What is wrong with the command line, how it should look, and where to read more."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return error.format_message()
+    return (
+        f"{error.format_message()}\n  usage: {usage(context.command, context)}\n\nhint: {context.command_path} --help"
+    )
 
 
 def _say_error(text: str) -> None:

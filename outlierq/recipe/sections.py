@@ -334,7 +334,7 @@ class Export(Section):
 
 
 class Gate(Section):
-    """What is measured on the result, beside the original, and what it may lose; exit code 3 when a limit is passed.
+    """What is measured on the result, beside the original, and what it may lose; exit code 3 when a limit fails.
 
     max_kl: mean KL divergence per token from the original, in nats. max_perplexity_increase: `3%` or 0.03. min_top1:
     share of positions with the original's most likely token. min_task: `mmlu:-1.0` (points against the original),

@@ -30,7 +30,8 @@ def _suggestion(number: int, each: Suggestion) -> Iterator[RenderableType]:
     """One recipe, with its commands."""
     yield Text("")
     yield Text.assemble((f"{number}. {each.recipe}", "bold"), (f"   for {each.goal}", "dim"))
-    ratio = f"{each.source_bytes / each.output_bytes:.2f} times smaller"
+    small, large = sorted((each.source_bytes, each.output_bytes))
+    ratio = f"{large / max(1, small):.2f} times {'smaller' if small == each.output_bytes else 'larger'}"
     exact = f"{human_bytes(each.output_bytes)} ({each.output_bytes:,} bytes, exact), {ratio}"
     table = _Plain.grid(padding=(0, 2, 0, 2))
     table.add_row("why", each.why)

@@ -264,7 +264,7 @@ def gate(rows: Sequence[GateRow]) -> Table:
     table = _table("", "limit on", "#value", "#limit")
     for row in rows:
         mark = Text("passed", style="green") if row.passed else Text("FAILED", style="bold red")
-        table.add_row(mark, row.name, f"{row.value:.5g}", f"{'≤' if row.relation == '<=' else '≥'} {row.limit:g}")
+        table.add_row(mark, row.name, f"{row.value:.5g}", f"{'≤' if row.relation == '<=' else '≥'} {row.limit:.5g}")
     return table
 
 

@@ -48,7 +48,7 @@ def command(
     """Compress MODEL with a recipe and write a verified checkpoint to OUT.
 
     The plan is printed first. An interrupted run continues where it stopped when the same command is given again.
-    With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit is passed.
+    With a gate (in the recipe or as options) the result is measured beside MODEL; exit code 3 when a limit fails.
     """
     import outlierq
 

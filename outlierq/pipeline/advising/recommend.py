@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from outlierq.core.errors import ArgumentError, OutlierqError, nearest
+from outlierq.core.model import Checkpoint
 from outlierq.core.report import Shown
 from outlierq.pipeline.advising.expected import Expected, expected
 from outlierq.pipeline.advising.hardware import Card, card_of, smallest_card, table
 from outlierq.pipeline.asked.events import Listener, silent
-from outlierq.pipeline.asked.request import Source
+from outlierq.pipeline.asked.request import Source, is_gguf
 from outlierq.pipeline.fitting.goal import CARD_SHARE, cache_shape, cache_size, loaded_bytes
 from outlierq.pipeline.fitting.storage import CLIENTS
 from outlierq.pipeline.plan import decided
@@ -131,7 +132,7 @@ class _Candidates:
         self.source, self.card, self.client = source, card, client
         self.refused: dict[str, str] = {}
         self._plans: dict[str, Plan | None] = {}
-        self._opened = replace(source, place=source.headers())
+        self._opened: dict[Source, Source] = {}
 
     def of(self, goal: str) -> Iterable[tuple[str, Plan]]:
         """Those that work, in the order of preference for a goal; for size those that are not nearly the smallest come
@@ -175,12 +176,28 @@ class _Candidates:
         if not plan.schemes:
             self.refused[name] = "it would quantize nothing of this model"
             return None
+        if self._file is not None and recipe.export.format == "gguf" and plan.output_bytes >= self.stored_bytes(plan):
+            sizes = _size(plan.output_bytes), _size(self.stored_bytes(plan))
+            self.refused[name] = "it would make a file of {} out of one of {}".format(*sizes)
+            return None
         return plan
 
+    @property
+    def _file(self) -> Path | None:
+        """The source where it is a GGUF file."""
+        path = None if isinstance(self.source.place, Checkpoint) else Path(self.source.name).expanduser()
+        return path if path is not None and is_gguf(path) else None
+
+    def stored_bytes(self, plan: Plan) -> int:
+        """What the source takes: of a GGUF file all of it, whose tensors a plan may count as they are decoded."""
+        return plan.source_bytes if self._file is None else self._file.stat().st_size
+
     def _framed(self, recipe: Recipe) -> Source:
-        """The source that is open already, or a GGUF file in its own frame."""
+        """The source, or a GGUF file in its own frame; each is opened once."""
         framed = self.source.in_its_frame(recipe)
-        return self._opened if framed is self.source else framed
+        if framed not in self._opened:
+            self._opened[framed] = replace(framed, place=framed.headers(), like=None)
+        return self._opened[framed]
 
     def lines(self, plan: Plan) -> list[str]:
         """What is known of the client with a plan; of vLLM, of its build for this card."""
@@ -233,7 +250,7 @@ def _suggestion(
         goal=goal,
         why=table("recommended")["recipes"][name]["why"],
         output_bytes=plan.output_bytes,
-        source_bytes=plan.source_bytes,
+        source_bytes=candidates.stored_bytes(plan),
         bits_per_weight=plan.bits_per_weight,
         fit=candidates.fit(plan),
         expected=expected(plan, stats, listen=listen),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,9 +86,14 @@ class Source:
         runs = bool(recipe.needs) and not (stats is not None and (stats.is_file() or of_hugging_face(stats)))
         if runs or recipe.transform or recipe.kv_cache or recipe.gate or recipe.quantize is None:
             return self if self.like else replace(self, like=path)
+        return self._in_own_names
+
+    @cached_property
+    def _in_own_names(self) -> Source:
+        """A GGUF file under its own names; opened once."""
         from outlierq.load import FramedCheckpoint
 
-        return replace(self, place=FramedCheckpoint(path, source=self.name))
+        return replace(self, place=FramedCheckpoint(Path(self.name).expanduser(), source=self.name))
 
     @contextmanager
     def opened_for(self, out: Path, *, restart: bool = False) -> Iterator[Checkpoint]:

@@ -14,6 +14,7 @@ from outlierq.core.model import Checkpoint, LinearSite, Structure, StudiedModel
 from outlierq.core.notes import counted_together
 from outlierq.core.report import REPORT_NAME, Shown
 from outlierq.core.scheme import QuantScheme
+from outlierq.core.windows import limit_of
 from outlierq.export import Format, format_type
 from outlierq.export.clients import (
     PackedFault,
@@ -215,6 +216,7 @@ class Plan(Shown):
         without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
         if without:
             said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
+        said += self._windows_noted
         share = self.recipe.quantize.keep_share if self.recipe.quantize else None
         if share is not None:
             said.append(
@@ -230,6 +232,23 @@ class Plan(Shown):
                 f"{exact} in 16 bits"
             )
         return said
+
+    @property
+    def _windows_noted(self) -> list[str]:
+        """Windows of text that are longer than the model's positions: what runs over them will refuse them."""
+        positions = limit_of(self.model.skeleton, "max_position_embeddings")
+        calibration, gate = self.recipe.calibration, self.recipe.gate
+        lengths = {}
+        if calibration is not None and self.recipe.needs:
+            lengths["calibration.sequence_length"] = calibration.sequence_length
+        if gate is not None and gate.limits.on_text:
+            lengths["gate.window_length"] = gate.window_length
+        return [
+            f"windows of {length} tokens exceed the model's {positions} positions, and text is not run in them: "
+            f"-s {setting}={positions}"
+            for setting, length in lengths.items()
+            if positions is not None and length > positions
+        ]
 
     @property
     def _sharing_noted(self) -> list[str]:

@@ -70,9 +70,10 @@ def _gate(evaluation: Evaluation) -> list[str]:
     rows: Sequence[GateRow] = evaluation.gate_rows
     if not rows:
         return []
-    verdict = "Every limit was kept." if all(row.passed for row in rows) else "**A limit was passed.**"
+    failed = sum(not row.passed for row in rows)
+    verdict = f"**{failed} of {len(rows)} limits failed.**" if failed else "Every limit was kept."
     cells = [
-        ("✅" if row.passed else "❌", inline(row.name), f"{row.value:.4g}", f"{row.relation} {row.limit:g}")
+        ("✅" if row.passed else "❌", inline(row.name), f"{row.value:.5g}", f"{row.relation} {row.limit:.5g}")
         for row in rows
     ]
     return [verdict, _table(("", "limit on", "measured", "limit"), cells)]

@@ -90,6 +90,11 @@ def text(x: float, y: float, content: object, colour: str, anchor: str = "start"
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"{weight}>{words}</text>'
 
 
+def upright(x: float, y: float, content: str, colour: str) -> str:
+    """Text that runs upwards, its middle at y."""
+    return f'<g transform="rotate(-90 {x:.1f} {y:.1f})">{text(x, y, content, colour, "middle")}</g>'
+
+
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "") -> str:
     """A thin line."""
     pattern = f' stroke-dasharray="{dashes}"' if dashes else ""

@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ CHANNELS_NAMED = 8  # channel numbers written out before "and n more"
 BLOCKS_NAMED = 12
 PNG_SCALE = 2
 GAP = 18  # between the panels of a PNG file
+LINE, LETTER = 14, 5.9  # of its text: from line to line, and the width of a letter on average
 ORDER = {"dangerous": 0, "watch": 1, "calm": 2}
 NUMBER = re.compile(r"\d[\d.,]*")
 
@@ -92,18 +94,31 @@ def write_pictures(report: OutlierReport, folder: Path) -> list[Path]:
 def sheet(picture: Picture, model: str) -> str:
     """The panels of a picture, two in a row, below a heading, as one SVG."""
     columns = min(2, len(picture.panels))
-    width, top = columns * WIDTH + (columns + 1) * GAP, 58.0
-    inside = text(GAP, 28, picture.title, PAPER.ink, bold=True) + text(GAP, 44, model, PAPER.muted)
+    width = columns * WIDTH + (columns + 1) * GAP
+    inside, top = _headed(GAP, 28.0, picture.title, model, columns * WIDTH)
+    top += TEXT
     for start in range(0, len(picture.panels), columns):
         row = picture.panels[start : start + columns]
-        for number, panel in enumerate(row):
-            x = GAP + number * (WIDTH + GAP)
-            inside += text(x, top + TEXT, panel.title, PAPER.ink, bold=True)
-            inside += text(x, top + 2 * TEXT + 3, panel.remark, PAPER.muted)
-            inside += svg(panel.height, panel.drawing, at=(x, top + 2 * TEXT + 8))
-        top += max(panel.height for panel in row) + 2 * TEXT + GAP + 8
+        places = [GAP + number * (WIDTH + GAP) for number in range(len(row))]
+        headed = [_headed(x, top + TEXT, each.title, each.remark) for x, each in zip(places, row, strict=True)]
+        top = max(below for _, below in headed)
+        inside += "".join(words for words, _ in headed)
+        inside += "".join(svg(each.height, each.drawing, at=(x, top)) for x, each in zip(places, row, strict=True))
+        top += max(panel.height for panel in row) + GAP
     white = f'<rect width="{width}" height="{top:.0f}" fill="{PAPER.paper}"/>'
     return svg(top, white + inside, picture.lead, width=width)
+
+
+def _headed(x: float, y: float, title: str, remark: str, wide: float = WIDTH) -> tuple[str, float]:
+    """A title and what is said of it, in as many lines as they need, and where what follows may begin.
+
+    y: baseline of the first line.
+    """
+    most = int(wide / LETTER)
+    lines = [(line, PAPER.ink, True) for line in textwrap.wrap(title, most)]
+    lines += [(line, PAPER.muted, False) for line in textwrap.wrap(remark, most)]
+    drawn = [text(x, y + place * LINE, words, colour, bold=bold) for place, (words, colour, bold) in enumerate(lines)]
+    return "".join(drawn), y + len(lines) * LINE - TEXT / 2
 
 
 def page(report: OutlierReport) -> str:
@@ -234,7 +249,9 @@ def _advice(report: OutlierReport, rows: Sequence[dict[str, Any]]) -> dict[str, 
     row = fitting[0] if fitting else min([*ladder, *weights], key=lambda each: each["dangerous"])
     why = f"{row['title']} ({row['what']}) leaves an error of {row['median']} at the median input, "
     why += f"{row['worst']} at worst."
-    if row in weights and ladder:
+    if row["key"] == PREFERRED_SCHEME and fitting:
+        why = f"As they are, no input is dangerous in W8A8: nothing has to be moved. {why}"
+    elif row in weights and ladder:
         least = min(each["dangerous"] for each in ladder)
         why = f"With every remedy for W8A8 {least} inputs stay dangerous, so inputs better stay in 16 bits. {why}"
     elif not fitting:

@@ -31,6 +31,7 @@ from outlierq.report.pages.drawing import (
     text,
     ticks,
     titled,
+    upright,
 )
 
 PREFERRED_SCHEME = "w8a8"
@@ -114,6 +115,7 @@ def _map(levels: np.ndarray, blocks: Sequence[int], channels: int, theme: Theme)
     inside = image(levels, (LEFT, TOP, wide, tall), theme)
     for place in ticks(blocks):
         inside += text(LEFT - 5, TOP + (place + 0.5) * row + 4, blocks[place], theme.muted, "end")
+    inside += upright(10, TOP + tall / 2, "block", theme.muted)
     for share, anchor in ((0, "start"), (1, "end")):
         inside += text(LEFT + share * wide, TOP + tall + 15, round(share * (channels - 1)), theme.muted, anchor)
     inside += text(LEFT + wide / 2, TOP + tall + 15, "channel", theme.muted, "middle")
@@ -164,6 +166,7 @@ def _massive_panel(largest: dict[tuple[int, int], MassiveEntry], blocks: Sequenc
         size = max(1.2, radius * math.sqrt(abs(entry.value) / most))
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" fill="{theme.accent}">'
         inside += titled(circle, "circle", _massive_words(entry))
+    inside += text(LEFT - 5, TOP + tall + 15, "block", theme.muted, "end")
     for place in ticks(blocks, 6):
         inside += text(LEFT + (place + 0.5) * column, TOP + tall + 15, blocks[place], theme.muted, "middle")
     top = max(largest.values(), key=lambda entry: abs(entry.value))
@@ -209,6 +212,7 @@ def _error_panel(role: str, groups: Sequence[GroupOutliers], scheme: str, theme:
         return TOP + tall * (high - math.log10(value)) / (high - low)
 
     inside = _error_axis(theme, (low, high), y, wide)
+    inside += text(LEFT - 5, TOP + tall + 15, "block", theme.muted, "end")
     for place, block in enumerate(blocks):
         x, group = LEFT + (place + 0.5) * step, before[block]
         inside += _error_marks(x, y, group, scheme, after[block], min(3.2, step / 2), theme)

@@ -177,8 +177,8 @@ def _limits(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {
             "name": row.name,
-            "value": _number(row.value),
-            "allowed": f"{'≤' if row.relation == '<=' else '≥'} {row.limit:g}",
+            "value": f"{row.value:.5g}",
+            "allowed": f"{'≤' if row.relation == '<=' else '≥'} {row.limit:.5g}",
             "kept": row.passed,
         }
         for row in evaluation.gate_rows
@@ -280,6 +280,7 @@ def _points(title: str, places: Mapping[int, float], bounds: tuple[float, float]
         x = LEFT + (place + 0.5) * step
         dot = f'<circle cx="{x:.1f}" cy="{y(places[block]):.1f}" r="{min(2.6, step / 2):.1f}" fill="{PAGE.accent}">'
         inside += titled(dot, "circle", f"block {block}: {percent(places[block])}")
+    inside += text(LEFT - 5, TOP + tall + 15, "block", PAGE.muted, "end")
     for place in ticks(blocks):
         inside += text(LEFT + (place + 0.5) * step, TOP + tall + 15, blocks[place], PAGE.muted, "middle")
     worst = max(places, key=places.__getitem__)

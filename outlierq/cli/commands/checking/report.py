@@ -26,7 +26,9 @@ def command(
     reference: Annotated[
         str | None, typer.Option(help="The original: then both models answer prompts, side by side.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, max=8, help="Prompts that they answer.")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=0, max=8, help="Prompts that they answer.", rich_help_panel="Options")
+    ] = 3,
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
