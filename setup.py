@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 # Not a Python module: outlierq/ops/compiled/rounding.py loads it. Contracted or reordered sums would change last bits.
-SOURCES = ("rows", "pack", "tokens", "products", "vectors", "solve", "gram", "types")
+SOURCES = ("rows", "pack", "unpack", "tokens", "products", "vectors", "solve", "gram", "types")
 NATIVE = Extension(
     "outlierq.native.compiled",
     [f"outlierq/native/{name}.c" for name in SOURCES],

@@ -12,16 +12,21 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import FP4_MAX, QuantScheme
 from outlierq.export import awq, format_type, gptq
+from outlierq.export.gguf import blocks as blocks_of_gguf
 from outlierq.export.gguf.format import encode_blocks
 from outlierq.export.writer import all_finite, as_bytes
+from outlierq.load.gguf.superblocks import spread
 from outlierq.ops.compiled import packing as native_packing
 from outlierq.ops.compiled import rounding as native
+from outlierq.ops.compiled import unpacking
 from outlierq.ops.packing import e2m1_codes, pack, pack_bytes, pack_down, pack_e2m1
 from outlierq.quantize.rtn import rtn
 
 DENSE = format_type("dense")({})
 pytestmark = pytest.mark.skipif(native.library() is None and not shutil.which("gcc"), reason="no compiler for C")
 BITS = range(2, 9)
+# Bits and bytes of a run: those of the types of GGUF.
+RUNS = [(1, 1), (1, 32), (2, 1), (2, 4), (2, 32), (4, 1), (4, 8), (4, 16), (4, 32), (4, 64)]
 SCALE_DTYPES = ["bfloat16", "float16", "float32"]
 
 
@@ -153,6 +158,22 @@ GGUF = {
     "MXFP4": QuantScheme(4, 32, True, "float16", kind="float", scales="power-of-two"),
     "Q4_K": QuantScheme(4, 32, False, "float16", scales="two-level"),
 }
+
+
+@pytest.mark.parametrize(("bits", "run"), RUNS)
+def test_parts_of_codes_are_packed_and_spread_as_numpy_does(bits, run, monkeypatch):
+    codes = np.random.default_rng(run).integers(0, 256, (3, 512), np.uint8)
+    blocks = np.random.default_rng(bits).integers(0, 256, (3, 5, 150), np.uint8)[..., 13:141]
+    packed, numbers = (
+        [blocks_of_gguf._fields(codes, bits, run, shift) for shift in (0, 2, 4)],
+        spread(blocks, bits, run),
+    )
+    monkeypatch.setattr(native_packing, "fields", lambda *_: None)
+    monkeypatch.setattr(unpacking, "spread", lambda *_: None)
+    for found, shift in zip(packed, (0, 2, 4), strict=True):
+        assert np.array_equal(found, blocks_of_gguf._fields(codes, bits, run, shift))
+    assert np.array_equal(numbers, spread(blocks, bits, run))
+    assert np.array_equal(spread(packed[0].reshape(3, 1, -1), bits, run).reshape(codes.shape), codes & (1 << bits) - 1)
 
 
 @pytest.mark.parametrize("turned", [False, True])

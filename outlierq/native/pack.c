@@ -218,6 +218,33 @@ void outlierq_gguf_superblocks(const uint8_t *codes, int64_t rows, int64_t block
         }
 }
 
+/* One byte of eight bits, those at `shift` of eight codes, the first in the lowest. */
+INLINE uint8_t bits_of(const uint8_t *codes, int shift) {
+    return (uint8_t)((word_at(codes) >> shift & in_every_byte(1)) * UINT64_C(0x0102040810204080) >> 56);
+}
+
+/* `bits` bits of each code, those from `shift` on: of each run of bytes first the lowest bits of all, then the next. */
+INLINE void fields_of(const uint8_t *codes, int64_t runs, int shift, int bits, int run, uint8_t *restrict out) {
+    for (int64_t r = 0; r < runs; r++, codes += run * (8 / bits), out += run)
+        for (int i = 0; i < run; i++) {
+            uint8_t byte = 0;
+            for (int place = 0; place < 8; place += bits)
+                byte |= (uint8_t)((codes[place / bits * run + i] >> shift & ((1 << bits) - 1)) << place);
+            out[i] = byte;
+        }
+}
+
+/* The same for the runs of GGUF, of which the compiler knows more; 0 for others. codes: runs * run * 8 / bits. */
+FOR_EACH_PROCESSOR
+int outlierq_pack_fields(const uint8_t *codes, int64_t runs, int shift, int bits, int run, uint8_t *restrict out) {
+#define FIELDS(width, length) \
+    if (bits == width && run == length) return fields_of(codes, runs, shift, width, length, out), 1;
+    FIELDS(1, 32) FIELDS(2, 32) FIELDS(4, 8) FIELDS(4, 16) FIELDS(4, 32) FIELDS(4, 64)
+    if (bits != 1 || run != 1) return 0;
+    for (int64_t i = 0; i < runs; i++) out[i] = bits_of(codes + 8 * i, shift);
+    return 1;
+}
+
 INLINE float number_at(const void *numbers, enum dtype dtype, int64_t place) {
     if (dtype == FLOAT32) return ((const float *)numbers)[place];
     uint16_t half = ((const uint16_t *)numbers)[place];

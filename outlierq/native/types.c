@@ -1,8 +1,8 @@
 /* Rounding weights to the types of GGUF: ops/grid.py and ops/search/type_search.py without statistics, bit for bit.
 
-   16 groups at a time, a lane for each, their columns one after the other: nothing is added up across lanes but the sums
-   of a report. Sums over columns are those of `tree_sum`, column j with column j + n / 2 and so on. Compile without
-   contraction of a * b + c and without -ffast-math. */
+   16 groups at a time, a lane for each. A search takes their columns one after the other, so that nothing is added up
+   across lanes: sums over columns are those of `tree_sum`, column j with column j + n / 2 and so on. Only the sums of a
+   report are added up in any order. Compile without contraction of a * b + c and without -ffast-math. */
 
 #include "floats.h"
 
@@ -28,8 +28,10 @@ struct numbers {
     lanes scale, minimum, error;
 };
 
-/* Groups [columns][lane], their range, and the best so far with the shares of the range that it comes from. */
+/* Groups [lane][columns], and [columns][lane] where scales are searched; their range, and the best so far with the shares
+   of the range that it comes from. */
 struct search {
+    float rows[LANES * MOST_COLUMNS];
     lanes w[MOST_COLUMNS], low, high, low_share, high_share;
     struct numbers best;
 };
@@ -182,8 +184,8 @@ INLINE void search_numbers(struct search *s, const struct type *type, enum grid 
 
 /* A number as float16 has it; the smallest there is instead of 0, or 1 where the number is 0 itself. */
 INLINE float stored(float value, enum grid grid) {
-    float rounded = of_float16(to_float16(value));
-    if (rounded == 0) rounded = value > 0 ? 0x1p-24f : 1.0f;
+    float rounded = of_float16(to_float16(value)), smallest = value > 0 ? 0x1p-24f : 1.0f;
+    rounded = rounded == 0 ? smallest : rounded;
     return grid == TABLE && value == 0 ? 0x1p-24f : rounded; /* no value of a table is 0 */
 }
 
@@ -256,24 +258,34 @@ struct made {
     int outcome;
 };
 
+/* The one of `columns` weights that is farthest from 0, of equally far ones the first. */
+INLINE float extreme_of(const float *w, int columns) {
+    float largest = 0;
+    int first = columns;
+#pragma omp simd reduction(max : largest)
+    for (int j = 0; j < columns; j++) largest = larger(size_of(w[j]), largest);
+#pragma omp simd reduction(min : first)
+    for (int j = 0; j < columns; j++) {
+        int place = size_of(w[j]) == largest ? j : columns;
+        first = place < first ? place : first;
+    }
+    return w[first % columns]; /* none where one is NaN */
+}
+
 /* The largest weight of each group on the smallest code, or the range between the codes' ends. */
 INLINE void plain_range(struct search *s, const struct type *type, enum grid grid, int columns) {
     if (grid == MINIMA) {
         FOR_LANES s->best.scale[l] = (s->high[l] - s->low[l]) / type->code_max;
         return;
     }
-    lanes extreme; /* of two that are equally far from 0 the first */
-    FOR_LANES extreme[l] = s->w[0][l];
-    for (int j = 1; j < columns; j++)
-        FOR_LANES extreme[l] = size_of(s->w[j][l]) > size_of(extreme[l]) ? s->w[j][l] : extreme[l];
-    FOR_LANES s->best.scale[l] = extreme[l] / type->code_min;
+    for (int l = 0; l < LANES; l++) s->best.scale[l] = extreme_of(s->rows + l * columns, columns) / type->code_min;
 }
 
 /* Real numbers as small ones in units of each block; `searched`: neighbours are tried. */
 INLINE void in_units(struct search *s, struct small *small, int searched, const struct type *type, enum grid grid,
                      int columns, struct made *made) {
     lanes lowest;
-    FOR_LANES lowest[l] = searched ? s->best.minimum[l] : -s->low[l];
+    FOR_LANES lowest[l] = searched ? s->best.minimum[l] : grid == MINIMA ? -s->low[l] : 0.0f;
     for (int first = 0; first < LANES; first += type->block) {
         float unit = unit_of(s->best.scale + first, type->block, type->small_min, type->small_max, grid, &made->outcome);
         float other = 1;
@@ -303,56 +315,65 @@ INLINE void in_units(struct search *s, struct small *small, int searched, const 
 }
 
 /* Scales, and minima, in float16. */
-INLINE void as_halves(struct search *s, int searched, const struct type *type, enum grid grid, struct made *made) {
+INLINE void as_halves(struct search *s, int searched, enum grid grid, struct made *made) {
+    int is_wrong[LANES], any = 0;
     FOR_LANES {
         float exact = s->best.scale[l], scale = stored(exact, grid);
-        float lowest = searched ? s->best.minimum[l] : -s->low[l] / scale * scale;
-        int is_wrong = is_too_large(exact) || (grid == MINIMA && is_too_large(lowest));
-        made->outcome = is_wrong ? SCALE_TOO_LARGE : made->outcome;
+        float lowest = searched ? s->best.minimum[l] : grid == MINIMA ? -s->low[l] / scale * scale : 0.0f;
+        is_wrong[l] = is_too_large(exact) | (grid == MINIMA && is_too_large(lowest));
         s->best.scale[l] = scale;
         made->scales[l] = to_float16(scale);
         made->zero[l] = grid == MINIMA ? of_float16(to_float16(lowest)) / scale : 0.0f;
         made->minima[l] = to_float16(-made->zero[l] * scale);
     }
+    for (int l = 0; l < LANES; l++) any |= is_wrong[l];
+    if (any) made->outcome = SCALE_TOO_LARGE;
 }
 
 /* Codes [lane][columns] of the groups, and sums of the squares of the weights and of their errors. */
 INLINE void encode_groups(const struct search *s, const struct made *made, const struct type *type, enum grid grid,
                           int columns, int used, uint8_t *restrict codes, double *sums) {
     lanes changes = {0}, squares = {0};
-    uint8_t by_column[MOST_COLUMNS][LANES];
-    for (int j = 0; j < columns; j++)
-        FOR_LANES {
-            float w = s->w[j][l], code = code_of(w / s->best.scale[l], made->zero[l], type, grid);
-            float change = (code - made->zero[l]) * s->best.scale[l] - w;
-            changes[l] += change * change;
-            squares[l] += w * w;
-            by_column[j][l] = (uint8_t)(int32_t)code;
+    for (int group = 0; group < used; group++)
+        for (int first = group * columns; first < (group + 1) * columns; first += LANES) {
+            const float *w = s->rows + first;
+            uint8_t *to = codes + first;
+            float scale = s->best.scale[group], zero = made->zero[group];
+            int32_t whole[LANES]; /* bytes at once would take lanes four at a time */
+            FOR_LANES {
+                float code = code_of(w[l] / scale, zero, type, grid), change = (code - zero) * scale - w[l];
+                changes[l] += change * change;
+                squares[l] += w[l] * w[l];
+                whole[l] = (int32_t)code;
+            }
+            FOR_LANES to[l] = (uint8_t)whole[l];
         }
-    for (int l = 0; l < used; l++) {
-        for (int j = 0; j < columns; j++) codes[l * columns + j] = by_column[j][l];
-        sums[0] += squares[l], sums[1] += changes[l];
+    for (int l = 0; l < LANES; l++) sums[0] += squares[l], sums[1] += changes[l];
+}
+
+/* What each group reaches: down and up, each from 0 on where a block needs that. */
+INLINE void ranges(struct search *s, const struct type *type, enum grid grid, int columns) {
+    int holds_zero = grid == MINIMA && type->block;
+    for (int l = 0; l < LANES; l++) {
+        const float *w = s->rows + l * columns;
+        float low = holds_zero ? 0.0f : w[0], high = low;
+#pragma omp simd reduction(min : low) reduction(max : high)
+        for (int j = 0; j < columns; j++) {
+            low = smaller(w[j], low);
+            high = larger(w[j], high);
+        }
+        s->low[l] = low + 0.0f, s->high[l] = high + 0.0f;
     }
 }
 
-INLINE void ranges(struct search *s, const struct type *type, enum grid grid, int columns) {
-    int holds_zero = grid == MINIMA && type->block;
-    FOR_LANES s->low[l] = s->high[l] = s->w[0][l];
-    for (int j = 1; j < columns; j++)
-        FOR_LANES {
-            s->low[l] = smaller(s->w[j][l], s->low[l]);
-            s->high[l] = larger(s->w[j][l], s->high[l]);
-        }
-    FOR_LANES s->low[l] = (holds_zero ? smaller(s->low[l], 0.0f) : s->low[l]) + 0.0f;
-    FOR_LANES s->high[l] = (holds_zero ? larger(s->high[l], 0.0f) : s->high[l]) + 0.0f;
-}
-
 /* Groups of the weights from number `start` on, one in each lane; zeros in those that are not used. */
-INLINE void fetch_groups(const void *weights, enum dtype dtype, int64_t start, int columns, int used, struct search *s) {
-    float row[LANES * MOST_COLUMNS] = {0};
-    read_row(weights, dtype, start, (int64_t)used * columns, row);
+INLINE void fetch_groups(const void *weights, enum dtype dtype, int64_t start, int columns, int used, int searched,
+                         struct search *s) {
+    if (used < LANES) memset(s->rows, 0, sizeof s->rows);
+    read_row(weights, dtype, start, (int64_t)used * columns, s->rows);
+    if (!searched) return;
     for (int j = 0; j < columns; j++)
-        for (int l = 0; l < LANES; l++) s->w[j][l] = row[l * columns + j];
+        for (int l = 0; l < LANES; l++) s->w[j][l] = s->rows[l * columns + j];
 }
 
 /* Where everything goes: codes [groups, columns]; scales and minima of the groups, float16 or of a byte; units. */
@@ -381,8 +402,8 @@ INLINE int round_groups(const void *weights, enum dtype dtype, const struct type
         int used = groups - group < LANES ? (int)(groups - group) : LANES;
         struct made made = {.outcome = DONE};
         struct small small;
-        fetch_groups(weights, dtype, group * columns, columns, used, &s);
-        ranges(&s, type, grid, columns);
+        fetch_groups(weights, dtype, group * columns, columns, used, searched, &s);
+        if (searched || grid == MINIMA) ranges(&s, type, grid, columns);
         if (searched)
             search_numbers(&s, type, grid, columns);
         else
@@ -390,7 +411,7 @@ INLINE int round_groups(const void *weights, enum dtype dtype, const struct type
         if (type->block)
             in_units(&s, &small, searched, type, grid, columns, &made);
         else
-            as_halves(&s, searched, type, grid, &made);
+            as_halves(&s, searched, grid, &made);
         encode_groups(&s, &made, type, grid, columns, used, out->codes + group * columns, sums);
         put(&made, type, grid, group, used, out);
         if (!(sums[0] < 1.7976931348623157e308)) return NOT_FINITE;

@@ -112,8 +112,7 @@ def _five_bits(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     codes = codes ^ 16 if quantized.scheme.symmetric else codes  # signed ones are stored plus 16
     scale = quantized.scale.cpu()[..., None]
     parts = [scale.numpy(), *([] if quantized.scheme.symmetric else [_minima(quantized, scale, 1)])]
-    fifth = _bits(codes.reshape(rows, -1, BLOCK) >> 4 & 1)
-    return [*parts, fifth, pack_halves(codes & 15, BLOCK // 2).reshape(rows, -1, BLOCK // 2)]
+    return [*parts, _fields(codes, 1, 1, 4).reshape(rows, -1, 4), _fields(codes, 4, 16).reshape(rows, -1, 16)]
 
 
 def _superblock(quantized: QuantTensor, codes: np.ndarray) -> Parts:
@@ -134,17 +133,16 @@ def _superblock(quantized: QuantTensor, codes: np.ndarray) -> Parts:
         minimum[:, :, 0] | minimum[:, :, 1] >> 4 << 6,
         scale[:, :, 1] & 15 | minimum[:, :, 1] << 4,
     ]
-    fifth = [_planes(codes.reshape(*shape, 8, BLOCK) >> 4)] if quantized.scheme.bits == 5 else []
-    packed = pack_halves(codes & 15, BLOCK).reshape(*shape, SUPERBLOCK // 2)
-    return [_units(quantized), np.concatenate(small, -1), *fifth, packed]
+    fifth = [_fields(codes, 1, 32, 4).reshape(*shape, 32)] if quantized.scheme.bits == 5 else []
+    return [_units(quantized), np.concatenate(small, -1), *fifth, _fields(codes, 4, 32).reshape(*shape, 128)]
 
 
 def _q6_k(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     """Q6_K: lower four bits of codes plus 32, upper two, 16 int8 scales, f16 d."""
     shape = _shape(quantized)
     codes = codes + 32
-    low = pack_halves(codes & 15, 64).reshape(*shape, SUPERBLOCK // 2)
-    return [low, _quarters(codes >> 4 & 3, shape), _small(quantized), _units(quantized)]
+    low, high = _fields(codes, 4, 64).reshape(*shape, 128), _fields(codes, 2, 32, 4).reshape(*shape, 64)
+    return [low, high, _small(quantized), _units(quantized)]
 
 
 def _q3_k(quantized: QuantTensor, codes: np.ndarray) -> Parts:
@@ -159,8 +157,8 @@ def _q3_k(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     codes, scale = codes + 4, _small(quantized) + 32
     low = scale[..., :8] & 15 | scale[..., 8:] << 4
     high = (scale.reshape(*shape, 4, 4) >> 4 << _column(0, 2, 4, 6)).sum(-2, dtype=np.uint8)
-    third = _planes(codes.reshape(*shape, 8, BLOCK) >> 2 & 1)
-    return [third, _quarters(codes & 3, shape), low, high, _units(quantized)]
+    third = _fields(codes, 1, 32, 2).reshape(*shape, 32)
+    return [third, _fields(codes, 2, 32).reshape(*shape, 64), low, high, _units(quantized)]
 
 
 def _q2_k(quantized: QuantTensor, codes: np.ndarray) -> Parts:
@@ -168,7 +166,7 @@ def _q2_k(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     shape = _shape(quantized)
     assert quantized.zero_point is not None, "Q2_K has minima"
     minimum = quantized.zero_point.cpu().numpy().reshape(*shape, -1)
-    return [_small(quantized) | minimum << 4, _quarters(codes, shape), _units(quantized)]
+    return [_small(quantized) | minimum << 4, _fields(codes, 2, 32).reshape(*shape, 64), _units(quantized)]
 
 
 def _iq4(quantized: QuantTensor, codes: np.ndarray) -> Parts:
@@ -182,8 +180,8 @@ def _iq4(quantized: QuantTensor, codes: np.ndarray) -> Parts:
     places[_table()] = np.arange(16)
     if quantized.super_scale is None:
         scale = quantized.scale.cpu()[..., None].numpy()
-        return [scale, pack_halves(places[codes], BLOCK // 2).reshape(*scale.shape[:2], BLOCK // 2)]
-    packed = pack_halves(places[codes], BLOCK // 2).reshape(*_shape(quantized), SUPERBLOCK // 2)
+        return [scale, _fields(places[codes], 4, 16).reshape(*scale.shape[:2], 16)]
+    packed = _fields(places[codes], 4, 16).reshape(*_shape(quantized), 128)
     scale = _small(quantized) + 32
     high = ((scale >> 4).astype("<u2") << np.arange(0, 16, 2, dtype="<u2")).sum(-1, keepdims=True, dtype="<u2")
     return [_units(quantized), high, scale[..., ::2] & 15 | scale[..., 1::2] << 4, packed]
@@ -346,20 +344,20 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return np.packbits(values, axis=-1, bitorder="little")
 
 
-def _planes(values: np.ndarray) -> np.ndarray:
-    """Zeros and ones [..., 8, n] as bytes [..., n], one plane in each bit."""
+def _fields(codes: np.ndarray, bits: int, run: int, shift: int = 0) -> np.ndarray:
+    """`bits` bits of codes of any shape, those from `shift` on, as uint8 [codes * bits / 8].
+
+    run: of so many bytes first the lowest bits hold codes, one after the other, then the next.
+    """
     import numpy as np
 
-    return np.packbits(values, axis=-2, bitorder="little")[..., 0, :]
-
-
-def _quarters(codes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Codes of 2 bits as bytes [out, blocks, 64]: of 128 columns, byte c holds those 32 apart from column c on."""
-    import numpy as np
-
-    spread = codes.reshape(*shape, 2, 4, BLOCK) << _column(0, 2, 4, 6)
-    packed: np.ndarray = spread.sum(-2, dtype=np.uint8)
-    return packed.reshape(*shape, 64)
+    codes = np.ascontiguousarray(codes)
+    packed = native_packing.fields(codes, bits, run, shift)
+    if packed is not None:
+        return packed
+    apart = (codes >> shift & (1 << bits) - 1).reshape(-1, 8 // bits, run)
+    made: np.ndarray = (apart << _column(*range(0, 8, bits))).sum(1, dtype=np.uint8)
+    return made.reshape(-1)
 
 
 def _column(*values: int) -> np.ndarray:

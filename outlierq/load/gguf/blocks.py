@@ -17,7 +17,7 @@ from outlierq.core.model import TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
-from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, of_blocks, of_superblocks, spread
+from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, halves, of_blocks, of_superblocks, spread
 from outlierq.load.packed.codes.numbers import Parts, as_array, e4m3_of_e2m1
 from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
@@ -81,17 +81,17 @@ def gguf_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start:
         return of_blocks(SINGLE[kind.name](blocks), scheme)
     if scheme.kind == "float":
         return _mxfp4_rows(blocks, scheme)
-    scale = _halves(blocks[..., :2])
+    scale = halves(blocks[..., :2])[..., 0]
     if scheme.bits == 8:
-        codes = blocks[..., 2:].view(np.int8).reshape(stop - start, -1)
+        codes = np.ascontiguousarray(blocks[..., 2:].view("V32")).view(np.int8).reshape(stop - start, -1)
     else:
         packed = blocks[..., width - 16 :]
         codes = spread(packed, 4, 16).reshape(stop - start, -1)
     zero = None
     if scheme.scales == "minimum":
-        return of_blocks((codes, scale, _halves(blocks[..., 2:4])), scheme)
+        return of_blocks((codes, scale, halves(blocks[..., 2:4])[..., 0]), scheme)
     if not scheme.symmetric:
-        zero = _zero_points(scale, _halves(blocks[..., 2:4]))
+        zero = _zero_points(scale, halves(blocks[..., 2:4])[..., 0])
         zero = torch.from_numpy(_per_group(zero, scheme, shape[1]))
     elif scheme.bits == 4:
         codes -= np.uint8(8)
@@ -148,13 +148,6 @@ def file_rows(rows: np.ndarray, count: int, heads: int) -> np.ndarray:
     return head * size + 2 * pair + half
 
 
-def _halves(raw: np.ndarray) -> np.ndarray:
-    """Float16 numbers of their two bytes."""
-    import numpy as np
-
-    return np.ascontiguousarray(raw).view("<f2")[..., 0]
-
-
 def _zero_points(scale: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Uint8 zero points of the stored minima; SourceError when one is not the nearest float16 to -zero * scale."""
     import numpy as np
@@ -171,6 +164,8 @@ def _per_group(values: np.ndarray, scheme: QuantScheme, columns: int) -> np.ndar
     import numpy as np
 
     grouped = values.reshape(len(values), scheme.groups(columns), -1)
+    if grouped.shape[-1] == 1:
+        return values
     if not (grouped == grouped[..., :1]).all():
         raise SourceError(f"blocks of one group have several scales ({scheme})")
     return np.ascontiguousarray(grouped[..., 0])

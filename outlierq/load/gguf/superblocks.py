@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
+from outlierq.ops.compiled import unpacking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,11 +46,11 @@ def of_blocks(parts: Blocks, scheme: QuantScheme) -> QuantTensor:
     return QuantTensor(torch.from_numpy(codes), torch.from_numpy(np.ascontiguousarray(scale)), low, scheme)
 
 
-def _halves(raw: np.ndarray) -> np.ndarray:
+def halves(raw: np.ndarray) -> np.ndarray:
     """Float16 numbers [..., n] of bytes [..., 2 n]."""
     import numpy as np
 
-    return np.ascontiguousarray(raw).view("<f2")
+    return np.ascontiguousarray(raw.view("<f2"))  # numbers are copied faster than bytes
 
 
 def spread(raw: np.ndarray, bits: int, run: int) -> np.ndarray:
@@ -58,6 +59,9 @@ def spread(raw: np.ndarray, bits: int, run: int) -> np.ndarray:
     """
     import numpy as np
 
+    made = unpacking.spread(raw, bits, run)
+    if made is not None:
+        return made
     if (bits, run) == (1, 1):
         return np.unpackbits(raw, axis=-1, bitorder="little")
     runs = raw.reshape(*raw.shape[:-1], -1, run)
@@ -73,19 +77,19 @@ def _q5_0(blocks: np.ndarray) -> Blocks:
     import numpy as np
 
     codes = spread(blocks[..., 6:], 4, 16) + spread(blocks[..., 2:6], 1, 1) * 16
-    return codes.astype(np.int8) - np.int8(16), _halves(blocks[..., :2])[..., 0], None
+    return codes.astype(np.int8) - np.int8(16), halves(blocks[..., :2])[..., 0], None
 
 
 def _q5_1(blocks: np.ndarray) -> Blocks:
     """f16 d, f16 m, fifth bits, lower four bits: d * q + m."""
-    units = _halves(blocks[..., :4])
+    units = halves(blocks[..., :4])
     codes = spread(blocks[..., 8:], 4, 16) + spread(blocks[..., 4:8], 1, 1) * 16
     return codes, units[..., 0], units[..., 1]
 
 
 def _iq4_nl(blocks: np.ndarray) -> Blocks:
     """f16 d, places in the table."""
-    return _table()[spread(blocks[..., 2:], 4, 16)], _halves(blocks[..., :2])[..., 0], None
+    return _table()[spread(blocks[..., 2:], 4, 16)], halves(blocks[..., :2])[..., 0], None
 
 
 def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,13 +107,13 @@ def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _q4_k(blocks: np.ndarray) -> Superblocks:
     """f16 units of scales and minima, 12 bytes of those, 128 of codes: 32 bytes hold 64 columns."""
-    return spread(blocks[..., 16:], 4, 32), *_six_bits(blocks[..., 4:16]), _halves(blocks[..., :4])
+    return spread(blocks[..., 16:], 4, 32), *_six_bits(blocks[..., 4:16]), halves(blocks[..., :4])
 
 
 def _q5_k(blocks: np.ndarray) -> Superblocks:
     """The same with 32 bytes of fifth bits before the others."""
     codes = spread(blocks[..., 48:], 4, 32) + spread(blocks[..., 16:48], 1, 32) * 16
-    return codes, *_six_bits(blocks[..., 4:16]), _halves(blocks[..., :4])
+    return codes, *_six_bits(blocks[..., 4:16]), halves(blocks[..., :4])
 
 
 def _q6_k(blocks: np.ndarray) -> Superblocks:
@@ -118,7 +122,7 @@ def _q6_k(blocks: np.ndarray) -> Superblocks:
 
     codes = spread(blocks[..., :128], 4, 64) + spread(blocks[..., 128:192], 2, 32) * 16
     scale = blocks[..., 192:208].view(np.int8)
-    return codes.astype(np.int8) - np.int8(32), scale, None, _halves(blocks[..., 208:])
+    return codes.astype(np.int8) - np.int8(32), scale, None, halves(blocks[..., 208:])
 
 
 def _q3_k(blocks: np.ndarray) -> Superblocks:
@@ -127,12 +131,12 @@ def _q3_k(blocks: np.ndarray) -> Superblocks:
 
     codes = spread(blocks[..., 32:96], 2, 32) + spread(blocks[..., :32], 1, 32) * 4
     scale = spread(blocks[..., 96:104], 4, 8) + spread(blocks[..., 104:108], 2, 4) * 16
-    return codes.astype(np.int8) - np.int8(4), scale.astype(np.int8) - np.int8(32), None, _halves(blocks[..., 108:])
+    return codes.astype(np.int8) - np.int8(4), scale.astype(np.int8) - np.int8(32), None, halves(blocks[..., 108:])
 
 
 def _q2_k(blocks: np.ndarray) -> Superblocks:
     """16 bytes with a scale in the low and a minimum in the high half, 64 of codes, f16 units."""
-    return spread(blocks[..., 16:80], 2, 32), blocks[..., :16] & 15, blocks[..., :16] >> 4, _halves(blocks[..., 80:])
+    return spread(blocks[..., 16:80], 2, 32), blocks[..., :16] & 15, blocks[..., :16] >> 4, halves(blocks[..., 80:])
 
 
 def _iq4_xs(blocks: np.ndarray) -> Superblocks:
@@ -145,26 +149,26 @@ def _iq4_xs(blocks: np.ndarray) -> Superblocks:
         _table()[spread(blocks[..., 8:], 4, 16)],
         scale.astype(np.int8) - np.int8(32),
         None,
-        _halves(blocks[..., :2]),
+        halves(blocks[..., :2]),
     )
 
 
 def _iq3_s(blocks: np.ndarray) -> Superblocks:
     """f16 unit, 64 bytes of numbers, 8 of their ninth bits, 32 of signs, 4 of scales."""
     index = blocks[..., 2:66].astype("<u2") + spread(blocks[..., 66:74], 1, 1) * _wide(256)
-    return _signed("IQ3_S", index, blocks[..., 74:106]), _odd(blocks[..., 106:]), None, _halves(blocks[..., :2])
+    return _signed("IQ3_S", index, blocks[..., 74:106]), _odd(blocks[..., 106:]), None, halves(blocks[..., :2])
 
 
 def _iq3_xxs(blocks: np.ndarray) -> Superblocks:
     """f16 unit, 64 bytes of numbers, 8 words of 4 x 7 signs and a scale."""
     signs, scale = _words(blocks[..., 66:])
-    return _signed("IQ3_XXS", blocks[..., 2:66], signs), scale, None, _halves(blocks[..., :2])
+    return _signed("IQ3_XXS", blocks[..., 2:66], signs), scale, None, halves(blocks[..., :2])
 
 
 def _iq2_s(blocks: np.ndarray) -> Superblocks:
     """f16 unit, 32 bytes of numbers, 32 of signs, 8 of the numbers' upper two bits, 8 of scales."""
     index = blocks[..., 2:34].astype("<u2") + spread(blocks[..., 66:74], 2, 1) * _wide(256)
-    return _signed("IQ2_S", index, blocks[..., 34:66]), _odd(blocks[..., 74:]), None, _halves(blocks[..., :2])
+    return _signed("IQ2_S", index, blocks[..., 34:66]), _odd(blocks[..., 74:]), None, halves(blocks[..., :2])
 
 
 def _iq2_xs(blocks: np.ndarray) -> Superblocks:
@@ -173,7 +177,7 @@ def _iq2_xs(blocks: np.ndarray) -> Superblocks:
 
     words = np.ascontiguousarray(blocks[..., 2:66]).view("<u2")
     codes = _signed("IQ2_XS", words & 511, _even(words >> 9))
-    return codes, _odd(blocks[..., 66:]), None, _halves(blocks[..., :2])
+    return codes, _odd(blocks[..., 66:]), None, halves(blocks[..., :2])
 
 
 def _iq2_xxs(blocks: np.ndarray) -> Superblocks:
@@ -183,7 +187,7 @@ def _iq2_xxs(blocks: np.ndarray) -> Superblocks:
     groups = blocks[..., 2:].reshape(*blocks.shape[:-1], 8, 8)
     signs, scale = _words(np.ascontiguousarray(groups[..., 4:]).reshape(*blocks.shape[:-1], 32))
     index = groups[..., :4].reshape(*blocks.shape[:-1], 32)
-    return _signed("IQ2_XXS", index, signs), scale, None, _halves(blocks[..., :2])
+    return _signed("IQ2_XXS", index, signs), scale, None, halves(blocks[..., :2])
 
 
 SUPERBLOCKS: dict[str, Callable[[np.ndarray], Superblocks]] = {

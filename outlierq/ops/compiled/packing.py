@@ -17,6 +17,8 @@ from outlierq.ops.compiled import rounding as native
 if TYPE_CHECKING:
     import ctypes
 
+    import numpy as np
+
 WORD = 32
 # `enum block` of pack.c, columns of a block, its bytes. Superblocks have a function of their own.
 GGUF_BLOCKS = {
@@ -82,6 +84,22 @@ def gguf_blocks(kind: str, quantized: QuantTensor, order: torch.Tensor | None) -
             number, given, rows, groups, count // groups, scales, zeros, places, blocks.data_ptr()
         )
     return blocks
+
+
+def fields(codes: np.ndarray, bits: int, run: int, shift: int) -> np.ndarray | None:
+    """`bits` bits of uint8 codes of any shape, contiguous, those from `shift` on, as uint8 [codes * bits / 8].
+
+    run: of so many bytes first the lowest bits hold codes, one after the other, then the next.
+    """
+    import numpy as np
+
+    compiled = _compiled()
+    if compiled is None or not hasattr(compiled, "outlierq_pack_fields"):  # older than it
+        return None
+    packed = np.empty(codes.size * bits // 8, np.uint8)
+    runs = packed.size // run
+    done = compiled.outlierq_pack_fields(codes.ctypes.data, runs, shift, bits, run, packed.ctypes.data)
+    return packed if done else None
 
 
 def dequantize(quantized: QuantTensor) -> torch.Tensor | None:

@@ -57,6 +57,8 @@ def library() -> ctypes.CDLL | None:
     compiled.outlierq_gguf_superblocks.argtypes = (pointer, size, size, pointer, pointer, pointer, pointer, pointer)
     compiled.outlierq_dequantize.argtypes = (pointer, size, size, pointer, number, pointer, pointer)
     compiled.outlierq_any_masked.argtypes = (pointer, size, number, number)
+    if hasattr(compiled, "outlierq_pack_fields"):  # what was compiled may be older
+        compiled.outlierq_pack_fields.argtypes = (pointer, size, number, number, number, pointer)
     return compiled
 
 
