@@ -107,6 +107,16 @@ def test_the_nearest_vector_is_the_nearest_that_can_be_stored(name):
     assert ((vectors < 0).sum(1) % 2 == 0).all() or not kind.even_signs
 
 
+def test_without_statistics_the_nearest_vector_is_looked_for_among_those_near_and_is_the_same():
+    kind, generator = block_types()["IQ3_S"], torch.Generator().manual_seed(4)
+    ratio = torch.randn(6, 4000, 8, generator=generator) * torch.tensor([1, 4, 9, 20, 60, 400]).view(-1, 1, 1)
+    ratio[0, :50], ratio[1], ratio[2, 0] = 0, ratio[1].round(), 1e30
+    ratio = ratio.view(-1, 8)
+    alike = torch.ones(1, 8)
+    assert torch.equal(nearest_vectors(ratio, kind), nearest_vectors(ratio, kind, alike))
+    assert nearest_vectors(torch.full((1, 8), float("nan")), kind).shape == (1, 8)
+
+
 def test_a_lattice_of_q4_1_is_found_by_rounding():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (ROWS, COLUMNS // 32, 32), generator=generator).float()

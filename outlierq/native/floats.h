@@ -1,4 +1,5 @@
-/* What the compiled code of this folder shares: code for each kind of processor, floats of 16 and 32 bits, rounding. */
+/* What the compiled code of this folder shares: code for each kind of processor, bytes that are asked for early, floats of 16
+   and 32 bits, rounding. */
 
 #ifndef OUTLIERQ_FLOATS_H
 #define OUTLIERQ_FLOATS_H
@@ -12,6 +13,11 @@
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
+#endif
+#ifdef __GNUC__
+#define FETCH(place) __builtin_prefetch(place)
+#else
+#define FETCH(place)
 #endif
 #define INLINE static inline __attribute__((always_inline))
 

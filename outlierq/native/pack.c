@@ -6,12 +6,6 @@
 
 #include "floats.h"
 
-#ifdef __GNUC__
-#define FETCH(place) __builtin_prefetch(place)
-#else
-#define FETCH(place)
-#endif
-
 enum block { Q4_0, Q4_1, Q8_0, MXFP4 };
 
 INLINE int64_t at_most(int64_t count, int64_t limit) { return count < limit ? count : limit; }

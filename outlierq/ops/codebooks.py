@@ -40,6 +40,12 @@ def codewords(name: str) -> torch.Tensor:
     return torch.from_numpy(table.grid.reshape(table.grid_shape).copy()).float()
 
 
+@cache
+def _near_words(name: str) -> native_vectors.NearWords | None:
+    """Which codewords of a type are nearest where; None: all are to be tried."""
+    return native_vectors.near_words(codewords(name))
+
+
 def nearest_level(ratio: torch.Tensor, name: str) -> torch.Tensor:
     """`ratio` of any shape rounded in place to the nearest value of the table; of two equally near ones the smaller."""
     values = levels(name).to(ratio.device)
@@ -52,6 +58,10 @@ def nearest_vectors(ratio: torch.Tensor, kind: BlockType, importance: torch.Tens
     importance: [period, 8] weights of the squared distance, positive, of vector i the row i modulo period; None: all
     alike. Where the signs must be even the one is turned that costs least, its magnitude then being as small as it can.
     """
+    near = _near_words(kind.name) if importance is None and not kind.even_signs else None
+    found = None if near is None else native_vectors.nearest_in_cells(ratio, near)
+    if found is not None:
+        return found
     importance = torch.ones(1, SIGNS, device=ratio.device) if importance is None else importance
     words = codewords(kind.name).to(ratio.device)
     found = native_vectors.nearest_vectors(ratio, words, importance, even_signs=kind.even_signs)

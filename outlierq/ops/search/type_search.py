@@ -85,10 +85,14 @@ class _TypeSearch:
         for step in FINE:
             for low, high in ((step, step),) if self.scheme.symmetric else ((step, 0.0), (0.0, step)):
                 best, least, share = self._try(best, least, share, (share[0] + low, share[1] + high))
+        codes = self._codes(best)
         for _ in range(FITS):
-            fitted = self._fitted(best)
-            error = self._error(fitted)
-            best, least = best.where(error < least, fitted), torch.minimum(least, error)
+            fitted = self._fitted(best, codes)
+            others = self._codes(fitted)
+            error = self._error_of(fitted, others)
+            better = error < least
+            best, least = best.where(better, fitted), torch.minimum(least, error)
+            codes = torch.where(better[..., None], others, codes)
         return best
 
     @property
@@ -145,7 +149,11 @@ class _TypeSearch:
 
     def _error(self, numbers: Reals) -> torch.Tensor:
         """[out, groups] error with the nearest codes."""
-        change = self._change(numbers, self._codes(numbers))
+        return self._error_of(numbers, self._codes(numbers))
+
+    def _error_of(self, numbers: Reals, codes: torch.Tensor) -> torch.Tensor:
+        """[out, groups] error with some codes [out, groups, columns]."""
+        change = self._change(numbers, codes)
         return tree_sum(change * self._weighted(change))
 
     def _weighted(self, change: torch.Tensor) -> torch.Tensor:
@@ -156,9 +164,8 @@ class _TypeSearch:
             return change * self.importance
         return (change.transpose(0, 1) @ self.blocks).transpose(0, 1)
 
-    def _fitted(self, numbers: Reals) -> Reals:
-        """The real numbers that fit the nearest codes best, in closed form; those given where there is no solution."""
-        codes = self._codes(numbers)
+    def _fitted(self, numbers: Reals, codes: torch.Tensor) -> Reals:
+        """The real numbers that fit the codes best, in closed form; those given where there is no solution."""
         weighted = self._weighted(codes)
         power, target = tree_sum(weighted * codes), tree_sum(weighted * self.grouped)
         if numbers.minimum is None:
