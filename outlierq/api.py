@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from outlierq.pipeline.planning.plan import Plan
     from outlierq.pipeline.publish import Publication
     from outlierq.pipeline.studying.adapter import Adapter
+    from outlierq.pipeline.studying.caches import CacheStudy
     from outlierq.pipeline.studying.methods import MethodStudy
     from outlierq.pipeline.studying.texts import CalibrationStudy
     from outlierq.pipeline.tuning.settings import Tuned
@@ -387,8 +388,8 @@ def evaluate(
     bos: each window begins as the tokenizer begins a text, as the model is served. max_length: tokens of context in
     tasks (2048; 0 takes all positions). runtime: "packed" multiplies the packed weights as they are stored. dtype:
     float32 (packed: bfloat16), or float16. kv_cache: fp8, int8, int4 or nvfp4, in which a server keeps the model's keys
-    and values, each token and head with a scale of its own. generate: also what both say to three
-    prompts (`["samples"]`).
+    and values, each token and head with a scale of its own; or kivi-2, rotatekv-2, kvquant-3, ksort-4 and others, as
+    papers keep them (`study_caches`). generate: also what both say to three prompts (`["samples"]`).
     limits: `.passed` says whether all were kept. out, junit: files for the result, and for what the limits say.
     record: put the result into the model's outlierq.json, where `publish` reads it. cached: take what was measured
     before. command: how to repeat it, a part of the result.
@@ -981,6 +982,38 @@ def study_methods(
         content = page(study) if Path(out).suffix == ".md" else json.dumps(study.to_dict(), indent=1) + "\n"
         write_file(Path(out), content.encode())
     return study
+
+
+def study_caches(
+    model: SourceLike,
+    *,
+    only: Sequence[str] = (),
+    text: str | None = None,
+    windows: int | None = 24,
+    window_length: int = 512,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Listener | None = None,
+) -> CacheStudy:
+    """What keys and values in fewer bits cost a model: in the caches of servers, and in those of the literature.
+
+    only: caches by their names in the table. text: a file to measure on, None for the held-out part of the mix.
+
+    >>> study = outlierq.study_caches(model, only=["int8", "kivi-2"], windows=2, window_length=32)
+    >>> [row.name for row in study.rows], study.advice.startswith("vllm serve --kv-cache-dtype int8_per_token_head")
+    (['int8', 'kivi-2'], True)
+    """
+    from outlierq.pipeline.asked.request import Source
+    from outlierq.pipeline.asked.resources import Resources
+    from outlierq.pipeline.studying.caches import study_caches
+    from outlierq.report.progress import listening
+
+    with listening(progress) as listen:
+        checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
+        return study_caches(
+            checkpoint, text=text, windows=windows, window_length=window_length, only=only, resources=resources
+        )
 
 
 def demo(

@@ -318,7 +318,7 @@ def test_a_model_is_measured_as_a_server_keeps_its_cache(model):
 
     int8, int4 = measured("int8"), measured("int4")
     assert 0 < int8.kl < int4.kl and int8["kv_cache"] == "int8"
-    with pytest.raises(ArgumentError, match="choose fp8, int8, int4 or nvfp4"):
+    with pytest.raises(ArgumentError, match="choose fp8, int8, int4, nvfp4, kivi-4"):
         measured("int3")
     with pytest.raises(ArgumentError, match="has its own cache"):
         outlierq.evaluate(model, kv_cache="int8", backend="llama.cpp")

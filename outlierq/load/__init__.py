@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.gguf.tokenizer import stored_tokens as stored_tokens
     from outlierq.load.model.architecture import declared_class as declared_class
     from outlierq.load.model.attention import SERVED_CACHES as SERVED_CACHES
+    from outlierq.load.model.attention import attend_through as attend_through
     from outlierq.load.model.attention import attention_names as attention_names
     from outlierq.load.model.attention import round_served_cache as round_served_cache
     from outlierq.load.model.attention import stored_prefix as stored_prefix
     from outlierq.load.model.conversion.packed_load import packed_fault as packed_fault
+    from outlierq.load.model.decoder import block_list as block_list
     from outlierq.load.model.experts.apart import experts_apart as experts_apart
     from outlierq.load.model.experts.apart import experts_together as experts_together
     from outlierq.load.model.experts.apart import fused_pieces as fused_pieces
@@ -66,6 +68,8 @@ _HOMES = {
     "attention_names": "model.attention",
     "stored_prefix": "model.attention",
     "SERVED_CACHES": "model.attention",
+    "attend_through": "model.attention",
+    "block_list": "model.decoder",
     "round_served_cache": "model.attention",
     "is_hub_id": "sources",
     "open_checkpoint": "sources",

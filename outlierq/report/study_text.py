@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from outlierq.pipeline.studying.caches import CacheStudy
     from outlierq.pipeline.studying.methods import MethodRow, MethodStudy
     from outlierq.pipeline.studying.texts import CalibrationStudy
 
@@ -48,6 +49,18 @@ def calibration(study: CalibrationStudy) -> RenderableType:
         f"output error over that of weights rounded on the text itself; {study.scheme}, {study.tokens:,} tokens each"
     )
     return Group(table, Text(shared, style="dim"), Text("\n".join(lines)), Text(study.verdict, style="bold"))
+
+
+def caches(study: CacheStudy) -> RenderableType:
+    """One row for each cache, and the flag that follows."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(("cache", "bits", "KL", "perplexity", "runs with")):
+        table.add_column(heading, justify="right" if 0 < number < 4 else "left")
+    for row in study.rows:
+        figures = _number(row.bits, ".2f"), _number(row.kl, ".5f"), _number(row.perplexity, ".4g")
+        table.add_row(row.name, *figures, row.note or row.flag)
+    shared = f"{study.tokens:,} tokens of {study.text}, perplexity of the original {study.reference_perplexity:.4g}"
+    return Group(table, Text(shared, style="dim"), Text(study.advice, style="bold"))
 
 
 def _range(matrix: Sequence[Sequence[float]]) -> str:

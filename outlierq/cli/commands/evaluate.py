@@ -62,8 +62,8 @@ def command(
     kv_cache: Annotated[
         str | None,
         typer.Option(
-            help="Keys and values of MODEL as a server keeps them: fp8, int8, int4 (per token and head) or nvfp4; "
-            "default: as the checkpoint says."
+            help="Keys and values of MODEL as a server keeps them: fp8, int8, int4 (per token and head) or nvfp4; or "
+            "as papers do: kivi-2, rotatekv-2, kvquant-3 ... (see study cache). Default: as the checkpoint says."
         ),
     ] = None,
     generate: Annotated[

@@ -24,7 +24,9 @@ SERVED_CACHES = ("fp8", "int8", "int4", "nvfp4")
 NVFP4 = ActivationScheme("float", 4, False, "group", 16, "two-level")
 
 Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
-KeysValues = tuple["torch.Tensor", "torch.Tensor"]
+# Keys, values [sequences, kv heads, tokens, D] and mask, as attention is given them.
+Seen = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
+Change = Callable[["torch.nn.Module", "torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor | None"], Seen]
 
 
 def attention_names(module: torch.nn.Module) -> list[str]:
@@ -72,18 +74,22 @@ def round_cache(model: torch.nn.Module, scales: Mapping[str, tuple[torch.Tensor,
         part.register_buffer("k_scale", key.float(), persistent=False)
         part.register_buffer("v_scale", value.float(), persistent=False)
 
-    def scaled(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
-        if "k_scale" not in module._buffers:
-            return key, value
-        return fake_quantize(key, CACHE_ELEMENTS, module.k_scale), fake_quantize(value, CACHE_ELEMENTS, module.v_scale)
+    def scaled(
+        module: torch.nn.Module, _: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Seen:
+        if "k_scale" in module._buffers:
+            key = fake_quantize(key, CACHE_ELEMENTS, module.k_scale)
+            value = fake_quantize(value, CACHE_ELEMENTS, module.v_scale)
+        return key, value, mask
 
-    _attend_to_rounded(model, "fp8", scaled)
+    attend_through(model, "fp8", scaled)
 
 
 def round_served_cache(model: torch.nn.Module, numbers: str) -> None:
     """Round keys (after RoPE) and values just before attention as a server does by itself; see `SERVED_CACHES`."""
     rounded = served_rounding(numbers)
-    _attend_to_rounded(model, f"served_{numbers}", lambda module, key, value: (rounded(key), rounded(value)))
+    change: Change = lambda _, query, key, value, mask: (rounded(key), rounded(value), mask)  # noqa: E731
+    attend_through(model, f"served_{numbers}", change)
 
 
 def served_rounding(numbers: str) -> Rounding:
@@ -111,34 +117,40 @@ def _turned_int4(x: torch.Tensor) -> torch.Tensor:
     return hadamard_transform(codes.sub_(zero).mul_(scale), transpose=True).to(x.dtype)
 
 
-def _attend_to_rounded(
-    model: torch.nn.Module, word: str, rounding: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], KeysValues]
-) -> None:
-    """Have attention see what `rounding` makes of its keys and values; its function stays the one that it was."""
+def attend_through(model: torch.nn.Module, word: str, change: Change) -> None:
+    """Have attention see what `change` makes of keys, values and mask; its function stays the one that it was.
+
+    change: is given the module, and its queries [sequences, heads, tokens, D] before the three. word: by which this way
+    of changing is known to transformers.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     implementation = model.config.get_text_config()._attn_implementation
     name = f"outlierq_{word}_cache_{implementation}"
-    AttentionInterface.register(name, _attention(implementation, rounding))
+    AttentionInterface.register(name, _attention(implementation, change))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     for part in model.modules():
         if getattr(getattr(part, "config", None), "_attn_implementation", None) == implementation:
             part.config._attn_implementation = name
 
 
-def _attention(
-    implementation: str, rounding: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], KeysValues]
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """An attention function that rounds keys and values and goes on with `implementation`."""
+def _attention(implementation: str, change: Change) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """An attention function that changes what it is given and goes on with `implementation`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attention(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        key, value = rounding(module, key, value)
+        key, value, attention_mask = change(module, query, key, value, attention_mask)
         # The plain function is that of the model's own file, as its module would have taken it.
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain)(module, query, key, value, *args, **kwargs)
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain)
+        return run(module, query, key, value, attention_mask, **kwargs)
 
     return attention

@@ -24,6 +24,7 @@ from outlierq.core.notes import collecting
 from outlierq.core.report import REPORT_NAME, Evaluation, Report
 from outlierq.export.writer import disk_error
 from outlierq.load import SERVED_CACHES, check_unchanged
+from outlierq.ops.caches.evaluated import EVALUATED
 from outlierq.pipeline.asked.events import Listener
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.measuring import models as evaluation
@@ -58,7 +59,8 @@ class Measurement:
     `llama.cpp` computes everything of a GGUF file. runtime: "packed" multiplies the model's packed weights as they are;
     the reference is always dense. bos: windows begin as the tokenizer begins a text. max_length: tokens of context in
     tasks, 0 for all of the model's positions. kv_cache: numbers in which a server keeps keys and values of the model,
-    not of the reference. generate: also what model and reference say to `PROMPTS`.
+    not of the reference; or a cache of the literature (`ops/caches`). generate: also what model and reference say to
+    `PROMPTS`.
     """
 
     text: str | None = None
@@ -79,7 +81,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if self.kv_cache is not None:
-            _one_of("kv_cache", self.kv_cache, SERVED_CACHES)
+            _one_of("kv_cache", self.kv_cache, (*SERVED_CACHES, *EVALUATED))
             if self.backend != "transformers":
                 raise ArgumentError(f"{self.backend} has its own cache; leave one of the two out", argument="kv_cache")
         if self.generate and self.backend == LLAMA_CPP:

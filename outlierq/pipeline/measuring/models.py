@@ -29,9 +29,11 @@ def load_for_evaluation(
 ) -> torch.nn.Module:
     """The whole model. runtime: "dense" decodes packed weights, "packed" multiplies with them as they are.
 
-    kv_cache: numbers in which a server keeps keys and values, see `SERVED_CACHES`; None for 16 bits.
+    kv_cache: numbers in which a server keeps keys and values, see `SERVED_CACHES`, or a cache of the literature, see
+    `EVALUATED`; None for 16 bits.
     """
-    from outlierq.load import load_model, round_served_cache
+    from outlierq.load import SERVED_CACHES, load_model, round_served_cache
+    from outlierq.pipeline.measuring.evaluated_cache import evaluate_through
 
     if runtime == "packed":
         from outlierq.pipeline.measuring.packed_model import load_packed_model
@@ -39,8 +41,10 @@ def load_for_evaluation(
         model = load_packed_model(checkpoint, dtype=dtype, device=device)
     else:
         model = load_model(checkpoint, dtype=dtype, device=device)
-    if kv_cache is not None:
+    if kv_cache in SERVED_CACHES:
         round_served_cache(model, kv_cache)
+    elif kv_cache is not None:
+        evaluate_through(model, kv_cache, checkpoint)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of methods, and of calibration texts, on one model."""
+"""Comparisons of methods, of calibration texts, and of caches, on one model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outlierq.cli.help import Command, Group
 
 app = typer.Typer(
     cls=Group,
-    help="Compare methods, or calibration texts, on one model.",
+    help="Compare methods, calibration texts, or caches, on one model.",
     no_args_is_help=True,
     epilog="Examples:\n\n  outlierq calibrate ./SmolLM2-135M -o stats\n\n"
     "  outlierq study methods ./SmolLM2-135M --stats stats -o methods.md",
@@ -26,6 +26,11 @@ WRITE = 'Example:\n\n  outlierq study write ./SmolLM2-135M "sparsegpt 2:4" --sta
 CALIBRATION = (
     "Examples:\n\n  outlierq study calibration ./SmolLM2-135M --text mix --text nonsense\n\n"
     "  outlierq study calibration ./SmolLM2-135M --text chats.txt --text code.txt --text news.txt --json"
+)
+
+CACHE = (
+    "Examples:\n\n  outlierq study cache ./SmolLM2-135M\n\n"
+    "  outlierq study cache ./SmolLM2-135M --only int8 --only int4 --only kivi-2 --json"
 )
 
 
@@ -117,6 +122,45 @@ def calibration(
         shared.print_json(study.to_dict())
         return
     from outlierq.report.study_text import calibration as table
+
+    shared.show(table(study))
+
+
+@app.command("cache", cls=Command, epilog=CACHE)
+@shared.translated
+def cache(
+    model: shared.Model,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A cache by its name in the table; default all. May be repeated.")
+    ] = None,
+    text: shared.Text = None,
+    windows: shared.Windows = 24,
+    window_length: shared.WindowLength = 512,
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.RemoteCode = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
+) -> None:
+    """What keys and values in fewer bits cost: in the caches of servers and of papers, and the flag that follows."""
+    import outlierq
+
+    with shared.progress(quiet) as listen:
+        study = outlierq.study_caches(
+            model,
+            only=only or (),
+            text=text,
+            windows=windows or None,
+            window_length=window_length,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=listen,
+        )
+    if as_json:
+        shared.print_json(study.to_dict())
+        return
+    from outlierq.report.study_text import caches as table
 
     shared.show(table(study))
 
