@@ -798,6 +798,7 @@ def study_write(
     out: Place,
     bits: int = 4,
     group_size: int | None = 128,
+    general: Place | None = None,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -806,7 +807,8 @@ def study_write(
     """Write the model that a method of `study_methods` is judged by, as a plain checkpoint in the model's dtype.
 
     method: its name in the table, such as "wanda 2:4"; recipes are written by `quantize`. stats: what `calibrate`
-    wrote. bits, group_size (None: per channel): of methods that round. The result is no smaller: zeros are stored.
+    wrote. bits, group_size (None: per channel): of methods that round. general: see `study_methods`. The result is no
+    smaller: zeros are stored.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
     >>> report = outlierq.study_write(model, "wanda 2:4", stats="stats", out="pruned", group_size=32)
@@ -819,7 +821,7 @@ def study_write(
     from outlierq.pipeline.studying.methods import Conditions
     from outlierq.report.progress import listening
 
-    conditions = Conditions(bits, group_size)
+    conditions = Conditions(bits, group_size, general=None if general is None else Path(general))
     with listening(progress) as listen:
         checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
         return study_write(checkpoint, method, Path(stats), conditions, Path(out), resources=resources)
@@ -948,6 +950,7 @@ def study_methods(
     group_size: int | None = 128,
     inputs: str = "16",
     only: Sequence[str] = (),
+    general: Place | None = None,
     text: str | None = None,
     windows: int | None = 24,
     window_length: int = 512,
@@ -960,7 +963,8 @@ def study_methods(
     """Every method of rounding or pruning that fits a model, at the bits that each really spends.
 
     stats: what `calibrate` wrote; all methods share it. bits, group_size (None: per channel): of the weights. inputs:
-    "16", "int8" or "int4": of the linears, a scale per token. only: methods by their names in the table. text: a file
+    "16", "int8" or "int4": of the linears, a scale per token. only: methods by their names in the table. general: other
+    statistics, of general text, for what prunes for both texts (d-pruner; both with sensitivity=True). text: a file
     to measure on, None for the held-out part of the mix. out: a file for the table, as JSON, or as a page for .md.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)
@@ -974,7 +978,8 @@ def study_methods(
     from outlierq.report.progress import listening
     from outlierq.report.study_text import page
 
-    conditions = Conditions(bits, group_size, inputs, text, windows, window_length)
+    beside = None if general is None else Path(general)
+    conditions = Conditions(bits, group_size, inputs, text, windows, window_length, beside)
     with listening(progress) as listen:
         checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
         study = study_methods(checkpoint, Path(stats), conditions, only=only, resources=resources)

@@ -30,6 +30,7 @@ from outlierq.pipeline.studying.methods import Conditions
 from outlierq.pipeline.studying.replaced import replace
 from outlierq.pipeline.studying.texts import nonsense
 from outlierq.quantize.studies.adadim import adadim
+from outlierq.quantize.studies.d_pruner import d_pruner, dual_importance
 from outlierq.quantize.studies.low_rank import with_branch
 from outlierq.quantize.studies.olive import best_pairs, olive
 from outlierq.quantize.studies.sparsegpt import sparsegpt
@@ -122,6 +123,51 @@ def test_adadim_takes_the_dimension_that_errs_less(rounding):
 def test_detect_says_in_which_dimension_groups_err_less(tiny_llama, statistics):
     report = outlierq.detect(tiny_llama, stats=statistics, device="cpu")
     assert report.groups and all(0.1 < group.measures["by_output"] < 10 for group in report.groups)
+
+
+# D-Pruner.
+
+
+def test_d_pruner_without_importance_drops_what_wanda_drops(w, stats):
+    made = d_pruner(w, stats, SCHEME, feedback=False)
+    assert torch.equal(made.weight, wanda(w, stats, SCHEME).weight)
+
+
+def test_d_pruner_keeps_what_either_text_needs(w, stats):
+    needed = torch.zeros(2, ROWS, WIDTH)
+    needed[0, :, :40], needed[1, :, 100:140] = 1e6, 1e6  # inputs that general text needs, and domain text
+    for importance, kept in ((needed[0], [0]), (needed[1], [1]), (needed.sum(0), [0, 1])):
+        made = d_pruner(w, stats, SCHEME, importance=importance + 1e-6)
+        for number, part in enumerate((slice(0, 40), slice(100, 140))):
+            assert bool((made.weight[:, part] != 0).all()) == (number in kept)
+
+
+@pytest.mark.parametrize("pattern", ["rows", "matrix", "2:4"])
+def test_d_pruner_with_error_feedback_loses_less(pattern, w, stats):
+    importance = stats.hessian.diagonal().expand_as(w)
+    plain, fed = (d_pruner(w, stats, SCHEME, importance=importance, pattern=pattern, feedback=f) for f in (False, True))
+    assert lost(w, fed, stats) < lost(w, plain, stats) and torch.equal(fed.weight == 0, plain.weight == 0)
+    assert (fed.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_importance_of_two_texts_is_their_sum_per_token():
+    outputs, inputs = torch.rand(6, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
+    one = dual_importance([(outputs, inputs, 10)])
+    assert one.shape == (6, 9) and torch.allclose(one, dual_importance([(outputs * 3, inputs * 3, 30)]))
+    assert torch.allclose(dual_importance([(outputs, inputs, 10), (outputs, 2 * inputs, 10)]), 3 * one)
+
+
+def test_d_pruner_needs_what_weights_cost_and_says_how_to_have_it(tiny_llama, statistics, tmp_path):
+    (row,) = study(tiny_llama, statistics, "d-pruner 50 %").rows
+    assert row.kl is None and "does not say what weights cost" in row.note
+    settings = {"samples": 4, "sequence_length": 32, "device": "cpu", "sensitivity": True}
+    texts = [outlierq.calibrate(tiny_llama, out=tmp_path / f"{n}", seed=n, **settings).folder for n in (1, 2)]
+    dual = outlierq.study_methods(
+        tiny_llama, stats=texts[0], general=texts[1], only=["d-pruner 50 %"], group_size=32, windows=2,
+        window_length=32, device="cpu",
+    )  # fmt: skip
+    alone = study(tiny_llama, texts[0], "d-pruner 50 %")
+    assert 0 < dual.rows[0].kl != alone.rows[0].kl > 0
 
 
 # OliVe.

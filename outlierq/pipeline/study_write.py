@@ -15,7 +15,7 @@ from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel.approximated import ApproximatedCheckpoint
 from outlierq.pipeline.studying.contenders import Contender, contenders
 from outlierq.pipeline.studying.methods import Conditions
-from outlierq.pipeline.studying.rounding import approximated, method_of, options_by_block
+from outlierq.pipeline.studying.rounding import approximated, importance_of, method_of, options_by_block
 from outlierq.recipe import load
 
 if TYPE_CHECKING:
@@ -56,18 +56,18 @@ def _approximated(
     source, reader = served(checkpoint), StatsReader(stats)
     schemes = make_plan(checkpoint, load("gptq-w4", conditions.settings)).schemes
     options = options_by_block(contender, stats, checkpoint, schemes, source)
-    asked = method_of(contender)
+    asked, importance = method_of(contender), importance_of(contender, conditions.texts(stats, checkpoint))
 
     def made(index: int) -> dict[str, torch.Tensor]:
         block = BlockData(index, *reader.block(index), None)
         changed = {}
-        for parts, _, _ in approximated(asked, block, schemes, source, options[index]):
+        for parts, _, _ in approximated(asked, block, schemes, source, options[index], importance):
             for site, each in parts.items():
                 dtype = torch_dtype(source.tensors[site.weight].dtype)
                 changed[site.weight] = from_matrix(site, each.whole).to(dtype)
         return changed
 
     blocks = {site.weight: site.block for site in schemes if site.block in options}
-    identity = ["study", contender.name, conditions.settings, reader.identity.to_json()]
+    identity = ["study", contender.name, conditions.settings, reader.identity.to_json(), str(conditions.general or "")]
     note = f"study: weights of {len(blocks)} linears as {contender.name} leaves them, decoded; no smaller than before"
     return ApproximatedCheckpoint(source, identity, blocks, made, note)

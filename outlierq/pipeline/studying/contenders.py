@@ -16,7 +16,8 @@ class Contender:
     """One row of the table.
 
     method: a quantizer or an approximation, with options; or recipe: a shipped one, with settings of its own.
-    bits: at which it exists, empty for all. budget: `owl` for sparsities by block. loads_in: which programs load it.
+    bits: at which it exists, empty for all. budget: `owl` or `farms` for sparsities by block. importance: whether it
+    asks what weights cost at the end of the model, on one text or on two. loads_in: which programs load it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     bits: Sequence[int] = ()
     budget: str = ""
+    importance: bool = False
     loads_in: str = ""
 
 

@@ -29,7 +29,7 @@ from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.studying.contenders import Contender, contenders
 from outlierq.pipeline.studying.replaced import copied
 from outlierq.pipeline.studying.replaced import replace as put_in
-from outlierq.pipeline.studying.rounding import approximated, method_of, options_by_block
+from outlierq.pipeline.studying.rounding import approximated, importance_of, method_of, options_by_block
 from outlierq.recipe import load
 from outlierq.registry import method
 
@@ -87,7 +87,8 @@ class Conditions:
     """What all methods share. bits, group_size (None: per channel): of the weights. inputs: `16`, or `int8` or `int4`
     per token at run time.
 
-    text: a file, None for the held-out part of the mix. window_length, windows: of it, None for all.
+    text: a file, None for the held-out part of the mix. window_length, windows: of it, None for all. general: other
+    statistics of the model, of general text, for methods that weigh two texts.
     """
 
     bits: int = 4
@@ -96,10 +97,18 @@ class Conditions:
     text: str | None = None
     windows: int | None = 24
     window_length: int = 512
+    general: Path | None = None
 
     def __post_init__(self) -> None:
         if self.inputs not in INPUTS:
             raise ArgumentError(f"{self.inputs!r}; choose {', '.join(INPUTS)}", argument="inputs")
+
+    def texts(self, stats: Path, checkpoint: Checkpoint) -> list[Path]:
+        """The statistics, and those of general text; StatsError where these are of another model."""
+        if self.general is None:
+            return [stats]
+        from_folder(self.general, checkpoint)
+        return [stats, self.general]
 
     @property
     def settings(self) -> list[str]:
@@ -235,9 +244,12 @@ class _Study:
         asked, sums, seconds = method_of(contender), _Sums(), 0.0
         model = copied(self.original)
         options = options_by_block(contender, self.stats, self.checkpoint, schemes, self.plain)
+        importance = importance_of(contender, self.conditions.texts(self.stats, self.checkpoint))
         for block in from_folder(self.stats, self.checkpoint).blocks:
             started = time.process_time()
-            for parts, stack, stats in approximated(asked, block, schemes, self.plain, options[block.index]):
+            for parts, stack, stats in approximated(
+                asked, block, schemes, self.plain, options[block.index], importance
+            ):
                 seconds += time.process_time() - started
                 sums.add(parts, stack, stats)
                 put_in(model, parts, INPUTS[self.conditions.inputs])

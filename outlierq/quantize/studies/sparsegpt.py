@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +12,7 @@ from outlierq.core.approximation import Approximation
 from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.grid import minmax_grid, nearest_code
-from outlierq.ops.pruning import dropped, stored_bits
+from outlierq.ops.pruning import dropped, stored_bits, swept
 from outlierq.ops.solve import inverse_cholesky
 from outlierq.quantize.studies.bits import grid_bits
 from outlierq.registry import approximation
@@ -36,27 +37,23 @@ def sparsegpt(
     sweep reaches them. rounds: also round what is left to the min-max grid of `scheme`, in the same sweep.
     """
     upper, _ = inverse_cholesky(stats.need("hessian"), damp)
-    work, values = w.clone(), torch.empty_like(w)
-    grid = minmax_grid(w, scheme).per_column(w.shape[1]) if rounds else None
-    width = 4 if pattern == "2:4" else BLOCK
-    for start in range(0, w.shape[1], width):
-        part = slice(start, min(start + width, w.shape[1]))
-        gone = dropped((work[:, part] / upper.diagonal()[part]).square(), sparsity, pattern)
-        errors = torch.empty_like(work[:, part])
-        for i in range(part.start, part.stop):
-            left = work[:, i] if grid is None else _rounded(work[:, i], i, grid, scheme)
-            values[:, i] = left.masked_fill(gone[:, i - part.start], 0.0)
-            errors[:, i - part.start] = (work[:, i] - values[:, i]) / upper[i, i]
-            work[:, i + 1 : part.stop] -= torch.outer(errors[:, i - part.start], upper[i, i + 1 : part.stop])
-        work[:, part.stop :] -= errors @ upper[part, part.stop :]
+    diagonal = upper.diagonal()
+
+    def gone(columns: torch.Tensor, part: slice) -> torch.Tensor:
+        return dropped((columns / diagonal[part]).square(), sparsity, pattern)
+
+    values = swept(w, upper, gone, 4 if pattern == "2:4" else BLOCK, on_grid(w, scheme) if rounds else None)
     bits = stored_bits(sparsity, pattern, scheme.bits if rounds else 16.0)
     return Approximation(values, bits + (grid_bits(scheme, w.shape[1]) if rounds else 0.0))
 
 
-def _rounded(
-    column: torch.Tensor, index: int, grid: tuple[torch.Tensor, torch.Tensor | None], scheme: QuantScheme
-) -> torch.Tensor:
-    """A column [out] on its grid, scales and zero points [out, in]; zero is on every grid."""
-    scale, zero_point = grid[0][:, index], None if grid[1] is None else grid[1][:, index]
-    code = nearest_code(column / scale, zero_point, scheme)
-    return (code if zero_point is None else code - zero_point) * scale
+def on_grid(w: torch.Tensor, scheme: QuantScheme) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Puts a column [out], by its number, onto the min-max grid of a weight [out, in]; zero is on every grid."""
+    scales, zero_points = minmax_grid(w, scheme).per_column(w.shape[1])
+
+    def rounded(column: torch.Tensor, index: int) -> torch.Tensor:
+        scale, zero_point = scales[:, index], None if zero_points is None else zero_points[:, index]
+        code = nearest_code(column / scale, zero_point, scheme)
+        return (code if zero_point is None else code - zero_point) * scale
+
+    return rounded

@@ -33,6 +33,11 @@ CACHE = (
     "  outlierq study cache ./SmolLM2-135M --only int8 --only int4 --only kivi-2 --json"
 )
 
+General = Annotated[
+    Path | None,
+    typer.Option(help="Other statistics, of general text: d-pruner keeps what both texts need."),
+]
+
 
 @app.command("methods", cls=Command, epilog=METHODS)
 @shared.translated
@@ -45,6 +50,7 @@ def methods(
     only: Annotated[
         list[str] | None, typer.Option(help="A method by its name in the table; default all. May be repeated.")
     ] = None,
+    general: General = None,
     text: shared.Text = None,
     windows: shared.Windows = 24,
     window_length: shared.WindowLength = 512,
@@ -68,6 +74,7 @@ def methods(
             group_size=_columns(group_size),
             inputs=inputs,
             only=only or (),
+            general=general,
             text=text,
             windows=windows or None,
             window_length=window_length,
@@ -174,6 +181,7 @@ def write(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the checkpoint.")],
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights, where the method rounds.")] = 4,
     group_size: shared.GroupSize = "128",
+    general: General = None,
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -190,6 +198,7 @@ def write(
             out=out,
             bits=bits,
             group_size=_columns(group_size),
+            general=general,
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
