@@ -46,7 +46,7 @@ def values(value: torch.Tensor, levels: Levels) -> torch.Tensor:
     """Values of the same shape, the range that of each token over all heads."""
     flat = value.float().transpose(1, 2).flatten(2)
     done = _on_levels(flat, *_token_range(flat), levels.values)
-    return done.unflatten(2, (value.shape[1], -1)).transpose(1, 2).to(value.dtype)
+    return torch.unflatten(done, 2, (value.shape[1], -1)).transpose(1, 2).to(value.dtype)
 
 
 def _token_range(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,11 +31,12 @@ def keys(key: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
     """Keys before RoPE, [sequences, kv heads, tokens, D], turned, in order, rounded by token, and all of it undone."""
     channels = turned(key.transpose(1, 2)).flatten(2)[..., order]
     done = rounded(in_groups(channels, GROUP), bits, CLIP.get(bits, 1.0)).flatten(2)[..., order.argsort()]
-    return turned(done.unflatten(2, (key.shape[1], -1)), back=True).transpose(1, 2).to(key.dtype)
+    return turned(torch.unflatten(done, 2, (key.shape[1], -1)), back=True).transpose(1, 2).to(key.dtype)
 
 
 def values(value: torch.Tensor, bits: int) -> torch.Tensor:
     """Values of the same shape, each head turned (`rotate` merges that into weights) and rounded by token."""
     turned_heads = hadamard_transform(value.float()).transpose(1, 2).flatten(2)
     done = rounded(in_groups(turned_heads, GROUP), bits, CLIP.get(bits, 1.0)).flatten(2)
-    return hadamard_transform(done.unflatten(2, (value.shape[1], -1)), transpose=True).transpose(1, 2).to(value.dtype)
+    by_head = torch.unflatten(done, 2, (value.shape[1], -1))
+    return hadamard_transform(by_head, transpose=True).transpose(1, 2).to(value.dtype)

@@ -15,10 +15,11 @@ def rounded(x: torch.Tensor, bits: int, clip: float = 1.0) -> torch.Tensor:
     most = 2**bits - 1
     step = ((high - low) * clip / most).clamp(min=1e-12)
     zero = (-low * clip / step).round()
-    return ((x / step).round().add_(zero).clamp_(0, most) - zero) * step
+    done: torch.Tensor = ((x / step).round().add_(zero).clamp_(0, most) - zero) * step
+    return done
 
 
 def in_groups(x: torch.Tensor, size: int) -> torch.Tensor:
     """The last axis [..., n] cut into groups [..., n / size, size]; one group where it cannot be cut evenly."""
     size = size if x.shape[-1] % size == 0 else x.shape[-1]
-    return x.unflatten(-1, (-1, size))
+    return torch.unflatten(x, -1, (-1, size))

@@ -17,12 +17,12 @@ from outlierq.pipeline.measuring import models
 if TYPE_CHECKING:
     import torch
 
-# Bits of a number of a head of D channels, and the flag; see `load/model/attention.py`.
+# Bits of a number, those of a head beside its numbers, and the flag; see `load/model/attention.py`.
 SERVED = {
-    "fp8": (lambda size: 8 + 32 / size, "vllm serve --kv-cache-dtype fp8_per_token_head"),
-    "int8": (lambda size: 8 + 32 / size, "vllm serve --kv-cache-dtype int8_per_token_head"),
-    "int4": (lambda size: 4 + 64 / size, "vllm serve --kv-cache-dtype int4_per_token_head"),
-    "nvfp4": (lambda size: 4.5, "vllm serve --kv-cache-dtype nvfp4"),
+    "fp8": (8.0, 32, "vllm serve --kv-cache-dtype fp8_per_token_head"),
+    "int8": (8.0, 32, "vllm serve --kv-cache-dtype int8_per_token_head"),
+    "int4": (4.0, 64, "vllm serve --kv-cache-dtype int4_per_token_head"),
+    "nvfp4": (4.5, 0, "vllm serve --kv-cache-dtype nvfp4"),
 }
 # The nearest that a program runs.
 NEAR = {
@@ -101,8 +101,8 @@ def _row(
     """One cache, measured."""
     heads, size = head_sizes(original)
     if name in SERVED:
-        bits, flag = SERVED[name]
-        known = CacheRow(name, "", bits(size), flag)
+        bits, beside, flag = SERVED[name]
+        known = CacheRow(name, "", bits + beside / size, flag)
     else:
         known = CacheRow(name, EVALUATED[name].paper, EVALUATED[name].bits(heads, size), NEAR.get(name, ""))
     try:
