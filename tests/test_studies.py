@@ -129,7 +129,7 @@ def test_detect_says_in_which_dimension_groups_err_less(tiny_llama, statistics):
 
 
 def test_d_pruner_without_importance_drops_what_wanda_drops(w, stats):
-    made = d_pruner(w, stats, SCHEME, feedback=False)
+    made = d_pruner(w, stats, SCHEME, survivors="stay")
     assert torch.equal(made.weight, wanda(w, stats, SCHEME).weight)
 
 
@@ -145,8 +145,10 @@ def test_d_pruner_keeps_what_either_text_needs(w, stats):
 @pytest.mark.parametrize("pattern", ["rows", "matrix", "2:4"])
 def test_d_pruner_with_error_feedback_loses_less(pattern, w, stats):
     importance = stats.hessian.diagonal().expand_as(w)
-    plain, fed = (d_pruner(w, stats, SCHEME, importance=importance, pattern=pattern, feedback=f) for f in (False, True))
+    asked = {"importance": importance, "pattern": pattern}
+    plain, fed, rounded = (d_pruner(w, stats, SCHEME, survivors=then, **asked) for then in ("stay", "move", "round"))
     assert lost(w, fed, stats) < lost(w, plain, stats) and torch.equal(fed.weight == 0, plain.weight == 0)
+    assert rounded.bits < 4 < fed.bits and not rounded.weight[plain.weight == 0].any()
     assert (fed.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 

@@ -8,10 +8,10 @@ first-order term is left out: it needs gradients of every weight. Error feedback
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 
 from outlierq.core.approximation import Approximation
 from outlierq.core.scheme import QuantScheme
@@ -21,6 +21,8 @@ from outlierq.ops.solve import inverse_cholesky
 from outlierq.quantize.studies.bits import grid_bits
 from outlierq.quantize.studies.sparsegpt import BLOCK, on_grid
 from outlierq.registry import approximation
+
+DAMP = 0.01  # of the mean diagonal, as in SparseGPT
 
 
 @approximation("d_pruner", needs=("hessian",), paper="arXiv:2405.06275")
@@ -32,23 +34,22 @@ def d_pruner(
     importance: torch.Tensor | None = None,
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.5,
     pattern: Pattern = "rows",
-    feedback: bool = True,
-    rounds: bool = False,
-    damp: Annotated[float, Gt(0)] = 0.01,
+    survivors: Literal["stay", "move", "round"] = "move",
 ) -> Approximation:
-    """Drop the weights with the least w^2 F; the others make up for them, and are rounded in the same sweep if asked.
+    """Drop the weights with the least w^2 F; the others stay, or make up for them, and are rounded in the same sweep.
 
     w: [out, in] float32. importance: F, [out, in], of any source; None takes the power of the inputs, which is Wanda's.
     """
     power = stats.need("hessian").diagonal() if importance is None else importance
     gone = dropped(w.square() * power, sparsity, pattern)
+    rounds = survivors == "round"
     bits = stored_bits(sparsity, pattern, scheme.bits if rounds else 16.0)
     bits += grid_bits(scheme, w.shape[1]) if rounds else 0.0
-    if not feedback:
+    if survivors == "stay":
         return Approximation(w.masked_fill(gone, 0.0), bits)
-    upper, _ = inverse_cholesky(stats.need("hessian"), damp)
-    rounded = on_grid(w, scheme) if rounds else None
-    return Approximation(swept(w, upper, lambda _, part: gone[:, part], BLOCK, rounded), bits)
+    upper, _ = inverse_cholesky(stats.need("hessian"), DAMP)
+    grid = on_grid(w, scheme) if rounds else None
+    return Approximation(swept(w, upper, lambda _, part: gone[:, part], BLOCK, grid), bits)
 
 
 def dual_importance(fisher: list[tuple[torch.Tensor, torch.Tensor, int]]) -> torch.Tensor:
