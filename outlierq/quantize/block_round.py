@@ -22,7 +22,8 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.rounded_block import RoundedBlock
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.grid import code_dtype, nearest_code, stored
-from outlierq.quantize.moving import Adam, gathered, in_turn, split, spread
+from outlierq.ops.search.descent import Adam, in_turn, split
+from outlierq.quantize.moving import gathered, spread
 from outlierq.registry import learner
 
 FAR = 0.45  # of the way between two codes: how far from its own a weight may begin

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from outlierq.core.errors import NumbersError
-from outlierq.quantize.moving import Adam, in_turn, split
+from outlierq.ops.search.descent import Adam, in_turn, split
 
 FRESH = (0.1, 0.01)  # of a gradient and of its square in their running means: gradients of few tokens are noisy
 WARM_UP = 0.1  # the part of all steps in which they grow

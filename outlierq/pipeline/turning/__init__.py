@@ -1,0 +1,1 @@
+"""Turning a model by what is seen or learned of it, before the plan."""
