@@ -17,7 +17,8 @@ import outlierq
 ROUNDING = ["rtn", "gptq", "gptq, then learned rounding", "gptaq", "awq, gptq", "adadim, gptq"]
 BRANCHES = ["low rank 8, by output", "low rank 32, by output", "svdquant, rank 32"]
 # Table -> what differs from the usual conditions, and who takes part (all, where the list is empty).
-ROTATED = ["rotate, gptq", "rotate from weights, gptq"]
+LEARNED = ["klt, gptq", "spinquant, gptq", "ostquant, gptq"]
+ROTATED = ["rotate, gptq", "rotate from weights, gptq", *LEARNED]
 TABLES = {
     "4 bits": ({"bits": 4}, []),
     "3 bits": ({"bits": 3}, [*ROUNDING, *BRANCHES]),
@@ -27,6 +28,9 @@ TABLES = {
 # Table, method, rival, and the largest ratio of their KL that was hoped for.
 HOPES = [
     ("4-bit weights and inputs", "rotate from weights, gptq", "rotate, gptq", 0.85),
+    ("4-bit weights and inputs", "klt, gptq", "rotate, gptq", 0.85),
+    ("4-bit weights and inputs", "spinquant, gptq", "rotate, gptq", 0.85),
+    ("4-bit weights and inputs", "ostquant, gptq", "rotate, gptq", 0.85),
     ("4 bits", "gptaq", "gptq", 1.0),
     ("3 bits", "gptaq", "gptq", 1.0),
     ("3 bits", "gptq, then learned rounding", "gptq", 0.8),

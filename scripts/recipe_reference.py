@@ -29,6 +29,7 @@ STAGES = {
     "quantize": ("`quantize.method`", "rounds weights"),
     "transform": ("`transform[].method`", "scales the channels of an input"),
     "rewrite": ("`transform[].method`, the whole model", "changes the weights and not what the model computes"),
+    "turn": ("`transform[].method`, the whole model on a text", "turns channels by what it sees, and changes nothing"),
     "permute": ("`transform[].method`, order of channels", "brings channels into another order"),
     "prune": ("`transform[].method`, experts", "drops experts"),
     "learn": ("`learn.method`", "improves a whole rounded block"),

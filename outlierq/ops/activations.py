@@ -33,6 +33,27 @@ def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor
     return round_to_grid(wide, scale.float(), scheme).to(x.dtype)
 
 
+def rounded_by_its_scale(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
+    """`fake_quantize(x)` of x [..., K] with dynamic scales, and gradients that know where the scale comes from.
+
+    x = s u is rounded to s q(u). Through q(u) gradients pass as if it were u; through s they reach the value that the
+    scale holds, in whose hands the errors of all others are. Straight-through alone would not see that. Scales that
+    are powers of two, or are rounded themselves, have no gradient.
+    """
+    if scheme.per == "group":
+        grouped = _in_groups(x, scheme.group_size)
+        scale = dynamic_scale(grouped, scheme) if scheme.scales == "plain" else group_scale(grouped.detach(), scheme)
+        return _on_grid(grouped, scale, scheme).flatten(-2)[..., : x.shape[-1]]
+    return _on_grid(x, dynamic_scale(x, scheme), scheme)
+
+
+def _on_grid(x: torch.Tensor, scale: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
+    """scale q(x / scale), q without a gradient of its own. x: float32 [..., K]; scale broadcasts."""
+    unit, fixed = x / scale, scale.detach()
+    rounded = round_to_grid(x.detach(), fixed, scheme) / fixed
+    return scale * (unit + (rounded - unit.detach()))
+
+
 def dynamic_scale(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     """Scale that just holds the largest value of x [..., K]: [..., 1] per token or group, [] for the whole tensor."""
     largest = x.abs().amax() if scheme.per == "tensor" else x.abs().amax(-1, keepdim=True)

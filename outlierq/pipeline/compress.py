@@ -33,6 +33,7 @@ from outlierq.pipeline.planning.memory import check_evaluation
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.processes.ranks import refuse_several
 from outlierq.pipeline.quantize import quantize
+from outlierq.pipeline.turning.made import remove_turns, turns_for
 from outlierq.recipe import Gate, Recipe
 
 
@@ -85,6 +86,7 @@ def _into_folder(source: Source, request: Request, out: Path, run: Run, resource
         if resources.ranks.lead:
             remove_expert_stats(folder_of(out))
             remove_sensitive_stats(folder_of(out))
+            remove_turns(folder_of(out))
             checkpoint.drop_shards()
         return report
 
@@ -102,8 +104,10 @@ def _compressed(
     recipe, decided = with_sensitive_kept(
         checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources
     )
+    turns = turns_for(checkpoint, recipe, folder, given=run.stats, restart=run.restart, resources=resources)
     with reading_ahead(checkpoint):  # a plan needs seconds of imports, and no weights
-        plan = replace(make_plan(checkpoint, recipe, expert_stats=experts), decided=decided, alike=run.alike)
+        made = make_plan(checkpoint, recipe, expert_stats=experts, turns=turns)
+        plan = replace(made, decided=decided, alike=run.alike)
     if gate is not None and resources.max_memory is not None:
         check_evaluation([plan.model.skeleton] * 2, gate.dtype, gate.window_length, resources.max_memory)
     if run.planned is not None:

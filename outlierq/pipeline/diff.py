@@ -101,7 +101,7 @@ def _seen(first: Checkpoint, second: Checkpoint) -> tuple[Expected, Expected]:
     for source, result, is_second in ((first, second, True), (second, first, False)):
         try:
             report = report_beside(result.path)
-            made_of = None if report is None else remade(source, report)
+            made_of = None if report is None else remade(source, report, result.path)
         except OutlierqError:  # of another model, or of a recipe that is not known here
             continue
         if report is not None and made_of is not None and report.fingerprint == original_of(made_of).fingerprint:

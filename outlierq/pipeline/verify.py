@@ -229,8 +229,12 @@ def _comparison(
     findings: Findings,
 ) -> Comparison | None:
     """How the checkpoint is held against its source; None when a recipe's rewrites cannot be repeated on it."""
-    from outlierq.pipeline.checking.source.against import Comparison
+    from outlierq.pipeline.checking.source.against import Comparison, lost_turns
 
+    lost = lost_turns(plain, report)
+    if lost:
+        findings.note(f"weights are not held against the source: {lost}")
+        return None
     try:
         return Comparison.of(plain, reference, report, studied[1] if studied else {}, findings)
     except OutlierqError as error:

@@ -77,6 +77,15 @@ def impossible(recipe: Recipe) -> list[str]:
     if late:
         name = recipe.transform[late[0]].method
         faults.append(f"transform.{late[0]}.method: {name} rewrites the whole model; it comes before the others")
+    if recipe.turning and len(recipe.rewrites) > 1:
+        name = recipe.turning[0].method
+        faults.append(f"transform: {name} turns the whole model by what it sees of it; nothing else may rewrite it")
+    if recipe.turning and recipe.calibration is None:
+        name = recipe.turning[0].method
+        faults.append(
+            f"calibration: missing, but {name} lets the model run over its text; "
+            "add a `calibration` section (`calibration: {}` takes the defaults)"
+        )
     if recipe.quantize is None and any(stage not in WHOLE_MODEL for stage in stages):
         faults.append("transform: there is nothing to transform for without a `quantize` section")
     if recipe.needs and recipe.calibration is None:

@@ -25,7 +25,7 @@ from outlierq.recipe.sections import (
 )
 from outlierq.registry import code_of, code_of_format, method, transform_method
 
-WHOLE_MODEL = ("prune", "rewrite")  # kinds of transforms
+WHOLE_MODEL = ("prune", "rewrite", "turn")  # kinds of transforms
 
 
 class Recipe(Section):
@@ -50,6 +50,11 @@ class Recipe(Section):
     def pruning(self) -> tuple[Transform, ...]:
         """The steps that drop experts."""
         return tuple(step for step in self.transform if transform_method(step.method).stage == "prune")
+
+    @property
+    def turning(self) -> tuple[Transform, ...]:
+        """The steps that turn the whole model by what they see of it."""
+        return tuple(step for step in self.transform if transform_method(step.method).stage == "turn")
 
     @property
     def all_needs(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from outlierq.registry.declaring import (
     quantizer,
     rewriter,
     transform,
+    turner,
 )
 from outlierq.registry.finding import import_folder, method, methods, transform_method, ways_to
 from outlierq.registry.outside import code_of, follow, is_reference
@@ -51,5 +52,6 @@ __all__ = [
     "rewriter",
     "transform",
     "transform_method",
+    "turner",
     "ways_to",
 ]

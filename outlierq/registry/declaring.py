@@ -1,10 +1,10 @@
-"""What a method says of itself: one decorator for each of the seven stages, and the table that they fill.
+"""What a method says of itself: one decorator for each of the eight stages, and the table that they fill.
 
 The stages are "quantize" (rounds weights), "transform" (scales the channels of one input group), "rewrite" (changes the
-whole model and not what it computes), "permute" (brings channels into another order), "prune" (drops experts) and
-"learn" (improves a whole rounded block). A recipe names quantizers under `quantize`, what learns under `learn`, and
-those others under `transform`. Methods of the last, "approximate", give what no format holds; `outlierq study methods`
-compares them with the rest.
+whole model and not what it computes), "turn" (the same, by what it sees of the model on a text), "permute" (brings
+channels into another order), "prune" (drops experts) and "learn" (improves a whole rounded block). A recipe names
+quantizers under `quantize`, what learns under `learn`, and those others under `transform`. Methods of the last,
+"approximate", give what no format holds; `outlierq study methods` compares them with the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from outlierq.core.stats import DERIVED, FIELDS
 from outlierq.registry.packages import package_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-STAGES = ("quantize", "transform", "rewrite", "permute", "prune", "learn", "approximate")
+STAGES = ("quantize", "transform", "rewrite", "turn", "permute", "prune", "learn", "approximate")
 # What a format must know of a result: columns beside the codes, or a scale that just holds the largest weight.
 OUTLIER_COLUMNS, LARGEST_SCALES = "outlier columns", "scales of the largest weight"
 # Float32 copies of its rows that a quantizer holds at once, where it does not say; rounding by the hessian: 4.5.
@@ -196,6 +196,15 @@ def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[
     `openings` instead asks for the biases that the model class could take.
     """
     return _register("rewrite", name, needs, paper)
+
+
+def turner(name: str, *, paper: str) -> Callable[[F], F]:
+    """Register `function(model, *, options) -> turns` of the whole model as `transform: [{method: name}]`.
+
+    It sees a `Turnable`: rotations and scales that would cancel, and what they do to the model on the recipe's text.
+    Turns come before all other transforms; statistics are those of the turned model.
+    """
+    return _register("turn", name, (), paper)
 
 
 def permuter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[[F], F]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -75,14 +75,44 @@ class ValuePath:
     consumers: tuple[LinearSite, ...]
     heads: tuple[tuple[int, ...], ...]
 
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of the producer by key-value head, each once."""
+        return tuple(dict.fromkeys(self.heads))
+
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """Columns of the consumers by query head."""
+        size = len(self.heads[0])
+        return tuple(tuple(range(head * size, (head + 1) * size)) for head in range(len(self.heads)))
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The key-value head of every query head."""
+        number = {rows: at for at, rows in enumerate(self.rows)}
+        return tuple(number[rows] for rows in self.heads)
+
+
+@dataclass(frozen=True)
+class ScalePath:
+    """Linears between which a scale of each channel cancels. index: the row of the producer that feeds each column of
+    the consumers, none of them twice.
+    """
+
+    block: int
+    producer: LinearSite
+    consumers: tuple[LinearSite, ...]
+    index: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Anatomy:
     """Who reads and who writes the residual stream of `width` channels, and where values pass.
 
-    tables: embeddings and learned positions. norms: with their readers; the last one feeds the head. tied: the head as
-    a site of its own and the table whose tensor it shares, None when it has its own. residual_obstacle: why the stream
-    cannot be rotated, empty when it can. values_obstacle: the same for values.
+    tables: embeddings and learned positions. norms: with their readers; the last one feeds the head. scaled: linears
+    that feed others by channels and not by heads. tied: the head as a site of its own and the table whose tensor it
+    shares, None when it has its own. residual_obstacle: why the stream cannot be rotated, empty when it can.
+    values_obstacle: the same for values.
     """
 
     width: int
@@ -90,6 +120,7 @@ class Anatomy:
     norms: tuple[Norm, ...] = ()
     writers: tuple[LinearSite, ...] = ()
     values: tuple[ValuePath, ...] = ()
+    scaled: tuple[ScalePath, ...] = ()
     tied: tuple[LinearSite, str] | None = None
     residual_obstacle: str = ""
     values_obstacle: str = ""
@@ -122,6 +153,17 @@ class Basis:
         return merged.T @ merged / len(merged)
 
 
+class Linear(Protocol):
+    """What is done to an axis of a weight. held: the elements of the matrices that it takes."""
+
+    @property
+    def held(self) -> int:
+        """How many there are."""
+
+    def __call__(self, x: torch.Tensor, read: Read) -> torch.Tensor:
+        """x [..., n], float64, with its last axis changed. read: gives tensors of the source."""
+
+
 @dataclass(frozen=True)
 class Spin:
     """A rotation of one axis. places: the channels of each part that is rotated on its own; None for the whole axis.
@@ -132,6 +174,11 @@ class Spin:
     rotation: Rotation
     places: tuple[tuple[int, ...], ...] | None = None
     basis: Basis | None = None
+
+    @property
+    def held(self) -> int:
+        """Elements of the basis: the rotation itself is never formed."""
+        return 0 if self.basis is None else self.rotation.n**2
 
     def __call__(self, x: torch.Tensor, read: Read) -> torch.Tensor:
         """x with its last axis rotated. read: gives tensors of the source, for the basis."""
@@ -151,17 +198,17 @@ class Change:
 
     source: the tensor it is made of. norm: what its inputs come from, to be merged. by_input, by_output: rotations of
     the axes. centred: outputs lose their mean. weight: for a bias, the weight beside it. constant: the new value of a
-    norm's weight or bias, where nothing else counts.
+    norm's weight or bias, where nothing else counts; a number, or one for each channel.
     """
 
     source: str
     transposed: bool = False
     norm: Norm | None = None
-    by_input: tuple[Spin, ...] = ()
-    by_output: tuple[Spin, ...] = ()
+    by_input: tuple[Linear, ...] = ()
+    by_output: tuple[Linear, ...] = ()
     centred: bool = False
     weight: str | None = None
-    constant: float | None = None
+    constant: float | torch.Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -171,14 +218,15 @@ class Change:
     def making_bytes(self, shape: tuple[int, ...]) -> int:
         """Upper bound of what float64 copies hold while a matrix of this shape is made (the weight, for a bias)."""
         elements = math.prod(shape)
-        spins = (*self.by_input, *self.by_output)
-        basis = max((spin.rotation.n**2 for spin in spins if spin.basis is not None), default=0)
+        basis = max((spin.held for spin in (*self.by_input, *self.by_output)), default=0)
         pieces = elements if self.whole or self.weight else min(elements, PIECE_WEIGHTS + shape[-1])
         return COPIES * 8 * (pieces + basis)
 
     def apply(self, read: Read, dtype: torch.dtype, *, rows: int | None = None) -> torch.Tensor:
         """The new tensor in `dtype`, computed in float64. read: gives tensors of the source. rows: only the first."""
         stored = read(self.source)[:rows]
+        if isinstance(self.constant, torch.Tensor):
+            return self.constant.to(dtype)
         if self.constant is not None:
             return torch.full_like(stored, self.constant, dtype=dtype)
         if self.weight is not None:
@@ -245,6 +293,7 @@ class Rewrite:
     shared that of the embeddings, and the tensor it shared. notes: what was done and what was not, for the report.
     zeros: tensors that the model gets beside its own, all zero. settings: keys of config.json, by path, and their new
     values. shifts: input group -> (bias of its producer, note), where the zeros make a shift of the input possible.
+    pending: why the changes are not known yet, empty when they are; their shapes are right.
     """
 
     changes: Mapping[str, Change]
@@ -253,6 +302,7 @@ class Rewrite:
     zeros: Mapping[str, TensorInfo] = field(default_factory=dict)
     settings: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
     shifts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    pending: str = ""
 
 
 @rewriter("rotate", paper="arXiv:2404.00456")
@@ -271,7 +321,7 @@ def rotate(
     matrix of its width squared. A part that the model does not allow is left out with a note; RecipeError when none is
     left, or for eigenvectors with LayerNorm, whose mean they would mix.
     """
-    build = _Builder(anatomy)
+    build = Builder(anatomy)
     notes = []
     if residual:
         spin = Rotation.of(anatomy.width, seed, keeps_mean=any(norm.centred for norm in anatomy.norms))
@@ -310,7 +360,7 @@ def _too_small(rotation: Rotation) -> str:
     return f"no Hadamard matrix fits {rotation.n} channels" if rotation.block < 4 else ""
 
 
-class _Builder:
+class Builder:
     """Collects the changes, several to one tensor."""
 
     def __init__(self, anatomy: Anatomy):
@@ -318,7 +368,7 @@ class _Builder:
         self.changes: dict[str, Change] = {}
         self.untied: tuple[str, str] | None = None
 
-    def residual(self, spin: Spin) -> None:
+    def residual(self, spin: Linear) -> None:
         """Tables and writers give h R, readers take it."""
         centred = any(norm.centred for norm in self.anatomy.norms)
         for table in self.anatomy.tables:  # a table is a writer that is stored [in, out]
@@ -330,14 +380,29 @@ class _Builder:
 
     def value(self, path: ValuePath, rotation: Rotation) -> None:
         """The producer's heads give v R, the consumers' columns take it."""
-        rows = Spin(rotation, tuple(dict.fromkeys(path.heads)))
-        self._outputs(path.producer, rows)
-        places = torch.arange(sum(map(len, path.heads))).reshape(len(path.heads), -1)
-        columns = Spin(rotation, tuple(map(tuple, places.tolist())))
-        for site in path.consumers:
-            self._add(site.weight, site.weight, transposed=site.transposed, by_input=(columns,))
+        rows, columns = Spin(rotation, path.rows), Spin(rotation, path.columns)
+        self.between(path.producer, (rows,), path.consumers, (columns,))
 
-    def _norm(self, norm: Norm, spin: Spin) -> None:
+    def between(
+        self,
+        producer: LinearSite,
+        rows: tuple[Linear, ...],
+        consumers: tuple[LinearSite, ...],
+        columns: tuple[Linear, ...],
+    ) -> None:
+        """What a linear writes is changed by `rows`, and what others read of it by `columns`, which undo them."""
+        for change in rows:
+            self._outputs(producer, change)
+        for site in consumers:
+            self._add(site.weight, site.weight, transposed=site.transposed, by_input=columns)
+
+    def scaled_norm(self, norm: Norm, gain: torch.Tensor, scale: Linear) -> None:
+        """A norm whose gain went to its readers gets another one [channels], as it is stored, and they the rest."""
+        self.changes[norm.weight] = replace(self.changes[norm.weight], constant=gain)
+        for site in norm.readers:
+            self._add(site.weight, site.weight, by_input=(scale,))
+
+    def _norm(self, norm: Norm, spin: Linear) -> None:
         """The norm loses its gain and bias to its readers. A tied head stays tied where there is nothing to lose."""
         tied = self.anatomy.tied
         shared = tied if tied is not None and tied[0] in norm.readers else None
@@ -354,7 +419,7 @@ class _Builder:
             if site.bias is not None and norm.bias is not None and not norm.bias_in_mean:
                 self._add(site.bias, site.bias, transposed=site.transposed, norm=norm, weight=site.weight)
 
-    def _outputs(self, site: LinearSite, spin: Spin, *, centred: bool = False) -> None:
+    def _outputs(self, site: LinearSite, spin: Linear, *, centred: bool = False) -> None:
         """Rotate what the linear writes, its bias with it."""
         names = [(site.weight, None)] + ([(site.bias, site.weight)] if site.bias else [])
         for name, weight in names:

@@ -39,7 +39,7 @@ SETTINGS = (
 )
 PAPERS = ("licen[sc]e*", "notice*", "use_policy*", "copying*", "readme*", "model_card*.md")
 # What `outlierq` itself puts beside weights.
-REPORTS = ("outlierq.json", "outliers.json", "outliers.html", "outliers-*.png")
+REPORTS = ("outlierq.json", "outlierq.turns", "outliers.json", "outliers.html", "outliers-*.png")
 CARRIED = (*TOKENIZER, *CHAT, *SETTINGS, *PAPERS, *REPORTS)
 
 # Vocabularies hold any text, and no tokenizer works without them.

@@ -23,6 +23,17 @@ from outlierq.recipe import Calibration, Learn
 MASKED = "the model sees later tokens: calibrated on text with a random share of each window behind its mask token"
 
 
+def refuse_changed(plan: Plan, stats: Path) -> None:
+    """RecipeError when the recipe makes another model of the source, so that statistics do not fit."""
+    changing = changing_method(plan.checkpoint)
+    if changing:
+        raise RecipeError(
+            f"{changing} rewrites the whole model; the statistics in {stats} are of another one",
+            hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
+            "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
+        )
+
+
 def owners_for(plan: Plan) -> Callable[[Sequence[InputGroup], Ranks], dict[str, int]]:
     """How groups are dealt to ranks: by their cost, but to the lead alone where channels change their order.
 
@@ -71,13 +82,7 @@ def stats_source(
                 f"{recipe.permutations[0].method} tries its permutations on the model, which --stats does not run",
                 hint="leave --stats out",
             )
-        changing = changing_method(plan.checkpoint)
-        if changing:
-            raise RecipeError(
-                f"{changing} rewrites the whole model; the statistics in {stats} are of another one",
-                hint="leave --stats out: the run then calibrates the rewritten model itself. For several recipes on "
-                "one rewritten model, write it first (no `quantize` section, export.format: dense) and calibrate that",
-            )
+        refuse_changed(plan, stats)
         if stats.is_file():
             return StatsFromImatrix(stats, plan)
         if plan.checkpoint.studied() is not None:

@@ -43,17 +43,20 @@ CODES_KEPT = "left alone: it keeps the codes and scales of the source, bit for b
 CONFIG_NAME = "config.json"
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, expert_stats: Path | None = None, turns: Path | None = None
+) -> Plan:
     """Decide everything that headers can decide. RecipeError or SourceError when the recipe cannot be followed.
 
-    expert_stats: what pruning chooses by; without it a plan that prunes is right in its sizes, but cannot be followed.
+    expert_stats: what pruning chooses by, and turns: what a step that turns the model was given to see; without them a
+    plan is right in its sizes, but cannot be followed.
     """
     from outlierq.load import served
 
     source = served(_decoding(checkpoint, recipe))
 
     def planned(other: Recipe) -> Plan:
-        return _planned(rewritten(source, other, expert_stats=expert_stats), other)
+        return _planned(rewritten(source, other, expert_stats=expert_stats, turns=turns), other)
 
     return _with_experts_remedy(_with_names_remedy(planned(recipe), planned), planned)
 

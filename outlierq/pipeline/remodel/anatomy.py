@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -27,13 +28,14 @@ from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Studi
 from outlierq.core.move import UNCHANGED
 from outlierq.core.windows import embedding_rows
 from outlierq.load import load_tensors_into, release, study
-from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ValuePath, rotate
+from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ScalePath, ValuePath, rotate
 
 # Rows of embeddings and head that take part in proofs; the same code treats every row, and 128 k of them are 4 GB.
 Kind = tuple[type, tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]  # see `kind_of`
 ROWS = 4096
 MIN_CONTROL = 1e-3
 STREAM = "residual stream"
+Path = TypeVar("Path", ValuePath, ScalePath)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class _Search:
     def blocks(self) -> Anatomy:
         """What is in the blocks; of those that look alike, one is examined."""
         known: dict[Kind, tuple[Block, Anatomy]] = {}
-        norms, writers, values, obstacles, without = [], [], [], [], []
+        norms, writers, values, scaled, obstacles, without = [], [], [], [], [], []
         for block in self.bench.structure.blocks:
             kind = kind_of(self.bench.model, block)
             if kind not in known:
@@ -223,7 +225,8 @@ class _Search:
             moved = Moved(self.noise.names, like, block)
             norms += [moved.norm(norm) for norm in anatomy.norms]
             writers += [moved.sites[site] for site in anatomy.writers]
-            values += [moved.value(path) for path in anatomy.values]
+            values += [moved.path(path) for path in anatomy.values]
+            scaled += [moved.path(path) for path in anatomy.scaled]
             obstacles += [anatomy.residual_obstacle] if anatomy.residual_obstacle else []
             without += [anatomy.values_obstacle] if anatomy.values_obstacle else []
         if not obstacles and len({norm.centred for norm in norms}) > 1:
@@ -233,6 +236,7 @@ class _Search:
             norms=tuple(norms),
             writers=tuple(writers),
             values=tuple(values),
+            scaled=tuple(scaled),
             residual_obstacle=next(iter(obstacles), ""),
             values_obstacle=next(iter(without), ""),
         )
@@ -250,28 +254,42 @@ class _Search:
         anatomy, obstacle = self._stream(block, module, trace)
         if not obstacle:
             error = self._rotated_error(block, anatomy)
+            gated = replace(anatomy, writers=(*anatomy.writers, *self._behind_norms(block, trace, anatomy)))
+            if error > UNCHANGED and gated != anatomy and self._rotated_error(block, gated) <= UNCHANGED:
+                anatomy, error = gated, 0.0
             obstacle = "" if error <= UNCHANGED else self._reason(block, module, trace, anatomy, error)
         values, without = self._values(block, groups)
-        return replace(anatomy, values=values, residual_obstacle=obstacle, values_obstacle=without)
+        scaled = _scaled(block, groups, values)
+        return replace(anatomy, values=values, scaled=scaled, residual_obstacle=obstacle, values_obstacle=without)
 
     def _stream(self, block: Block, module: torch.nn.Module, trace: Trace) -> tuple[Anatomy, str]:
         """Candidates: norms that linears read, and other linears as wide as the stream; or why there are none."""
-        silent = [site.module for site in block.sites if site.module not in trace.inputs]
+        silent = [site.module for site in block.sites if site.module not in trace.inputs and self._wide_site(site)]
         if silent:
             return Anatomy(self.width), f"{silent[0]} is not called for every token"
         norms = []
         for name, written in trace.written.items():
-            readers = tuple(site for site in block.sites if trace.inputs[site.module] == written)
+            readers = tuple(site for site in block.sites if trace.inputs.get(site.module) == written)
             if readers and readers[0].in_features == self.width:
                 norm = self._norm(f"{block.name}.{name}", module.get_submodule(name), readers)
                 if norm is None:
                     return Anatomy(self.width), f"{block.name}.{name} is not a norm that is known here"
                 norms.append(norm)
-        after_norms = {site for site in block.sites if trace.inputs[site.module] in trace.written.values()}
+        after_norms = {site for site in block.sites if trace.inputs.get(site.module) in trace.written.values()}
         writers = tuple(s for s in block.sites if s.out_features == self.width and s not in after_norms)
         if not norms:
             return Anatomy(self.width), f"no linear of {block.name} reads the output of a norm with a gain"
         return Anatomy(self.width, norms=tuple(norms), writers=writers), ""
+
+    def _wide_site(self, site: LinearSite) -> bool:
+        """Whether a linear could read or write the stream."""
+        return self.width in (site.in_features, site.out_features)
+
+    def _behind_norms(self, block: Block, trace: Trace, anatomy: Anatomy) -> tuple[LinearSite, ...]:
+        """Linears as wide as the stream that read another norm than those on it: the gated one of Mamba 2."""
+        readers = {site for norm in anatomy.norms for site in norm.readers}
+        others = [site for site in block.sites if trace.inputs.get(site.module) in trace.written.values()]
+        return tuple(site for site in others if site.out_features == self.width and site not in readers)
 
     def _norm(self, name: str, module: torch.nn.Module, readers: tuple[LinearSite, ...]) -> Norm | None:
         """What kind of norm the module is, from what it does to random vectors; None when it is another thing."""
@@ -436,6 +454,19 @@ class _Search:
                 handle.remove()
 
 
+def _scaled(block: Block, groups: list[InputGroup], values: tuple[ValuePath, ...]) -> tuple[ScalePath, ...]:
+    """Groups whose input a linear feeds channel by channel; those between which heads turn are known already."""
+    turned = {site for path in values for site in path.consumers}
+    paths = []
+    for group in groups:
+        fold = group.fold
+        if fold is None or fold.kind != "linear" or group.sites[0] in turned or len(set(fold.index)) < len(fold.index):
+            continue
+        producer = next(site for site in block.sites if site.weight == fold.weight)
+        paths.append(ScalePath(block.index, producer, group.sites, fold.index))
+    return tuple(paths)
+
+
 def _note(called: list[str], name: str, *_: object) -> None:
     """A forward hook: note the name of the module, once."""
     if name not in called:
@@ -467,7 +498,7 @@ class Moved:
         readers = tuple(self.sites[site] for site in norm.readers)
         return replace(norm, weight=self.tensors[norm.weight], bias=bias, readers=readers)
 
-    def value(self, path: ValuePath) -> ValuePath:
-        """The value path at the same place."""
+    def path(self, path: Path) -> Path:
+        """The path at the same place."""
         consumers = tuple(self.sites[site] for site in path.consumers)
         return replace(path, block=self.index, producer=self.sites[path.producer], consumers=consumers)

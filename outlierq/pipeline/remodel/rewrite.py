@@ -22,6 +22,7 @@ from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.approximated import ApproximatedCheckpoint
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
 from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
+from outlierq.pipeline.remodel.turned import turned
 from outlierq.registry import Method, transform_method
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ def rewritten(
     *,
     expert_stats: Path | None = None,
     experts: Mapping[str, list[int]] | None = None,
+    turns: Path | None = None,
 ) -> Checkpoint:
     """The checkpoint as the rewrites of the recipe leave it, under the names that it asks for; the checkpoint itself
     when there is nothing to change.
 
     No weights are read, except for the gain of the last norm. experts: those that an earlier run kept, by block; they
-    need no statistics. RecipeError when a rewrite is not possible.
+    need no statistics. turns: the file of what was seen or learned for a step that turns the model; without it a plan
+    has the right sizes, and cannot be followed. RecipeError when a rewrite is not possible.
     """
     if recipe.export.names == "class":
         checkpoint = class_named(checkpoint)
@@ -51,6 +54,9 @@ def rewritten(
         method = transform_method(step.method)
         if method.stage == "prune":
             checkpoint = pruned(checkpoint, method, step.options, stats=expert_stats, experts=experts)
+            continue
+        if method.stage == "turn":
+            checkpoint = turned(checkpoint, method, step.options, turns)
             continue
         rewrite = method.function(_looked_at(checkpoint, method, recipe), **step.options)
         checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)

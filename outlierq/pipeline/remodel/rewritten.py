@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import WEIGHT_DTYPES
-from outlierq.core.errors import SourceError
-from outlierq.core.model import Checkpoint, TensorInfo
+from outlierq.core.errors import RecipeError, SourceError
+from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
 from outlierq.pipeline.remodel.derived import RemodelledCheckpoint
 
 if TYPE_CHECKING:
@@ -16,14 +16,26 @@ if TYPE_CHECKING:
     from outlierq.transform.rotate import Rewrite
 
 
+TURNS_NAME = "outlierq.turns"  # safetensors under a name that no program takes for weights
+
+
 class RewrittenCheckpoint(RemodelledCheckpoint):
     """A checkpoint with changed tensors.
 
-    original: what is read. rewrite: what changes, by which method. notes: what was done, for the report.
+    original: what is read. rewrite: what changes, by which method. notes: what was done, for the report. turns: where
+    the changes were read from that nobody could find again, to be kept beside the result.
     """
 
-    def __init__(self, original: Checkpoint, rewrite: Rewrite, method: str, options: Mapping[str, Any] | None = None):
-        super().__init__(original, [method, options or {}])
+    def __init__(
+        self,
+        original: Checkpoint,
+        rewrite: Rewrite,
+        method: str,
+        options: Mapping[str, Any] | None = None,
+        turns: CarriedFile | None = None,
+    ):
+        super().__init__(original, [method, options or {}, *([] if turns is None else [digest_of(turns)])])
+        self.turns = turns
         self.rewrite, self.method = rewrite, method
         self.notes: tuple[str, ...] = rewrite.notes
         self.config: dict[str, Any] = original.config
@@ -48,10 +60,18 @@ class RewrittenCheckpoint(RemodelledCheckpoint):
         self.config = _untied(self.config)
         self.notes += (f"rotate: {head} can no longer share the tensor of {table}: {shared.nbytes:,} bytes more",)
 
+    @property
+    def files(self) -> tuple[CarriedFile, ...]:
+        """Those of the original, and the turns."""
+        others = tuple(file for file in self.original.files if file.name != TURNS_NAME)
+        return others if self.turns is None else (*others, self.turns)
+
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, rewritten, in the shape of its header and its stored dtype."""
+        """The tensor, rewritten, in the shape of its header and its stored dtype. RecipeError while it is not known."""
         from outlierq.load.source.shards import torch_dtype
 
+        if self.rewrite.pending and name in self.rewrite.changes:
+            raise RecipeError(self.rewrite.pending, hint="`outlierq quantize` lets the model run first")
         change = self.rewrite.changes.get(name)
         if change is not None:
             return change.apply(self.original.read, torch_dtype(self.tensors[name].dtype))
@@ -75,6 +95,13 @@ class RewrittenCheckpoint(RemodelledCheckpoint):
 
         info = self.rewrite.zeros[name]
         return torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
+
+
+def digest_of(file: CarriedFile) -> str:
+    """Of what it holds."""
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(file.read()))
 
 
 def _with(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:

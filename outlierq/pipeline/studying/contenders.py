@@ -16,8 +16,9 @@ class Contender:
     """One row of the table.
 
     method: a quantizer or an approximation, with options; or recipe: a shipped one, with settings of its own.
-    bits: at which it exists, empty for all. budget: `owl` or `farms` for sparsities by block. importance: whether it
-    asks what weights cost at the end of the model, on one text or on two. loads_in: which programs load it.
+    bits: at which it exists, empty for all. rounded_inputs: whether it learns against them, and needs some. budget:
+    `owl` or `farms` for sparsities by block. importance: whether it asks what weights cost at the end of the model, on
+    one text or on two. loads_in: which programs load it.
     """
 
     name: str
@@ -26,13 +27,17 @@ class Contender:
     settings: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     bits: Sequence[int] = ()
+    rounded_inputs: bool = False
     budget: str = ""
     importance: bool = False
     loads_in: str = ""
 
 
-def contenders(only: Sequence[str], bits: int) -> list[Contender]:
-    """All that exist at these bits, or those of these names; ArgumentError for a name that there is not."""
+def contenders(only: Sequence[str], bits: int, *, rounded_inputs: bool = True) -> list[Contender]:
+    """All that exist at these bits, with inputs rounded or not, or those of these names.
+
+    ArgumentError for a name that there is not.
+    """
     text = (resources.files("outlierq") / "data" / "contenders.json").read_text(encoding="utf-8")
     known = {values["name"]: Contender(**values) for values in json.loads(text)}
     for name in only:
@@ -43,4 +48,5 @@ def contenders(only: Sequence[str], bits: int) -> list[Contender]:
                 argument="only",
             )
     asked = [known[name] for name in only] if only else list(known.values())
-    return [each for each in asked if only or not each.bits or bits in each.bits]
+    apt = [each for each in asked if rounded_inputs or not each.rounded_inputs]
+    return list(asked) if only else [each for each in apt if not each.bits or bits in each.bits]

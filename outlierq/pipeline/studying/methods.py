@@ -30,6 +30,7 @@ from outlierq.pipeline.studying.contenders import Contender, contenders
 from outlierq.pipeline.studying.replaced import copied
 from outlierq.pipeline.studying.replaced import replace as put_in
 from outlierq.pipeline.studying.rounding import approximated, importance_of, method_of, options_by_block
+from outlierq.pipeline.turning.made import turns_for
 from outlierq.recipe import load
 from outlierq.registry import method
 
@@ -133,7 +134,7 @@ def study_methods(
 
     A method that cannot run on this model has a row that says why.
     """
-    asked = contenders(only, conditions.bits)
+    asked = contenders(only, conditions.bits, rounded_inputs=INPUTS[conditions.inputs] is not None)
     study = _Study(checkpoint, stats, conditions, resources)
     curve = study.yardstick()
     rows = []
@@ -266,7 +267,8 @@ class _Study:
         started = time.process_time()
         with tempfile.TemporaryDirectory(prefix="outlierq-study-") as folder:
             out = Path(folder, "out")
-            plan = make_plan(self.checkpoint, recipe)
+            turns = turns_for(self.checkpoint, recipe, out, resources=self._quietly)
+            plan = make_plan(self.checkpoint, recipe, turns=turns)
             report = quantize(plan, out, stats=None if runs else self.stats, resources=self._quietly)
             seconds = time.process_time() - started
             model = models.load_for_evaluation(open_checkpoint(str(out)), device=self.resources.device)

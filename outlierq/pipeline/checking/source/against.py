@@ -17,9 +17,12 @@ from outlierq.pipeline.checking.source.inferred import inferred_folds
 from outlierq.pipeline.checking.source.rotated import rotated_like
 from outlierq.pipeline.checking.weights import grid_of, judge_weight, relative_error
 from outlierq.pipeline.remodel.rewrite import original_of, rewritten, served_source
-from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
+from outlierq.pipeline.remodel.rewritten import TURNS_NAME, RewrittenCheckpoint
+from outlierq.registry import methods
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from outlierq.core.model import Checkpoint
@@ -69,7 +72,7 @@ class Comparison:
         """Of a decoded checkpoint and its source. names: parameter -> stored tensor. RecipeError or SourceError when
         the rewrites of the report's recipe do not fit the source.
         """
-        made_of = rotated_like(plain, reference) if report is None else remade(reference, report)
+        made_of = rotated_like(plain, reference) if report is None else remade(reference, report, plain.path)
         is_other = report is not None and report.fingerprint != original_of(made_of).fingerprint
         if is_other:
             findings.note("the report names another source than this one (its fingerprint is another)")
@@ -164,9 +167,9 @@ def check_error(name: str, error: float, recorded: float, allowed: float, findin
         findings.fault("source", name, what)
 
 
-def remade(reference: Checkpoint, report: Report) -> Checkpoint:
+def remade(reference: Checkpoint, report: Report, place: Path) -> Checkpoint:
     """The source with the rewrites of the report's recipe. RecipeError when the recipe is not known here, or does not
-    fit the source.
+    fit the source. place: the folder of the result, which keeps what a rewrite was given to see.
     """
     from outlierq.recipe import Recipe
 
@@ -174,7 +177,20 @@ def remade(reference: Checkpoint, report: Report) -> Checkpoint:
         recipe = Recipe.model_validate(report.settings)
     except ValueError as error:
         raise RecipeError(f"the recipe in the report is not known here: {error}") from error
-    return rewritten(reference, recipe, experts=(report.record or {}).get("experts"))
+    file = place / TURNS_NAME
+    if recipe.turning and not file.is_file():
+        raise RecipeError(
+            f"{TURNS_NAME} is not beside the weights, which says how {recipe.turning[0].method} turned them"
+        )
+    turns = file if recipe.turning else None
+    return rewritten(reference, recipe, experts=(report.record or {}).get("experts"), turns=turns)
+
+
+def lost_turns(plain: Checkpoint, report: Report | None) -> str:
+    """Why nobody can tell how a GGUF file was turned, empty where it was not: nothing is kept beside such a file."""
+    steps = () if report is None or plain.path.is_dir() else report.settings.get("transform", ())
+    turners = [name for name in (step.get("method") for step in steps) if name in methods("turn")]
+    return f"{turners[0]} turned them by what it saw of the model, which no GGUF file keeps" if turners else ""
 
 
 def _computed(checkpoint: Checkpoint) -> frozenset[str]:
