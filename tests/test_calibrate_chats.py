@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from outlierq.calibrate.text import chats
 from outlierq.calibrate.text.chats import chat_columns, messages_of, rendered
 from outlierq.core.errors import StatsError
 
@@ -126,3 +128,14 @@ def test_a_template_that_writes_nothing_of_a_chat_is_refused():
     with pytest.raises(StatsError, match="writes nothing"):
         rendered(silent, [ASKED], "row 0")
     assert rendered(LENIENT, [ASKED], "row 0") == "<s>user: ask</s>"
+
+
+def test_a_template_that_does_not_end_is_refused_and_its_thread_does_not_go_on(monkeypatch):
+    monkeypatch.setattr(chats, "SECONDS_PER_CHAT", 0.05)
+    endless = Template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    before = set(threading.enumerate())
+    with pytest.raises(StatsError, match=r"it takes more than 0\.05 seconds"):
+        rendered(endless, [ASKED], "row 0")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), f"{thread.name} goes on"

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from outlierq.core.errors import StatsError
-from outlierq.core.machine.threads import check_room
+from outlierq.core.machine.threads import check_room, end
 from outlierq.core.machine.untrusted import brief, json_value
 
 SECONDS_PER_CHAT = 3.0
@@ -130,8 +130,8 @@ def _rendered(tokenizer: Any, shaped: list[Message], messages: list[Message], wh
 
 
 def within(seconds: float, call: Callable[[], str]) -> str:
-    """What `call` returns; TimeoutError when it takes longer. It then goes on in a thread that ends with the process:
-    a template is a program, and its sandbox knows no time.
+    """What `call` returns; TimeoutError when it takes longer, and its thread is ended: a template is a program, and its
+    sandbox knows no time.
     """
     results: list[str] = []
     faults: list[Exception] = []
@@ -141,12 +141,15 @@ def within(seconds: float, call: Callable[[], str]) -> str:
             results.append(call())
         except Exception as error:  # raised again below, in the thread that asked
             faults.append(error)
+        except SystemExit:
+            return  # its time is up, and nobody waits for it
 
     check_room(1)
-    thread = Thread(target=run, daemon=True)
+    thread = Thread(target=run, name="template", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
+        end(thread)
         raise TimeoutError(f"it takes more than {seconds:g} seconds")
     if faults:
         raise faults[0]

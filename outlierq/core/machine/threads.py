@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from threading import Thread
 
 # Address space of a thread: its stack (8 MiB by default), and some for what it holds.
 THREAD_BYTES = 9 << 20
@@ -30,6 +32,14 @@ def check_room(count: int, more: int = 0) -> None:
         mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS).close()  # asked for and given back; no page is touched
     except OSError as error:
         raise MemoryError(f"no room for {count} more threads: {error.strerror}") from error
+
+
+def end(thread: Thread) -> None:
+    """Let a thread end at the next step of its Python code, by raising SystemExit in it; what runs in C is not cut off.
+
+    One that nobody waits for any longer would take a core, and every other thread's turns, until the process ends.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
 @contextmanager
