@@ -48,9 +48,9 @@ def test_a_point_says_what_fit_finds_for_its_bits(found, tiny_llama, stats):
 
 
 def test_a_second_time_nothing_is_rounded(found, tiny_llama, stats, monkeypatch):
-    from outlierq.pipeline.fitting import losses
+    from outlierq.pipeline.fitting import foretold
 
-    monkeypatch.setattr(losses, "_changes", lambda *_: pytest.fail("it was kept by content"))
+    monkeypatch.setattr(foretold, "_rounding_errors", lambda *_: pytest.fail("it was kept by content"))
     again = public.frontier(tiny_llama, stats=stats, client="vllm", **FEW)
     assert again.to_dict() == found.to_dict()
 

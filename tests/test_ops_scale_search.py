@@ -10,7 +10,7 @@ from reference.statistics import correlated_inputs, random_weight, statistics_of
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid
-from outlierq.ops.search.scale_search import group_error, search_grid
+from outlierq.ops.search.scale_search import group_blocks, group_error, quick_grid, search_grid
 
 SCHEMES = [
     QuantScheme(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (True, False)
@@ -110,6 +110,25 @@ def test_the_error_of_a_group_is_its_share_of_the_output_error(hessian):
         expected = ((change[:, group].double() @ part.double()) * change[:, group]).sum(1)
         assert torch.allclose(found[:, group].double(), expected, rtol=1e-4)
     assert torch.allclose(group_error(change, None), change.square().sum(-1))
+
+
+@pytest.mark.parametrize("size", [32, 40, None])
+def test_a_diagonal_gives_the_error_of_diagonal_blocks_to_the_bit(size, hessian):
+    scheme = QuantScheme(4, size) if size != 40 else QuantScheme(8, None, block=(1, 40))
+    diagonal, change = group_blocks(hessian.diagonal(), scheme), random_weight(5, 96)
+    grouped = in_groups(change, scheme)
+    assert diagonal.shape == grouped.shape[1:]
+    for dtype in (torch.float32, torch.bfloat16):
+        blocks = diagonal.to(dtype)
+        assert torch.equal(group_error(grouped, blocks), group_error(grouped, torch.diag_embed(blocks)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_quick_grid_lies_between_the_min_max_grid_and_the_searched_one(scheme):
+    w, diagonal = random_weight(16, 96), torch.rand(96, generator=torch.Generator().manual_seed(0))
+    grids = quick_grid(w, scheme, diagonal), search_grid(w, scheme, diagonal), minmax_grid(w, scheme)
+    quick, searched, plain = (errors(grid, w, torch.diag(diagonal)).sum().item() for grid in grids)
+    assert quick <= plain and quick < 1.3 * searched
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -111,3 +111,17 @@ def test_a_factor_is_worked_out_once_for_all_parts_of_the_rows_and_so_is_that_th
             with pytest.raises(NumbersError, match="not positive definite"):
                 factored(hopeless, 0.01)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_sweep_of_given_rounding_errors_adds_its_pivots_times_their_squares_to_the_output_error(ordered):
+    hessian = statistics_of(correlated_inputs(512, 96)).hessian
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if ordered else None
+    factor = factored(hessian, 0.01, order)
+    errors = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    change, pivots = factor.swept(errors), factor.pivots()
+    assert change.shape == errors.shape and pivots.shape == (96,)
+    output = ((change.double() @ damped(hessian, 0.01)) * change).sum(1)
+    assert torch.allclose(output, (errors.square() @ pivots).double(), rtol=1e-3)
+    first = factor.order[0]
+    assert torch.allclose(change[:, first], errors[:, first], rtol=1e-4), "nothing was there to shift it"

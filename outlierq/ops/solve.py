@@ -51,6 +51,19 @@ class Factor:
         solved[self.order] = torch.linalg.solve_triangular(self.upper.T, half, upper=False)
         return solved
 
+    def pivots(self) -> torch.Tensor:
+        """[in] R_jj^2 in the columns' own order: what the squared rounding error of each counts in a sweep."""
+        found = torch.empty_like(self.upper[0])
+        found[self.order] = self.upper.diagonal().square()
+        return found
+
+    def swept(self, errors: torch.Tensor) -> torch.Tensor:
+        """Q - W [n, in] of a sweep whose roundings of shifted weights err by `errors` [n, in]: (errors R_jj) R^-1."""
+        pulled = errors[:, self.order] * self.upper.diagonal()
+        found = torch.empty_like(errors)
+        found[:, self.order] = torch.linalg.solve_triangular(self.upper, pulled, upper=True, left=False)
+        return found
+
     def blocks(self, size: int, inside: slice | None = None) -> Iterator[slice]:
         """The columns, or those of a part, in blocks of `size`."""
         first, last = (0, len(self.upper)) if inside is None else (inside.start, inside.stop)

@@ -9,7 +9,7 @@ from outlierq.core.errors import ArgumentError
 from outlierq.ops.search.knapsack import Choice, knapsack, smallest, total
 from outlierq.pipeline.fitting.goal import Budget
 from outlierq.pipeline.fitting.layers import Layer, Storage
-from outlierq.pipeline.fitting.losses import Losses
+from outlierq.pipeline.fitting.losses import Predicted
 from outlierq.pipeline.planning.plan import Plan
 
 # Headers and configs name what was chosen, so their size depends on it, by some bytes a layer. Two or three rounds do.
@@ -35,7 +35,7 @@ class Options:
     units: Sequence[Sequence[Choice]]
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], losses: Losses | None = None) -> Options:
+    def of(cls, layers: Sequence[Layer], losses: Predicted | None = None) -> Options:
         """losses: none, where sizes alone are asked of; a scheme without one is no choice."""
         known = [dict.fromkeys(layer.choices, 0.0) for layer in layers] if losses is None else losses
         pairs = list(zip(layers, known, strict=True))
@@ -69,7 +69,7 @@ def check_budget(layers: Sequence[Layer], budget: Budget, planned: Planner) -> N
         )
 
 
-def choose(layers: Sequence[Layer], losses: Losses, budget: Budget, planned: Planner) -> Chosen:
+def choose(layers: Sequence[Layer], losses: Predicted, budget: Budget, planned: Planner) -> Chosen:
     """The choice with the least predicted loss whose plan keeps the budget."""
     options = Options.of(layers, losses)
     best = smallest(options.units)

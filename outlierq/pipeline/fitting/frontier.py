@@ -152,7 +152,8 @@ def _drawn(space: Space, prediction: Prediction) -> Frontier:
     points = [Point(0, start[0], at.nbytes, at.loss)]
     for step in steps_of(options.units):
         last = points[-1]
-        points.append(Point(step.unit, step.choice, last.layers_bytes + step.nbytes, last.loss + step.loss))
+        loss = max(0.0, last.loss + step.loss)  # the last one keeps all, and sums are rounded
+        points.append(Point(step.unit, step.choice, last.layers_bytes + step.nbytes, loss))
     plan = space.planned(options.stored(start))
     return Frontier(
         model=space.checkpoint.source,
