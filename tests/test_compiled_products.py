@@ -41,31 +41,42 @@ def test_a_portable_kernel_runs_everywhere():
     assert "portable" in FLOAT and "portable" in INT8
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_unpacking_panels_undoes_packing(bits):
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (40, 96), dtype=torch.int8)
-    words = products.pack_panels(codes, bits)
-    assert words.nbytes == 48 * 96 * bits // 8
-    assert torch.equal(products.unpack_panels(words, bits)[:40], codes)
-    assert not products.unpack_panels(words, bits)[40:].any()
+def random_codes(kind: str, rows: int, columns: int) -> torch.Tensor:
+    """Codes of a kind, as `pack_panels` takes them: all there are but NaN."""
+    code = products.CODES[kind]
+    codes = torch.randint(0, 1 << code.bits, (rows, columns))
+    if code.exponent:
+        return code.values[codes].clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (codes - (1 << code.bits - 1)).to(torch.int8)
+
+
+@pytest.mark.parametrize("kind", products.CODES)
+def test_unpacking_panels_undoes_packing(kind):
+    codes = random_codes(kind, 40, 96)
+    words = products.pack_panels(codes, kind)
+    assert words.nbytes == 48 * 96 * products.CODES[kind].bits // 8
+    unpacked = products.unpack_panels(words, kind)
+    assert unpacked.dtype == codes.dtype and torch.equal(unpacked[:40].view(torch.uint8), codes.view(torch.uint8))
+    assert not unpacked[40:].float().any()
 
 
 @pytest.mark.parametrize("kernel", FLOAT)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("rows", "columns", "groups"), [(40, 96, 3), (16, 8, 1), (33, 256, 2), (1, 1024, 8)])
-def test_float_products_are_those_of_float64(kernel, bits, rows, columns, groups):
+@pytest.mark.parametrize("kind", products.CODES)
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(40, 96, 3), (16, 16, 1), (33, 256, 2), (1, 1024, 8)])
+def test_float_products_are_those_of_float64(kernel, kind, rows, columns, groups):
     torch.manual_seed(rows)
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, columns))
+    codes = random_codes(kind, rows, columns)
     scale, offset = torch.rand(rows, groups) + 0.1, torch.randn(rows, groups)
-    words = products.pack_panels(codes, bits)
+    words = products.pack_panels(codes, kind)
     for shift in (None, offset):
         added = 0 if shift is None else shift.double()[..., None]
         dense = (codes.double().view(rows, groups, -1) * scale.double()[..., None] + added).view(rows, columns)
         held = (products.by_panel(scale), None if shift is None else products.by_panel(shift))
+        weight = products.Packed(words, *held, kind)
         for dtype in [torch.bfloat16] if kernel == products.ONLY_BFLOAT16 else BOUNDS:
             for tokens in (*range(1, 27), 64):
                 x = torch.randn(tokens, columns).to(dtype)
-                y = products.multiply(x, words, *held, bits, rows, kernel)
+                y = products.multiply(x, weight, rows, kernel)
                 truth = x.double() @ dense.T
                 assert y.dtype == dtype and y.shape == truth.shape
                 assert (y.double() - truth).norm() < BOUNDS[dtype] * truth.norm(), (dtype, tokens)
@@ -91,12 +102,12 @@ def test_int8_products_are_exact_at_the_extremes_too(kernel, rows, columns):
 
 def test_any_number_of_threads_gives_the_same():
     codes = torch.randint(-8, 8, (520, 256))
-    held = (products.pack_panels(codes, 4), products.by_panel(torch.rand(520, 4)), None)
+    held = products.Packed(products.pack_panels(codes, "int4"), products.by_panel(torch.rand(520, 4)), None, "int4")
     x = torch.randn(30, 256).bfloat16()
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results += [products.multiply(x, *held, 4, 520) for _ in range(20)]
+        results += [products.multiply(x, held, 520) for _ in range(20)]
     torch.set_num_threads(before)
     assert all(torch.equal(y, results[0]) for y in results)
 
@@ -106,27 +117,29 @@ def test_a_forked_process_has_threads_of_its_own():
         "import os, torch\n"
         "from outlierq.ops.compiled import products as p\n"
         "torch.set_num_threads(3)\n"
-        "held = (p.pack_panels(torch.randint(-8, 8, (520, 64)), 4), p.by_panel(torch.rand(520, 1)), None)\n"
+        "codes = p.pack_panels(torch.randint(-8, 8, (520, 64)), 'int4')\n"
+        "held = p.Packed(codes, p.by_panel(torch.rand(520, 1)), None, 'int4')\n"
         "x = torch.randn(3, 64)\n"
-        "y = p.multiply(x, *held, 4, 520)\n"
+        "y = p.multiply(x, held, 520)\n"
         "child = os.fork()\n"
-        "same = torch.equal(p.multiply(x, *held, 4, 520), y)\n"
+        "same = torch.equal(p.multiply(x, held, 520), y)\n"
         "os._exit(not same) if child == 0 else None\n"
         "assert same and os.waitpid(child, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", products.CODES)
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-def test_decoded_panels_are_the_weight(bits, dtype):
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (32, 96))
-    scale, offset = torch.rand(32, 3), torch.randn(32, 3)
+def test_decoded_panels_are_the_weight(kind, dtype):
+    codes = random_codes(kind, 32, 96)
+    scale, offset = torch.rand(32, 3) / 512, torch.randn(32, 3)
     out = torch.empty(32, 96, dtype=dtype)
-    held = (products.pack_panels(codes, bits), bits, products.by_panel(scale), products.by_panel(offset))
-    dense = (codes.view(32, 3, -1) * scale[..., None] + offset[..., None]).view(32, 96)
-    assert torch.equal(products.decode(*held, out), dense.to(dtype))
-    assert torch.equal(products.decode(*held[:2], None, None, out), codes.to(dtype))
+    words = products.pack_panels(codes, kind)
+    packed = products.Packed(words, products.by_panel(scale), products.by_panel(offset), kind)
+    dense = (codes.float().view(32, 3, -1) * scale[..., None] + offset[..., None]).view(32, 96)
+    assert torch.equal(products.decode(packed, out), dense.to(dtype))
+    assert torch.equal(products.decode(products.Packed(words, None, None, kind), out), codes.to(dtype))
 
 
 @pytest.mark.parametrize("check", ["_float_is_right", "_int8_is_right"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import shim
 import torch
 
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.core.scheme import QuantScheme
 from outlierq.kernels import layout, plan
+from outlierq.ops.compiled.products import CODES
 from outlierq.ops.twins.packed_matmul import dequantize, packed_matmul
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
@@ -30,6 +33,8 @@ class Case:
 
     def dense(self) -> torch.Tensor:
         """The weight as its definition says, float64, without any rounding."""
+        if self.weight.is_float:
+            return self.codes
         width = self.codes.shape[1] // self.scale.shape[1]
         zero = 0 if self.zero_point is None else self.zero_point.repeat_interleave(width, 1)
         return (self.codes - zero).double() * self.scale.double().repeat_interleave(width, 1)
@@ -55,6 +60,44 @@ def make_case(tokens, rows, columns, *, bits=4, group_size=128, dtype=torch.floa
     x = shim.guarded(torch.randn(tokens, columns, generator=g).to(dtype))
     added = shim.guarded(torch.randn(rows, generator=g).to(dtype)) if bias else None
     return Case(weight, codes, scale, zero_point, x, added)
+
+
+FLOATS = {
+    "nvfp4": QuantScheme(4, 16, kind="float", scales="two-level"),
+    "mxfp4": QuantScheme(4, 32, kind="float", scales="power-of-two"),
+    "mxfp8": QuantScheme(8, 32, kind="float", scales="power-of-two"),
+    "fp8": QuantScheme(8, None, kind="float"),
+    "fp8-block": QuantScheme(8, None, kind="float", block=(128, 128)),
+}
+
+
+def float_weight(name: str, rows: int, columns: int) -> QuantTensor:
+    """All codes there are but NaN, with scales of any size that the kernels hold in both dtypes."""
+    scheme, g = FLOATS[name], torch.Generator().manual_seed(rows + columns)
+    values = CODES["e2m1" if scheme.bits == 4 else "e4m3"].values
+    codes = values[torch.arange(rows * columns).view(rows, columns) * 7 % len(values)].clamp(-448, 448)
+    shape, whole = scheme.scale_shape(rows, columns), None
+    if scheme.scales == "power-of-two":
+        scale = torch.randint(110, 118, shape, generator=g).to(torch.uint8)
+    else:
+        scale = torch.rand(shape, generator=g) + 0.5
+    if scheme.scales == "two-level":
+        scale, whole = (scale * 300).to(torch.float8_e4m3fn), torch.tensor([3000.0])
+    return QuantTensor(codes.to(torch.float8_e4m3fn), scale, None, scheme, super_scale=whole)
+
+
+def make_float_case(name: str, tokens: int, rows: int, columns: int, dtype=torch.bfloat16, bias=True) -> Case:
+    """As `make_case`; `codes` is the weight in float64, after the rounding of plain scales."""
+    g = torch.Generator().manual_seed(rows * 31 + columns)
+    packed = layout.pack_floats(float_weight(name, rows, columns), dtype)
+    parts = {part: getattr(packed, part) for part in ("words", "scale", "factor")}
+    guarded = {part: None if held is None else shim.guarded(held) for part, held in parts.items()}
+    codes, scale, _ = layout.unpack(packed)
+    dense = codes.double() * scale.double().repeat_interleave(columns // scale.shape[1], 1)
+    dense = dense if packed.factor is None else dense * packed.factor.double()
+    x = shim.guarded(torch.randn(tokens, columns, generator=g).to(dtype))
+    added = shim.guarded(torch.randn(rows, generator=g).to(dtype)) if bias else None
+    return Case(replace(packed, **guarded), dense, scale, None, x, added)
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,6 +135,26 @@ def test_unpacking_gives_back_what_was_packed(rows, columns, group, bits, symmet
     assert torch.equal(codes, case.codes.short()) and torch.equal(scale, case.scale)
     assert (zero_point is None) == symmetric
     assert symmetric or torch.equal(zero_point, case.zero_point.short())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_floats_are_the_weight_but_for_rounded_plain_scales(name, dtype):
+    stored = float_weight(name, 136, 256)
+    case = make_float_case(name, 1, 136, 256, dtype)
+    if stored.scheme.scales == "plain":
+        scale = stored.scale.to(dtype)
+        stored = replace(stored, scale=scale)
+    assert torch.allclose(case.dense(), stored.dequantize().double(), rtol=3e-7, atol=0)
+    assert case.weight.words.nbytes == 9 * 4 * 128 * stored.scheme.bits
+
+
+def test_powers_of_two_that_float16_does_not_hold_are_refused_by_name():
+    stored = float_weight("mxfp4", 16, 64)
+    stored.scale[0, 0] = 20
+    with pytest.raises(layout.KernelError, match="mxfp4 scales reach farther than float16"):
+        layout.pack_floats(stored, torch.float16)
+    layout.pack_floats(stored, torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -156,6 +219,19 @@ def test_gemv_agrees_with_float64_under_every_schedule(tokens, rows, columns, gr
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 8, 128), (3, 24, 384), (8, 136, 1152)])
+def test_gemv_of_floats_agrees_with_float64_under_every_schedule(tokens, rows, columns, name, dtype):
+    case = make_float_case(name, tokens, rows, columns, dtype)
+    results = [play(plan.plan_gemv, case, schedule) for schedule in shim.SCHEDULES]
+    assert error(results[0], case.product()) < TOLERANCE[dtype]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    y = packed_matmul(case.x, *layout.unpack(case.weight), case.bias, case.weight.factor)
+    assert error(y, case.product()) < TOLERANCE[dtype]
+
+
+@needs_compiler
 def test_gemv_reads_tokens_that_lie_apart_and_needs_no_bias():
     case = make_case(3, 16, 128, bias=False)
     wide = shim.guarded(torch.full((3, 200), float("nan"), dtype=torch.float16))
@@ -173,6 +249,16 @@ def test_gemv_reads_tokens_that_lie_apart_and_needs_no_bias():
 def test_dequant_gives_the_weight_of_the_twin_bit_for_bit(rows, columns, group, symmetric, bits, dtype):
     case = make_case(1, rows, columns, bits=bits, group_size=group, dtype=dtype, symmetric=symmetric)
     expected = dequantize(case.codes, case.scale, case.zero_point, dtype=dtype)
+    for schedule in shim.SCHEDULES:
+        assert torch.equal(play_dequant(case, schedule), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FLOATS)
+def test_dequant_of_floats_gives_the_weight_of_the_twin_bit_for_bit(name, dtype):
+    case = make_float_case(name, 1, 40, 384, dtype)
+    expected = dequantize(*layout.unpack(case.weight), dtype=dtype, factor=case.weight.factor)
     for schedule in shim.SCHEDULES:
         assert torch.equal(play_dequant(case, schedule), expected)
 
@@ -199,6 +285,17 @@ def split_gemm(parts: int):
 )
 def test_gemm_agrees_with_float64_under_every_schedule(tokens, rows, columns, group, parts, symmetric, bits, dtype):
     case = make_case(tokens, rows, columns, bits=bits, group_size=group, dtype=dtype, symmetric=symmetric)
+    results = [play(split_gemm(parts), case, schedule) for schedule in shim.SCHEDULES]
+    assert error(results[0], case.product()) < TOLERANCE[dtype]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "parts"), [(5, 8, 128, 1), (17, 24, 384, 1), (33, 136, 1152, 2)])
+def test_gemm_of_floats_agrees_with_float64_under_every_schedule(tokens, rows, columns, parts, name, dtype):
+    case = make_float_case(name, tokens, rows, columns, dtype)
     results = [play(split_gemm(parts), case, schedule) for schedule in shim.SCHEDULES]
     assert error(results[0], case.product()) < TOLERANCE[dtype]
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -252,6 +349,19 @@ def test_swapped_fragments_show(source):
     kernel, shape = PRODUCTS[source]
     case = make_case(*shape)
     assert spoiled(lambda *way: play(kernel, case, *way), play(kernel, case), "swap_b")
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", PRODUCTS)
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_swapped_fragments_and_missing_barriers_show_with_floats_too(source, name):
+    kernel, shape = PRODUCTS[source]
+    case = make_float_case(name, *shape)
+    right, built = play(kernel, case), shim.build(source)
+    run = lambda *way: play(kernel, case, *way)  # noqa: E731
+    assert spoiled(run, right, "swap_b")
+    for line in built.lines("__sync"):
+        assert line in built.lines(BETWEEN_BLOCKS) or spoiled(run, right, "skip_barrier", line)
 
 
 @needs_compiler

@@ -23,7 +23,10 @@ RECIPES = {
     "rtn-w8": ((), "packed 8-bit"),
     "w8a8-dynamic": ((), "int8 with int8"),
     "w8a8-static": ((), "int8 with int8"),
-    "fp8-dynamic": ((), "decoded in every call"),
+    "fp8-dynamic": ((), "packed fp8"),
+    "nvfp4": ((), "packed nvfp4"),
+    "mxfp4-w4a8": ((), "packed mxfp4"),
+    "mxfp8": ((), "packed mxfp8"),
     "int8-split": ((), "int8 with int8"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from outlierq.runtime import QuantLinear, choice, cpu, dispatch, layout, pages, 
 
 PER_TOKEN, PER_TENSOR = ActivationScheme(), ActivationScheme(per="tensor")
 STATIC = ActivationScheme(dynamic=False, per="tensor")
+NVFP4 = ActivationScheme("float", 4, dynamic=False, per="group", group_size=16, scales="two-level")
+FP8_BLOCKS = QuantScheme(8, None, kind="float", block=(128, 128), activations=ActivationScheme("float", per="group"))
 TOKENS = (1, 4, 16, 64, 256)
 
 # name -> (out, in, scheme, form)
@@ -41,13 +44,15 @@ WEIGHTS = {
     "w8a8 per tensor": (40, 96, QuantScheme(8, None, activations=PER_TENSOR), "int8"),
     "w8a8 static": (40, 96, QuantScheme(8, None, activations=STATIC), "int8"),
     "w4a8": (64, 128, QuantScheme(4, 64, activations=PER_TOKEN), "packed"),
-    "fp8 per channel": (40, 96, QuantScheme(8, None, kind="float", activations=ActivationScheme("float")), "decoded"),
-    "fp8 blocks": (
-        200,
-        300,
-        QuantScheme(8, None, kind="float", block=(128, 128), activations=ActivationScheme("float", per="group")),
-        "decoded",
-    ),
+    "fp8 per channel": (40, 96, QuantScheme(8, None, kind="float", activations=ActivationScheme("float")), "packed"),
+    "fp8 blocks": (200, 256, FP8_BLOCKS, "packed"),
+    "fp8 blocks, ragged": (200, 300, FP8_BLOCKS, "decoded"),
+    "nvfp4": (40, 96, QuantScheme(4, 16, kind="float", scales="two-level"), "packed"),
+    "nvfp4 w4a4": (40, 96, QuantScheme(4, 16, kind="float", scales="two-level", activations=NVFP4), "packed"),
+    "mxfp4": (40, 96, QuantScheme(4, 32, kind="float", scales="power-of-two"), "packed"),
+    "mxfp6": (40, 96, QuantScheme(6, 32, kind="float", scales="power-of-two"), "packed"),
+    "mxfp8": (40, 96, QuantScheme(8, 32, kind="float", scales="power-of-two"), "packed"),
+    "w8 blocks": (200, 256, QuantScheme(8, None, block=(128, 128)), "packed"),
 }
 
 
@@ -55,10 +60,11 @@ def weight(rows: int, columns: int, scheme: QuantScheme, outliers: int = 0) -> Q
     """Random codes, scales within a factor of 3, zero points around the middle."""
     torch.manual_seed(rows * columns)
     if scheme.kind == "float":
-        codes = torch.randn(rows, columns).mul_(100).to(torch.float8_e4m3fn)
-    else:
-        codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, (rows, columns))
-        codes = codes.to(torch.int8 if scheme.symmetric else torch.uint8)
+        stored = choice.random_weight(scheme, (rows, columns))
+        static = scheme.activations is not None and not scheme.activations.dynamic
+        return replace(stored, input_scale=torch.tensor([300.0]) if static else None)
+    codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, (rows, columns))
+    codes = codes.to(torch.int8 if scheme.symmetric else torch.uint8)
     shape = scheme.scale_shape(rows, columns)
     scale = torch.rand(shape).add_(0.5).mul_(0.01).bfloat16()
     zero = None if scheme.symmetric else torch.randint(0, 1 << scheme.bits, shape).to(torch.uint8)
@@ -68,7 +74,9 @@ def weight(rows: int, columns: int, scheme: QuantScheme, outliers: int = 0) -> Q
     return QuantTensor(codes, scale, zero, scheme, torch.tensor([0.02]) if static else None, chosen, kept)
 
 
-ONLY_COMPILED = {"w8 g32", "w8 g32 with zero points", "w5 g32 with zero points"}
+ONLY_COMPILED = {"w8 g32", "w8 g32 with zero points", "w5 g32 with zero points", "w8 blocks"} | {
+    name for name, row in WEIGHTS.items() if row[2].kind == "float"
+}
 
 
 def form_here(name: str, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -106,7 +114,7 @@ def test_weights_that_are_no_plain_integers_are_never_multiplied_as_such(name):
     scheme = QuantScheme(4, 32, symmetric=False, scales="two-level") if name is None else gguf_scheme(name)
     stored = rtn(torch.randn(40, 256), None, scheme)
     layer = QuantLinear(stored)
-    assert scheme.scales == "plain" or layer.form == "decoded"
+    assert scheme.kind == "float" or scheme.scales == "plain" or layer.form == "decoded"
     x = torch.randn(5, 256).bfloat16()
     assert relative(layer(x), x.double() @ stored.dequantize().double().T) < 1e-2
 
@@ -227,7 +235,7 @@ def test_the_cuda_side_computes_the_same_through_its_twins(tokens, symmetric):
     stored = weight(64, 128, QuantScheme(4, 32, symmetric=symmetric))
     held = kernel_layout.pack(stored.codes, stored.scale, stored.zero_point, bits=4, group_size=32)
     x, bias = torch.randn(2, tokens, 128).bfloat16(), torch.randn(64).bfloat16()
-    y = dispatch._packed_on_cuda(x, held.words, held.scale, held.zero_point, bias, 4, 32, 64)
+    y = dispatch._packed_on_cuda(x, held.words, held.scale, held.zero_point, None, bias, "int4", 32, 64)
     assert y.shape == (2, tokens, 64)
     assert relative(y, x.double() @ stored.dequantize().double().T + bias.double()) < 1e-2
 
@@ -259,18 +267,18 @@ def operands(name: str) -> tuple[str, tuple]:
             cpu.ALWAYS,
         )
         return "int8_linear", (x, *fixed)
-    held = (layer.words, layer.scale, layer.zero_point, layer.bias)
-    return "packed_linear", (x, *held, layer.bits, None, rows, layer.direct)
+    held = (layer.words, layer.scale, layer.zero_point, layer.super_scale, layer.bias)
+    return "packed_linear", (x, *held, layer.codes, None, rows, layer.direct)
 
 
-@pytest.mark.parametrize("name", ["w4 g64", "w4 per channel, ragged strip", "w8 per channel", "w8a8"])
+@pytest.mark.parametrize("name", ["w4 g64", "w4 per channel, ragged strip", "w8 per channel", "w8a8", "mxfp4"])
 def test_the_operators_pass_torchs_own_check(name):
     operator, arguments = operands(name)
     found = torch.library.opcheck(getattr(torch.ops.outlierq, operator).default, arguments)
     assert set(found.values()) == {"SUCCESS"}, found
 
 
-@pytest.mark.parametrize("name", ["w4 g64", "w8a8", "w4a8", "fp8 per channel"])
+@pytest.mark.parametrize("name", ["w4 g64", "w8a8", "w4a8", "fp8 per channel", "nvfp4"])
 def test_a_compiled_model_has_no_graph_break(name):
     rows, columns, scheme, _ = WEIGHTS[name]
     layers = torch.nn.Sequential(QuantLinear(weight(rows, columns, scheme)), torch.nn.ReLU())
@@ -280,7 +288,7 @@ def test_a_compiled_model_has_no_graph_break(name):
         assert relative(compiled(x), layers(x).double()) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["w4 g64", "w8 per channel", "w8a8", "w8 g32"])
+@pytest.mark.parametrize("name", ["w4 g64", "w8 per channel", "w8a8", "w8 g32", "nvfp4"])
 def test_an_input_of_another_width_is_refused_with_its_shape(name):
     rows, columns, scheme, _ = WEIGHTS[name]
     layer = QuantLinear(weight(rows, columns, scheme))

@@ -8,8 +8,9 @@ from typing import Literal
 from outlierq.core.gguf.types import BlockType, block_types
 
 FP8_MAX = 448.0  # largest finite E4M3 value
+FP6_MAX = 7.5  # largest E2M3 value
 FP4_MAX = 6.0  # largest E2M1 value
-FLOAT_MAX = {4: FP4_MAX, 8: FP8_MAX}
+FLOAT_MAX = {4: FP4_MAX, 6: FP6_MAX, 8: FP8_MAX}
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,13 @@ class QuantScheme:
     symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
     scale_dtype: name of the torch dtype in which scales are stored ("bfloat16", "float16", "float32").
     Every method rounds its scales to this dtype before it derives codes.
-    kind: "int", "float" (E4M3 values of 8 bits or E2M1 values of 4, symmetric), or "codebook" (values of a table, which
-    `type` names, symmetric). block: (rows, columns) that share a
-    scale instead of group_size, ragged at the edges. activations: how the input is quantized at run time, None for 16
-    bits. scales: "plain" numbers in scale_dtype; "minimum", such a scale and a real minimum (Q4_1 of GGUF);
-    "power-of-two" (E8M0, as in MXFP4 and MXFP8); or "two-level", small numbers that count in units of a larger one:
-    E4M3 in units of one float32 of the whole weight (NVFP4), or integers in units of one or two float16 of some groups
-    (Q4_K of GGUF). type: the name of a type of GGUF, which then decides everything else; None where the other fields
-    do.
+    kind: "int", "float" (E4M3 values of 8 bits, E2M3 of 6 or E2M1 of 4, symmetric), or "codebook" (values of a table,
+    which `type` names, symmetric). block: (rows, columns) that share a scale instead of group_size, ragged at edges.
+    activations: how the input is quantized at run time, None for 16 bits. scales: "plain" numbers in scale_dtype;
+    "minimum", such a scale and a real minimum (Q4_1 of GGUF); "power-of-two" (E8M0, as in MXFP4, MXFP6 and MXFP8); or
+    "two-level", small numbers that count in units of a larger one: E4M3 in units of one float32 of the whole weight
+    (NVFP4), or integers in units of one or two float16 of some groups (Q4_K of GGUF). type: the name of a type of GGUF,
+    which then decides everything else; None where the other fields do.
     """
 
     bits: int = 4
@@ -143,7 +143,7 @@ class QuantScheme:
 
     @property
     def numbers(self) -> str:
-        """What the codes are: int4, fp8, nvfp4, mxfp4, mxfp8, or the name of a type of GGUF."""
+        """What the codes are: int4, fp8, nvfp4, mxfp4, mxfp6, mxfp8, or the name of a type of GGUF."""
         if self.type is not None:
             return self.type
         if self.kind == "int":

@@ -5,7 +5,7 @@ driver, and a kernel that does not compile for a device get the torch twin inste
 compilation failure warns once. Nothing here waits for the device, so calls can be captured in a CUDA graph (after one
 call outside of it, which compiles).
 
-    w4a16_gemv(x, weight, bias=None) -> y          1 to 8 tokens; weight: layout.PackedWeight, 4 or 8 bits
+    w4a16_gemv(x, weight, bias=None) -> y          1 to 8 tokens; weight: layout.PackedWeight
     w4a16_gemm(x, weight, bias=None) -> y          5 to some 128 tokens
     dequant(weight) -> dense                       [out, in] in the dtype of the scales
     quant_rows(x, columns=None, pitch=None) -> (codes int8, scale float32 [tokens], outliers [tokens, pitch])
@@ -43,7 +43,7 @@ def w4a16_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None 
     plan.check(x.ndim == 2, "x must be a matrix", x=x)
     y = x.new_empty(x.shape[0], weight.out_features)
     launched = start(plan.plan_gemv(x, weight, bias, y))
-    return y if launched else packed_matmul.packed_matmul(x, *unpack(weight), bias)
+    return y if launched else packed_matmul.packed_matmul(x, *unpack(weight), bias, weight.factor)
 
 
 def w4a16_gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,14 +55,14 @@ def w4a16_gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None 
     finished = x.new_zeros(counters, dtype=torch.int32) if counters else None
     y = x.new_empty(x.shape[0], weight.out_features)
     launched = start(plan.plan_gemm(x, weight, bias, y, partial, finished, parts))
-    return y if launched else packed_matmul.packed_matmul(x, *unpack(weight), bias)
+    return y if launched else packed_matmul.packed_matmul(x, *unpack(weight), bias, weight.factor)
 
 
 def dequant(weight: PackedWeight) -> torch.Tensor:
     """The weight as a dense [out, in] matrix in the dtype of its scales: `ops.packed_matmul.dequantize`."""
     dense = weight.scale.new_empty(weight.shape)
     launched = start(plan.plan_dequant(weight, dense))
-    return dense if launched else packed_matmul.dequantize(*unpack(weight), dtype=weight.dtype)
+    return dense if launched else packed_matmul.dequantize(*unpack(weight), dtype=weight.dtype, factor=weight.factor)
 
 
 def quant_rows(

@@ -8,14 +8,18 @@ outputs to a multiple of 16, inputs to a multiple of 64. Checkpoints keep their 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from outlierq.core.errors import OutlierqError
+from outlierq.core.quant_tensor import QuantTensor
+from outlierq.ops.compiled.products import CODES, float_bits
 
 TILE_OUTPUTS, TILE_INPUTS = 16, 64
 DTYPES = (torch.float16, torch.bfloat16)
+GROUPS = (None, 32, 64, 128)
+LARGEST_POWER = 64.0  # in float16, whose largest number is 65504: 448 times this fits
 
 
 class KernelError(OutlierqError):
@@ -24,11 +28,13 @@ class KernelError(OutlierqError):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out_features, in_features] in the kernels' layout: `scale * (code - zero_point)`, codes unsigned.
+    """A weight [out_features, in_features] in the kernels' layout: `scale * (code - zero_point)`, codes unsigned, or
+    `factor * scale * code`, codes E2M1 or E4M3.
 
     words: int32 [ceil(out / 16), ceil(in / 64), 32 * bits]. scale: [groups, out], float16 or bfloat16; inputs and
     outputs have the same dtype. zero_point: [groups, out] whole numbers in that dtype; None means 2^(bits - 1).
     bits: 4 or 8, the width of a stored code. group_size: inputs that share a scale, None for all of them.
+    factor: float32 [1]; None means 1.
     """
 
     words: torch.Tensor
@@ -38,6 +44,8 @@ class PackedWeight:
     group_size: int | None
     out_features: int
     in_features: int
+    is_float: bool = False
+    factor: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,9 +59,13 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        where = (self.words.to(device), self.scale.to(device), zero_point)
-        return PackedWeight(*where, self.bits, self.group_size, self.out_features, self.in_features)
+        parts = {"words": self.words, "scale": self.scale, "zero_point": self.zero_point, "factor": self.factor}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+
+def groups_for(is_float: bool) -> tuple[int | None, ...]:
+    """The widths of groups that kernels take; None for a whole row."""
+    return (16, *GROUPS) if is_float else GROUPS
 
 
 def pack(
@@ -73,17 +85,66 @@ def pack(
     rows, columns = codes.shape
     _check(codes, scale, zero_point, bits, group_size, dtype)
     offset = 1 << (bits - 1) if zero_point is None else 0
-    unsigned = (codes.short() + offset).to(torch.uint8)
-    filled = torch.nn.functional.pad(unsigned, (0, -columns % TILE_INPUTS, 0, -rows % TILE_OUTPUTS))
-    words = _pack_words(filled, bits)
+    words = _pack_words(_filled((codes.short() + offset).to(torch.uint8)), bits)
     spread = None if zero_point is None else zero_point.T.to(dtype).contiguous()
     return PackedWeight(words, scale.T.to(dtype).contiguous(), spread, bits, group_size, rows, columns)
 
 
+def pack_floats(weight: QuantTensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
+    """A weight of E2M1 or E4M3 numbers in the kernels' layout, for inputs of a dtype.
+
+    Plain scales are rounded to it. Those in E4M3 and powers of two are held without rounding, a factor beside them.
+    KernelError where float16 does not reach as far as they do.
+    """
+    scheme, (rows, columns) = weight.scheme, weight.shape
+    scale, factor = _scales(weight, dtype)
+    group_size = scheme.block[1] if scheme.block is not None else scheme.group_size
+    kind = "e2m1" if scheme.bits == 4 else "e4m3"
+    _check(torch.zeros_like(weight.codes, dtype=torch.int8), scale, None, scheme.bits, group_size, dtype, True)
+    reason = out_of_reach(weight, dtype)
+    if reason is not None:
+        raise KernelError(reason)
+    words = _pack_words(_filled(float_bits(weight.codes, kind)), scheme.bits)
+    held = scale.T.to(dtype).contiguous()
+    return PackedWeight(words, held, None, scheme.bits, group_size, rows, columns, True, factor)
+
+
+def out_of_reach(weight: QuantTensor, dtype: torch.dtype) -> str | None:
+    """Why a dtype does not hold all numbers of a weight of floats, but for its factor; None if it does."""
+    if weight.scheme.scales == "plain":
+        return None
+    scale, _ = _scales(weight, dtype)
+    grouped = torch.unflatten(weight.codes.float(), 1, (scale.shape[1], -1)) * scale[..., None]
+    if torch.equal(grouped.to(dtype).float(), grouped):
+        return None
+    return f"its {weight.scheme.numbers} scales reach farther than {str(dtype).removeprefix('torch.')}"
+
+
+def _scales(weight: QuantTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(float32 [out, groups], factor [1] or None) of a weight of floats; float16 has powers of two near 1."""
+    if weight.super_scale is not None:
+        return weight.scale.float(), 1 / weight.super_scale
+    scale = weight.float_scale
+    if weight.scheme.block is not None:
+        return scale.repeat_interleave(weight.scheme.block[0], 0)[: weight.shape[0]], None
+    if weight.scheme.scales != "power-of-two" or dtype != torch.float16:
+        return scale, None
+    factor = scale.amax().reshape(1) / LARGEST_POWER
+    return scale / factor, factor
+
+
+def _filled(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] with zeros, so that they are whole tiles."""
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % TILE_INPUTS, 0, -codes.shape[0] % TILE_OUTPUTS))
+
+
 def unpack(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, scale, zero_point) as `pack` took them: codes int16 [out, in], the others [out, groups]."""
+    """(codes, scale, zero_point) as `pack` took them: codes int16 or float32 [out, in], the others [out, groups]."""
     rows, columns = weight.shape
     codes = _unpack_words(weight.words, weight.bits)[:rows, :columns].short()
+    if weight.is_float:
+        values = CODES["e2m1" if weight.bits == 4 else "e4m3"].values
+        return values.to(codes.device)[codes.int()], weight.scale.T, None
     if weight.zero_point is None:
         return codes - (1 << (weight.bits - 1)), weight.scale.T, None
     return codes, weight.scale.T, weight.zero_point.T.short()
@@ -123,6 +184,7 @@ def _check(
     bits: int,
     group_size: int | None,
     dtype: torch.dtype,
+    is_float: bool = False,
 ) -> None:
     """Refuse what the layout cannot hold."""
     rows, columns = codes.shape
@@ -130,7 +192,7 @@ def _check(
         raise KernelError(f"packed weights have 4 or 8 bits and float16 or bfloat16 scales, not {bits} and {dtype}")
     if rows % 8 or columns % 16:
         raise KernelError(f"a packed weight needs out % 8 = 0 and in % 16 = 0; this one is {rows} x {columns}")
-    if group_size not in (None, 32, 64, 128) or (group_size and columns % group_size):
+    if group_size not in groups_for(is_float) or (group_size and columns % group_size):
         raise KernelError(f"group_size {group_size} does not fit {columns} inputs; 32, 64, 128 or the whole row do")
     groups = columns // group_size if group_size else 1
     for name, values in (("scale", scale), ("zero_point", zero_point)):

@@ -6,24 +6,27 @@
 //   4 bits: word 2 j + kk / 2; the nibbles of a step are 2 (kk % 2) + {0, 4, 1, 5}, so that one shift and one
 //           and-or give a pair of numbers MAGIC + code.
 //   8 bits: word 4 j + kk; bytes in order.
-// Codes are unsigned; the weight is scale * (code - zero), zero = 2^(BITS - 1) for symmetric grids.
+// CODE says what a code is. 4 or 8: an unsigned integer of so many bits; the weight is scale * (code - zero), zero =
+// 2^(bits - 1) for symmetric grids. E2M1 or E4M3: a float of 4 or 8 bits; the weight is scale * code, in groups of 16 or
+// more, and sums count in units of one `factor`, if there is any.
 #pragma once
 #include "ptx.cuh"
 
 constexpr int TILE_K = 64, TILE_N = 16;
+constexpr int FLOATS = 16, E2M1 = FLOATS + 4, E4M3 = FLOATS + 8;
 
 // 32-bit words of one lane in one tile, and of a whole tile.
-template <int BITS>
+template <int CODE>
 struct Tile {
-  static constexpr int WORDS = BITS;
-  static constexpr int SIZE = 32 * BITS;
+  static constexpr int WORDS = CODE % FLOATS;
+  static constexpr int SIZE = 32 * WORDS;
 };
 
 // `tile` points to the first word of the tile, in any memory that `uint4` can be read from.
-template <int BITS>
-OQ_DEVICE void read_tile(u32 (&words)[BITS], const u32* tile, int lane) {
+template <int WORDS>
+OQ_DEVICE void read_tile(u32 (&words)[WORDS], const u32* tile, int lane) {
 #pragma unroll
-  for (int i = 0; i < BITS / 4; i++) {
+  for (int i = 0; i < WORDS / 4; i++) {
     uint4 v = reinterpret_cast<const uint4*>(tile)[i * 32 + lane];
     words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
   }
@@ -34,9 +37,41 @@ struct Grid {
   u32 scale, zero;
 };
 
+// Floats of few bits, one in the low bits of each half, as 16-bit floats: moved to where T has its sign, exponent and
+// mantissa, and multiplied with what their bias is less. Exact for subnormal ones, too, which are subnormal in T first.
+template <class T, int EXPONENT, int MANTISSA>
+OQ_DEVICE u32 wider(u32 codes) {
+  constexpr u32 SIGN = 0x00010001u << (EXPONENT + MANTISSA), SIZE = SIGN - 0x00010001u;
+  constexpr u32 LESS = (u32)(2 * T::BIAS + 1 - (1 << (EXPONENT - 1))) << T::MANTISSA;
+  u32 moved = (codes & SIGN) << (15 - EXPONENT - MANTISSA) | (codes & SIZE) << (T::MANTISSA - MANTISSA);
+  return T::mul2(moved, LESS * 0x00010001u);
+}
+
 // 8 bits in bfloat16 do not fit the magic numbers: those go through float32, and their zero point stays as it is.
-template <class T, int BITS>
+template <class T, int CODE>
 struct Codes;
+
+template <class T>
+struct Codes<T, E2M1> {
+  static OQ_DEVICE u32 zero(u16) { return 0; }
+  static constexpr u32 SYMMETRIC = 0;
+  static OQ_DEVICE void centred(u32 (&pair)[2], const u32 (&words)[4], int j, int kk, u32) {
+    u32 q = words[2 * j + kk / 2] >> (8 * (kk % 2));
+    pair[0] = wider<T, 2, 1>(q);
+    pair[1] = wider<T, 2, 1>(q >> 4);
+  }
+};
+
+template <class T>
+struct Codes<T, E4M3> {
+  static OQ_DEVICE u32 zero(u16) { return 0; }
+  static constexpr u32 SYMMETRIC = 0;
+  static OQ_DEVICE void centred(u32 (&pair)[2], const u32 (&words)[8], int j, int kk, u32) {
+    u32 q = words[4 * j + kk];
+    pair[0] = wider<T, 4, 3>(__byte_perm(q, 0, 0x4140));
+    pair[1] = wider<T, 4, 3>(__byte_perm(q, 0, 0x4342));
+  }
+};
 
 template <class T>
 struct Codes<T, 4> {
@@ -77,20 +112,20 @@ struct Codes<Bfloat, 8> {
 };
 
 // Scale and zero point of output n, of the group that input k belongs to. Inputs past the last group belong to padding.
-template <class T, int BITS>
+template <class T, int CODE>
 OQ_DEVICE Grid read_grid(const u16* scale, const u16* zero, int n, int k, int outputs, int group_shift, int groups) {
-  Grid grid = {0, Codes<T, BITS>::SYMMETRIC};
+  Grid grid = {0, Codes<T, CODE>::SYMMETRIC};
   if (n >= outputs) return grid;
   i64 at = (i64)smaller(k >> group_shift, groups - 1) * outputs + n;
   grid.scale = both(scale[at]);
-  if (zero) grid.zero = Codes<T, BITS>::zero(zero[at]);
+  if (zero) grid.zero = Codes<T, CODE>::zero(zero[at]);
   return grid;
 }
 
 // Both registers of this lane's B fragment of step kk: dequantized weights.
-template <class T, int BITS>
-OQ_DEVICE void fragment(u32 (&b)[2], const u32 (&words)[BITS], int j, int kk, Grid grid) {
-  Codes<T, BITS>::centred(b, words, j, kk, grid.zero);
+template <class T, int CODE>
+OQ_DEVICE void fragment(u32 (&b)[2], const u32 (&words)[Tile<CODE>::WORDS], int j, int kk, Grid grid) {
+  Codes<T, CODE>::centred(b, words, j, kk, grid.zero);
   b[0] = T::mul2(b[0], grid.scale);
   b[1] = T::mul2(b[1], grid.scale);
 }

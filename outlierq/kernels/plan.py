@@ -18,6 +18,7 @@ from outlierq.ops.twins.quant_rows import SplitOperands
 Cached: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scale, minimum
 
 NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
+CODES = ("4", "8", "E2M1", "E4M3")  # of packed.cuh: integers and floats
 GEMV_ROWS = 8
 GEMM_OUTPUTS, GEMM_STAGES = 128, 4  # of a block of w4a16_gemm
 W8A8_OUTPUTS, W8A8_SLAB, W8A8_STAGES = 128, 128, 3  # outputs of a block of w8a8_outlier, bytes of a row in a slab
@@ -76,7 +77,7 @@ def check_memory(**tensors: torch.Tensor | None) -> None:
 def check_weight(weight: PackedWeight) -> None:
     """The parts of a packed weight fit each other."""
     rows, columns = weight.shape
-    parts = {"words": weight.words, "scale": weight.scale, "zero_point": weight.zero_point}
+    parts = {"words": weight.words, "scale": weight.scale, "zero_point": weight.zero_point, "factor": weight.factor}
     groups = columns // weight.group_size if weight.group_size else 1
     words = (-(-rows // TILE_OUTPUTS), -(-columns // TILE_INPUTS), 32 * weight.bits)
     check(weight.words.dtype == torch.int32 and tuple(weight.words.shape) == words, f"words must be {words}", **parts)
@@ -85,6 +86,8 @@ def check_weight(weight: PackedWeight) -> None:
     zero = weight.zero_point
     fits = zero is None or (zero.dtype == weight.dtype and zero.shape == weight.scale.shape)
     check(fits, "zero_point must be like scale", **parts)
+    fits = weight.factor is None or (weight.factor.dtype == torch.float32 and weight.factor.numel() == 1)
+    check(fits, "factor must be one float32", **parts)
     check_memory(**parts)
 
 
@@ -107,9 +110,14 @@ def group_numbers(weight: PackedWeight) -> tuple[np.int32, np.int32]:
     return np.int32(shift), np.int32(weight.scale.shape[0])
 
 
-def halves(weight: PackedWeight) -> int:
-    """Groups in a tile: 2 when they are half as wide, else 1."""
-    return 2 if weight.group_size == 32 else 1
+def groups_of_tile(weight: PackedWeight) -> int:
+    """Groups in the inputs of a tile: 4, 2 or 1."""
+    return TILE_INPUTS // weight.group_size if weight.group_size and weight.group_size < TILE_INPUTS else 1
+
+
+def code_name(weight: PackedWeight) -> str:
+    """What the codes are called in packed.cuh."""
+    return CODES[weight.bits // 8 + 2 * weight.is_float]
 
 
 def plan_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> Launch:
@@ -122,8 +130,8 @@ def plan_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, 
     rows, columns = weight.shape
     strips, tiles = weight.words.shape[:2]
     sizes = tuple(np.int32(v) for v in (x.shape[0], rows, columns, x.stride(0)))
-    tensors = (weight.words, weight.scale, weight.zero_point, x, bias, y)
-    instance = f"w4a16_gemv<{NAMES[x.dtype]}, {weight.bits}, {halves(weight)}>"
+    tensors = (weight.words, weight.scale, weight.zero_point, weight.factor, x, bias, y)
+    instance = f"w4a16_gemv<{NAMES[x.dtype]}, {code_name(weight)}, {groups_of_tile(weight)}>"
     warps = min(8, max(1, tiles // 2))
     return Launch("w4a16_gemv", instance, (strips, 1, 1), 32 * warps, (*tensors, *sizes, *group_numbers(weight)))
 
@@ -169,8 +177,8 @@ def plan_gemm(
         check((0 if space is None else space.numel()) == count, f"a workspace of {count} is needed", space=space)
     check_memory(x=x, y=y, partial=partial, finished=finished)
     sizes = tuple(np.int32(v) for v in (tokens, rows, columns, x.stride(0)))
-    tensors = (weight.words, weight.scale, weight.zero_point, x, bias, y, partial, finished)
-    instance = f"w4a16_gemm<{NAMES[x.dtype]}, {weight.bits}, {block // 16}>"
+    tensors = (weight.words, weight.scale, weight.zero_point, weight.factor, x, bias, y, partial, finished)
+    instance = f"w4a16_gemm<{NAMES[x.dtype]}, {code_name(weight)}, {block // 16}>"
     grid = (-(-rows // GEMM_OUTPUTS), -(-tokens // block), parts)
     stage = 2 * block * TILE_INPUTS + GEMM_OUTPUTS * TILE_INPUTS * weight.bits // 8 + 8 * GEMM_OUTPUTS
     return Launch("w4a16_gemm", instance, grid, 128, (*tensors, *sizes, *group_numbers(weight)), GEMM_STAGES * stage)
@@ -184,8 +192,8 @@ def plan_dequant(weight: PackedWeight, dense: torch.Tensor) -> Launch:
     check(fits, f"the result must be {weight.dtype} {weight.shape}", dense=dense)
     check_memory(words=weight.words, dense=dense)
     strips, tiles = weight.words.shape[:2]
-    instance = f"dequant<{NAMES[weight.dtype]}, {weight.bits}>"
-    tensors = (weight.words, weight.scale, weight.zero_point, dense)
+    instance = f"dequant<{NAMES[weight.dtype]}, {code_name(weight)}>"
+    tensors = (weight.words, weight.scale, weight.zero_point, weight.factor, dense)
     sizes = (np.int32(rows), np.int32(columns), *group_numbers(weight))
     return Launch("dequant", instance, (-(-strips * tiles // 4), 1, 1), 128, (*tensors, *sizes))
 
@@ -369,9 +377,9 @@ def both_types(kernel: str, *parameters: str) -> list[str]:
 
 # Every instance that a plan can ask for, by source.
 INSTANCES: dict[str, list[str]] = {
-    "w4a16_gemv": both_types("w4a16_gemv", "4, 1", "4, 2", "8, 1", "8, 2"),
-    "dequant": both_types("dequant", "4", "8"),
-    "w4a16_gemm": both_types("w4a16_gemm", *(f"{bits}, {m}" for bits in (4, 8) for m in (1, 2, 4))),
+    "w4a16_gemv": both_types("w4a16_gemv", *(f"{code}, {parts}" for code in CODES for parts in (1, 2)), "E2M1, 4"),
+    "dequant": both_types("dequant", *CODES),
+    "w4a16_gemm": both_types("w4a16_gemm", *(f"{code}, {m}" for code in CODES for m in (1, 2, 4))),
     "quant_rows": both_types("quant_rows"),
     "kv": [
         name for kernel in ("kv_quant", "kv_dequant") for name in both_types(kernel, "4, 0", "4, 1", "8, 0", "8, 1")

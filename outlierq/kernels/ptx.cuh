@@ -5,6 +5,7 @@
 // is needed. `Half` and `Bfloat` say what the bits mean; both have the same members:
 //   widen(u16) -> float      narrow(float) -> u16, round to nearest even     narrow2(lo, hi) -> u32
 //   add2, sub2, mul2 on pairs, each result rounded once       mma(c, a, b0, b1): c += A B, m16n8k16, float32 sums
+//   MANTISSA, BIAS: bits of the mantissa, what is added to exponents
 //   MAGIC: two numbers whose low mantissa bits are an unsigned integer added to 2^10 (fp16) or 2^7 (bf16)
 #pragma once
 typedef unsigned char u8;
@@ -85,6 +86,7 @@ OQ_DEVICE float max_nan(float a, float b) {
 }
 
 struct Half {
+  static constexpr int MANTISSA = 10, BIAS = 15;
   static constexpr u32 MAGIC = 0x64006400u;
   static OQ_DEVICE float widen(u16 v) {
     float f;
@@ -126,6 +128,7 @@ struct Half {
 
 // add2, sub2 and mul2 as fused multiply-adds: sm_80 has no other bfloat16 arithmetic.
 struct Bfloat {
+  static constexpr int MANTISSA = 7, BIAS = 127;
   static constexpr u32 MAGIC = 0x43004300u;
   static constexpr u32 ONE = 0x3f803f80u, SIGN = 0x80008000u;
   static OQ_DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }

@@ -1,4 +1,4 @@
-// y = x W^T + bias for few tokens (1 to 8) and packed 4- or 8-bit weights: bound by reading the weights once.
+// y = x W^T + bias for few tokens (1 to 8) and packed weights of 4 or 8 bits: bound by reading the weights once.
 //
 // A block owns 16 outputs. Its warps share the tiles of K among them, each a run of neighbours, and add up their sums in
 // shared memory in a fixed order: the result does not depend on timing. The tokens are the rows of mma's A operand; rows
@@ -18,10 +18,11 @@ OQ_DEVICE void read_tokens(u32 (&a)[4], const u16* x, int row, int k, int rows, 
   }
 }
 
-// HALVES: 2 when groups are narrower than a tile (32), else 1. group_shift: log2 of the group size, 30 for one group.
-template <class T, int BITS, int HALVES>
+// PARTS: groups of a tile, 4 of 16 inputs, 2 of 32, else 1. group_shift: log2 of the group size, 30 for one group.
+// factor: of all sums, or null.
+template <class T, int CODE, int PARTS>
 __global__ void __launch_bounds__(GEMV_WARPS * 32)
-    w4a16_gemv(const u32* packed, const u16* scale, const u16* zero, const u16* x, const u16* bias, u16* y, int rows,
+    w4a16_gemv(const u32* packed, const u16* scale, const u16* zero, const float* factor, const u16* x, const u16* bias, u16* y, int rows,
                int outputs, int inputs, int row_stride, int group_shift, int groups) {
   constexpr int AHEAD = 4;  // tiles a warp has under way: 2 KB of 4-bit weights
   __shared__ float partial[GEMV_WARPS][GEMV_ROWS][TILE_N];
@@ -29,27 +30,27 @@ __global__ void __launch_bounds__(GEMV_WARPS * 32)
   int row = lane / 4, t = lane % 4, n0 = blockIdx.x * TILE_N;
   int tiles = (inputs + TILE_K - 1) / TILE_K, share = (tiles + warps - 1) / warps;
   int first = warp * share, last = smaller(first + share, tiles);
-  const u32* strip = packed + (i64)blockIdx.x * tiles * Tile<BITS>::SIZE;
+  const u32* strip = packed + (i64)blockIdx.x * tiles * Tile<CODE>::SIZE;
   float c[2][4] = {};
 
   for (int tile = first; tile < last; tile += AHEAD) {
-    u32 words[AHEAD][BITS];
-    Grid grid[AHEAD][HALVES][2];
+    u32 words[AHEAD][Tile<CODE>::WORDS];
+    Grid grid[AHEAD][PARTS][2];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       if (tile + i >= last) break;
-      const uint4* from = reinterpret_cast<const uint4*>(strip + (i64)(tile + i) * Tile<BITS>::SIZE);
+      const uint4* from = reinterpret_cast<const uint4*>(strip + (i64)(tile + i) * Tile<CODE>::SIZE);
 #pragma unroll
-      for (int v = 0; v < BITS / 4; v++) {
+      for (int v = 0; v < Tile<CODE>::WORDS / 4; v++) {
         uint4 q = load_streaming(from + v * 32 + lane);
         words[i][4 * v] = q.x, words[i][4 * v + 1] = q.y, words[i][4 * v + 2] = q.z, words[i][4 * v + 3] = q.w;
       }
 #pragma unroll
-      for (int h = 0; h < HALVES; h++)
+      for (int h = 0; h < PARTS; h++)
 #pragma unroll
         for (int j = 0; j < 2; j++)
-          grid[i][h][j] = read_grid<T, BITS>(scale, zero, n0 + 8 * j + row, (tile + i) * TILE_K + 32 * h, outputs,
-                                             group_shift, groups);
+          grid[i][h][j] = read_grid<T, CODE>(scale, zero, n0 + 8 * j + row, (tile + i) * TILE_K + TILE_K / PARTS * h,
+                                             outputs, group_shift, groups);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(GEMV_WARPS * 32)
         read_tokens(a, x, row, (tile + i) * TILE_K + 16 * kk + 2 * t, rows, inputs, row_stride);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-          fragment<T, BITS>(b, words[i], j, kk, grid[i][HALVES == 2 ? kk / 2 : 0][j]);
+          fragment<T, CODE>(b, words[i], j, kk, grid[i][kk * PARTS / 4][j]);
           T::mma(c[j], a, b[0], b[1]);
         }
       }
@@ -73,8 +74,9 @@ __global__ void __launch_bounds__(GEMV_WARPS * 32)
   for (int i = threadIdx.x; i < rows * TILE_N; i += blockDim.x) {
     int m = i / TILE_N, column = i % TILE_N, n = n0 + column;
     if (n >= outputs) continue;
-    float sum = bias ? T::widen(bias[n]) : 0.0f;
+    float sum = 0.0f;
     for (int w = 0; w < warps; w++) sum += partial[w][m][column];
-    y[(i64)m * outputs + n] = T::narrow(sum);
+    if (factor) sum *= *factor;
+    y[(i64)m * outputs + n] = T::narrow(bias ? sum + T::widen(bias[n]) : sum);
   }
 }

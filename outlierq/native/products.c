@@ -1,7 +1,7 @@
-/* Tokens times a weight of 4 or 8 bits that stays packed: ops/compiled/products.py.
+/* Tokens times a weight of 4, 6 or 8 bits that stays packed: ops/compiled/products.py.
 
    A kernel for each kind of processor, all in one library; which of them a machine can run is asked of the machine. Every
-   code is an integer that bfloat16 and float32 hold exactly, so that only sums are rounded, in float32, group by group. */
+   code is a number that bfloat16 and float32 hold exactly, so that only sums are rounded, in float32, group by group. */
 
 #include <stdlib.h>
 
@@ -61,6 +61,16 @@
         case 4: call(4); break; \
     }
 
+/* A tile of float32 inputs by what its codes are: their bits, and whether they are floats. */
+#define FOR_CODES(tile_of, m) \
+    switch (tile->code->bits + (tile->code->exponent ? 16 : 0)) { \
+        case 4: tile_of(tile, 4, 0, m); break; \
+        case 8: tile_of(tile, 8, 0, m); break; \
+        case 20: tile_of(tile, 4, 1, m); break; \
+        case 22: tile_of(tile, 6, 1, m); break; \
+        case 24: tile_of(tile, 8, 1, m); break; \
+    }
+
 /* Of float32, for any processor. */
 #define LANES 4
 #define TARGET
@@ -100,7 +110,7 @@
 #endif
 
 static void any_float(const struct tile *tile) {
-#define CALL(m) tile->bits == 4 ? any_tile(tile, 4, m) : any_tile(tile, 8, m)
+#define CALL(m) FOR_CODES(any_tile, m)
     FOR_FEW_TOKENS(CALL)
 #undef CALL
 }
@@ -119,13 +129,13 @@ static void any_int8(const struct tile *tile) {
 
 #if ON_X86
 __attribute__((target("avx2,fma"))) static void avx2_float(const struct tile *tile) {
-#define CALL(m) tile->bits == 4 ? avx2_tile(tile, 4, m) : avx2_tile(tile, 8, m)
+#define CALL(m) FOR_CODES(avx2_tile, m)
     FOR_FEW_TOKENS(CALL)
 #undef CALL
 }
 
 AVX512 static void avx512_float(const struct tile *tile) {
-#define CALL(m) tile->bits == 4 ? avx512_tile(tile, 4, m) : avx512_tile(tile, 8, m)
+#define CALL(m) FOR_CODES(avx512_tile, m)
     FOR_TOKENS(CALL)
 #undef CALL
 }
@@ -216,13 +226,6 @@ VNNI static void vnni_int8(const struct tile *tile) {
 
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")))
 
-/* bfloat16 numbers by their 4-bit code. */
-BF16 INLINE __m512i table_of_4_bits(void) {
-    uint16_t numbers[32];
-    for (int i = 0; i < 32; i++) numbers[i] = to_bfloat16((float)((i & 15) - (i & 8) * 2));
-    return _mm512_loadu_si512(numbers);
-}
-
 /* Pairs of columns: (0, 1), (2, 3), (4, 5), (6, 7) of 4 bits. */
 BF16 INLINE void pairs_of_4_bits(const uint32_t *words, __m512i table, __m512i pairs[4]) {
     __m512i eight = _mm512_loadu_si512(words);
@@ -230,15 +233,12 @@ BF16 INLINE void pairs_of_4_bits(const uint32_t *words, __m512i table, __m512i p
     for (int p = 0; p < 4; p++) pairs[p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight, 4 * p), table);
 }
 
-/* 8 bits need a table of bytes: of half a step more than the code, whose size has 128 values, and a sign. */
-struct bytes { __m512i low[2], high[2], first, second; };
+/* Other codes need a table of bytes; `flip`: all bits where negative integers have the size of their complement. */
+struct bytes { __m512i low[2], high[2], first, second, flip; };
 
-BF16 INLINE struct bytes table_of_8_bits(void) {
-    uint8_t low[128], high[128], first[64], second[64];
-    for (int i = 0; i < 128; i++) {
-        low[i] = to_bfloat16(i + 0.5f) & 0xFF;
-        high[i] = to_bfloat16(i + 0.5f) >> 8;
-    }
+BF16 INLINE struct bytes table_of_bytes(const struct tile *tile) {
+    const uint8_t *low = tile->numbers->low, *high = tile->numbers->high;
+    uint8_t first[64], second[64];
     for (int i = 0; i < 64; i++) {
         first[i] = (uint8_t)(i / 4 * 4 + i % 4 / 2 + i % 2 * 64); /* low and high byte of columns 0 and 1 of each row */
         second[i] = (uint8_t)(first[i] + 2);
@@ -246,13 +246,13 @@ BF16 INLINE struct bytes table_of_8_bits(void) {
     return (struct bytes){{_mm512_loadu_si512(low), _mm512_loadu_si512(low + 64)},
                           {_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64)},
                           _mm512_loadu_si512(first),
-                          _mm512_loadu_si512(second)};
+                          _mm512_loadu_si512(second),
+                          _mm512_set1_epi8(tile->code->exponent ? 0 : -1)};
 }
 
-/* Pairs (0, 1) and (2, 3) of 8 bits. */
-BF16 INLINE void pairs_of_8_bits(const uint32_t *words, const struct bytes *table, __m512i pairs[2]) {
-    __m512i codes = _mm512_loadu_si512(words), ones = _mm512_set1_epi8(-1);
-    __m512i size = _mm512_min_epu8(codes, _mm512_xor_si512(codes, ones));
+/* Pairs (0, 1) and (2, 3) of bytes; their highest bit is the sign. */
+BF16 INLINE void pairs_of_bytes(__m512i codes, const struct bytes *table, __m512i pairs[2]) {
+    __m512i size = _mm512_min_epu8(codes, _mm512_xor_si512(codes, table->flip));
     __m512i low = _mm512_permutex2var_epi8(table->low[0], size, table->low[1]);
     __m512i high = _mm512_permutex2var_epi8(table->high[0], size, table->high[1]);
     high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xF8); /* high | (codes & sign) */
@@ -260,32 +260,47 @@ BF16 INLINE void pairs_of_8_bits(const uint32_t *words, const struct bytes *tabl
     pairs[1] = _mm512_permutex2var_epi8(low, table->second, high);
 }
 
+/* Pairs of 16 columns of 6 bits, whose table has the sign. */
+BF16 INLINE void pairs_of_6_bits(const uint32_t *words, const struct bytes *table, __m512i pairs[8]) {
+    const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(48);
+    __m512i twos = _mm512_loadu_si512(words + 2 * PANEL);
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+        __m512i fours = _mm512_srli_epi16(_mm512_loadu_si512(words + part / 2 * PANEL), part % 2 * 4);
+        __m512i above = part < 2 ? _mm512_slli_epi16(twos, 4 - 2 * part) : _mm512_srli_epi16(twos, 2 * part - 4);
+        above = _mm512_and_si512(above, upper);
+        pairs_of_bytes(_mm512_ternarylogic_epi32(above, fours, lower, 0xF8), table, pairs + 2 * part);
+    }
+}
+
 /* A tile of `tokens`. x: pairs of bfloat16, [columns / 2][tokens], see `arrange`. */
 BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
-    enum { PAIRS = 4 };
-    const int pairs = 16 / bits, chains = tokens <= 4 ? pairs : 1;
-    const __m512i table = table_of_4_bits();
-    const struct bytes bytes = table_of_8_bits();
+    enum { PAIRS = 8 };
+    const int pairs = bits == 6 ? 8 : 16 / bits, step_words = bits == 6 ? 3 * PANEL : PANEL;
+    const int chains = tokens > 4 ? 1 : bits == 8 ? 2 : 4, is_raised = bits == 8 && !tile->code->exponent;
+    const __m512i table = _mm512_loadu_si512(tile->numbers->of_4_bits);
+    const struct bytes bytes = table_of_bytes(tile);
     const uint32_t *words = tile->words, *x = tile->x;
     const float *scales = tile->scales, *offsets = tile->offsets, *sums = tile->sums;
     float *total = tile->y;
-    __m512 part[PAIRS][MOST_TOKENS];
+    __m512 part[4][MOST_TOKENS];
     memset(total, 0, tokens * PANEL * sizeof *total);
     for (int64_t g = 0; g < tile->groups; g++, scales += PANEL, sums += tokens) {
 #pragma GCC unroll 4
         for (int c = 0; c < chains; c++)
 #pragma GCC unroll 24
             for (int t = 0; t < tokens; t++) part[c][t] = _mm512_setzero_ps();
-        for (int64_t step = 0; step < tile->steps; step++, words += PANEL) {
+        for (int64_t step = 0; step < tile->steps; step++, words += step_words) {
             __m512i codes[PAIRS];
             if (tokens <= 4) _mm_prefetch((const char *)(words + AHEAD), _MM_HINT_T0);
             if (bits == 4) pairs_of_4_bits(words, table, codes);
-            else pairs_of_8_bits(words, &bytes, codes);
-#pragma GCC unroll 4
+            else if (bits == 6) pairs_of_6_bits(words, &bytes, codes);
+            else pairs_of_bytes(_mm512_loadu_si512(words), &bytes, codes);
+#pragma GCC unroll 8
             for (int p = 0; p < pairs; p++)
 #pragma GCC unroll 24
                 for (int t = 0; t < tokens; t++, x++) {
-                    __m512 *sum = &part[p < chains ? p : 0][t];
+                    __m512 *sum = &part[p % chains][t];
                     *sum = _mm512_dpbf16_ps(*sum, (__m512bh)codes[p], (__m512bh)_mm512_set1_epi32((int32_t)*x));
                 }
         }
@@ -294,7 +309,7 @@ BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
         for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 4
             for (int c = 1; c < chains; c++) part[0][t] = _mm512_add_ps(part[0][t], part[c][t]);
-            if (bits == 8) part[0][t] = _mm512_fmadd_ps(_mm512_set1_ps(-0.5f), _mm512_set1_ps(sums[t]), part[0][t]);
+            if (is_raised) part[0][t] = _mm512_fmadd_ps(_mm512_set1_ps(-0.5f), _mm512_set1_ps(sums[t]), part[0][t]);
             __m512 sum = _mm512_fmadd_ps(part[0][t], scale, _mm512_loadu_ps(total + t * PANEL));
             if (offsets) sum = _mm512_fmadd_ps(_mm512_loadu_ps(offsets), _mm512_set1_ps(sums[t]), sum);
             _mm512_storeu_ps(total + t * PANEL, sum);
@@ -304,7 +319,8 @@ BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
 }
 
 BF16 static void bf16_float(const struct tile *tile) {
-#define CALL(m) tile->bits == 4 ? bf16_tile(tile, 4, m) : bf16_tile(tile, 8, m)
+#define CALL(m) \
+    tile->code->bits == 4 ? bf16_tile(tile, 4, m) : tile->code->bits == 6 ? bf16_tile(tile, 6, m) : bf16_tile(tile, 8, m)
     FOR_TOKENS(CALL)
 #undef CALL
 }
@@ -333,7 +349,7 @@ enum inputs { FLOATS, PAIRS, BYTES, RAISED_BYTES };
 struct kernel {
     void (*run)(const struct tile *);
     enum inputs inputs;
-    int most_tokens[2]; /* of a tile, with 4 bits and with 8: as many sums as registers hold beside what decodes */
+    int most_tokens[2]; /* of a tile, with 4 bits and with more: as many sums as registers hold beside what decodes */
 };
 
 /* By the names that ops/compiled/products.py has for them. */
@@ -369,24 +385,58 @@ int outlierq_runs_kernel(int number) {
 #endif
 }
 
-/* A call: `outlierq_multiply` names its parts. several: columns of a word. */
+static const struct code codes[] = {{4, 8, 1, 0}, {8, 4, 1, 0}, {4, 8, 1, 2}, {8, 4, 1, 4}, {6, 16, 3, 2}, {6, 16, 3, 3}};
+
+/* How scales are stored: as float32, as bytes of E4M3 that a number divides, or as powers of two, 2^(byte - 127). */
+enum scales { PLAIN, DIVIDED, POWERS };
+
+/* A call: `outlierq_multiply_panels` names its parts. */
 struct product {
     const struct kernel *kernel;
+    const struct code *code;
+    struct numbers numbers;
     const uint32_t *words;
-    const float *scales, *offsets, *token_scales, *sums;
+    const void *scales;
+    const float *offsets, *token_scales, *sums;
     const uint32_t *x;
     void *y;
     int64_t rows, groups, steps, panel_words, tokens;
-    int bits, are_integers, tokens_of_tile, inputs_of_word, needs_sums;
+    float divisor;
+    enum scales kind;
+    int are_integers, tokens_of_tile, inputs_of_step, needs_sums, *failed;
     enum dtype dtype;
 };
+
+/* A scale that is stored as a byte, but for the divisor; 2^-127 is no normal float32. */
+INLINE float scale_of_byte(uint8_t byte, enum scales kind) {
+    if (kind == POWERS) return as_float(byte ? (uint32_t)byte << 23 : 1u << 22);
+    return of_small_float(byte, codes + E4M3);
+}
+
+FOR_EACH_PROCESSOR
+static void read_scales(const uint8_t *stored, enum scales kind, int64_t count, float *restrict scales) {
+    for (int64_t i = 0; i < count; i++) scales[i] = scale_of_byte(stored[i], kind);
+}
+
+static void make_numbers(const struct code *code, struct numbers *numbers) {
+    for (int i = 0; i < 32; i++) {
+        float number = code->exponent ? of_small_float(i & 15, codes + E2M1) : (float)((i & 15) - (i & 8) * 2);
+        numbers->of_4_bits[i] = to_bfloat16(number);
+    }
+    for (int i = 0; i < 128; i++) {
+        uint32_t bits = (uint32_t)i & ((1u << code->bits) - 1);
+        uint16_t number = to_bfloat16(code->exponent ? of_small_float(bits, code) : (float)i + 0.5f);
+        numbers->low[i] = number & 0xFF;
+        numbers->high[i] = number >> 8;
+    }
+}
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Sums of int8 as numbers, in place. */
 INLINE void scale_sums(const struct product *p, int64_t panel, int64_t first_token, int tokens, float (*values)[PANEL]) {
     float scales[PANEL] = {0};
-    memcpy(scales, p->scales + panel * PANEL, least(PANEL, p->rows - panel * PANEL) * sizeof *scales);
+    memcpy(scales, (const float *)p->scales + panel * PANEL, least(PANEL, p->rows - panel * PANEL) * sizeof *scales);
     int32_t corrections[PANEL] = {0};
     if (p->kernel->inputs == RAISED_BYTES)
         memcpy(corrections, p->words + ((panel + 1) * p->panel_words - PANEL), sizeof corrections);
@@ -414,29 +464,47 @@ INLINE void store(const struct product *p, int64_t panel, int64_t first_token, i
         else memcpy(y, row, count * size);
 }
 
+/* What a panel's numbers count in, [groups][PANEL]; own: memory for it. */
+INLINE const float *scales_of_panel(const struct product *p, int64_t panel, float *own) {
+    int64_t count = p->groups * PANEL;
+    if (p->are_integers) return NULL;
+    if (p->kind == PLAIN) return (const float *)p->scales + panel * count;
+    read_scales((const uint8_t *)p->scales + panel * count, p->kind, count, own);
+    return own;
+}
+
 FOR_EACH_PROCESSOR
 static void multiply_panels(const void *job, int64_t first, int64_t end) {
     const struct product *p = job;
-    int64_t inputs = p->groups * p->steps * p->inputs_of_word;
-    for (int64_t panel = first; panel < end; panel++)
+    int64_t inputs = p->groups * p->steps * p->inputs_of_step;
+    float *own = malloc(p->kind == PLAIN ? 1 : p->groups * PANEL * sizeof *own);
+    if (!own) __atomic_store_n(p->failed, 1, __ATOMIC_RELAXED);
+    for (int64_t panel = first; panel < end && own; panel++) {
+        const float *scales = scales_of_panel(p, panel, own);
         for (int64_t t = 0; t < p->tokens; t += p->tokens_of_tile) {
             float values[MOST_TOKENS][PANEL];
             int tokens = (int)least(p->tokens_of_tile, p->tokens - t);
             const float *offsets = p->offsets ? p->offsets + panel * p->groups * PANEL : NULL;
             struct tile tile = {p->words + panel * p->panel_words,
-                                p->are_integers ? NULL : p->scales + panel * p->groups * PANEL,
+                                scales,
                                 offsets,
                                 p->x + t * inputs,
                                 p->sums + t * p->groups,
                                 values,
                                 p->groups,
                                 p->steps,
-                                p->bits,
+                                p->code,
+                                &p->numbers,
                                 tokens};
             p->kernel->run(&tile);
             if (p->are_integers) scale_sums(p, panel, t, tokens, values);
+            if (p->kind == DIVIDED)
+                for (int i = 0; i < tokens; i++)
+                    for (int r = 0; r < PANEL; r++) values[i][r] /= p->divisor;
             store(p, panel, t, tokens, values);
         }
+    }
+    free(own);
 }
 
 /* One token's words of inputs into their places beside those of the other tokens of its tile. Not FOR_EACH_PROCESSOR:
@@ -463,7 +531,7 @@ static void add_up(const float *row, int64_t groups, int64_t width, int tokens, 
 
 /* All inputs [tokens, columns] in the kernel's order, filled up with zeros; row: memory for a token, cleared. */
 static void arrange_all(const struct product *p, const void *inputs, int64_t columns, uint32_t *x, float *sums, float *row) {
-    int64_t stored = p->groups * p->steps * (32 / p->bits), words = p->groups * p->steps * p->inputs_of_word;
+    int64_t stored = p->groups * p->steps * p->code->columns, words = p->groups * p->steps * p->inputs_of_step;
     enum inputs kind = p->kernel->inputs;
     int64_t size = kind == FLOATS ? 4 : kind == PAIRS ? 2 : 1;
     float *given = row + stored;
@@ -486,11 +554,14 @@ INLINE int tile_size(int64_t tokens, int most) {
 
 static int run(struct product *p, const void *inputs, int64_t columns, int threads) {
     if (!p->tokens) return 0;
-    int64_t per_word = 32 / p->bits, stored = p->groups * p->steps * per_word;
-    p->inputs_of_word = (int)(p->kernel->inputs == FLOATS ? per_word : p->kernel->inputs == PAIRS ? per_word / 2 : 1);
-    p->tokens_of_tile = tile_size(p->tokens, p->kernel->most_tokens[p->bits == 8]);
-    p->needs_sums = p->offsets || (p->kernel->inputs == PAIRS && p->bits == 8);
-    int64_t words = p->tokens * p->groups * p->steps * p->inputs_of_word;
+    int columns_of_step = p->code->columns, failed = 0;
+    int64_t stored = p->groups * p->steps * columns_of_step;
+    p->inputs_of_step = p->kernel->inputs == FLOATS ? columns_of_step : p->kernel->inputs == PAIRS ? columns_of_step / 2 : 1;
+    p->tokens_of_tile = tile_size(p->tokens, p->kernel->most_tokens[p->code->bits > 4]);
+    p->needs_sums = p->offsets || (p->kernel->inputs == PAIRS && p->code == codes + INT8);
+    p->failed = &failed;
+    make_numbers(p->code, &p->numbers);
+    int64_t words = p->tokens * p->groups * p->steps * p->inputs_of_step;
     uint32_t *x = malloc((words + p->tokens * p->groups) * 4);
     float *row = calloc(stored * 2, sizeof(float));
     if (x && row) {
@@ -499,22 +570,23 @@ static int run(struct product *p, const void *inputs, int64_t columns, int threa
         arrange_all(p, inputs, columns, x, (float *)(x + words), row);
         in_shares(multiply_panels, p, (p->rows + PANEL - 1) / PANEL, threads);
     }
-    int failed = !x || !row;
+    failed |= !x || !row;
     free(x);
     free(row);
     return failed;
 }
 
-/* inputs [tokens, columns] times a weight of `bits`, into y [tokens, rows]; both of `dtype`. Panels hold words [panels][
-   groups][steps][PANEL]; scales and offsets: [panels][groups][PANEL], the latter what is added to all numbers of a group,
-   or NULL. Gives 0, or 1 without memory. */
-int outlierq_multiply(int kernel, const uint32_t *words, int bits, const float *scales, const float *offsets, int64_t rows,
-                      int64_t columns, int64_t groups, const void *inputs, int dtype, int64_t tokens, void *y,
-                      int threads) {
-    int64_t steps = columns * bits / 32 / groups;
-    struct product product = {.kernel = kernels + kernel, .words = words, .scales = scales, .offsets = offsets, .y = y,
-                              .rows = rows, .groups = groups, .steps = steps, .panel_words = groups * steps * PANEL,
-                              .tokens = tokens, .bits = bits, .dtype = dtype};
+/* inputs [tokens, columns] times a weight, into y [tokens, rows]; both of `dtype`. Panels hold words [panels][groups][
+   steps][words of a step][PANEL]; scales, of a `kind`, and offsets: [panels][groups][PANEL], the latter what is added to
+   all numbers of a group, or NULL. Where columns fill no whole groups, codes of more do not count. Gives 0, or 1 without
+   memory. */
+int outlierq_multiply_panels(int kernel, const uint32_t *words, enum codes code, const void *scales, enum scales kind,
+                      const float *divisor, const float *offsets, int64_t rows, int64_t columns, int64_t groups,
+                      int64_t steps, const void *inputs, int dtype, int64_t tokens, void *y, int threads) {
+    struct product product = {.kernel = kernels + kernel, .code = codes + code, .words = words, .scales = scales,
+                              .kind = kind, .divisor = divisor ? *divisor : 1, .offsets = offsets, .y = y, .rows = rows,
+                              .groups = groups, .steps = steps, .panel_words = groups * steps * codes[code].words * PANEL,
+                              .tokens = tokens, .dtype = dtype};
     return run(&product, inputs, columns, threads);
 }
 
@@ -526,48 +598,71 @@ int outlierq_multiply_int8(int kernel, const uint32_t *words, const float *scale
     int64_t steps = columns / 4;
     struct product product = {.kernel = kernels + kernel, .words = words, .scales = scales, .token_scales = token_scales,
                               .y = y, .rows = rows, .groups = 1, .steps = steps, .panel_words = (steps + 1) * PANEL,
-                              .tokens = tokens, .bits = 8, .are_integers = 1, .dtype = dtype};
+                              .code = codes + INT8, .tokens = tokens, .are_integers = 1, .dtype = dtype};
     return run(&product, inputs, columns, threads);
 }
 
 /* The codes of a row of a panel, a byte each. Four bits: a half of a word has every second column; they are parted to
    bytes of 8, then made signed. */
-INLINE void codes_of_row(const uint32_t *words, int bits, int64_t count, int8_t *codes) {
-    for (int64_t i = 0; i < count; i++, words += PANEL) {
-        uint64_t low = *words & 0xFFFF, high = *words >> 16, both;
-        low = (low | low << 24) & 0x000000FF000000FFu;
-        high = (high | high << 24) & 0x000000FF000000FFu;
-        both = ((low | low << 12) & 0x000F000F000F000Fu) | ((high | high << 12) & 0x000F000F000F000Fu) << 8;
-        both = ((both ^ 0x0808080808080808u) + 0x7878787878787878u) ^ 0x8080808080808080u; /* less 8 in each byte */
-        if (bits == 4) memcpy(codes + 8 * i, &both, 8);
-        else memcpy(codes + 4 * i, words, 4);
-    }
+INLINE void codes_of_row(const uint32_t *words, int bits, int64_t steps, int8_t *row) {
+    if (bits == 8)
+        for (int64_t i = 0; i < steps; i++) memcpy(row + 4 * i, words + i * PANEL, 4);
+    if (bits == 4)
+        for (int64_t i = 0; i < steps; i++, words += PANEL) {
+            uint64_t low = *words & 0xFFFF, high = *words >> 16, both;
+            low = (low | low << 24) & 0x000000FF000000FFu;
+            high = (high | high << 24) & 0x000000FF000000FFu;
+            both = ((low | low << 12) & 0x000F000F000F000Fu) | ((high | high << 12) & 0x000F000F000F000Fu) << 8;
+            both = ((both ^ 0x0808080808080808u) + 0x7878787878787878u) ^ 0x8080808080808080u; /* less 8 in each byte */
+            memcpy(row + 8 * i, &both, 8);
+        }
+    if (bits == 6)
+        for (int64_t i = 0; i < steps; i++, words += 3 * PANEL)
+            for (int part = 0; part < 4; part++) {
+                uint32_t fours = words[part / 2 * PANEL] >> part % 2 * 4 & 0x0F0F0F0Fu;
+                uint32_t four = fours | (words[2 * PANEL] >> 2 * part & 0x03030303u) << 4;
+                memcpy(row + 16 * i + 4 * part, &four, 4);
+            }
+}
+
+INLINE float number_of(int8_t code, const struct code *kind) {
+    return kind->exponent ? of_small_float((uint8_t)code & ((1u << kind->bits) - 1), kind) : (float)code;
 }
 
 /* Codes as numbers of `dtype`. */
-INLINE void numbers_of(const int8_t *codes, int64_t count, float scale, float offset, enum dtype dtype, void *numbers) {
+INLINE void numbers_of(const int8_t *row, const struct code *kind, int64_t count, float scale, float offset,
+                       enum dtype dtype, void *numbers) {
+    float *wide = numbers;
+    uint16_t *half = numbers;
     if (dtype == FLOAT32)
-        for (int64_t i = 0; i < count; i++) ((float *)numbers)[i] = (float)codes[i] * scale + offset;
+        for (int64_t i = 0; i < count; i++) wide[i] = number_of(row[i], kind) * scale + offset;
     if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)numbers)[i] = to_bfloat16((float)codes[i] * scale + offset);
+        for (int64_t i = 0; i < count; i++) half[i] = to_bfloat16(number_of(row[i], kind) * scale + offset);
     if (dtype == FLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)numbers)[i] = to_float16((float)codes[i] * scale + offset);
+        for (int64_t i = 0; i < count; i++) half[i] = to_float16(number_of(row[i], kind) * scale + offset);
+}
+
+INLINE float scale_at(const void *scales, enum scales kind, float divisor, int64_t place) {
+    if (!scales) return 1;
+    if (kind == PLAIN) return ((const float *)scales)[place];
+    return scale_of_byte(((const uint8_t *)scales)[place], kind) / divisor;
 }
 
 /* Whole panels as numbers [panels * PANEL][columns] of `dtype`: code * scale + offset; scales NULL: the codes. row: memory
    for the codes of one. */
 FOR_EACH_PROCESSOR
-void outlierq_decode_panels(const uint32_t *words, int64_t panel_words, int bits, const float *scales,
-                            const float *offsets, int64_t panels, int64_t columns, int64_t groups, int dtype,
-                            int8_t *restrict row, char *restrict numbers) {
+void outlierq_decode_panels(const uint32_t *words, int64_t panel_words, enum codes code, const void *scales,
+                            enum scales kind, const float *divisor, const float *offsets, int64_t panels,
+                            int64_t columns, int64_t groups, int dtype, int8_t *restrict row, char *restrict numbers) {
+    const struct code *of = codes + code;
     int64_t width = columns / groups, size = dtype == FLOAT32 ? 4 : 2;
     for (int64_t p = 0; p < panels; p++, words += panel_words)
         for (int r = 0; r < PANEL; r++) {
-            codes_of_row(words + r, bits, columns * bits / 32, row);
+            codes_of_row(words + r, of->bits, columns / of->columns, row);
             for (int64_t g = 0; g < groups; g++, numbers += width * size) {
                 int64_t place = (p * groups + g) * PANEL + r;
-                float scale = scales ? scales[place] : 1, offset = offsets ? offsets[place] : 0;
-                numbers_of(row + g * width, width, scale, offset, dtype, numbers);
+                float scale = scale_at(scales, kind, divisor ? *divisor : 1, place), offset = offsets ? offsets[place] : 0;
+                numbers_of(row + g * width, of, width, scale, offset, dtype, numbers);
             }
         }
 }

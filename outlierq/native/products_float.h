@@ -5,17 +5,36 @@
 typedef float NAME(lanes) __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
 
-/* A column of words, as numbers; of 4 bits, even columns lie in the lower half of a word and odd ones in the upper. */
-TARGET INLINE NAME(lanes) NAME(column)(const uint32_t *words, int bits, int column) {
-    NAME(ints) word;
+/* The codes of a column in the highest bits; what is below is of others. */
+TARGET INLINE NAME(ints) NAME(codes)(const uint32_t *words, int bits, int column) {
+    NAME(ints) word, upper;
     int place = bits == 4 ? column / 2 + column % 2 * 4 : column;
-    memcpy(&word, words, sizeof word);
-    return __builtin_convertvector((word << (32 - bits - bits * place)) >> (32 - bits), NAME(lanes));
+    if (bits != 6) {
+        memcpy(&word, words, sizeof word);
+        return word << (32 - bits - bits * place);
+    }
+    int byte = column % 4 * 8, part = column / 4;
+    memcpy(&word, words + column / 8 * PANEL, sizeof word);
+    memcpy(&upper, words + 2 * PANEL, sizeof upper);
+    return (upper << (30 - byte - 2 * part) & (int32_t)0xC0000000) | (word << (28 - byte - part % 2 * 4) >> 2 & 0x3C000000);
+}
+
+/* A column as numbers: `of_small_float` where they are floats. */
+TARGET INLINE NAME(lanes) NAME(column)(const uint32_t *words, int bits, int floats, int column, const struct code *code) {
+    NAME(ints) codes = NAME(codes)(words, bits, column);
+    if (!floats) return __builtin_convertvector(codes >> (32 - bits), NAME(lanes));
+    int32_t one = least_power(code);
+    NAME(ints) size = ((codes & (int32_t)(0x7FFFFFFFu >> (32 - bits) << (32 - bits))) >> (8 - code->exponent)) + one;
+    NAME(ints) subnormal = (NAME(ints))((NAME(lanes))size * 2 - 2 * as_float((uint32_t)one));
+    NAME(ints) is_less = subnormal < size; /* as of floats, which are all positive */
+    return (NAME(lanes))((subnormal & is_less) | (size & ~is_less) | (codes & INT32_MIN));
 }
 
 /* A tile of `tokens`; x: float32 [columns][tokens]. Few tokens have several sums each, which do not wait for each other. */
-TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int tokens) {
+TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int floats, int tokens) {
     enum { VECTORS = PANEL / LANES, CHAINS = 4 };
+    const int step_words = bits == 6 ? 3 * PANEL : PANEL, columns = bits == 6 ? 16 : 32 / bits;
+    const int together = bits == 6 ? 4 : columns; /* are laid out */
     const int chains = tokens == 1 ? CHAINS : tokens == 2 ? 2 : 1;
     const NAME(lanes) nothing = {0};
     NAME(lanes) part[CHAINS][MOST_TOKENS][VECTORS];
@@ -30,18 +49,19 @@ TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int tokens) {
             for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) part[chain][t][v] = nothing;
-        for (int64_t step = 0; step < tile->steps; step++, words += PANEL)
+        for (int64_t step = 0; step < tile->steps; step++, words += step_words)
+            for (int first = 0; first < columns; first += together)
 #pragma GCC unroll 8
-            for (int c = 0; c < 32 / bits; c++, x += tokens)
+                for (int c = 0; c < together; c++, x += tokens)
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) {
-                    NAME(lanes) codes = NAME(column)(words + v * LANES, bits, c);
+                    for (int v = 0; v < VECTORS; v++) {
+                        NAME(lanes) codes = NAME(column)(words + v * LANES, bits, floats, first + c, tile->code);
 #pragma GCC unroll 24
-                    for (int t = 0; t < tokens; t++) {
-                        NAME(lanes) *sum = &part[c % chains][t][v];
-                        *sum = FUSED(codes, x[t] - nothing, *sum);
+                        for (int t = 0; t < tokens; t++) {
+                            NAME(lanes) *sum = &part[c % chains][t][v];
+                            *sum = FUSED(codes, x[t] - nothing, *sum);
+                        }
                     }
-                }
 #pragma GCC unroll 24
         for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 4

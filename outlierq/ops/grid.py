@@ -1,4 +1,4 @@
-"""Grids of integers, of E4M3 or of E2M1 floats: scales, zero points and rounding, defined once for every method.
+"""Grids of integers, of E4M3, E2M3 or E2M1 floats: scales, zero points and rounding, defined once for every method.
 
 A scheme with two-dimensional blocks is handled as groups of columns whose scale is the same in all rows of a block, so
 that every method works with it; `over_blocks` is what makes the rows of a block agree.
@@ -14,7 +14,7 @@ import torch
 from outlierq.core.errors import NumbersError
 from outlierq.core.gguf.types import BlockType
 from outlierq.core.quant_tensor import QuantTensor
-from outlierq.core.scheme import FP4_MAX, FP8_MAX, QuantScheme
+from outlierq.core.scheme import FP4_MAX, FP6_MAX, FP8_MAX, QuantScheme
 from outlierq.ops.codebooks import SIGNS, nearest_level, nearest_vectors
 
 SMALLEST_E4M3 = 2.0**-9
@@ -24,7 +24,7 @@ SMALLEST_FLOAT16 = 2.0**-24
 USUAL_UNIT, USUAL_WEIGHTS = 1024.0, (0.01, FP4_MAX * FP8_MAX / 1024)
 
 # Bits of a float32 mantissa that a number of so many bits times a power of two does not have.
-NO_SUCH_BITS = {4: 0x3FFFFF, 8: 0xFFFFF}
+NO_SUCH_BITS = {4: 0x3FFFFF, 6: 0xFFFFF, 8: 0xFFFFF}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def nearest_code(ratio: torch.Tensor, zero_point: torch.Tensor | None, scheme: Q
 
     ratio: of any shape; zero_point broadcasts against it.
     """
-    if scheme.kind == "float" and scheme.bits == 4:
-        return nearest_e2m1(ratio)
+    if scheme.kind == "float" and scheme.bits < 8:
+        return nearest_e2m1(ratio) if scheme.bits == 4 else nearest_e2m3(ratio)
     if scheme.kind == "float":
         # Clamped first: the cast has no infinity to saturate to, it would give NaN.
         return ratio.copy_(ratio.clamp_(scheme.code_min, scheme.code_max).to(torch.float8_e4m3fn))
@@ -116,9 +116,19 @@ def nearest_e2m1(x: torch.Tensor) -> torch.Tensor:
     E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3: steps of 0.5 below 2, of 1 below 4, of 2.
     x: float32 of any shape.
     """
-    x.clamp_(-FP4_MAX, FP4_MAX)
+    return _nearest_in_steps(x, 0.5, FP4_MAX)
+
+
+def nearest_e2m3(x: torch.Tensor) -> torch.Tensor:
+    """The same for E2M3: steps of 1/8 below 2, of 1/4 below 4, of 1/2 up to 7.5. x: float32 of any shape."""
+    return _nearest_in_steps(x, 0.125, FP6_MAX)
+
+
+def _nearest_in_steps(x: torch.Tensor, least: float, largest: float) -> torch.Tensor:
+    """`x`, of any shape, in place in steps of `least`, of twice that from 2 on and of four times that from 4 on."""
+    x.clamp_(-largest, largest)
     size = x.abs()
-    step = (size >= 2).float().mul_(0.5).add_(0.5).add_(size >= 4)
+    step = (size >= 2).float().add_(1).add_(size >= 4, alpha=2).mul_(least)
     return x.div_(step).round_().mul_(step)
 
 

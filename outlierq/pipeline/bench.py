@@ -34,6 +34,12 @@ KINDS = {
     "w4-asymmetric": QuantScheme(4, 128, symmetric=False),
     "w8": QuantScheme(8, None),
     "w8a8": QuantScheme(8, None, activations=ActivationScheme()),
+    "nvfp4": QuantScheme(4, 16, kind="float", scales="two-level"),
+    "mxfp4": QuantScheme(4, 32, kind="float", scales="power-of-two"),
+    "mxfp6": QuantScheme(6, 32, kind="float", scales="power-of-two"),
+    "mxfp8": QuantScheme(8, 32, kind="float", scales="power-of-two"),
+    "fp8": QuantScheme(8, None, kind="float"),
+    "fp8-block": QuantScheme(8, None, kind="float", block=(128, 128)),
 }
 USUAL = ("w4", "w8", "w8a8")
 Clock = Callable[[], float]
@@ -131,7 +137,7 @@ def bench(
     if any(number % 32 for shape in shapes for number in shape):
         raise ArgumentError("both numbers must be multiples of 32", argument="shape")
     for name in kinds:
-        width = KINDS[name].group_size or 1
+        width = KINDS[name].columns_per_group(1)
         if any(columns % width for _, columns in shapes):
             raise ArgumentError(
                 f"{name} has groups of {width} inputs; OUTxIN needs a multiple of {width}", argument="shape"
@@ -312,8 +318,10 @@ def _decoding(shape: tuple[int, int], scheme: QuantScheme, device: str) -> Calla
     """The baseline: codes times scales as one bfloat16 matrix, then the product."""
     import torch
 
-    codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, shape, dtype=torch.int8, device=device)
-    scale = torch.rand(scheme.scale_shape(*shape), device=device).bfloat16()[..., None]
+    from outlierq.runtime.choice import random_weight
+
+    codes = random_weight(scheme, shape).codes.to(device)
+    scale = torch.rand(shape[0], scheme.groups(shape[1]), device=device).bfloat16()[..., None]
 
     def decode(x: torch.Tensor) -> torch.Tensor:
         weight = codes.to(x.dtype).view(shape[0], scale.shape[1], -1).mul_(scale).view(shape)

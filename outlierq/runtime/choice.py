@@ -26,10 +26,12 @@ from outlierq.core.notes import note
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.compiled import products
+from outlierq.ops.compiled.products import Packed
 from outlierq.ops.compiled.rounding import library_path
+from outlierq.ops.grid import USUAL_UNIT, nearest_code
 from outlierq.runtime import cpu
 from outlierq.runtime.timing import NEVER, clock_here, least_seconds
-from outlierq.runtime.ways import WAYS, Way, packed_bits, ways_for
+from outlierq.runtime.ways import WAYS, Way, kind_of_codes, ways_for
 
 MOST_ROWS = 1024  # of a measured weight: all ways take time by the row
 ROUNDS = 5
@@ -95,17 +97,33 @@ def multiply(
     assert words is not None and scale is not None, f"{way.name} holds no weight"
     if way.int8_inputs:
         return cpu.int8_linear(x, words, scale, None, None, None, True, words.is_mkldnn, direct)
-    return cpu.packed_linear(x, words, scale, held["zero_point"], packed_bits(weight), rows, direct)
+    packed = Packed(words, scale, held["zero_point"], kind_of_codes(weight), held.get("super_scale"))
+    return cpu.packed_linear(x, packed, rows, direct)
 
 
 def random_weight(scheme: QuantScheme, shape: tuple[int, int]) -> QuantTensor:
     """Random codes and scales of a scheme."""
+    if scheme.kind == "float":
+        return _random_floats(scheme, shape)
     codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, shape)
     scale = torch.rand(scheme.scale_shape(*shape)).add_(0.5).mul_(0.01).to(getattr(torch, scheme.scale_dtype))
     if scheme.symmetric:
         return QuantTensor(codes.to(torch.int8), scale, None, scheme)
     zero = torch.randint(0, 1 << scheme.bits, scale.shape).to(torch.uint8)
     return QuantTensor(codes.to(torch.uint8), scale, zero, scheme)
+
+
+def _random_floats(scheme: QuantScheme, shape: tuple[int, int]) -> QuantTensor:
+    """Random codes and scales, as `random_weight`, of floats."""
+    width = scheme.scale_shape(*shape)
+    codes = nearest_code(torch.randn(shape).mul_(scheme.code_max / 4), None, scheme).to(torch.float8_e4m3fn)
+    if scheme.scales == "power-of-two":
+        return QuantTensor(codes, torch.randint(118, 122, width).to(torch.uint8), None, scheme)
+    scale = torch.rand(width).add_(0.5)
+    if scheme.scales == "two-level":
+        unit = torch.tensor([USUAL_UNIT])
+        return QuantTensor(codes, scale.to(torch.float8_e4m3fn), None, scheme, super_scale=unit)
+    return QuantTensor(codes, scale.mul_(0.01).to(getattr(torch, scheme.scale_dtype)), None, scheme)
 
 
 def _key(weight: QuantTensor, dtype: torch.dtype, int8_inputs: bool) -> str:
@@ -115,7 +133,7 @@ def _key(weight: QuantTensor, dtype: torch.dtype, int8_inputs: bool) -> str:
     width = weight.scheme.columns_per_group(columns)
     zero = "" if weight.zero_point is None else " with zero points"
     threads = torch.get_num_threads()
-    return f"{inputs} times {weight.scheme.bits} bits of {width}{zero}, {rows} x {columns}, {threads} threads"
+    return f"{inputs} times {weight.scheme.numbers} of {width}{zero}, {rows} x {columns}, {threads} threads"
 
 
 @cache

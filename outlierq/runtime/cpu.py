@@ -29,43 +29,33 @@ def is_direct(direct: int, tokens: int) -> bool:
     return bool(direct >> min(bisect_left(TOKENS, tokens), len(TOKENS) - 1) & 1)
 
 
-def packed_linear(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    bits: int,
-    rows: int,
-    direct: bool,
-) -> torch.Tensor:
-    """`x` [tokens, in] times a weight of 4 or 8 bits in any layout of the CPU, [tokens, rows]."""
+def packed_linear(x: torch.Tensor, weight: products.Packed, rows: int, direct: bool) -> torch.Tensor:
+    """`x` [tokens, in] times a weight in any layout of the CPU, [tokens, rows]."""
+    words, scale = weight.words, weight.scale
     if words.ndim == 3:
-        return panels_linear(x, words, scale, offset, bits, rows, direct)
-    if bits == 8:
+        return panels_linear(x, weight, rows, direct)
+    assert scale is not None, "a weight without its scales"
+    if weight.kind == "int8":
         return int8_weight_linear(x, words, scale, direct)
     y = int4_linear(x, words, scale, direct)
     return y if y.shape[1] == rows else y[:, :rows].contiguous()  # strips are filled up
 
 
-def panels_linear(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    bits: int,
-    rows: int,
-    direct: bool,
-) -> torch.Tensor:
+def panels_linear(x: torch.Tensor, weight: products.Packed, rows: int, direct: bool) -> torch.Tensor:
     """`x` [tokens, in] times the panels of `ops.compiled.products`, [tokens, rows]."""
     if direct:
-        return products.multiply(x, words, scale, offset, bits, rows)
+        return products.multiply(x, weight, rows)
 
-    def block(part: slice, weight: torch.Tensor) -> torch.Tensor:
-        panels = slice(part.start // products.PANEL, part.stop // products.PANEL)
-        return products.decode(words[panels], bits, scale[panels], None if offset is None else offset[panels], weight)
+    def block(part: slice, dense: torch.Tensor) -> torch.Tensor:
+        return products.decode(weight.panels(_of_panels(part)), dense)
 
-    y = _by_blocks(x, len(words) * products.PANEL, block)
+    y = _by_blocks(x, len(weight.words) * products.PANEL, block)
     return y if y.shape[1] == rows else y[:, :rows].contiguous()
+
+
+def _of_panels(rows: slice) -> slice:
+    """The panels of whole panels of rows."""
+    return slice(rows.start // products.PANEL, rows.stop // products.PANEL)
 
 
 def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, direct: bool) -> torch.Tensor:
@@ -145,8 +135,7 @@ def _int8_sums(
     else:
 
         def block(rows: slice, weight: torch.Tensor) -> torch.Tensor:
-            panels = codes[rows.start // products.PANEL : rows.stop // products.PANEL]
-            return products.decode(panels, 8, None, None, weight)
+            return products.decode(products.Packed(codes[_of_panels(rows)], None, None, "int8"), weight)
 
         sums = _by_blocks(wide, len(codes) * products.PANEL, block)[:, : len(scale)]
     return sums.float() * scale

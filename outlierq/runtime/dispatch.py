@@ -1,9 +1,12 @@
 """The products as torch operators: they choose by device, number of tokens and dtype, and torch.compile sees through.
 
-    outlierq::packed_linear(x, words, scale, zero_point, bias, bits, group_size, out_features, direct) -> y
+    outlierq::packed_linear(
+        x, words, scale, zero_point, super_scale, bias, codes, group_size, out_features, direct
+    ) -> y
     outlierq::int8_linear(x, codes, scale, input_scale, columns, outlier_weight, bias, per_token, direct) -> y
 
-`packed_linear` rounds no input. The layout of its weight is that of the device: on CUDA `kernels.layout`; on the CPU
+`packed_linear` rounds no input. codes: a name of `ops.compiled.products.CODES`.
+The layout of its weight is that of the device: on CUDA `kernels.layout`; on the CPU
 the panels of `ops.compiled.products` (zero_point: offsets), else that of `runtime.layout` for 4 bits (scale: pairs,
 zero_point is None), plain int8 rows for 8. `int8_linear` multiplies int8 with int8; its codes are plain rows, or panels
 on the CPU. direct: by how many tokens the CPU does not decode, see `cpu`. What oneDNN packed is opaque to operators:
@@ -19,13 +22,14 @@ import torch
 
 from outlierq.kernels import launch
 from outlierq.kernels.layout import DTYPES, KernelError, PackedWeight
+from outlierq.ops.compiled.products import CODES, Packed
 from outlierq.ops.twins.quant_rows import SplitOperands
 from outlierq.runtime import cpu
 
 _library = torch.library.Library("outlierq", "DEF")
 _library.define(
-    "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int? group_size, "
-    "int out_features, int direct) -> Tensor"
+    "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? super_scale, Tensor? bias, "
+    "str codes, int? group_size, int out_features, int direct) -> Tensor"
 )
 _library.define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? input_scale, Tensor? columns, Tensor? outlier_weight, "
@@ -41,23 +45,24 @@ def _packed_on_cpu(
     words: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
+    super_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    bits: int,
+    codes: str,
     group_size: int | None,
     out_features: int,
     direct: int,
 ) -> torch.Tensor:
-    """A 4- or 8-bit weight with our compiled product or torch's."""
-    in_panels = words.ndim == 3
-    per_word = 32 // bits if in_panels else 2 if bits == 4 else 1
-    _check_input(x, words.shape[1] * per_word, words=words, scale=scale)
+    """A packed weight with our compiled product or torch's."""
+    in_panels, code = words.ndim == 3, CODES[codes]
+    steps, columns = (code.words, code.columns) if in_panels else (1, 2 if codes == "int4" else 1)
+    _check_input(x, words.shape[1] // steps * columns, words=words, scale=scale)
     if not in_panels and x.dtype != torch.bfloat16:
         raise KernelError(f"packed weights on the CPU take bfloat16 inputs; got {_named(x=x)}")
     if in_panels and x.dtype not in (*DTYPES, torch.float32):
         raise KernelError(f"packed weights take float32 or 16-bit inputs; got {_named(x=x)}")
     flat = x.reshape(-1, x.shape[-1])
-    direct_now = cpu.is_direct(direct, flat.shape[0])
-    y = cpu.packed_linear(flat, words, scale, zero_point, bits, out_features, direct_now)
+    weight = Packed(words, scale, zero_point, codes, super_scale)
+    y = cpu.packed_linear(flat, weight, out_features, cpu.is_direct(direct, flat.shape[0]))
     return _finished(y, x, bias)
 
 
@@ -66,14 +71,16 @@ def _packed_on_cuda(
     words: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
+    super_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    bits: int,
+    codes: str,
     group_size: int | None,
     out_features: int,
     direct: int = cpu.ALWAYS,
 ) -> torch.Tensor:
-    """A 4- or 8-bit weight with our kernels."""
-    weight = PackedWeight(words, scale, zero_point, bits, group_size, out_features, x.shape[-1])
+    """A packed weight with our kernels; `super_scale` is what they have as a factor."""
+    shape = (CODES[codes].bits, group_size, out_features, x.shape[-1])
+    weight = PackedWeight(words, scale, zero_point, *shape, CODES[codes].exponent > 0, super_scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] <= FEW_TOKENS:
         y = launch.w4a16_gemv(flat, weight, bias)

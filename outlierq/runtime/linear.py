@@ -1,14 +1,15 @@
 """`QuantLinear`: a linear layer that keeps its weight packed, whatever format the checkpoint has.
 
-Three forms. "int8": int8 inputs meet int8 weights, summed in int32. "packed": 4- or 8-bit weights in the layout of the
-device's product, float inputs (rounded first where the checkpoint says so). "decoded": everything else keeps its codes
-and decodes them block by block in every call; `reason` says why. The weight is repacked once, when the layer is made;
-on the CPU in the way that is the fastest for its shape.
+Three forms. "int8": int8 inputs meet int8 weights, summed in int32. "packed": integers or floats of 4 to 8 bits in the
+layout of the device's product, float inputs (rounded first where the checkpoint says so). "decoded": everything else
+keeps its codes and decodes them block by block in every call; `reason` says why. The weight is repacked once, when the
+layer is made; on the CPU in the way that is the fastest for its shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class QuantLinear(torch.nn.Module):
         self.out_features, self.in_features = weight.shape
         self.inputs, self.scheme = weight.scheme.activations, weight.scheme
         self.form, self.reason = _form(weight, dtype, torch.device(device))
-        self.bits, self.dtype = 8, dtype
+        self.codes, self.dtype = ways.kind_of_codes(weight), dtype
         self.group_size: int | None = None
         self.choice: Choice | None = None
         if self.form != "decoded" and torch.device(device).type == "cpu":
@@ -63,6 +64,7 @@ class QuantLinear(torch.nn.Module):
         self.direct = cpu.ALWAYS if self.choice is None else self.choice.direct
         held = {"int8": self._hold_int8, "packed": self._hold_packed, "decoded": self._hold_decoded}[self.form]
         parts = held(weight, dtype, torch.device(device))
+        parts.setdefault("super_scale", None)
         parts["input_scale"] = None if weight.input_scale is None else weight.input_scale.float()
         parts["bias"] = None if bias is None else bias.to(dtype)
         for name, value in parts.items():
@@ -84,8 +86,8 @@ class QuantLinear(torch.nn.Module):
         if self.inputs is not None:
             x = fake_quantize(x, self.inputs, self.input_scale)
         if self.form == "packed":
-            weight = (self.words, self.scale, self.zero_point)
-            how = (self.bias, self.bits, self.group_size, self.out_features, self.direct)
+            weight = (self.words, self.scale, self.zero_point, self.super_scale)
+            how = (self.bias, self.codes, self.group_size, self.out_features, self.direct)
             product: torch.Tensor = torch.ops.outlierq.packed_linear(x, *weight, *how)
             return product
         return self._decoded(x)
@@ -96,14 +98,15 @@ class QuantLinear(torch.nn.Module):
             return self._stored().dequantize()
         if self.words.ndim == 3 and self.words.device.type == "cpu":
             return self._from_panels()
-        if self.form == "packed" and self.words.device.type == "cpu" and self.bits == 4:
+        if self.form == "packed" and self.words.device.type == "cpu" and self.codes == "int4":
             pairs = self.scale.float().transpose(0, 1)  # [out, groups, 2]
             codes = layout.unpack_int4(self.words).float().view(pairs.shape[0], pairs.shape[1], -1)
             dense = codes.mul_(pairs[..., :1]).add_(pairs[..., 1:])
             return dense.view(dense.shape[0], -1)[: self.out_features]
         if self.form == "packed" and self.words.device.type != "cpu":
-            scheme = (self.bits, self.group_size, self.out_features, self.in_features)
-            return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme))
+            scheme = (products.CODES[self.codes].bits, self.group_size, self.out_features, self.in_features)
+            floats = (self.scheme.kind == "float", self.super_scale)
+            return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme, *floats))
         return self._with_outliers(layout.unpack_int8(self.words).float() * self.scale.float()[:, None])
 
     def _with_outliers(self, dense: torch.Tensor) -> torch.Tensor:
@@ -116,11 +119,14 @@ class QuantLinear(torch.nn.Module):
     def _from_panels(self) -> torch.Tensor:
         """Float32 [out, in] of a weight in panels, to the bit: offsets are whole multiples of the scales."""
         if self.form == "int8":
-            codes = products.unpack_panels(self.words[:, :-1], 8)[: self.out_features].float()
+            codes = products.unpack_panels(self.words[:, :-1], "int8")[: self.out_features].float()
             return self._with_outliers(codes * self.scale[:, None])
-        codes = products.unpack_panels(self.words, self.bits).float()
+        codes = products.unpack_panels(self.words, self.codes)[: self.out_features]
         scale = _by_row(self.scale)[: self.out_features]
-        grouped = codes[: self.out_features].view(*scale.shape, -1)
+        if self.scheme.kind == "float":
+            by_row = replace(self.scheme, block=None)
+            return QuantTensor(codes, scale, None, by_row, super_scale=self.super_scale).dequantize()
+        grouped = codes.float().view(*scale.shape, -1)
         if self.zero_point is not None:
             grouped += (_by_row(self.zero_point)[: self.out_features] / scale).round()[..., None]
         return (grouped * scale[..., None]).view(self.out_features, -1)
@@ -149,14 +155,13 @@ class QuantLinear(torch.nn.Module):
 
     def _hold_packed(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The layout of the device."""
-        self.bits = ways.packed_bits(weight)
         none: Parts = {"columns": None, "outlier_weight": None}
         if self.choice is not None:
             return none | self._way().hold(weight)
-        self.group_size = weight.scheme.group_size
-        stored = (weight.codes, weight.scale, weight.zero_point)
-        held = kernel_layout.pack(*stored, bits=self.bits, group_size=self.group_size, dtype=dtype)
-        return none | {"words": held.words, "scale": held.scale, "zero_point": held.zero_point}
+        held = _for_kernels(weight, products.CODES[self.codes].bits, dtype)
+        self.group_size = held.group_size
+        parts = {"words": held.words, "scale": held.scale, "zero_point": held.zero_point, "super_scale": held.factor}
+        return none | parts
 
     def _hold_decoded(self, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Parts:
         """The weight as it came."""
@@ -195,7 +200,10 @@ def _computes(layer: QuantLinear) -> str:
     """What a layer does."""
     if layer.form == "decoded":
         return f"are decoded in every call: {layer.reason}"
-    return "multiply int8 with int8" if layer.form == "int8" else f"multiply packed {layer.bits}-bit weights"
+    if layer.form == "int8":
+        return "multiply int8 with int8"
+    name = layer.scheme.numbers if layer.scheme.kind == "float" else f"{products.CODES[layer.codes].bits}-bit"
+    return f"multiply packed {name} weights"
 
 
 def _way_of(layer: QuantLinear) -> str:
@@ -216,11 +224,15 @@ def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tupl
     """(form, why it is decoded)."""
     scheme, inputs = weight.scheme, weight.scheme.activations
     by_row = scheme.group_size is None and scheme.block is None and weight.zero_point is None
-    if scheme.kind != "int" or scheme.scales != "plain":
+    if scheme.kind == "codebook" or (scheme.kind == "int" and scheme.scales != "plain"):
         return "decoded", f"there is no product for {scheme.numbers} weights"
-    if scheme.block is not None:
-        return "decoded", "scales are per block"
-    if by_row and inputs is not None and (inputs.kind, inputs.bits) == ("int", 8) and inputs.per != "group":
+    if (
+        by_row
+        and scheme.kind == "int"
+        and inputs is not None
+        and (inputs.kind, inputs.bits) == ("int", 8)
+        and inputs.per != "group"
+    ):
         return "int8", None
     if weight.outlier_columns is not None:
         return "decoded", "16-bit columns are only known beside int8 inputs"
@@ -231,11 +243,19 @@ def _form(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tupl
 def _not_on_cuda(weight: QuantTensor, dtype: torch.dtype) -> str | None:
     """Why the CUDA kernels cannot take this weight."""
     (rows, columns), group = weight.shape, weight.scheme.group_size
+    if weight.scheme.kind == "float" and weight.scheme.bits == 6:
+        return "there is no CUDA kernel for 6-bit floats"
+    if weight.scheme.block is not None:
+        if weight.scheme.kind != "float":
+            return "scales are per block"
+        group = weight.scheme.block[1]
     if dtype not in kernel_layout.DTYPES:
         return f"the CUDA kernels take 16-bit inputs, not {str(dtype).removeprefix('torch.')}"
     if rows % 8 or columns % 16:
         return f"{rows} x {columns} is no multiple of 8 x 16"
-    return None if group in (None, 32, 64, 128) else f"groups of {group} columns are not 32, 64 or 128"
+    if group not in kernel_layout.groups_for(weight.scheme.kind == "float") or columns % (group or 1):
+        return f"groups of {group} columns are not 32, 64 or 128, or do not divide {columns}"
+    return kernel_layout.out_of_reach(weight, dtype) if weight.scheme.kind == "float" else None
 
 
 def _by_row(part: torch.Tensor) -> torch.Tensor:
@@ -243,9 +263,18 @@ def _by_row(part: torch.Tensor) -> torch.Tensor:
     return part.transpose(1, 2).reshape(-1, part.shape[1])
 
 
+def _for_kernels(weight: QuantTensor, bits: int, dtype: torch.dtype) -> kernel_layout.PackedWeight:
+    """The weight as the CUDA kernels take it."""
+    if weight.scheme.kind == "float":
+        return kernel_layout.pack_floats(weight, dtype)
+    stored = (weight.codes, weight.scale, weight.zero_point)
+    return kernel_layout.pack(*stored, bits=bits, group_size=weight.scheme.group_size, dtype=dtype)
+
+
 def _from_kernels(held: kernel_layout.PackedWeight) -> torch.Tensor:
     """Float32 [out, in] of a weight in the kernels' layout."""
     codes, scale, zero = kernel_layout.unpack(held)
     grouped = codes.float().view(codes.shape[0], scale.shape[1], -1)
     middle = 0 if zero is None else zero.float()[..., None]
-    return ((grouped - middle) * scale.float()[..., None]).view(codes.shape)
+    dense = ((grouped - middle) * scale.float()[..., None]).view(codes.shape)
+    return dense if held.factor is None else dense * held.factor

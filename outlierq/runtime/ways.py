@@ -29,9 +29,16 @@ class Way:
     decodes: bool = True
 
 
-def packed_bits(weight: QuantTensor) -> int:
-    """Bits that a code of this weight takes."""
-    return 4 if weight.scheme.bits <= 4 else 8
+def kind_of_codes(weight: QuantTensor) -> str:
+    """What the codes of this weight are held as: a name of `products.CODES`."""
+    if weight.scheme.kind == "float":
+        return {4: "e2m1", 6: "e2m3", 8: "e4m3"}[weight.scheme.bits]
+    return "int4" if weight.scheme.bits <= 4 else "int8"
+
+
+def code_of(weight: QuantTensor) -> products.Code:
+    """The same with its properties."""
+    return products.CODES[kind_of_codes(weight)]
 
 
 def ways_for(weight: QuantTensor, dtype: torch.dtype, int8_inputs: bool) -> list[Way]:
@@ -43,7 +50,14 @@ def why_none(weight: QuantTensor, dtype: torch.dtype) -> str | None:
     """Why no way holds this weight beside inputs that are not int8; None if one does."""
     if ways_for(weight, dtype, False):
         return None
-    return (_not_in_strips if packed_bits(weight) == 4 else _not_in_rows)(weight, dtype)
+    if not _is_plain(weight):
+        return _not_in_panels(weight, dtype)
+    return (_not_in_strips if code_of(weight).bits == 4 else _not_in_rows)(weight, dtype)
+
+
+def _is_plain(weight: QuantTensor) -> bool:
+    """Whether these are integers with scales by group, which torch has products for."""
+    return weight.scheme.kind == "int" and weight.scheme.block is None
 
 
 def _by_row(weight: QuantTensor) -> bool:
@@ -56,28 +70,36 @@ def _only_bfloat16(dtype: torch.dtype) -> str | None:
 
 
 def _not_in_panels(weight: QuantTensor, dtype: torch.dtype) -> str | None:
-    """Integers with plain scales, in groups that fill whole words."""
-    if weight.scheme.scales != "plain":
-        return f"{weight.scheme.scales} scales have no compiled product"
-    width, several = weight.scheme.columns_per_group(weight.shape[1]), 32 // packed_bits(weight)
+    """Integers with plain scales and floats with any, in groups that fill whole words."""
+    scheme, columns, several = weight.scheme, weight.shape[1], code_of(weight).columns
+    if scheme.kind == "int" and scheme.scales != "plain":
+        return f"{scheme.scales} scales have no compiled product"
+    width = scheme.columns_per_group(columns)
     if width % several:
         return f"groups of {width} columns are no multiple of {several}"
+    if columns % width:
+        return f"rows of {columns} columns are no multiple of {width}, the width of a block"
+    if scheme.kind == "float" and bool((weight.codes.view(torch.uint8) & 127 == 127).any()):
+        return "some of its codes are no numbers"
     return None if products.float_kernel(dtype) else "no compiled product runs here"
 
 
 def _in_panels(weight: QuantTensor) -> Parts:
-    """Codes around zero; what zero points add to each group is an offset."""
-    codes, offset = weight.codes, None
+    """Codes around zero; what zero points add to each group is an offset. Scales of blocks are those of each row."""
+    codes, scale, offset = weight.codes, weight.scale, None
+    if weight.scheme.block is not None:
+        scale = scale.repeat_interleave(weight.scheme.block[0], 0)[: weight.shape[0]]
     if weight.zero_point is not None:
         middle = 1 << weight.scheme.bits - 1
         codes = codes.int() - middle
-        offset = products.by_panel((middle - weight.zero_point.float()) * weight.scale.float())
-    words = products.pack_panels(codes, packed_bits(weight))
-    return {"words": words, "scale": products.by_panel(weight.scale), "zero_point": offset}
+        offset = products.by_panel((middle - weight.zero_point.float()) * scale.float())
+    words = products.pack_panels(codes, kind_of_codes(weight))
+    parts: Parts = {"words": words, "scale": products.by_panel(scale), "zero_point": offset}
+    return parts | {"super_scale": weight.super_scale}
 
 
 def _not_in_strips(weight: QuantTensor, dtype: torch.dtype) -> str | None:
-    if packed_bits(weight) != 4:
+    if code_of(weight).bits != 4 or not _is_plain(weight):
         return "torch has no such product"
     width = weight.scheme.columns_per_group(weight.shape[1])
     if layout.fitting_group(width) is None:
@@ -100,7 +122,9 @@ def _in_strips(weight: QuantTensor) -> Parts:
 
 
 def _not_in_rows(weight: QuantTensor, dtype: torch.dtype) -> str | None:
-    if packed_bits(weight) != 8 or not _by_row(weight):
+    if not _is_plain(weight):
+        return "torch has no such product"
+    if code_of(weight).bits != 8 or not _by_row(weight):
         bits = weight.scheme.bits
         return _only_bfloat16(dtype) or f"{bits} bits have a product only with one scale per row and no zero points"
     return _only_bfloat16(dtype)

@@ -422,6 +422,7 @@ inline void mma_s8(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
 }
 
 struct Half {
+  static constexpr int MANTISSA = 10, BIAS = 15;
   static constexpr unsigned MAGIC = 0x64006400u;
   static float widen(uint16_t v) { return shim::half_to_float(v); }
   static uint16_t narrow(float f) { return shim::half_from(f); }
@@ -440,6 +441,7 @@ struct Half {
 };
 
 struct Bfloat {
+  static constexpr int MANTISSA = 7, BIAS = 127;
   static constexpr unsigned MAGIC = 0x43004300u;
   static float widen(uint16_t v) { return shim::bfloat_to_float(v); }
   static uint16_t narrow(float f) { return shim::bfloat_from(f); }
