@@ -1,7 +1,8 @@
 """compressed-tensors: the formats that vLLM and transformers load without a plug-in.
 
 `pack-quantized` for integer weights, `int-quantized` for integer weights with int8 inputs, `float-quantized` for E4M3,
-`nvfp4-pack-quantized` and `mxfp4-pack-quantized` for E2M1, `mxfp8-quantized` for E4M3 in groups of 32.
+`nvfp4-pack-quantized` and `mxfp4-pack-quantized` for E2M1, `mxfp6-pack-quantized` for E2M3, `mxfp8-quantized` for E4M3
+in groups of 32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from outlierq.export import ct_config
 from outlierq.export.clients import Mixture, byte_codes, cache_facts, expert_facts
 from outlierq.export.ct_config import format_of
 from outlierq.export.format import Format, Sites, TensorSpec
-from outlierq.ops.packing import pack, pack_down, pack_e2m1, words_for
+from outlierq.ops.packing import pack, pack_down, pack_e2m1, pack_e2m3, words_for
 
 if TYPE_CHECKING:
     import torch
@@ -151,12 +152,12 @@ def _packed(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]
 
 
 def _float_specs(site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
-    """`tensor_specs` of NVFP4, MXFP4 and MXFP8."""
+    """`tensor_specs` of NVFP4, MXFP4, MXFP6 and MXFP8."""
     rows, columns = site.out_features, site.in_features
     small, units = "F8_E4M3" if scheme.scales == "two-level" else "U8", []
     codes: TensorSpec = (site.weight, "F8_E4M3", (rows, columns))
-    if scheme.bits == 4:
-        codes = (f"{stem(site)}.weight_packed", "U8", (rows, columns // 2))
+    if scheme.bits < 8:
+        codes = (f"{stem(site)}.weight_packed", "U8", (rows, columns * scheme.bits // 8))
     if scheme.scales == "two-level":
         units.append("weight_global_scale")
     if scheme.activations is not None and scheme.activations.scales == "two-level":
@@ -169,10 +170,12 @@ def _float_specs(site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
 
 
 def _floats(site: LinearSite, quantized: QuantTensor) -> dict[str, torch.Tensor]:
-    """Two E2M1 codes per byte, that of the even column in the low half; or E4M3 codes."""
+    """Two E2M1 codes per byte, that of the even column in the low half; four E2M3 codes in three; or E4M3 codes."""
     tensors = {f"{stem(site)}.weight_scale": quantized.scale}
     if quantized.scheme.bits == 4:
         tensors[f"{stem(site)}.weight_packed"] = pack_e2m1(quantized.codes)
+    elif quantized.scheme.bits == 6:
+        tensors[f"{stem(site)}.weight_packed"] = pack_e2m3(quantized.codes)
     else:
         tensors[site.weight] = quantized.codes
     if quantized.super_scale is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MIXED = "mixed-precision"
 DEQUANTIZE = "dequantize"
 CONV1D = "Conv1D"  # of transformers: a linear whose weight is [in, out]
-NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+NVFP4, MXFP4, MXFP6, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"
 
 
 def format_of(scheme: QuantScheme) -> str:
@@ -25,7 +25,7 @@ def format_of(scheme: QuantScheme) -> str:
     Integers are packed into words where inputs are floats; kernels for int8 inputs want plain int8 weights.
     """
     if scheme.scales != "plain":
-        return {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8}[scheme.numbers]
+        return {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp6": MXFP6, "mxfp8": MXFP8}[scheme.numbers]
     if scheme.kind == "float":
         return "float-quantized"
     by_integers = scheme.activations is not None and scheme.activations.kind == "int"

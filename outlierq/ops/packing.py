@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from outlierq.ops.compiled import packing as native_packing
+from outlierq.ops.compiled.products import float_bits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +92,11 @@ def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
     if packed is None:
         packed = torch.from_numpy(pack_bytes(e2m1_codes(stored.view(torch.uint8).numpy()), 4))
     return packed.view(*values.shape[:-1], values.shape[-1] // 2)
+
+
+def pack_e2m3(values: torch.Tensor) -> torch.Tensor:
+    """E2M3 numbers [rows, n] in float8_e4m3fn as uint8 [rows, 3 n / 4]: four codes in three bytes; n: of 16 each."""
+    return pack(float_bits(values.detach().cpu(), "e2m3"), 6).view(torch.uint8)
 
 
 def pack_halves(codes: np.ndarray, run: int, flip: int = 0) -> np.ndarray:

@@ -144,10 +144,10 @@ class _Linear:
 
 
 def _gap(codes: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """How far a code [out, in] is from the next one: 1, of floats by their exponent; E4M3 has 3 bits behind it."""
+    """How far a code [out, in] is from the next one: 1, of floats by their exponent and the bits behind it."""
     if scheme.kind == "int":
         return torch.ones_like(codes)
-    behind, least = (1, 0) if scheme.bits == 4 else (3, -6)
+    behind, least = {4: (1, 0), 6: (3, 0), 8: (3, -6)}[scheme.bits]
     exponent = torch.frexp(codes).exponent - 1
     return torch.ldexp(torch.ones_like(codes), exponent.clamp(min=least) - behind)
 

@@ -201,12 +201,16 @@ def _unstorable(settings: dict[str, Any]) -> list[str]:
         return []
     faults = []
     if settings["kind"] == "float":
-        if settings["bits"] not in (4, 8):
-            faults.append(f"bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is {settings['bits']})")
+        if settings["bits"] not in (4, 6, 8):
+            faults.append(
+                f"bits: `kind: float` is E4M3 with 8 bits, E2M3 with 6 or E2M1 with 4 (this is {settings['bits']})"
+            )
         if not settings["symmetric"]:
             faults.append("symmetric: `kind: float` has no zero points")
         if settings["bits"] == 4 and settings["scales"] == "plain":
             faults.append("scales: 4-bit floats have `two-level` scales (NVFP4) or `power-of-two` ones (MXFP4)")
+        elif settings["bits"] == 6 and settings["scales"] == "plain":
+            faults.append("scales: 6-bit floats have `power-of-two` scales (MXFP6)")
         elif settings["scales"] != "plain":
             faults += _unstorable_blocks(settings)
         elif settings["block"] is None and settings["group_size"] != "channel":
@@ -221,11 +225,12 @@ def _unstorable(settings: dict[str, Any]) -> list[str]:
 
 
 def _unstorable_blocks(settings: dict[str, Any]) -> list[str]:
-    """What neither NVFP4, MXFP4 nor MXFP8 is."""
+    """What neither NVFP4, MXFP4, MXFP6 nor MXFP8 is."""
     scales, columns = settings["scales"], GROUP_COLUMNS[settings["scales"]]
     name = "NVFP4" if scales == "two-level" else f"MXFP{settings['bits']}"
-    if scales == "two-level" and settings["bits"] == 8:
-        return ["scales: `two-level` ones are for floats of 4 bits (this is 8); those of 8 have `power-of-two` ones"]
+    bits = settings["bits"]
+    if scales == "two-level" and bits != 4:
+        return [f"scales: `two-level` ones are for floats of 4 bits (this is {bits}); others have `power-of-two` ones"]
     if settings["block"] is not None or settings["group_size"] != columns:
         return [f"group_size: {name} has groups of {columns} columns"]
     return []

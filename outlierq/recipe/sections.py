@@ -220,10 +220,10 @@ class Quantize(Section):
     method: that rounds. bits: of a code. group_size: neighbouring input columns that share a scale, or `channel` for
     one scale a row. symmetric: without zero points. when_indivisible: what becomes of a width that the groups do not
     divide. overrides: other storage for some linears; the last one that fits counts.
-    kind: `int`, or `float` for E4M3 weights (8 bits) and E2M1 weights (4 bits). block: rows and columns of E4M3 weights
+    kind: `int`, or `float` for E4M3 weights (8 bits), E2M3 (6) and E2M1 (4). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
-    MXFP4 or MXFP8. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of
+    MXFP4, 6 or 8. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of
     types ("Q4_K_M", see `core/gguf/mixes.py`), which overrides can change; embeddings: the type of the table of
     embeddings, which stays as it is without a mix or this key. ignore: patterns of the linears that stay in 16 bits.
     The output head stays there, too, unless the list is empty or an override names it. keep_share: of the weights in

@@ -18,7 +18,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.gguf.file import read_gguf_header
 from outlierq.load.gguf.superblocks import SINGLE, SUPERBLOCKS, halves, of_blocks, of_superblocks, spread
-from outlierq.load.packed.codes.numbers import Parts, as_array, e4m3_of_e2m1
+from outlierq.load.packed.codes.numbers import Parts, as_array, e2m1_values, e4m3_of
 from outlierq.load.packed.reading import reads_headers, reads_rows
 from outlierq.load.source.shards import StoredTensor
 
@@ -114,7 +114,7 @@ def nvfp4_rows(stored: Parts, scheme: QuantScheme, shape: tuple[int, int], start
         raise SourceError(f"{list(raw.shape)} bytes are not {scheme} of {rows} x {columns} in blocks of 64")
     order = file_rows(np.arange(start, stop), rows, heads) if heads else slice(start, stop)
     blocks = np.ascontiguousarray(raw[order]).reshape(stop - start, -1, 36)
-    codes = e4m3_of_e2m1()[spread(blocks[..., 4:], 4, 8)].reshape(stop - start, -1)
+    codes = e4m3_of(e2m1_values())[spread(blocks[..., 4:], 4, 8)].reshape(stop - start, -1)
     scale = torch.from_numpy(np.ascontiguousarray(blocks[..., :4]).reshape(stop - start, -1))
     unit = 1 / torch.as_tensor(stored["scale"]).float().reshape(1)
     return QuantTensor(
@@ -132,7 +132,7 @@ def _mxfp4_rows(blocks: np.ndarray, scheme: QuantScheme) -> QuantTensor:
     import torch
 
     packed = blocks[..., 1:]
-    codes = e4m3_of_e2m1()[np.concatenate([packed & 15, packed >> 4], -1)].reshape(len(blocks), -1)
+    codes = e4m3_of(e2m1_values())[np.concatenate([packed & 15, packed >> 4], -1)].reshape(len(blocks), -1)
     scale = torch.from_numpy(np.ascontiguousarray(blocks[..., 0]))
     return QuantTensor(torch.from_numpy(codes).view(torch.float8_e4m3fn), scale, None, scheme)
 

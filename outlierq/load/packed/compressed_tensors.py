@@ -35,22 +35,25 @@ PACKED_MEMBERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_
 BYTE_MEMBERS = ("weight", "weight_scale", "input_scale")
 GLOBAL = "weight_global_scale"
 NOT_OF_WEIGHTS = ("weight_shape", "input_scale", "input_global_scale")
-NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+NVFP4, MXFP4, MXFP6, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"
 MEMBERS = {
     "pack-quantized": PACKED_MEMBERS,
     "int-quantized": BYTE_MEMBERS,
     "float-quantized": BYTE_MEMBERS,
     NVFP4: ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     MXFP4: ("weight_packed", "weight_scale"),
+    MXFP6: ("weight_packed", "weight_scale"),
     MXFP8: ("weight", "weight_scale"),
 }
-SCALES = {NVFP4: "two-level", MXFP4: "power-of-two", MXFP8: "power-of-two"}
+SCALES = {NVFP4: "two-level", **dict.fromkeys((MXFP4, MXFP6, MXFP8), "power-of-two")}
 # What their parts may be, where that is not what the other formats have under the same name.
 FLOAT4_ROLES = {
     (NVFP4, "weight_packed"): "weight_packed of 4-bit floats",
     (MXFP4, "weight_packed"): "weight_packed of 4-bit floats",
+    (MXFP6, "weight_packed"): "weight_packed of 4-bit floats",
     (NVFP4, "weight_scale"): "weight_scale of nvfp4",
     (MXFP4, "weight_scale"): "weight_scale of mxfp4",
+    (MXFP6, "weight_scale"): "weight_scale of mxfp4",
     (MXFP8, "weight_scale"): "weight_scale of mxfp4",
 }
 
@@ -242,7 +245,8 @@ def _decode(weight: PackedWeight, parts: dict[str, torch.Tensor]) -> np.ndarray:
     if weight.format == MXFP8:
         return decode_mxfp8(parts["weight"], parts["weight_scale"])
     if weight.format in SCALES:
-        return decode_e2m1(parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
+        small = (parts["weight_packed"], parts["weight_scale"], parts.get("weight_global_scale"))
+        return decode_e2m1(*small, bits=weight.bits)
     if weight.format == "int-quantized":
         return decode_int_quantized(parts["weight"], parts["weight_scale"])
     if weight.format == "float-quantized":
@@ -357,9 +361,9 @@ def _packed(
     size = weights.get("group_size") if in_groups else None
     if in_groups and (size is None or size < 1):
         raise SourceError(f"{checkpoint.source} has groups of {size} columns for {module}")
-    if layout in (NVFP4, MXFP4):
-        rows, pairs = checkpoint.tensors[members["weight_packed"]].shape
-        shape = rows, 2 * pairs
+    if layout in (NVFP4, MXFP4, MXFP6):
+        rows, width = checkpoint.tensors[members["weight_packed"]].shape
+        shape = rows, width * 8 // (6 if layout == MXFP6 else 4)
     shape = shape or checkpoint.tensors[members["weight"]].shape
     if len(shape) != 2 or min(shape) < 1:
         raise SourceError(f"{checkpoint.source} stores {module} with the shape {list(shape)}, not as a matrix")

@@ -96,7 +96,7 @@ def _fit(grid: ColumnGrid, corner: torch.Tensor, *blocks: torch.Tensor) -> bool:
 
     corner: of a matrix, whose rows may be longer.
     """
-    if grid.scheme.kind == "codebook":
+    if grid.scheme.kind == "codebook" or (grid.scheme.kind == "float" and grid.scheme.bits == 6):
         return False
     parts = [corner[0], *blocks, grid.scale, *([] if grid.zero_point is None else [grid.zero_point])]
     return all(part.device.type == "cpu" and part.is_contiguous() and part.dtype == torch.float32 for part in parts)

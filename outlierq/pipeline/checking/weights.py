@@ -77,9 +77,11 @@ def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool, moved
     spread = _spread(quantized)
     scale = spread.abs()
     if scheme.kind == "float":
-        # E2M1: neighbours are 0.5 apart below 2, then 1, from 4 on 2. E4M3: an eighth of the number, 2^-9 near zero.
+        # E2M1: neighbours are 0.5 apart below 2, then 1, from 4 on 2; E2M3: a quarter of that. E4M3: an eighth of the
+        # number, 2^-9 near zero.
         coarse = torch.where(codes.abs() < 2, 0.5, torch.where(codes.abs() < 4, 1.0, 2.0))
-        apart = coarse if scheme.bits == 4 else (codes.abs() / 8).clamp(min=2.0**-9)
+        coarse = coarse if scheme.bits == 4 else coarse / 4
+        apart = coarse if scheme.bits < 8 else (codes.abs() / 8).clamp(min=2.0**-9)
         steps = scale * apart
     else:
         steps = scale

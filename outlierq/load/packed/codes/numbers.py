@@ -1,7 +1,7 @@
 """Numbers of one byte and of half a byte, and tensors as numpy arrays. With numpy alone; shares no code with a packer.
 
 E4M3 (arXiv:2209.05433, section 3) fills a byte. Two E2M1 numbers (OCP Microscaling Formats specification 1.0, section
-5.3.3) share one.
+5.3.3) share one, four E2M3 numbers (section 5.3.2) three.
 """
 
 from __future__ import annotations
@@ -54,12 +54,35 @@ def e2m1_values() -> np.ndarray:
     return np.where(code >> 3 == 1, -size, size).astype(np.float32)
 
 
-def e4m3_of_e2m1() -> np.ndarray:
-    """Uint8 [16], the E4M3 byte of the number that each half of a byte stands for; -0 stays -0."""
+def e2m3_values() -> np.ndarray:
+    """Float32 [64], the number of each 6-bit code of E2M3.
+
+    Sign bit, 2 bits of exponent with bias 1, 3 of mantissa: (-1)^s * 2^(e - 1) * (1 + m / 8), or (-1)^s * m / 8 where e
+    is 0.
+    """
     import numpy as np
 
-    e4m3, e2m1 = e4m3_values(), e2m1_values()[:, None]
-    return ((e4m3 == e2m1) & (np.signbit(e4m3) == np.signbit(e2m1))).argmax(1).astype(np.uint8)
+    code = np.arange(64)
+    exponent, mantissa = (code >> 3) & 3, (code & 7) / 8
+    size = np.where(exponent == 0, mantissa, 2.0 ** (exponent - 1) * (1 + mantissa))
+    return np.where(code >> 5 == 1, -size, size).astype(np.float32)
+
+
+def codes_of_three_bytes(packed: np.ndarray) -> np.ndarray:
+    """The 6-bit codes [rows, 4 n / 3] that bytes [rows, n] hold, the first one in the lowest bits; n: threes."""
+    import numpy as np
+
+    first, second, third = (packed[:, byte::3].astype(np.uint16) for byte in range(3))
+    codes = [first & 63, (first >> 6) | (second & 15) << 2, (second >> 4) | (third & 3) << 4, third >> 2]
+    return np.stack(codes, -1).reshape(len(packed), -1)
+
+
+def e4m3_of(values: np.ndarray) -> np.ndarray:
+    """Uint8 [codes], the E4M3 byte of each of these numbers [codes], which E4M3 has, too; -0 stays -0."""
+    import numpy as np
+
+    e4m3, small = e4m3_values(), values[:, None]
+    return ((e4m3 == small) & (np.signbit(e4m3) == np.signbit(small))).argmax(1).astype(np.uint8)
 
 
 def as_bytes_array(weight: Numbers) -> np.ndarray:
