@@ -16,9 +16,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
     from outlierq.api import (
         adapter,
         bench,
@@ -152,8 +151,20 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def __getattr__(name: str) -> Callable[..., Any] | type:
+def _version() -> str:
+    """As it was installed, by its tag (setup.py); 0.dev0 for code that is run where it lies."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("outlierq")
+    except PackageNotFoundError:
+        return "0.dev0"
+
+
+def __getattr__(name: str) -> Callable[..., Any] | type | str:
     """Import the module that defines a public name when it is first asked for (PEP 562)."""
+    if name == "__version__":
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 EXAMPLE = yaml.safe_load((ROOT / "examples" / "github-workflow.yml").read_text())
 RELEASE = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+VERSION = check_release.prepared((ROOT / "CHANGELOG.md").read_text())
 STEPS = {step.get("name", "Python"): step for step in ACTION["runs"]["steps"]}
 
 
@@ -93,9 +94,7 @@ class TestAction:
 
     def test_the_example_gives_it_inputs_that_it_has_and_publishes_on_tags_only(self):
         (used,) = [s for s in EXAMPLE["jobs"]["compress"]["steps"] if "outlierq" in s.get("uses", "")]
-        from outlierq import __version__
-
-        assert used["uses"].endswith(f"@v{__version__}")
+        assert used["uses"].endswith(f"@v{VERSION}")
         assert set(used["with"]) <= set(ACTION["inputs"]) and {"model", "recipe", "gate", "repo"} <= set(used["with"])
         assert all("startsWith(github.ref, 'refs/tags/') &&" in used["with"][name] for name in ("repo", "token"))
         words = ["quantize", "m", "-r", used["with"]["recipe"], "-o", "out"]
@@ -144,23 +143,35 @@ class TestRelease:
     @pytest.mark.parametrize(
         ("tag", "heading", "said"),
         [
-            ("v{version}", "## {version} (2026-12-31)\n\n- a\n", []),
-            ("{version}", "## {version} (2026-12-31)\n\n- a\n", ["the tag is"]),
-            ("v9.9.9", "## {version} (2026-12-31)\n\n- a\n", ["the tag is v9.9.9"]),
-            ("v{version}", "## 9.9.9 (2026-12-31)\n\n- a\n", ["no section"]),
-            ("v{version}", "## {version} (unreleased)\n\n- a\n", ["write the day"]),
-            ("v{version}", "## {version} (2026-12-31)\n\n## 0.0.1 (2026-01-01)\n\n- a\n", ["says nothing"]),
+            ("v1.2.3", "## 1.2.3 (2026-12-31)\n\n- a\n", []),
+            ("v1.2.3rc1", "## 1.2.3rc1 (2026-12-31)\n\n- a\n", []),
+            ("1.2.3", "## 1.2.3 (2026-12-31)\n\n- a\n", ["a release is tagged as v1.2.3"]),
+            ("v1.2", "## 1.2 (2026-12-31)\n\n- a\n", ["a release is tagged as v1.2.3"]),
+            ("v9.9.9", "## 1.2.3 (2026-12-31)\n\n- a\n", ["no section '## 9.9.9 (date)'; its first is 1.2.3"]),
+            ("v1.2.3", "## 1.2.3 (unreleased)\n\n- a\n", ["write the day"]),
+            ("v1.2.3", "## 1.2.3 (2026-12-31)\n\n## 0.0.1 (2026-01-01)\n\n- a\n", ["says nothing"]),
         ],
     )
-    def test_a_tag_is_the_version_and_the_changelog_has_its_day(self, tag, heading, said):
-        from outlierq import __version__
-
-        assert check_release.version() == __version__
-        found = check_release.faults(*(text.format(version=__version__) for text in (tag, heading)))
+    def test_a_tag_is_a_version_and_the_changelog_has_its_day(self, tag, heading, said):
+        found = check_release.faults(tag, heading)
         assert len(found) == len(said) and all(part in fault for part, fault in zip(said, found, strict=True))
 
+    def test_what_was_built_of_something_else_is_not_published(self, tmp_path):
+        assert check_release.strangers("v1.2.3", tmp_path)
+        good = (
+            "outlierq-1.2.3-py3-none-any.whl",
+            "outlierq-1.2.3-cp312-cp312-macosx_15_0_arm64.whl",
+            "outlierq-1.2.3.tar.gz",
+        )
+        for name in (*good, "outlierq-1.2.30.tar.gz", "outlierq-1.2.4.dev1+g123-py3-none-any.whl"):
+            (tmp_path / name).touch()
+        assert [each.split()[0] for each in check_release.strangers("v1.2.3", tmp_path)] == [
+            "outlierq-1.2.30.tar.gz",
+            "outlierq-1.2.4.dev1+g123-py3-none-any.whl",
+        ]
+
     def test_the_changelog_of_this_version_is_being_written(self):
-        assert check_release.section((ROOT / "CHANGELOG.md").read_text(), check_release.version())[1].startswith("- ")
+        assert check_release.section((ROOT / "CHANGELOG.md").read_text(), VERSION)[1].startswith("- ")
 
 
 class TestJob:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")  # what is made on the spot, and in no repository
@@ -30,6 +32,11 @@ BESIDE = (
 )
 NO_COMPILER = {"CC": "/nonexistent/cc"}
 COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0])
+
+
+def version(root: Path) -> str:
+    """What setup.py takes for the version of a checkout."""
+    return runpy.run_path(str(ROOT / "setup.py"))["version"](root)
 
 
 def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
@@ -139,12 +146,11 @@ def test_an_installed_wheel_compresses_a_model_compiled_or_not(wheels, tiny_llam
     assert len(written) == 1
 
 
-def test_an_installed_wheel_brings_recipes_kernels_and_the_version(wheels, tmp_path):
-    from outlierq import __version__
+def test_an_installed_wheel_brings_recipes_kernels_and_the_version(checkout, wheels, tmp_path):
     from outlierq.recipe import shipped
 
     python = installed(wheels["pure"], tmp_path / "environment")
-    assert output_of(python, "-m", "outlierq", "--version", cwd=tmp_path) == f"outlierq {__version__}\n"
+    assert output_of(python, "-m", "outlierq", "--version", cwd=tmp_path) == f"outlierq {version(checkout)}\n"
     listed = output_of(python.with_name("outlierq"), "recipes", "list", cwd=tmp_path)
     assert [line.split()[0] for line in listed.splitlines()] == list(shipped())
     kernels = sorted(path.stem for path in (ROOT / "outlierq" / "kernels").glob("*.cu"))
@@ -202,3 +208,67 @@ def test_uvx_and_pipx_run_the_wheel_as_the_readme_says(wheels, tmp_path, monkeyp
 def pip_settings(environment: Path) -> list[str]:
     """What this machine tells pip, which uv does not read."""
     return output_of(environment / "bin" / "python", "-m", "pip", "config", "list", cwd=environment).splitlines()
+
+
+class TestVersion:
+    """The tag is the version, and no checkout is without one."""
+
+    @pytest.fixture
+    def repository(self, tmp_path):
+        """`git` in a new checkout with a changelog and one commit."""
+        folder = tmp_path / "checkout"
+        folder.mkdir()
+        (folder / "CHANGELOG.md").write_text("# Changelog\n\n## 1.5.0 (unreleased)\n\n- a\n\n## 1.4.0 (2026-01-01)\n")
+        named = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false")
+
+        def git(*words: str) -> Path:
+            subprocess.run(["git", *named, *words], cwd=folder, check=True, capture_output=True)
+            return folder
+
+        git("init")
+        git("commit", "--allow-empty", "-m", "first")
+        return git
+
+    @pytest.mark.parametrize("tag", ["v0.1.0", "v2.10.3", "v1.0.0rc1"])
+    def test_is_the_tag(self, repository, tag):
+        assert version(repository("tag", tag)) == tag.removeprefix("v")
+        repository("tag", "-d", tag)
+        assert version(repository("tag", "-a", tag, "-m", "annotated")) == tag.removeprefix("v")
+
+    def test_between_tags_is_later_than_the_one_and_earlier_than_the_next(self, repository):
+        repository("tag", "v1.4.0")
+        between = version(repository("commit", "--allow-empty", "-m", "second"))
+        assert Version("1.4.0") < Version(between) < Version("1.4.1") and re.fullmatch(r"1\.4\.1\.dev1\+g\w+", between)
+        repository("tag", "v1.5.0rc1")
+        between = version(repository("commit", "--allow-empty", "-m", "third"))
+        assert between.startswith("1.5.0rc2.dev1+g")
+
+    def test_without_tags_is_what_the_changelog_is_written_for(self, repository):
+        folder = repository("tag", "nightly")
+        assert version(folder) == "1.5.0.dev0"
+        changelog = folder / "CHANGELOG.md"
+        changelog.write_text(changelog.read_text().replace("unreleased", "2026-12-31"))
+        assert version(folder) == "1.5.0"
+
+    def test_of_an_archive_inside_of_another_repository_is_not_that_ones_tag(self, repository):
+        folder = repository("tag", "v9.0.0") / "vendored"
+        folder.mkdir()
+        shutil.copy(folder.parent / "CHANGELOG.md", folder)
+        assert version(folder) == "1.5.0.dev0"
+
+    def test_without_git_is_the_same(self, repository, monkeypatch):
+        folder = repository("tag", "v1.4.0")
+        monkeypatch.setenv("PATH", str(folder))
+        assert version(folder) == "1.5.0.dev0"
+
+    def test_of_an_sdist_is_what_it_was_built_as(self, repository, sdist, checkout):
+        folder = repository("tag", "v1.4.0")
+        (folder / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: outlierq\nVersion: 3.2.1\n")
+        assert version(folder) == "3.2.1"
+        assert version(sdist) == version(checkout)
+
+    def test_of_code_that_is_not_installed_is_older_than_any(self, tmp_path):
+        (tmp_path / "outlierq").mkdir()
+        shutil.copy(ROOT / "outlierq" / "__init__.py", tmp_path / "outlierq")
+        command = (sys.executable, "-S", "-c", "import outlierq; print(outlierq.__version__)")
+        assert output_of(*command, cwd=tmp_path) == "0.dev0\n"

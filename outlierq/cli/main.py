@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from outlierq import __version__
 from outlierq.cli import topics
 from outlierq.cli.commands import (
     adapter,
@@ -73,6 +72,8 @@ register(app, "help", translated(topics.command), topics.EXAMPLES, "Try")
 
 def _version(asked: bool) -> None:
     if asked:
+        from outlierq import __version__
+
         typer.echo(f"outlierq {__version__}")
         raise typer.Exit
 
