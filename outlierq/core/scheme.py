@@ -54,10 +54,22 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """The KV cache in E4M3 with calibrated scales: one per tensor, or one per key-value head."""
+    """How a server keeps keys and values. numbers: "fp8" is E4M3 with calibrated scales, one per tensor or one per
+    key-value head. Of the others a server makes a scale for each token and head itself; nothing is stored.
+    """
 
     per: Literal["tensor", "head"] = "tensor"
-    bits: int = 8
+    numbers: Literal["fp8", "int8", "int4", "nvfp4"] = "fp8"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return 8 if self.numbers.endswith("8") else 4
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether a checkpoint says anything of it."""
+        return self.numbers == "fp8"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Mixture:
 
 def cache_facts(cache: CacheScheme) -> list[str]:
     """The same for the scales of the KV cache."""
-    known = {"per": cache.per}
+    known = {"per": cache.per, "numbers": cache.numbers}
     return [f"{name}: {_first(facts, known)}" for name, facts in table()["kv_cache"].items()]
 
 

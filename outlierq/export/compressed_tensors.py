@@ -16,7 +16,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import CacheScheme, QuantScheme
 from outlierq.export import ct_config
-from outlierq.export.clients import Mixture, byte_codes, cache_facts, expert_facts
+from outlierq.export.clients import Mixture, byte_codes, expert_facts
 from outlierq.export.ct_config import format_of
 from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.ops.packing import pack, pack_down, pack_e2m1, pack_e2m3, words_for
@@ -46,11 +46,6 @@ class CompressedTensorsFormat(Format, name="compressed-tensors"):
     def expert_clients(cls, schemes: Collection[QuantScheme | None], experts: Mixture) -> list[str]:
         """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
         return expert_facts(schemes, experts)
-
-    @classmethod
-    def cache_clients(cls, cache: CacheScheme) -> list[str]:
-        """What clients do with the scales of the KV cache."""
-        return cache_facts(cache)
 
     def tensor_specs(self, site: LinearSite, scheme: QuantScheme) -> list[TensorSpec]:
         """(name, dtype, shape) of every tensor that replaces the site's weight."""

@@ -101,11 +101,6 @@ class Format(FormatLimits, ABC):
         """What clients do with the experts of a mixture. schemes: of all their linears, None for those in 16 bits."""
         return [f"experts: no client was tried with {cls.name}; compressed-tensors loads"]
 
-    @classmethod
-    def cache_clients(cls, cache: CacheScheme) -> list[str]:
-        """What clients do with the scales of the KV cache."""
-        return []
-
     def instead(self, site: LinearSite, scheme: QuantScheme) -> tuple[QuantScheme, str] | None:
         """The scheme that it can hold in place of one that it cannot, and why; None where there is no other."""
         return None

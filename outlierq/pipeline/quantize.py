@@ -468,7 +468,7 @@ class _Run:
         after: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """The scales of the block's KV cache by tensor name, when the plan has some."""
-        cache, kv_cache = self.plan.caches.get(block.index), self.plan.recipe.kv_cache
+        cache, kv_cache = self.plan.caches.get(block.index), self.plan.recipe.stored_cache
         if cache is None or kv_cache is None:
             return {}
         from outlierq.load.source.shards import torch_dtype

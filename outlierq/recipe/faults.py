@@ -163,7 +163,7 @@ def _asked(recipe: Recipe) -> Asked:
     return Asked(
         method=None if rounding is None else rounding.method,
         gives=frozenset() if rounding is None else method("quantize", rounding.method).gives_with(rounding.options),
-        cache=recipe.kv_cache is not None,
+        cache=recipe.stored_cache is not None,
         sequential=calibration is not None and calibration.mode == "sequential",
     )
 

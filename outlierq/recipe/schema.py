@@ -85,6 +85,11 @@ class Recipe(Section):
         return calibration.mode == "static" and calibration.inputs == "exact"
 
     @property
+    def stored_cache(self) -> KVCache | None:
+        """The section of a cache whose scales are written; None without one."""
+        return self.kv_cache if self.kv_cache is not None and self.kv_cache.scheme.is_stored else None
+
+    @property
     def needs(self) -> frozenset[str]:
         """The statistics that the methods of this recipe read; empty for a data-free recipe.
 

@@ -173,22 +173,25 @@ class Activations(Section):
 
 
 class KVCache(Section):
-    """Calibrated scales for a KV cache in E4M3.
+    """What a server is to keep keys and values in.
 
-    per: one for the keys and one for the values of a block (`tensor`), or one for each key-value head (`head`).
+    numbers: `fp8` for E4M3 with calibrated scales; for `int8`, `int4` and `nvfp4` a server makes its own, so that
+    nothing is written: the plan and the card say how it is told. per: of fp8, one scale for the keys and one for the
+    values of a block (`tensor`), or one for each key-value head (`head`).
     """
 
     per: Literal["tensor", "head"] = "tensor"
+    numbers: Literal["fp8", "int8", "int4", "nvfp4"] = "fp8"
 
     @property
     def scheme(self) -> CacheScheme:
-        """How the cache is stored."""
-        return CacheScheme(self.per)
+        """How the cache is kept."""
+        return CacheScheme(self.per, self.numbers)
 
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the scales are made of."""
-        return frozenset({"key_abs_max", "value_abs_max"})
+        return frozenset({"key_abs_max", "value_abs_max"}) if self.scheme.is_stored else frozenset()
 
 
 class Override(Section):

@@ -96,7 +96,7 @@ class Method:
 
     @property
     def reads(self) -> str:
-        """Name of the first argument: what a rewrite wants to know of a model, `anatomy` or `openings`."""
+        """Name of the first argument: what a rewrite wants to know of a model, `anatomy`, `keys` or `openings`."""
         return next(iter(inspect.signature(self.function).parameters))
 
     @property
@@ -193,7 +193,7 @@ def rewriter(name: str, *, needs: tuple[str, ...] = (), paper: str) -> Callable[
     """Register `function(anatomy, *, options) -> Rewrite` of the whole model as `transform: [{method: name}]`.
 
     Rewrites come before all other transforms; statistics are those of the rewritten model. A first argument called
-    `openings` instead asks for the biases that the model class could take.
+    `openings` instead asks for the biases that the model class could take, `keys` for where its keys and queries meet.
     """
     return _register("rewrite", name, needs, paper)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.errors import SourceError
@@ -85,11 +85,38 @@ def round_cache(model: torch.nn.Module, scales: Mapping[str, tuple[torch.Tensor,
     attend_through(model, "fp8", scaled)
 
 
-def round_served_cache(model: torch.nn.Module, numbers: str) -> None:
-    """Round keys (after RoPE) and values just before attention as a server does by itself; see `SERVED_CACHES`."""
-    rounded = served_rounding(numbers)
-    change: Change = lambda _, query, key, value, mask: (rounded(key), rounded(value), mask)  # noqa: E731
-    attend_through(model, f"served_{numbers}", change)
+def round_served_cache(model: torch.nn.Module, numbers: str, skip: Collection[int] = ()) -> dict[int, float]:
+    """Round keys (after RoPE) and values just before attention as a server does by itself; see `SERVED_CACHES`.
+
+    skip: numbers of layers that keep 16 bits. Gives, as the model runs, by layer the noise of its last call: the mean
+    square of what attention scores and values change by, each over its own mean square.
+    """
+    rounded, noise = served_rounding(numbers), dict[int, float]()
+
+    def change(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> Seen:
+        layer = getattr(module, "layer_idx", None)
+        if layer in skip:
+            return key, value, mask
+        held = rounded(key), rounded(value)
+        if layer is not None:
+            weight = query.float().square().mean((0, 2)).unflatten(0, (key.shape[1], -1)).sum(1)[:, None]
+            noise[layer] = _lost(held[0], key, weight) + _lost(held[1], value, 1.0)
+        return *held, mask
+
+    attend_through(model, f"served_{numbers}_{'_'.join(map(str, sorted(skip)))}", change)
+    return noise
+
+
+def _lost(rounded: torch.Tensor, exact: torch.Tensor, weight: torch.Tensor | float) -> float:
+    """Mean square of a change over that of [sequences, heads, tokens, D]; weight: of channels, [heads, 1, D]."""
+    change = (rounded.float() - exact.float()).square() * weight
+    return float(change.sum() / (exact.float().square() * weight).sum().clamp(min=1e-30))
 
 
 def served_rounding(numbers: str) -> Rounding:

@@ -314,16 +314,16 @@ def _caches(model: StudiedModel, recipe: Recipe) -> dict[int, CachePlan]:
     """The scales of every block's KV cache. RecipeError when no attention, or more than one in a block, is found."""
     from outlierq.load import attention_names, stored_prefix
 
-    if recipe.kv_cache is None:
+    if recipe.stored_cache is None:
         return {}
     config = model.skeleton.config.get_text_config()
     heads = sizes(config, "num_key_value_heads") or sizes(config, "num_attention_heads")
-    if recipe.kv_cache.per == "head" and len(heads) != 1:
+    if recipe.stored_cache.per == "head" and len(heads) != 1:
         raise RecipeError(
             f"layers have {' and '.join(map(str, heads)) or 'no'} key-value heads; scales per head need one number",
             hint="set kv_cache.per to tensor",
         )
-    shape = (1,) if recipe.kv_cache.per == "tensor" else (heads[0], 1, 1)
+    shape = (1,) if recipe.stored_cache.per == "tensor" else (heads[0], 1, 1)
     caches = {}
     for block in model.structure.blocks:
         attentions = attention_names(model.skeleton.get_submodule(block.name))
@@ -457,8 +457,8 @@ def config_json(
 ) -> bytes:
     """The source's config with the quantization config added. dense_key: of `Format.dense_key`, where it is needed."""
     config = without_description(without_places(model.checkpoint.config))
-    if recipe.quantize is not None or recipe.kv_cache is not None:
-        cache = recipe.kv_cache.scheme if recipe.kv_cache else None
+    if recipe.quantize is not None or recipe.stored_cache is not None:
+        cache = recipe.stored_cache.scheme if recipe.stored_cache else None
         decided = [(p.site, p.scheme) for p in sites]
         added = format.quantization_config(decided, kept=kept_modules(model, decided), cache=cache)
         if added is not None:

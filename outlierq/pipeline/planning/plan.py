@@ -19,6 +19,7 @@ from outlierq.export import Format, format_type
 from outlierq.export.clients import (
     PackedFault,
     as_whole,
+    cache_facts,
     with_class,
     with_class_names,
     with_experts_remedy,
@@ -213,7 +214,7 @@ class Plan(Shown):
         twice = [slot for slot, _ in self.structure.tied if slot in self.checkpoint.tensors]
         if twice:
             said.append(f"{', '.join(twice)}: stored twice with the same values, which are written once")
-        without = len(self.structure.blocks) - len(self.caches) if self.recipe.kv_cache else 0
+        without = len(self.structure.blocks) - len(self.caches) if self.recipe.stored_cache else 0
         if without:
             said.append(f"kv_cache: {without} blocks have no attention, and get no scales")
         said += self._windows_noted
@@ -332,7 +333,7 @@ class Plan(Shown):
         """Which programs load the result, one line each."""
         cache = self.recipe.kv_cache
         said = self.format.clients(set(self.schemes.values()))
-        said += self.format.cache_clients(cache.scheme) if cache else []
+        said += cache_facts(cache.scheme) if cache else []
         said = with_fault(said, self.load_fault) if self.load_fault else said
         said = with_layers(said, {planned.site: planned.scheme for planned in self.sites})
         experts = {site: self.schemes.get(site) for site in self.structure.sites if site.expert}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from outlierq.recipe import Recipe
     from outlierq.transform.add_biases import Openings
+    from outlierq.transform.even_keys import Keys
     from outlierq.transform.rotate import Anatomy
 
 
@@ -63,12 +64,16 @@ def rewritten(
     return checkpoint
 
 
-def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatomy | Openings:
+def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatomy | Keys | Openings:
     """What the rewrite wants to know of the model."""
     if method.reads == "anatomy":
         from outlierq.pipeline.remodel.anatomy import find_anatomy
 
         return find_anatomy(checkpoint)
+    if method.reads == "keys":
+        from outlierq.pipeline.remodel.keys import find_keys
+
+        return find_keys(checkpoint)
     from outlierq.pipeline.remodel.openings import find_openings
 
     refusal = format_type(recipe.export.format).no_new_biases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,10 @@ NEAR = {
     "kivi-2": 'transformers: cache_implementation="quantized", cache_config={"backend": "quanto", "nbits": 2}',
 }
 BEARABLE = 0.01  # nats per token: with less, a flag is advised
+LOUD = 4.0  # times the noise of the layer in the middle: such layers are tried in 16 bits, where they are few
+FEW = 0.25  # of all layers
+WORTH = 0.75  # of the KL is left, or less: then skipping them is advised
+SKIP = "--kv-cache-dtype-skip-layers"
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ def study_caches(
     rows = []
     for number, name in enumerate(names):
         resources.listen(Event("study", number, len(names), name))
-        rows.append(_row(checkpoint, name, asked, original, resources))
+        if name in SERVED:
+            rows += _served_rows(checkpoint, name, asked, original, resources)
+        else:
+            rows.append(_row(checkpoint, name, asked, original, resources))
     resources.listen(Event("study", len(names), len(names)))
     plain = models.measure_windows(original, asked).perplexity
     return CacheStudy(checkpoint.source, title, asked.ids.numel(), plain, tuple(rows), advice(rows))
@@ -98,13 +105,9 @@ def study_caches(
 def _row(
     checkpoint: Checkpoint, name: str, asked: models.Windows, original: torch.nn.Module, resources: Resources
 ) -> CacheRow:
-    """One cache, measured."""
+    """One cache of the literature, measured."""
     heads, size = head_sizes(original)
-    if name in SERVED:
-        bits, beside, flag = SERVED[name]
-        known = CacheRow(name, "", bits + beside / size, flag)
-    else:
-        known = CacheRow(name, EVALUATED[name].paper, EVALUATED[name].bits(heads, size), NEAR.get(name, ""))
+    known = CacheRow(name, EVALUATED[name].paper, EVALUATED[name].bits(heads, size), NEAR.get(name, ""))
     try:
         with during("study", name):
             model = models.load_for_evaluation(checkpoint, device=resources.device, kv_cache=name)
@@ -113,6 +116,44 @@ def _row(
         return CacheRow(known.name, known.paper, known.bits, known.flag, note=f"did not run: {error.what}")
     figures = measured.kl_per_token, measured.kl_standard_error, measured.perplexity
     return CacheRow(known.name, known.paper, known.bits, known.flag, *figures)
+
+
+def _served_rows(
+    checkpoint: Checkpoint, name: str, asked: models.Windows, original: torch.nn.Module, resources: Resources
+) -> list[CacheRow]:
+    """A cache of a server; and the same with loud layers in 16 bits, where that leaves much less of the KL."""
+    from outlierq.load import round_served_cache
+
+    (bits, beside, flag), (_, size) = SERVED[name], head_sizes(original)
+    bits += beside / size
+
+    def measured(skip: Sequence[int]) -> tuple[CacheRow, dict[int, float]]:
+        model = models.load_for_evaluation(checkpoint, device=resources.device)
+        noise = round_served_cache(model, name, skip)
+        found = models.measure_windows(model, asked, reference=original)
+        layers = len(noise) + len(skip)
+        mean = (bits * len(noise) + 16 * len(skip)) / layers if layers else bits
+        flags = f"{flag} {SKIP} {' '.join(map(str, skip))}" if skip else flag
+        title = f"{name}, layers {', '.join(map(str, skip))} in 16 bits" if skip else name
+        return CacheRow(title, "", mean, flags, found.kl_per_token, found.kl_standard_error, found.perplexity), noise
+
+    try:
+        with during("study", name):
+            plain, noise = measured(())
+            loud = loud_layers(noise)
+            rows = [plain, measured(loud)[0]] if loud else [plain]
+    except OutlierqError as error:
+        return [CacheRow(name, "", bits, flag, note=f"did not run: {error.what}")]
+    return rows if (rows[-1].kl or 0) <= WORTH * (plain.kl or 0) else [plain]
+
+
+def loud_layers(noise: Mapping[int, float]) -> list[int]:
+    """Layers that lose far more than the one in the middle, if they are few; see `LOUD`. noise: by layer."""
+    if not noise:
+        return []
+    middle = sorted(noise.values())[len(noise) // 2]
+    loud = sorted(layer for layer, lost in noise.items() if lost > LOUD * middle)
+    return loud if len(loud) <= FEW * len(noise) else []
 
 
 def head_sizes(model: torch.nn.Module) -> tuple[int, int]:
@@ -126,7 +167,7 @@ def head_sizes(model: torch.nn.Module) -> tuple[int, int]:
 
 def advice(rows: Sequence[CacheRow]) -> str:
     """Which flag of a server takes the fewest bits and still costs little."""
-    served = [row for row in rows if row.name in SERVED and row.kl is not None]
+    served = [row for row in rows if row.name.partition(",")[0] in SERVED and row.kl is not None]
     if not served:
         return "no cache of a server was measured"
     bearable = [row for row in served if row.kl is not None and row.kl <= BEARABLE]

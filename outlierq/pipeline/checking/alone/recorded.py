@@ -31,7 +31,9 @@ def check_recorded(
     if config.get("quant_method") == "compressed-tensors" and is_of_recipe:
         for what in _of_inputs(said.get("activations"), config):
             findings.fault(CHECK, "", what)
-    if bool(report.settings.get("kv_cache")) != bool(config.get("kv_cache_scheme")) and config:
+    cache = report.settings.get("kv_cache") or {}
+    is_stored = bool(cache) and cache.get("numbers", "fp8") == "fp8"
+    if is_stored != bool(config.get("kv_cache_scheme")) and config:
         findings.fault(CHECK, "", "the recipe and config.json differ in whether the KV cache is quantized")
 
 
