@@ -21,6 +21,11 @@ DELTA_NET = {
     "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "num_hidden_layers": 4,
 }  # fmt: skip
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 6, "sliding_window": 8, "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "num_global_key_value_heads": 1,
+    "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
 SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 48}
 # What each config has beside the usual sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -36,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**DELTA_NET, **SHARED_EXPERT},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 6},
+    "gemma4_text": {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
     "phi3": {"pad_token_id": 0, "sliding_window": None},
     "glm4": {"head_dim": 32, "attention_bias": True},
     "glm4_moe": {
@@ -73,6 +79,9 @@ def write_model(folder: Path, model_type: str, *, seed: int = 0, dtype: str = "f
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.mul_(0.8)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder

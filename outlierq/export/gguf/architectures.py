@@ -20,7 +20,7 @@ from outlierq.core.model import HARMLESS_KEYS
 from outlierq.export.gguf.rotation import rope_of, rope_type
 
 LIKE = "write it into the frame of a file of llama.cpp's own converter: --like model-f16.gguf"
-SLIDING = "sliding_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
 # What Qwen3.5 has where its config says nothing (transformers' class).
 TEXT_SECTIONS = (11, 11, 10)
 # By these numbers of layers llama.cpp knows DeepSeek-V2-Lite and its kin.
@@ -214,6 +214,44 @@ def _qwen35(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_delta_net(config), "_sections": [*sections, 0]}
 
 
+def _gemma4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers that look at everything have otherwise than those of windows, and where keys are shared. SourceError
+    for layers that differ in another way, and for keys of other layers than llama.cpp takes."""
+    layers, shared = config["layer_types"], config["num_kv_shared_layers"]
+    own, width = len(layers) - shared, config["intermediate_size"]
+    if shared and layers[max(0, own - 2) : own] != [SLIDING, FULL]:
+        raise SourceError(
+            f"layers from {own} on share keys, and llama.cpp takes those of the last two before, {SLIDING} and {FULL}; "
+            f"here these are {' and '.join(layers[max(0, own - 2) : own])}",
+            hint=LIKE,
+        )
+    if config["hidden_size_per_layer_input"] and config["vocab_size_per_layer_input"] != config["vocab_size"]:
+        raise SourceError("the embeddings of every layer have another vocabulary than the first ones", hint=LIKE)
+    wider = _of_full_layers(config)
+    sizes = {"head_dim": wider["head_dim"], "_head_dim_of_windows": config["head_dim"]}
+    if wider["num_key_value_heads"] != config["num_key_value_heads"]:
+        heads = (wider if layer == FULL else config for layer in layers)
+        sizes["num_key_value_heads"] = [each["num_key_value_heads"] for each in heads]
+    if shared and config["use_double_wide_mlp"]:
+        sizes["intermediate_size"] = [width] * own + [2 * width] * shared
+    return sizes if config["enable_moe_block"] else {**sizes, "num_experts": None, "top_k_experts": None}
+
+
+def _of_full_layers(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of heads, and numbers of those of keys, of layers that look at everything. SourceError where layers of one
+    kind differ, or in anything else."""
+    usual = {key: int(config[key]) for key in ("head_dim", "num_key_value_heads")}
+    apart = {int(number): dict(said) for number, said in (config.get("per_layer_config") or {}).items()}
+    kinds: dict[str, list[dict[str, int]]] = {}
+    for number, layer in enumerate(config["layer_types"]):
+        kinds.setdefault(layer, []).append({**usual, **apart.get(number, {})})
+    full: dict[str, int] = kinds.get(FULL, [usual])[0]
+    meant = {FULL: full, SLIDING: usual}
+    if full.keys() != usual.keys() or any(each != meant.get(layer) for layer in kinds for each in kinds[layer]):
+        raise SourceError("layers of one kind differ in their sizes, which llama.cpp does not know", hint=LIKE)
+    return full
+
+
 # What is written instead of what the config has, by llama.cpp's architecture.
 ADJUSTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "lfm2": _lfm2,
@@ -221,6 +259,7 @@ ADJUSTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "qwen3next": _delta_net,
     "qwen35": _qwen35,
     "qwen35moe": _qwen35,
+    "gemma4": _gemma4,
 }
 
 

@@ -32,6 +32,7 @@ from outlierq.core.scheme import CacheScheme, QuantScheme, gguf_scheme
 from outlierq.export.format import Format, Sites, TensorSpec
 from outlierq.export.gguf.architectures import (
     Architecture,
+    adjusted,
     architecture_of,
     architectures,
     known_architecture,
@@ -339,7 +340,8 @@ class GgufFormat(Format, name="gguf"):
     @property
     def _factors(self) -> dict[str, list[float]]:
         """Factors of the rotary frequencies by the name of their tensor."""
-        return rope_tensors(self._whole, self._architecture.part) if self._whole else {}
+        row = self._architecture
+        return rope_tensors(adjusted(row, self._whole), row.part) if self._whole else {}
 
     def _shape(self, tensor: OutputTensor) -> tuple[int, ...]:
         """The shape in the header: of all experts, or heads, of a block [experts, rows, ...]."""

@@ -22,8 +22,12 @@ SPELLINGS = (
     (re.compile(r"^language_model\."), ""),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
     (re.compile(r"\.sinks$"), ".sinks.weight"),
+    (re.compile(r"\.layer_scalar$"), ".layer_scalar.weight"),
     (re.compile(r"\.dt_bias$"), ".dt_proj.bias"),
+    (re.compile(r"^model\.(layers\.\d+)\.experts\."), r"model.\1.mlp.experts."),
 )
+# Vectors of Gemma 4's mixtures, which the tables have no names for.
+SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 
 
 @lru_cache(maxsize=1 << 12)  # a tensor is asked for many times
@@ -38,12 +42,23 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
     number = re.search(r"\.(\d+)\.", asked)
     if number is not None:  # asked for block 0, since the table lists every block apart
         asked = f"{asked[: number.start()]}.0.{asked[number.end() :]}"
-    translated: str | None = _names(architecture).get_name(asked, try_suffixes=(".weight", ".bias"))
+    translated = _translated(asked, architecture)
+    if translated is None and EXPERT.search(name):  # of some architectures the tables know only both together
+        translated = _translated(asked, "llama")
     if translated is None:
         raise RecipeError(
             f"{name} has no name in a GGUF file of this architecture", hint="use another export.format for this model"
         )
     return translated if number is None else translated.replace("blk.0.", f"blk.{number[1]}.")
+
+
+def _translated(asked: str, architecture: str) -> str | None:
+    """The name that a tensor of block 0, or of none, has by gguf's table; None where it has none."""
+    part = asked.removeprefix("model.layers.0.")
+    if part in SCALES:
+        return f"blk.0.{SCALES[part]}"
+    name: str | None = _names(architecture).get_name(asked, try_suffixes=(".weight", ".bias"))
+    return name
 
 
 def expert_of(name: str) -> int | None:

@@ -21,7 +21,10 @@ SCALINGS: dict[str, dict[str, tuple[str, str]]] = {
         "beta_slow": ("yarn_beta_slow", "f32"),
     },
     "longrope": {},
+    "proportional": {},
 }
+# By what llama.cpp divides the frequency of channels that are not rotated.
+STILL = 1e30
 
 
 def rope_of(config: Mapping[str, Any], layers: str = "full_attention") -> Mapping[str, Any]:
@@ -53,7 +56,10 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 def rotated_size(config: Mapping[str, Any], part: float = 1.0) -> int:
     """Channels of a head that are rotated. part: share of them where the config does not say it."""
-    share = rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or part
+    rope = rope_of(config)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or part
+    if rope_type(config) == "proportional":  # its other channels are rotated by nothing
+        share = 1.0
     return int(head_size(config) * share)
 
 
@@ -79,6 +85,8 @@ def rope_tensors(config: Mapping[str, Any], part: float = 1.0) -> dict[str, list
     kind, rope = rope_type(config), rope_of(config)
     if kind == "llama3":
         return {"rope_freqs.weight": rope_factors(config, part)}
+    if kind == "proportional" or config.get("model_type") == "gemma4_text":  # which llama.cpp reads in any case
+        return {"rope_freqs.weight": _proportional(config)}
     if kind != "longrope":
         return {}
     factors = {f"rope_factors_{kind}.weight": list(rope.get(f"{kind}_factor") or ()) for kind in ("long", "short")}
@@ -86,6 +94,13 @@ def rope_tensors(config: Mapping[str, Any], part: float = 1.0) -> dict[str, list
         if len(values) != rotated_size(config, part) // 2:
             raise SourceError(f"{name} would have {len(values)} factors for {rotated_size(config, part)} channels")
     return factors
+
+
+def _proportional(config: Mapping[str, Any]) -> list[float]:
+    """Factors that leave the last channels of each half of a head as they are, [channels / 2]."""
+    rope, half = rope_of(config), head_size(config) // 2
+    rotated = int((rope.get("partial_rotary_factor") or 1.0) * half)
+    return [float(rope.get("factor") or 1.0)] * rotated + [STILL] * (half - rotated)
 
 
 def rope_factors(config: Mapping[str, Any], part: float = 1.0) -> list[float]:
