@@ -355,6 +355,11 @@ def test_a_quantizer_in_the_study_is_what_the_pipeline_writes(tiny_llama, statis
     assert row.kl == pytest.approx(measured.kl, rel=1e-3)
 
 
+def test_a_recipe_that_runs_the_model_calibrates_on_the_text_of_the_statistics(tiny_llama, statistics):
+    (row,) = study(tiny_llama, statistics, "gptaq").rows
+    assert 0 < row.kl < 1 and row.bits == 4.5 and not row.note
+
+
 @pytest.mark.slow
 def test_quantized_inputs_cost_more_and_the_branch_reads_them_as_they_were(tiny_llama, statistics):
     plain, rounded = (study(tiny_llama, statistics, "gptq", inputs=inputs).rows[0] for inputs in ("16", "int4"))

@@ -31,14 +31,13 @@ from outlierq.pipeline.studying.replaced import copied
 from outlierq.pipeline.studying.replaced import replace as put_in
 from outlierq.pipeline.studying.rounding import approximated, importance_of, method_of, options_by_block
 from outlierq.pipeline.turning.made import turns_for
-from outlierq.recipe import load
+from outlierq.recipe import Calibration, load
 from outlierq.registry import method
 
 if TYPE_CHECKING:
     import torch
 
     from outlierq.core.stats import InputStats
-    from outlierq.recipe import Calibration
 
 INPUTS = {"16": None, "int8": ActivationScheme(bits=8), "int4": ActivationScheme(bits=4)}
 
