@@ -75,20 +75,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "literature.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sections: dict = {"spiked_gauss_db": spiked_gauss()}
+    tables: dict = {}
+    sections: dict = {"spiked_gauss_db": spiked_gauss(), "tables": tables}
+
+    def keep(name: str, table: dict) -> None:
+        tables[name] = table
+        sections["hopes"] = [each for hope in HOPES if (each := judged(tables, *hope))]
+        write_results(arguments.output, sections)
+
     with tempfile.TemporaryDirectory() as folder:
         stats, general = (Path(folder, name) for name in ("stats", "general"))
         calibrated(arguments, arguments.model, stats, arguments.calibration, sensitivity=True)
         if arguments.general:
             calibrated(arguments, arguments.model, general, arguments.general, sensitivity=True)
         known = {"stats": stats, "general": general if arguments.general else None}
-        tables = {name: measured(arguments, arguments.model, *TABLES[name], **known) for name in arguments.tables}
+        if arguments.caches:
+            sections["caches"] = caches(arguments)
         if arguments.stress:
-            tables[STRESSED] = of_stress_model(arguments, Path(folder))
-    if arguments.caches:
-        sections["caches"] = caches(arguments)
-    sections |= {"tables": tables, "hopes": [each for hope in HOPES if (each := judged(tables, *hope))]}
-    write_results(arguments.output, sections)
+            keep(STRESSED, of_stress_model(arguments, Path(folder)))
+        for name in arguments.tables:
+            keep(name, measured(arguments, arguments.model, *TABLES[name], **known))
 
 
 def calibrated(arguments: argparse.Namespace, model: str | Path, out: Path, text: str | None, **more: bool) -> None:

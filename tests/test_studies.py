@@ -19,7 +19,9 @@ from outlierq.core.errors import OutlierqError
 from outlierq.core.model import LinearSite
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.core.stats import InputStats
+from outlierq.detect.blocks.ways_out import sentence, way_out
 from outlierq.detect.weights.owl import sparsities
+from outlierq.load import attention_names
 from outlierq.ops import outlier_victim as ovp
 from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output
 from outlierq.ops.errors import output_error
@@ -29,6 +31,7 @@ from outlierq.pipeline.studying.contenders import contenders
 from outlierq.pipeline.studying.methods import Conditions
 from outlierq.pipeline.studying.replaced import replace
 from outlierq.pipeline.studying.texts import nonsense
+from outlierq.quantize.studies import fixed_noise, tangent
 from outlierq.quantize.studies.adadim import adadim
 from outlierq.quantize.studies.d_pruner import d_pruner, dual_importance
 from outlierq.quantize.studies.low_rank import with_branch
@@ -403,6 +406,67 @@ def test_a_pruned_model_is_written_as_it_was_judged_and_its_report_says_so(tiny_
     assert row.kl == pytest.approx(measured.kl, rel=0.02)  # written in bfloat16
     with pytest.raises(OutlierqError, match="quantize -r gptaq-w4"):
         outlierq.study_write(tiny_llama, "gptaq", stats=statistics, out=tmp_path / "other")
+
+
+# What is only judged: NoisyQuant's noise, TanQ's levels, ways out for attention.
+
+
+def test_noise_helps_where_the_condition_says_and_by_how_much():
+    step, draws = 1.0, torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for noise in (0.1, 0.3, 0.5):
+        added = noise * (2 * draws - 1)
+        for distance in torch.arange(0.0, 0.5, 0.04).tolist():
+            x = 0.5 - distance  # rounded to 0, whose bin ends at 0.5
+            error = (((x + added).round() - added - x) ** 2).mean().item() - x**2
+            known = fixed_noise.change(torch.tensor([distance]), noise, step).item()
+            assert error == pytest.approx(known, abs=2e-3)
+            if abs(known) > 2e-3:
+                assert bool(fixed_noise.helps(torch.tensor([distance]), noise, step)) == (error < 0)
+
+
+def test_noise_costs_values_that_peak_at_zero_and_helps_those_between_steps():
+    peaked = 0.1 * torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    assert fixed_noise.mean_change(peaked, 0.4, 1.0) > 0 > fixed_noise.mean_change(peaked + 0.5, 0.4, 1.0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_tangent_levels_ascend_from_zero_to_one_and_are_kept_by_rounding(bits):
+    for bend in (0.1, 1.0, 1.5):
+        levels = tangent.tangent_levels(bits, bend)
+        assert len(levels) == 2**bits and (levels.diff() > 0).all() and levels[0] == 0 and abs(levels[-1] - 1) < 1e-12
+        assert torch.equal(tangent.on_levels(levels, levels), levels)
+    assert torch.allclose(tangent.tangent_levels(bits, 1e-4), tangent.even_levels(bits), atol=1e-6)
+    assert tangent.tangent_levels(8, 1.5).diff()[-1] < tangent.tangent_levels(8, 1.5).diff()[0]  # denser near 1
+    assert tangent.on_levels(torch.tensor([0.3]), tangent.log_levels(4)).item() == 0.25
+
+
+def test_the_best_tangent_is_no_worse_than_even_steps_on_softmax():
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).mul_(3).softmax(-1)
+    bent, even = tangent.best_tangent(x, 4), tangent.even_levels(4)
+    lost = [(tangent.on_levels(x, levels) - x).square().sum() for levels in (bent, even)]
+    assert lost[0] <= lost[1] * 1.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("llama", {}, None),
+        ("phi3", {"pad_token_id": 0}, None),
+        ("gpt_neox", {"num_key_value_heads": 4}, None),
+        ("gpt_oss", {"num_local_experts": 4}, "sink logits of its own"),
+        ("qwen3_next", {"num_hidden_layers": 4, "num_experts": 4, "linear_num_key_heads": 2}, "gates"),
+    ],
+)
+def test_attention_with_a_way_out_is_known_by_its_shapes(kind, more, expected):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "bos_token_id": 1}
+    sizes |= {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | more
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    names = attention_names(model)
+    ways = [way_out(model.get_submodule(name), 4, sizes["num_key_value_heads"], 16, 64) for name in names]
+    assert names and set(ways) == {expected} and (expected or "") in sentence(ways)
 
 
 # Calibration texts.

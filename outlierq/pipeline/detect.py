@@ -132,7 +132,7 @@ def report(checkpoint: Checkpoint, statistics: Statistics, *, listen: Listener =
     listen(Event("detect", statistics.total, statistics.total))
     features, channels = model.features(), model.outlier_channels()
     blocks = model.with_texts()
-    notes = (*dict.fromkeys(statistics.notes), *model.notes)
+    notes = (*dict.fromkeys(statistics.notes), *model.notes, *_ways_out(checkpoint))
     return OutlierReport(
         model=checkpoint.source,
         fingerprint=checkpoint.fingerprint,
@@ -145,6 +145,23 @@ def report(checkpoint: Checkpoint, statistics: Statistics, *, listen: Listener =
         summary=summarise(model.groups, blocks, features, channels, model.super_weight),
         notes=notes,
     )
+
+
+def _ways_out(checkpoint: Checkpoint) -> list[str]:
+    """A sentence on attentions that need no sink, where the model has some; a file without a class has none."""
+    from outlierq.core.windows import limit_of
+    from outlierq.detect.blocks.ways_out import sentence, way_out
+    from outlierq.load import attention_names, build_skeleton
+
+    if checkpoint.studied() is not None:
+        return []
+    model = build_skeleton(checkpoint)
+    hidden, heads = (limit_of(model, name) for name in ("hidden_size", "num_attention_heads"))
+    if not hidden or not heads:
+        return []
+    sizes = heads, limit_of(model, "num_key_value_heads") or heads, limit_of(model, "head_dim") or hidden // heads
+    said = sentence([way_out(model.get_submodule(name), *sizes, hidden) for name in attention_names(model)])
+    return [said] if said else []
 
 
 class _Model:
