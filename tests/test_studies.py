@@ -342,7 +342,8 @@ def test_every_contender_has_a_row_with_its_bits_and_its_divergence(tiny_llama, 
 
 @pytest.mark.parametrize("inputs", ["16", "int8", "int4"])
 def test_whole_recipes_have_the_bits_and_the_inputs_of_all_others(inputs):
-    recipes = [each for each in contenders([], 3) if each.recipe]
+    learns = [] if inputs == "16" else ["best-w3"]  # with rounded inputs its row says that it does not run
+    recipes = [each for each in contenders([], 3) if each.recipe and each.recipe not in learns]
     conditions = Conditions(bits=3, group_size=32, inputs=inputs)
     loaded = [load(each.recipe, [*conditions.settings, *each.settings]).quantize for each in recipes]
     assert len(loaded) > 2 and all((q.bits, q.group_size, q.overrides) == (3, 32, ()) for q in loaded)
