@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rotate import GPT2, LLAMA, TIED, WIDE, difference, logits, proved, save
+from test_rotate import GEMMA, GPT2, LLAMA, SANDWICH, TIED, WIDE, difference, logits, proved, save
 
 from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.notes import collecting
@@ -158,6 +158,18 @@ def test_eigenvectors_are_refused_for_layer_norm_and_learned_rotations_keep_its_
         assert torch.allclose(ones @ method(model, steps=10)[RESIDUAL][0], ones, atol=1e-9)
 
 
+def test_eigenvectors_are_refused_where_no_hadamard_matrix_fits_and_blocks_of_one_are_noted():
+    def of(width: int) -> Turnable:
+        moments = torch.eye(width, dtype=torch.float64)[None]
+        return replace(toy(), start={RESIDUAL: moments}, moments=lambda name: moments)
+
+    with pytest.raises(RecipeError, match="no Hadamard matrix fits 49 channels"):
+        klt(of(49))
+    with collecting() as notes:
+        klt(of(188))
+    assert notes == ["channels get the same energy only within each of 47 blocks of 4"]
+
+
 def test_a_step_of_cayleys_transform_is_orthogonal_however_large():
     noise = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one = torch.eye(24, dtype=torch.float64).expand(2, -1, -1)
@@ -235,6 +247,13 @@ def test_what_cannot_be_turned_is_refused_before_work(recipe, settings, said, ti
     answer = outlierq("quantize", tiny_llama, "-r", recipe, "-o", tmp_path / "out", "-q", *words)
     assert answer.code == 1 and said in answer.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_which_nothing_can_be_turned_is_refused_with_the_reason(tmp_path):
+    save(tmp_path, "Gemma2Config", GEMMA)
+    recipe = parse("calibration: {}\ntransform: [{method: klt, values: false}]\nexport: {format: dense}")
+    with pytest.raises(RecipeError, match=f"klt changes nothing: the residual stream is left as it is: .*{SANDWICH}"):
+        make_plan(open_checkpoint(str(tmp_path)), recipe)
 
 
 def test_statistics_and_a_ceiling_of_memory_are_refused_before_the_model_runs(tiny_llama, outlierq, tmp_path):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 from outlierq.core.errors import RecipeError
+from outlierq.core.notes import note
+from outlierq.ops.hadamard import largest_order
 from outlierq.registry import turner
 from outlierq.transform.rotations.turnable import RESIDUAL, Turnable, Turns, hadamard_turn
 
@@ -21,7 +23,8 @@ def klt(model: Turnable, *, residual: bool = True, values: bool = True, seed: in
 
     residual: the stream between the blocks, one matrix for the whole model. values: the values of attention, a matrix
     for each key-value head. seed: of the random signs. Turns: orthogonal, in the shapes of `model.start`. RecipeError
-    for the stream of a model with LayerNorm, whose mean the eigenvectors would mix.
+    for the stream of a model with LayerNorm, whose mean the eigenvectors would mix, and for a width that no Hadamard
+    matrix fits: eigenvectors alone would gather what is large in a few channels.
     """
     names = model.rotations(residual=residual, values=values)
     if model.keeps_mean and RESIDUAL in names:
@@ -29,7 +32,21 @@ def klt(model: Turnable, *, residual: bool = True, values: bool = True, seed: in
             "klt: eigenvectors mix the mean of the stream into other channels, which LayerNorm would not take out",
             hint="set `residual: false` for this model, or use `rotate`",
         )
+    for width in sorted({model.start[name].shape[-1] for name in names}):
+        _check_width(width)
     return {name: eigenvectors(model.moments(name)) @ hadamard_turn(model, name, seed) for name in names}
+
+
+def _check_width(width: int) -> None:
+    """RecipeError where there is nothing to mix eigenvectors with; a note where they mix in blocks only."""
+    block = largest_order(width)
+    if block < 4:
+        raise RecipeError(
+            f"klt: no Hadamard matrix fits {width} channels",
+            hint="set `residual: false` or `values: false`, or use `spinquant`, which learns from any start",
+        )
+    if block < width:
+        note(f"channels get the same energy only within each of {width // block} blocks of {block}")
 
 
 def eigenvectors(moments: torch.Tensor) -> torch.Tensor:

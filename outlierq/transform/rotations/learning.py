@@ -21,13 +21,14 @@ from outlierq.transform.rotations.turnable import RESIDUAL, SCALE, Turnable, Tur
 
 FRESH, FRESH_SIZE = 0.1, 0.01  # of a gradient, and of its square, in their running means
 TOGETHER = 2  # batches of about 1,000 tokens in a step
+NARROW = 128  # channels: wider matrices take smaller entries of A for as large an angle, which grows with sqrt(n)
 LOOKS, FEW = 8, 4  # how often held-out text is looked at; fewer steps are none to judge by
 
 
 @dataclass(frozen=True)
 class Pace:
-    """steps: how many. turn, scale: the largest steps, of the entries of A and of log s; they fall
-    to nothing. seed: of the order of batches.
+    """steps: how many. turn, scale: the largest steps, of the entries of A (of up to NARROW channels)
+    and of log s; they fall to nothing. seed: of the order of batches.
     """
 
     steps: int
@@ -117,6 +118,7 @@ class _Turning:
         self.mean.lerp_(skew, FRESH)
         self.size.lerp_(skew.square().mean((-1, -2), keepdim=True), FRESH_SIZE)
         length = (self.size / (1 - (1 - FRESH_SIZE) ** number)).sqrt().clamp_(min=1e-30)
+        size *= min(1.0, math.sqrt(NARROW / turn.shape[-1]))
         return cayley_step(turn, self.mean * (size / (1 - (1 - FRESH) ** number)) / length)
 
 
