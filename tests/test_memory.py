@@ -115,7 +115,8 @@ def test_spilling_and_several_passes_leave_every_byte_as_it_is(
     assert weights(tmp_path / "out") == expected
     assert hidden and all(states.spilled for states in hidden)
     groups = 4  # queries, keys and values; the output of attention; gate and up; down
-    assert runs == [0] * groups + [1] * groups
+    unseen = 0 if recipe == ("w8a8-static",) else groups  # extremes are of text alone
+    assert runs == [0] * (groups + unseen) + [1] * groups
 
 
 @pytest.mark.parametrize("saving", LAST_BITS)
@@ -132,7 +133,7 @@ def test_parts_of_stacks_and_of_batches_change_no_more_than_last_bits(
     assert sum(errors) == pytest.approx(sum(usual_errors), rel=0.02)
     assert any("may change last bits" in note for note in report.notes)
     assert max(sizes) <= (LAST_BITS[saving].most_weights or 1 << 20)
-    assert set(sequences) == ({1} if saving == "batch" else {4, 2})
+    assert set(sequences) == ({1} if saving == "batch" else {4, 3, 2})
 
 
 def watch_sizes(monkeypatch) -> list[int]:

@@ -263,9 +263,13 @@ def test_statistics_of_experts_survive_the_folder_and_give_the_same_checkpoint(o
     assert run["model.safetensors"] == file["model.safetensors"]
     groups, stats = StatsReader(tmp_path / "stats").block(0)
     parts = {part.name: stats[part.name].tokens for group in groups for part in group.parts if part.name in stats}
-    assert 2 < len(parts) < 8 and sum(parts.values()) == 2 * 24 * 64  # every token went to two of the experts
+    assert 2 < len(parts) < 8
     observed = StatsReader(tmp_path / "stats").block_stats(0)
-    assert sorted(observed.expert_tokens.tolist()) == sorted([*parts.values(), *[0] * (8 - len(parts))])
+    assert observed.expert_tokens.sum() == 2 * 24 * 64, "every token went to two of the experts"
+    of_text = sorted(observed.expert_tokens.tolist())
+    # Tokens that the text does not hold are counted beside its own, where an expert got any.
+    assert of_text.count(0) == 8 - len(parts)
+    assert all(more >= tokens for more, tokens in zip(sorted(parts.values()), of_text[-len(parts) :], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +477,7 @@ def test_with_all_experts_nobody_starves_and_the_next_block_sees_the_same(mixtur
 
     found = {}
     for every in (False, True):
-        settings = Calibration(samples=4, sequence_length=32, all_experts=every)
+        settings = Calibration(samples=4, sequence_length=32, all_experts=every, unseen_tokens=False)
         calibrate(open_checkpoint(str(mixtures("Mixtral"))), settings, tmp_path / str(every))
         found[every] = [StatsReader(tmp_path / str(every)).block(index) for index in range(2)]
     groups, stats = found[True][0]

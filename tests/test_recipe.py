@@ -429,6 +429,7 @@ LEARNING = [*SEQUENTIAL, "learn={method: block_round}"]
 # By section and key: one setting that changes the key, or two lists of settings that differ in it.
 CHANGES = {
     Calibration: {
+        "unseen_tokens": "calibration.unseen_tokens=false",
         "text": "calibration.text=other.txt",
         "samples": "calibration.samples=17",
         "sequence_length": "calibration.sequence_length=99",

@@ -1,7 +1,8 @@
-"""Greedy text completion, to look at what a model says before and after."""
+"""What a model writes: greedy completions to look at, before and after, and sampled text to calibrate on."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from outlierq.core.errors import OutlierqError
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
     from transformers._typing import GenerativePreTrainedModel
+
+TOGETHER = 32  # sequences that are written at once to calibrate on
+# Names in a config of ids that stand for what is not text.
+PLACEHOLDERS = r"\w*(image|video|audio|vision|boi|eoi|boa|eoa)\w*_token_(id|index)"
 
 
 def complete(model: torch.nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int = 32, chat: bool = False) -> str:
@@ -30,6 +35,51 @@ def complete(model: torch.nn.Module, tokenizer: Any, prompt: str, max_new_tokens
         output = writer.generate(ids, attention_mask=torch.ones_like(ids))
     text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+def check_writes(model: torch.nn.Module) -> None:
+    """OutlierqError for a model that does not write text token by token: one that fills masks, for example."""
+    can = getattr(model, "can_generate", None)
+    if can is None or not can():
+        raise OutlierqError(
+            f"{type(model).__name__} does not write from left to right, so it cannot write its calibration text",
+            hint="set calibration.text to mix, or to a file",
+        )
+
+
+def sampled(model: torch.nn.Module, starts: torch.Tensor, new_tokens: int, seed: int, vocabulary: int) -> torch.Tensor:
+    """Sequences [n, start + new_tokens] that the model writes behind `starts` [n, start], sampled at temperature 1.
+
+    An end of text is a token like any other: what comes after it is the next text. The same seed and number of threads
+    give the same tokens. vocabulary: ids from there on stand for nothing.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    check_writes(model)
+    writer = cast("GenerativePreTrainedModel", model)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        suppress_tokens=_unwritten(model, vocabulary) or None,
+    )
+    starts = starts.to(next(model.parameters()).device)
+    alone = torch.random.fork_rng(devices=[starts.device] if starts.is_cuda else [])
+    with alone, torch.inference_mode(), evaluating(model), replaced(model, generation_config=config):
+        torch.manual_seed(seed)
+        written: torch.Tensor = writer.generate(starts, attention_mask=torch.ones_like(starts)).cpu()
+    return written
+
+
+def _unwritten(model: Any, vocabulary: int) -> list[int]:
+    """Ids that are no text: rows that pad the head, and tokens that stand for images and sounds."""
+    config = model.config.get_text_config()
+    named = {**config.to_dict(), **model.config.to_dict()}
+    other = (value for key, value in named.items() if re.fullmatch(PLACEHOLDERS, key) and isinstance(value, int))
+    return sorted({*range(vocabulary, config.vocab_size), *(id for id in other if 0 <= id < config.vocab_size)})
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:

@@ -125,7 +125,7 @@ def calibrate(
     work = work_of_calibration(model, settings, fields, resources, shards=former)
     savings = obeying(work, resources)
     told(len(structure.blocks) * Phases(work, NO_SAVINGS).statistics())
-    tokens = ranks.first(lambda: token_set(model, settings))
+    tokens = ranks.first(lambda: token_set(model, settings, out, resources))
     settings, _ = in_shards(settings, len(tokens.ids), ranks, former)
     identity = _identity(checkpoint, tokens, settings, fields, savings)
     ranks.first(lambda: check_source(checkpoint, listen))
@@ -174,13 +174,14 @@ def _identity(
     return StatsIdentity(
         model_fingerprint=checkpoint.fingerprint,
         token_fingerprint=tokens.fingerprint,
-        token_description=tokens.description,
+        token_description=tokens.summary,
         settings={
             "fields": sorted(fields),
             "skip_first_tokens": settings.skip_first_tokens,
             "batch_size": savings.batch_size or settings.batch_size,
             "dtype": checkpoint.dtype,
             "seed": settings.seed,
+            **({"unseen_tokens": True} if tokens.unseen is not None else {}),
             **({"all_experts": True} if settings.all_experts else {}),
             **({"shards": settings.shards} if (settings.shards or 1) > 1 else {}),
         },

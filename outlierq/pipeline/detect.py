@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from outlierq.recipe import Calibration
 
 # Without statistics at hand, a short calibration: channels and massive tokens show in a few thousand tokens.
-QUICK = {"samples": 16, "sequence_length": 256}
+QUICK = {"samples": 16, "sequence_length": 256, "unseen_tokens": False}  # what is shown is of text
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ GroupPolicy = Literal["smaller-group", "per-channel", "keep", "error"]
 # The keys of a `quantize` section, and of an override, that say how numbers are stored.
 SCHEME_KEYS = ("kind", "bits", "group_size", "block", "symmetric", "activations", "scales", "type")
 Scales = Literal["plain", "two-level", "power-of-two"]
+SELF = "self"  # the path of a text that the model itself writes
 GROUP_COLUMNS = {"two-level": 16, "power-of-two": 32}  # of floats: NVFP4, and the OCP Microscaling formats
 
 
@@ -31,9 +32,10 @@ class Section(BaseModel):
 class TextSource(Section):
     """Where calibration text comes from: a file, or a data set of the Hub.
 
-    path: of a file, `mix` for the texts of many kinds that ship with outlierq, or `embedded` for the Python language
-    reference. dataset: its id on the Hub, with `config` and `split`. column: that holds the text, of a data set or of a
-    file with rows; found by itself where it has a usual name. split: of the data set. config: which of its parts.
+    path: of a file, `mix` for the texts of many kinds that ship with outlierq, `embedded` for the Python language
+    reference, or `self` for text that the model itself writes, sampled by the seed of the calibration and kept beside
+    the statistics. dataset: its id on the Hub, with `config` and `split`. column: that holds the text, of a data set or
+    of a file with rows; found by itself where it has a usual name. split: of the data set. config: which of its parts.
     weight: the source's share of the windows, relative to the other sources.
     """
 
@@ -76,7 +78,8 @@ class Calibration(Section):
     """Which tokens the statistics are made of, and how.
 
     text: one source or several; a word is short for its path. images: put before the first windows of text, one each,
-    as the model's processor does it. samples: windows of text. sequence_length: tokens of a window. seed: of the choice
+    as the model's processor does it. unseen_tokens: the first block also sees tokens that the text does not hold, as
+    often as other text has them. samples: windows of text. sequence_length: tokens of a window. seed: of the choice
     among the windows; null takes the first ones. chat_template: documents are rendered as chats. skip_first_tokens: of
     each window, which count for nothing. sink_weight: the first token of each window counts so often in the hessian.
     mode: `static` statistics are of the original model, `sequential` ones of each block behind the quantized blocks.
@@ -89,6 +92,7 @@ class Calibration(Section):
 
     text: tuple[TextSource, ...] = Field((TextSource(path="mix"),), min_length=1)
     images: ImageSource | None = None
+    unseen_tokens: bool = True
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=2)
     seed: int | None = 0
@@ -101,6 +105,12 @@ class Calibration(Section):
     shards: int | None = Field(None, ge=1)
     all_experts: bool = False
     min_expert_tokens: int | None = Field(None, ge=0)
+
+    @property
+    def own_share(self) -> float:
+        """The share of the text that the model itself writes."""
+        own = (source.weight for source in self.text if source.path == SELF)
+        return sum(own) / sum(source.weight for source in self.text)
 
     @property
     def runs(self) -> bool:

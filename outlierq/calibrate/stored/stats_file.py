@@ -35,7 +35,7 @@ UNFINISHED = "unfinished.json"
 LOGITS = "logits.safetensors"
 SENSITIVITY = "sensitivity.safetensors"
 # Every other name that a run gives a file here.
-OWN_NAME = re.compile(r"(block|hidden-states)-\d+\.safetensors|(logits|sensitivity)\.safetensors")
+OWN_NAME = re.compile(r"(block|hidden-states)-\d+\.safetensors|(logits|sensitivity)\.safetensors|own-text\.json")
 
 
 @dataclass(frozen=True)

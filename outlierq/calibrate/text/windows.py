@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,14 @@ from outlierq.core.masking import hidden_at_random
 from outlierq.core.measured.block_stats import MASS_COLUMNS
 from outlierq.core.notes import collecting, note
 from outlierq.core.windows import begun, opening_tokens, room_beside
+from outlierq.recipe.sections import SELF
 
 if TYPE_CHECKING:
     import torch
+
+    from outlierq.calibrate.text.unseen import Unseen
+
+    OwnText = Callable[[int, int], torch.Tensor]  # windows and their length -> [windows, length]
 
 DELIMITERS = frozenset(".,;:!?\n")  # tokens made of these are where attention sinks are found (arXiv:2402.17762)
 # Among documents, a seeded choice looks at this many times the windows wanted: large sources are not read to the end.
@@ -47,7 +52,7 @@ class TokenSet:
 
     notes: what was left out of the text, or is unusual about it. inputs: what the model gets beside the tokens of each
     window, by argument (`calibrate/text/images.py`); empty where no window has an image. masked: whether tokens are
-    hidden, as masked-diffusion models read a text.
+    hidden, as masked-diffusion models read a text. unseen: tokens that no window holds, where they were asked for.
     """
 
     ids: torch.Tensor
@@ -56,6 +61,7 @@ class TokenSet:
     notes: tuple[str, ...] = ()
     inputs: tuple[Mapping[str, torch.Tensor], ...] = ()
     masked: bool = False
+    unseen: Unseen | None = None
 
     def hidden_behind(self, token: int, opening: int, seed: int | None) -> TokenSet:
         """The same with a random share of every window hidden behind a mask token (`core.masking`)."""
@@ -63,15 +69,20 @@ class TokenSet:
         digest = hashlib.sha256(self.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
         return replace(self, ids=ids, fingerprint=digest, description=f"{self.description}{HIDDEN}", masked=True)
 
+    @property
+    def summary(self) -> str:
+        """The description, and what is mixed in."""
+        return self.description if self.unseen is None else f"{self.description}; {self.unseen}"
+
 
 @dataclass(frozen=True)
 class TextSource:
     """Where text comes from: a file, a data set of the Hub, or a text that is always at hand.
 
     path: a text file (one stream of text), one of rows (.jsonl, .json, .csv, .parquet, ...: one document a row), or
-    "mix" or "embedded" (`embedded.py`). dataset: a Hub id, with its `config`. column: what holds the text of a row,
-    default "text" (for chats, the columns that `chat_columns` knows, if there are any). split: of the data set
-    (default "train"), or "calibration" / "evaluation" of the mix and of the embedded text.
+    "mix" or "embedded" (`embedded.py`), or "self" for text that the model writes. dataset: a Hub id, with its `config`.
+    column: what holds the text of a row, default "text" (for chats, the columns that `chat_columns` knows, if there are
+    any). split: of the data set (default "train"), or "calibration" / "evaluation" of the mix and of the embedded text.
     weight: share of the samples, relative to the other sources.
     """
 
@@ -91,6 +102,8 @@ class TextSource:
     @property
     def name(self) -> str:
         """How the source is called in messages and reports: without folders, which differ between machines."""
+        if self.path == SELF:
+            return "what the model writes"
         if self.path in TITLES:
             return f"{TITLES[self.path]} ({self.split or 'calibration'} part)"
         if self.path is not None:
@@ -111,13 +124,15 @@ def token_windows(
     sequence_length: int,
     seed: int | None,
     chat_template: bool = False,
+    own: OwnText | None = None,
 ) -> TokenSet:
     """`samples` windows of `sequence_length` tokens, which do not overlap, shared out to the sources by weight.
 
     Documents are joined to one stream and cut. seed: chooses among the windows (of the mix, whose every stretch is a
     fair one, where to begin); None takes the first ones in order. chat_template: documents are rendered as chats (their
     messages, or their text as one user turn). Each window begins with what the tokenizer puts before a text by itself
-    (a bos token). StatsError when the text cannot be read, is too short, or says next to nothing.
+    (a bos token). own: windows that the model writes, for sources of its own text. StatsError when the text cannot be
+    read, is too short, or says next to nothing.
     """
     import torch
 
@@ -132,6 +147,9 @@ def token_windows(
     with collecting() as notes:
         for source, count in zip(listed, shares(samples, [source.weight for source in listed]), strict=True):
             with during("calibrate", source.name):
+                if source.path == SELF:
+                    parts.append(_own_windows(own, tokenizer, count, sequence_length, chat_template))
+                    continue
                 parts.append(_windows(tokenizer, source, count, sequence_length, generator, opening, chat_template))
     ids = torch.cat(parts)
     settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "chat_template": chat_template}
@@ -236,6 +254,25 @@ def _windows(
     windows = windows[order]
     _judge(windows, tokenizer, source.name)
     return begun(windows, opening)
+
+
+def _own_windows(
+    own: OwnText | None, tokenizer: Any, count: int, sequence_length: int, chat_template: bool
+) -> torch.Tensor:
+    """[count, sequence_length] windows that the model writes."""
+    import torch
+
+    if own is None or chat_template:
+        why = "is written as it comes, not as chats" if chat_template else "needs the model, and there is none here"
+        raise StatsError(
+            f"the text of a model's own {why}",
+            hint="leave calibration.chat_template out" if chat_template else "give a file, or mix",
+        )
+    if not count:
+        return torch.empty(0, sequence_length, dtype=torch.long)
+    windows = own(count, sequence_length)
+    _judge(windows, tokenizer, TextSource(path=SELF).name)
+    return windows
 
 
 def _judge(windows: torch.Tensor, tokenizer: Any, name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from outlierq.calibrate.runner import HiddenStates
 from outlierq.core.errors import OutputError
 from outlierq.core.machine.own_files import PART
+from outlierq.pipeline.text.own import OWN_TEXT
 
 SAVED = "hidden-states-{}.safetensors"  # by the number of the shard
 SAVED_NAME = re.compile(r"hidden-states-\d+\.safetensors")
@@ -45,8 +46,8 @@ def saved_hidden(work: Path) -> list[Path]:
 
 
 def hidden_names(shards: int) -> frozenset[str]:
-    """The names of the files of saved hidden states, when the text runs in so many shards."""
-    return frozenset(SAVED.format(number) for number in range(shards))
+    """The names of the files that a run keeps of its text in so many shards."""
+    return frozenset({OWN_TEXT, *(SAVED.format(number) for number in range(shards))})
 
 
 def load_hidden(path: Path, hidden: HiddenStates, fingerprint: str) -> int:

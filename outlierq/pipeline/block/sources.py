@@ -92,7 +92,7 @@ def stats_source(
         )
     from outlierq.calibrate.collect import stored_fields
 
-    tokens = ranks.first(lambda: token_set(plan.model, calibration))
+    tokens = ranks.first(lambda: token_set(plan.model, calibration, work, resources))
     settings, remark = in_shards(calibration, len(tokens.ids), ranks, former)
     if recipe.learn is not None:
         _check_learning(recipe.learn, settings, len(tokens.ids), ranks)
@@ -100,7 +100,8 @@ def stats_source(
     learns = recipe.learn is not None
     asked = Asked(stored_fields(needs), folds, rounded_inputs(plan), learns, owners_for(plan))
     source = StatsFromRun(plan.model, tokens, settings, work, resources, savings, asked)
-    source.remark = "; ".join(filter(None, [remark, MASKED if tokens.masked else ""]))
+    said = (remark, MASKED if tokens.masked else "", str(tokens.unseen or ""))
+    source.remark = "; ".join(filter(None, said))
     return source
 
 

@@ -21,6 +21,7 @@ from outlierq.calibrate.observe import BlockObserver
 from outlierq.calibrate.runner import BlockRunner, HiddenStates, Originals, PartWeights, Spill
 from outlierq.calibrate.sensitivity import measure_sensitivity
 from outlierq.calibrate.stored.spilled import SpilledStats
+from outlierq.calibrate.text.unseen import reads_ids_alone
 from outlierq.calibrate.trace import RunOnce
 from outlierq.core.errors import NumbersError, RecipeError
 from outlierq.core.machine.heap import return_freed_memory
@@ -29,7 +30,7 @@ from outlierq.core.measured.logits import LogitSample
 from outlierq.core.measured.sensitivity import Sensitivity
 from outlierq.core.model import Block, InputGroup, StudiedModel
 from outlierq.core.move import UNCHANGED
-from outlierq.core.stats import InputStats
+from outlierq.core.stats import OF_TOKENS, InputStats
 from outlierq.load import looking_up
 from outlierq.pipeline.asked.events import Event
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -48,6 +49,9 @@ from outlierq.pipeline.processes.sharding import (
     shards_of,
     sorted_by_group,
 )
+from outlierq.pipeline.remodel.rewrite import original_of
+from outlierq.pipeline.text.own import keep_tokens
+from outlierq.pipeline.text.tokens import text_windows, with_images, with_unseen
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +59,11 @@ if TYPE_CHECKING:
     from outlierq.calibrate.text.windows import TokenSet
     from outlierq.core.scheme import ActivationScheme
     from outlierq.recipe import Calibration
-    from outlierq.recipe.sections import Section
 
 ROWS = 512  # whole tokens that are kept of an input, in all shards together
 # That a pass with gradients reads. Twice as many move the sums of a linear by some percent (docs/fit.md).
 SENSITIVE_TOKENS = 1 << 14
+UNPROVED = "the first block reads more of a token than its id, so tokens that the text does not hold have no statistics"
 # How much work a crash may cost: hidden states are saved when the last save is this old.
 SAVE_EVERY_SECONDS = 60.0
 
@@ -194,6 +198,8 @@ class StatsFromRun:
 
     def start(self) -> None:
         """Record what blocks receive; hidden states of a stopped run are taken up where they were saved."""
+        if self.settings.own_share and self.ranks.lead and self.work.is_dir():
+            keep_tokens(self.work, original_of(self.checkpoint), self.settings, self.tokens)
         for shard in self.shards:
             tell = self._tell(0, "reading the text through the embeddings", shard)
             with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
@@ -288,6 +294,7 @@ class StatsFromRun:
         """The block's groups and statistics."""
         if not self._started:
             self.start()
+        unseen = self._start_unseen(index)
         block, module = self._enter(index)
         groups = self.ranks.first(lambda: self._find_groups(block, module))
         return_freed_memory()
@@ -317,6 +324,8 @@ class StatsFromRun:
                 said += collector.notes
                 observed += [observer] if observer else []
             stats = self._combine(some, owners, merging)
+            if unseen is not None:
+                stats = self._with_unseen(module, some, stats, unseen)
             if spilled is not None:
                 spilled.put(stats)
         collected = stats if spilled is None else spilled
@@ -330,7 +339,7 @@ class StatsFromRun:
                 "so its linears are rounded to nearest without statistics"
             )
         if index == 0:
-            self.notes += self.tokens.notes
+            self.notes += [*self.tokens.notes, *([] if unseen or self.tokens.unseen is None else [UNPROVED])]
         self._combine_observed(index, observed)
         return groups, collected
 
@@ -366,6 +375,43 @@ class StatsFromRun:
             seed=(self.settings.seed or 0) + number,
             inputs=inputs_of(groups, self._inputs),
         )
+
+    def _start_unseen(self, index: int) -> tuple[BlockRunner, HiddenStates] | None:
+        """What the first block receives for tokens that the text does not hold; None for later ones, or if nothing."""
+        unseen = self.tokens.unseen
+        if index or unseen is None or self._passes_over(index) or not self.fields & OF_TOKENS:
+            return None
+        runner = self._runner()
+        with looking_up(self.model, self.checkpoint, self.names, self._dtype, self.device) as self._unfilled:
+            states = runner.start(unseen.windows)
+        self._unfilled = ()
+        return (runner, states) if reads_ids_alone(unseen.windows, states.values) else None
+
+    def _with_unseen(
+        self,
+        module: torch.nn.Module,
+        groups: list[InputGroup],
+        stats: Statistics,
+        started: tuple[BlockRunner, HiddenStates],
+    ) -> Statistics:
+        """Statistics of the first block with those of tokens mixed in that the text does not hold; on every rank."""
+        unseen, (runner, states) = self.tokens.unseen, started
+        assert unseen is not None, "they were started"
+        skip = max(unseen.skip, self.settings.skip_first_tokens)
+        collector = Collector(
+            module,
+            [g for g in groups if g.sites and self.fields & ALL_FIELDS],
+            self.fields & OF_TOKENS,
+            Sequences(unseen.windows.shape[1], skip),
+            inputs=inputs_of(groups, self._inputs),
+        )
+        beside = Originals(states, replace=False) if self.paired else None
+        with routing(module, "all" if self.settings.all_experts else "chosen"):
+            runner.run(module, 0, states, collector, replace=False, originals=beside)
+        text = self.tokens.ids[:, self.settings.skip_first_tokens :].numel()
+        weight = unseen.share / (1 - unseen.share) * text / unseen.windows[:, skip:].numel()
+        others = collector.finish()
+        return {name: each.beside(others[name], weight) if name in others else each for name, each in stats.items()}
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
         """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""
@@ -548,26 +594,31 @@ def in_shards(settings: Calibration, windows: int, ranks: Ranks, former: int | N
     return settings.model_copy(update={"shards": shards}), remark
 
 
-def token_set(model: StudiedModel, settings: Calibration) -> TokenSet:
-    """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them."""
-    from outlierq.calibrate.text.windows import token_windows
+def token_set(
+    model: StudiedModel, settings: Calibration, folder: Path | None = None, resources: Resources = USUAL
+) -> TokenSet:
+    """The tokens that the recipe asks for; OutlierqError when the model has no positions or embeddings for them.
+
+    folder: where an earlier run may have kept text that the model wrote.
+    """
     from outlierq.core.windows import check_ids, check_length
     from outlierq.load import load_tokenizer
 
     check_length(model.skeleton, settings.sequence_length, "calibration.sequence_length")
     tokenizer = load_tokenizer(model.checkpoint)
-    tokens = token_windows(
-        tokenizer,
-        [text.model_dump(exclude_none=True) for text in settings.text],
-        samples=settings.samples,
-        sequence_length=settings.sequence_length,
-        seed=settings.seed,
-        chat_template=settings.chat_template,
-    )
+    tokens = text_windows(model, settings, tokenizer, folder, resources)
     if settings.images is not None:
-        tokens = _with_images(model, tokens, settings.images, tokenizer)
+        tokens = with_images(model, tokens, settings.images, tokenizer)
     check_ids(model.skeleton, tokens.ids, len(tokenizer))
-    return tokens if tokens.inputs else _as_the_model_reads(model, tokens, settings, tokenizer)
+    if tokens.inputs:
+        return tokens
+    tokens = _as_the_model_reads(model, tokens, settings, tokenizer)
+    if tokens.masked and settings.own_share:
+        raise RecipeError(
+            f"{type(model.skeleton).__name__} sees later tokens, so it does not write from left to right",
+            hint="set calibration.text to mix, or to a file",
+        )
+    return with_unseen(model, tokens, settings, tokenizer) if settings.unseen_tokens else tokens
 
 
 def _as_the_model_reads(model: StudiedModel, tokens: TokenSet, settings: Calibration, tokenizer: Any) -> TokenSet:
@@ -585,21 +636,6 @@ def _as_the_model_reads(model: StudiedModel, tokens: TokenSet, settings: Calibra
         return tokens
     token = mask_token(model.skeleton, tokenizer, model.checkpoint.source)
     return tokens if token is None else tokens.hidden_behind(token, len(opening_tokens(tokenizer)), settings.seed)
-
-
-def _with_images(model: StudiedModel, tokens: TokenSet, images: Section, tokenizer: Any) -> TokenSet:
-    """The windows with the recipe's images. RecipeError when the model has nothing to see them with."""
-    from outlierq.calibrate.text.images import ImageSource, with_images
-    from outlierq.core.windows import opening_tokens
-    from outlierq.load import load_processor
-
-    if not model.structure.towers:
-        raise RecipeError(
-            f"calibration.images is set, but {type(model.skeleton).__name__} has no part that sees images",
-            hint="leave calibration.images out for this model",
-        )
-    source = ImageSource(**images.model_dump())
-    return with_images(tokens, source, lambda: load_processor(model.checkpoint), len(opening_tokens(tokenizer)))
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -15,6 +15,7 @@ from outlierq.core.machine.heap import return_memory_at_once
 from outlierq.core.model import EMBEDDING, FLOAT32, Checkpoint, LinearSite, StudiedModel, sizes
 from outlierq.core.report import REPORT_NAME
 from outlierq.core.scheme import QuantScheme
+from outlierq.evaluate.generation import check_writes
 from outlierq.export import Format, format_type
 from outlierq.export.clients import PackedFault
 from outlierq.export.declared import kept_modules
@@ -96,6 +97,8 @@ def _planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     refuse_other_model(model)
     if recipe.needs and not isinstance(checkpoint, FramedCheckpoint):  # which never runs
         refuse_rounds(model)
+    if recipe.needs and recipe.calibration is not None and recipe.calibration.own_share:
+        check_writes(model.skeleton)
     _check(sites, recipe)
     _check_dtypes(sites, checkpoint)
     return _with_one_scheme(assembled(model, sites, recipe, _caches(model, recipe), together))

@@ -12,6 +12,8 @@ from outlierq.registry import method
 OVERHEAD = 2.5
 # A transform that searches its scales rounds the weights and multiplies them with the hessian so often.
 SEARCHED = 30
+# Time of writing text as a multiple of its matrix products, which are of few rows at a time.
+WRITING = 10.0
 FOLDED = ("smoothquant",)  # transforms that have nothing to search
 
 
@@ -47,7 +49,17 @@ def _seconds(plan: Plan, stats: bool, best: float) -> float:
     beside = sequential and ("cross" in plan.recipe.needs or plan.recipe.learn is not None)  # the original model, too
     passes = (not stats) + sequential + beside
     searching = sum(SEARCHED / 3 for t in plan.recipe.group_transforms if t.method not in FOLDED)
-    return 5.0 + OVERHEAD * (passes * products + solving * (4 + searching) + _learning(plan)) / best
+    work = passes * products + solving * (4 + searching) + _learning(plan)
+    return 5.0 + (OVERHEAD * work + (0 if stats else _writing(plan))) / best
+
+
+def _writing(plan: Plan) -> float:
+    """Operations of writing text: each token goes through the whole model, a few of them at a time."""
+    calibration = plan.recipe.calibration
+    if calibration is None:
+        return 0.0
+    tokens = calibration.own_share * calibration.samples * calibration.sequence_length
+    return WRITING * 2 * tokens * sum(s.out_features * s.in_features for s in plan.structure.sites)
 
 
 def _learning(plan: Plan) -> float:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from outlierq.calibrate.collect import CHUNK_ELEMENTS_DEVICE
+from outlierq.calibrate.text.unseen import MOST_TOKENS
 from outlierq.core.measured.block_stats import BLOCK_FIELDS
 from outlierq.core.model import Block
+from outlierq.evaluate.generation import TOGETHER
 from outlierq.export.writer import PIECE_BYTES
 from outlierq.ops.packing import ROWS_PER_WORD
 from outlierq.ops.search.sweep import PANEL_ROWS
@@ -71,6 +73,8 @@ def peaks(work: Work, savings: Savings) -> dict[str, int]:
             sizes |= {"file": block.filing(), "logits": block.logits()}
         if work.transforms:
             sizes["folds"] = block.folding()
+        if work.calibration.own_share:
+            sizes["own text"] = block.writing_text()
     if work.statistics and not work.writes_stats:
         sizes["solve"] = block.solving()
     if work.learns:
@@ -184,11 +188,29 @@ class Phases:
         """The block runs over the text; sums of shards wait for those of their neighbours, and for other processes'."""
         waiting = self.collected() * self.mine.bit_length()
         received = 1 + (self.work.shards.bit_length() if self.work.ranks > 1 else 0)
-        return self.loading + self.hidden() + waiting + max(self.activations(), received * self.largest_hessian)
+        held = self.loading + self.hidden() + self._unseen() + waiting
+        return held + max(self.activations(), received * self.largest_hessian)
+
+    def _unseen(self) -> int:
+        """Tokens that the text does not hold, and their statistics beside those of the text, in the first block."""
+        if not self._text.unseen_tokens:
+            return 0
+        token = self.work.hidden * self.work.itemsize
+        return self.collected() + min(
+            MOST_TOKENS * token, max(self.savings.spill_bytes, 2 * self._batch_tokens * token)
+        )
 
     @property
     def largest_hessian(self) -> int:
         return max(self._of_group(width) for width, _, _ in self.inputs)
+
+    def writing_text(self) -> int:
+        """The whole model writes what it is calibrated on: its weights, the cache of all blocks, and logits."""
+        work, calibration = self.work, self._text
+        together = min(TOGETHER, calibration.samples)
+        cache = 2 * len(work.structure.blocks) * together * calibration.sequence_length * work.hidden * work.itemsize
+        weights = sum(work.elements.values()) * work.itemsize + max(work.stored.values(), default=0)
+        return weights + cache + 4 * together * work.vocabulary * FLOAT + WORKSPACE
 
     def folding(self) -> int:
         """Folds are tried on a float32 copy of the block, with another copy of the consumers."""

@@ -51,7 +51,7 @@ def tune(
         clock = Clock()
         with clock("check"):
             pair = opened_pair(source, reference, frozenset(settings.kinds), resources.listen)
-            tokens = token_set(pair.original, settings.calibration)
+            tokens = token_set(pair.original, settings.calibration, resources=resources)
         settings = _with_step(settings, pair)
         journal = _journal(pair, tokens, settings, work, clock)
         how = How(settings.batch_size, settings.dtype, resources.device, work, resources.listen)
