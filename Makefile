@@ -26,13 +26,14 @@ demo: setup
 publish-demo: setup
 	$(BIN)/python scripts/publish_demo.py
 
+# Each of the two processes begins with half of the tests in their order: what a file's tests share is made once.
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same with the oldest and the newest libraries that pyproject.toml allows: make test-oldest TORCH=2.13.0
 # TESTS=tests/test_load_*.py takes another torch than the end of its range (gigabytes, without a GPU), and some tests.
 test-oldest test-newest:
-	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_end.sh $(@:test-%=%) -n 2 $(TESTS)
+	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_end.sh $(@:test-%=%) -n 2 --dist worksteal $(TESTS)
 
 # Whether outlierq can be installed beside vLLM and llm-compressor; the answer is kept in docs/resolved.json.
 resolve: setup
