@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import os
@@ -16,6 +17,7 @@ import pytest
 
 # Tiny tensors are slower with several threads; child processes inherit this. The suite itself runs in two processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # the few tests with more threads do not take the other process's time
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -185,8 +187,16 @@ class Answer:
     err: str
 
 
+@pytest.fixture(scope="session")
+def built_command() -> None:
+    """Typer makes the whole tree of commands anew each time one is called: longer than most commands take here."""
+    import typer.main
+
+    typer.main.get_command = functools.lru_cache(typer.main.get_command)
+
+
 @pytest.fixture
-def outlierq(capsys, monkeypatch) -> Callable[..., Answer]:
+def outlierq(built_command, capsys, monkeypatch) -> Callable[..., Answer]:
     """The command line in this process: `outlierq("plan", folder)` gives an `Answer`."""
     from outlierq.cli.main import _run as run  # `run` leaves the process
     from outlierq.cli.streams import Streams
