@@ -16,6 +16,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import check_release
+import hub_stand_in
 
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -99,6 +100,62 @@ class TestAction:
         assert all("startsWith(github.ref, 'refs/tags/') &&" in used["with"][name] for name in ("repo", "token"))
         words = ["quantize", "m", "-r", used["with"]["recipe"], "-o", "out"]
         parsed([*words, *used["with"]["gate"].split(), *used["with"]["options"].split()])
+
+
+@pytest.mark.slow
+class TestActionOnARealModel:
+    """The steps of the action as GitHub runs them, with outlierq itself and a stand-in for the Hub."""
+
+    QUICK = "-s gate.windows=1 -s gate.window_length=32"
+
+    @pytest.fixture
+    def job(self, tmp_path):
+        """Runs the steps after the installation until one fails; gives that one's name, its exit code, and stderr."""
+        program = tmp_path / "bin" / "outlierq"
+        program.parent.mkdir()
+        program.write_text(f"#!{sys.executable}\nfrom outlierq.cli.main import run\n\nrun()\n")
+        program.chmod(0o755)
+
+        def run(hub: str, **inputs: str) -> tuple[str, int, str]:
+            values = {name: each.get("default", "") for name, each in ACTION["inputs"].items()} | inputs
+            said = ""
+            for each in (each for each in ACTION["runs"]["steps"] if "env" in each):
+                if each.get("if") and not values["repo"]:
+                    continue
+                given = {key: values[text.split("inputs.")[1].split()[0]] for key, text in each["env"].items()}
+                of_job = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+                place = {
+                    "PATH": f"{program.parent}:{os.environ['PATH']}",
+                    "HF_ENDPOINT": hub,
+                    "HF_HUB_DISABLE_XET": "1",
+                }
+                words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", each["run"]]
+                environment = os.environ | of_job | place | given
+                done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+                said += done.stderr
+                if done.returncode:
+                    return each["name"], done.returncode, said
+            return "", 0, said
+
+        return run
+
+    def test_kept_limits_publish_and_show_a_table(self, job, tiny_llama, tmp_path):
+        with hub_stand_in.serving() as hub:
+            more = {"repo": "alice/tiny", "token": hub_stand_in.TOKEN, "base-model": "alice/original"}
+            ended = job(hub.url, model=str(tiny_llama), recipe="rtn-w8", gate="--max-kl 9", options=self.QUICK, **more)
+            assert ended[:2] == ("", 0), ended[2]
+            assert {"README.md", "outlierq.json", "model.safetensors"} <= hub.content("alice/tiny").keys()
+        assert "Every limit was kept." in (tmp_path / "summary.md").read_text() and "::error" not in ended[2]
+        assert (tmp_path / "outlierq-out.gate.xml").is_file()
+
+    def test_a_limit_that_fails_ends_the_job_before_anything_is_published(self, job, tiny_llama, tmp_path):
+        with hub_stand_in.serving() as hub:
+            more = {"repo": "alice/tiny", "token": hub_stand_in.TOKEN}
+            ended = job(hub.url, model=str(tiny_llama), recipe="rtn-w4", gate="--max-kl 0", options=self.QUICK, **more)
+            assert ended[:2] == ("Compress and gate", 3) and not hub.repositories
+        assert ended[2].count("::error title=outlierq::1 of 1 quality limits failed") == 1
+        assert "**1 of 1 limits failed.**" in (tmp_path / "summary.md").read_text()
+        assert (tmp_path / "outlierq-out" / "outlierq.json").is_file()
 
 
 def test_the_container_has_the_command_as_its_entry_and_installs_torch_for_cpus_first():

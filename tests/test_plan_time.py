@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gguf_models import write_model
 
 from outlierq import api
 from outlierq.pipeline.planning import estimate as estimates
@@ -82,6 +83,25 @@ def test_windows_that_the_model_has_no_positions_for_are_said_with_the_setting(t
     assert "windows of 100000 tokens exceed" in said
     assert "-s calibration.sequence_length=" in said and "-s gate.window_length=" in said
     assert "exceed" not in "\n".join(api.plan(tiny_llama, "rtn-w4").notes)
+
+
+def test_time_without_data_counts_searching_and_decoding(cache, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "measured_speed", lambda: speed.Speed(1e9, 1e9, 1.0))
+    for name in ("ROUNDED", "SEARCHED_INTEGERS", "SEARCHED_FLOATS", "FROM_GGUF"):  # as if the model were large
+        monkeypatch.setattr(estimates, name, getattr(estimates, name) / 1e6)
+    file = tmp_path / "model.gguf"
+    api.quantize(write_model(tmp_path / "model", "llama", attention_bias=False), "gguf-q8_0", out=file)
+    folder, decoded = (api.plan(source, "rtn-w4").expected.alone for source in (tmp_path / "model", file))
+    assert decoded > 1.5 * folder
+    searched = [api.plan(tiny_llama, name).expected.alone for name in ("rtn-w8", "rtn-w4", "mxfp4")]
+    assert searched == sorted(searched) and searched[-1] > 2 * searched[0]
+
+
+def test_a_calibration_before_the_plan_counts(cache, tiny_llama, monkeypatch):
+    monkeypatch.setattr(estimates, "measured_speed", lambda: speed.Speed(1e6, 1e6, 1.0))
+    settings = ({}, {"quantize.keep_share": None})
+    both, alone = (api.plan(tiny_llama, "auto-nvfp4", settings=each).expected.alone for each in settings)
+    assert both > 1.3 * alone
 
 
 def test_a_run_says_what_it_will_cost_before_it_starts(outlierq, tiny_llama, tmp_path):

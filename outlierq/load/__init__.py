@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.decode import read_headers as read_headers
     from outlierq.load.decode import served as served
     from outlierq.load.decode import unpacked as unpacked
+    from outlierq.load.gguf.checkpoint import GgufCheckpoint as GgufCheckpoint
     from outlierq.load.gguf.file import read_gguf_header as read_gguf_header
     from outlierq.load.gguf.frame import FramedCheckpoint as FramedCheckpoint
     from outlierq.load.gguf.tokenizer import stored_token_types as stored_token_types
@@ -106,6 +107,7 @@ _HOMES = {
     "read_headers": "decode",
     "served": "decode",
     "FramedCheckpoint": "gguf.frame",
+    "GgufCheckpoint": "gguf.checkpoint",
     "read_gguf_header": "gguf.file",
     "changed_files": "record",
     "changed_since_run": "record",

@@ -110,7 +110,7 @@ def _time(expected: Estimate) -> str:
         return "time: unknown for this recipe on this machine"
     said = f"time: about {rounded_seconds(expected.seconds)}, within a factor of two"
     if expected.waiting >= BUSY:
-        alone = rounded_seconds(expected.seconds / expected.waiting)
+        alone = rounded_seconds(expected.alone or 0.0)
         said += f"; others keep this machine busy, alone it would be {alone}"
     return said
 

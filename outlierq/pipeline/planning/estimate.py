@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from outlierq.pipeline.planning.plan import Estimate, Plan
 from outlierq.pipeline.planning.speed import measured_speed
+from outlierq.pipeline.remodel.rewrite import original_of
 from outlierq.registry import method
 
 # Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M. In CPU seconds of one core,
@@ -15,6 +18,13 @@ SEARCHED = 30
 # Time of writing text as a multiple of its matrix products, which are of few rows at a time.
 WRITING = 10.0
 FOLDED = ("smoothquant",)  # transforms that have nothing to search
+# Seconds to start and end, and weights that a thread rounds in one (SmolLM2-135M on AVX-512, CPU seconds of whole runs:
+# rtn-w8 5.8, rtn-w4 8.9, mxfp4 16.5). Floats and types of GGUF are searched on more grids.
+START, ROUNDED, SEARCHED_INTEGERS, SEARCHED_FLOATS = 4.5, 1.2e8, 2.5e7, 9e6
+# Weights that are decoded in a second: of a GGUF file (rtn-w8 of one took 12.1), and of what torch decodes.
+FROM_GGUF, FROM_CODES = 2.5e7, 2e8
+# A calibration before the plan runs the model forward, then forward and backward for what an error costs at its end.
+EXAMINING = 4
 
 
 def estimate(plan: Plan, *, stats: bool = False, device: str = "cpu") -> Estimate:
@@ -38,7 +48,7 @@ def _seconds(plan: Plan, stats: bool, best: float) -> float:
     """Wall time of the run on a machine that has nothing else to do. best: operations in a second."""
     calibration = plan.recipe.calibration
     if calibration is None or not plan.recipe.needs:
-        return 3.0 + sum(s.out_features * s.in_features for s in plan.schemes) / 2e8
+        return START + _decoding(plan) + _rounding(plan)
     tokens = calibration.samples * calibration.sequence_length
     inputs = {(b.index, s.expert, s.in_features) for b in plan.structure.blocks for s in b.sites}
     share = 1.0 if calibration.all_experts else _share_of_experts(plan)
@@ -49,8 +59,10 @@ def _seconds(plan: Plan, stats: bool, best: float) -> float:
     beside = sequential and ("cross" in plan.recipe.needs or plan.recipe.learn is not None)  # the original model, too
     passes = (not stats) + sequential + beside
     searching = sum(SEARCHED / 3 for t in plan.recipe.group_transforms if t.method not in FOLDED)
+    quantize = plan.recipe.quantize
+    passes += EXAMINING if quantize is not None and quantize.keep_share is not None else 0
     work = passes * products + solving * (4 + searching) + _learning(plan)
-    return 5.0 + (OVERHEAD * work + (0 if stats else _writing(plan))) / best
+    return START + _decoding(plan) * (1 + passes) + (OVERHEAD * work + (0 if stats else _writing(plan))) / best
 
 
 def _writing(plan: Plan) -> float:
@@ -60,6 +72,30 @@ def _writing(plan: Plan) -> float:
         return 0.0
     tokens = calibration.own_share * calibration.samples * calibration.sequence_length
     return WRITING * 2 * tokens * sum(s.out_features * s.in_features for s in plan.structure.sites)
+
+
+def _rounding(plan: Plan) -> float:
+    """Seconds of rounding without data."""
+    import torch
+
+    searched = (
+        plan.recipe.quantize is not None and plan.recipe.quantize.options.get("scale_search", "minmax") != "minmax"
+    )
+    seconds = 0.0
+    for site, scheme in plan.schemes.items():
+        grids = SEARCHED_INTEGERS if scheme.kind == "int" and scheme.type is None else SEARCHED_FLOATS
+        seconds += site.out_features * site.in_features / (grids if searched else ROUNDED)
+    return seconds / torch.get_num_threads()
+
+
+def _decoding(plan: Plan) -> float:
+    """Seconds of decoding a compressed source once."""
+    from outlierq.load import FramedCheckpoint, GgufCheckpoint
+
+    source = original_of(plan.checkpoint)
+    rate = FROM_GGUF if isinstance(source, FramedCheckpoint | GgufCheckpoint) else FROM_CODES
+    coded = (name for name in source.tensors if rate == FROM_GGUF or source.making_bytes(name))
+    return sum(prod(source.tensors[name].shape) for name in coded) / rate
 
 
 def _learning(plan: Plan) -> float:

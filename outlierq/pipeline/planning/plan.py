@@ -89,6 +89,11 @@ class Estimate:
     seconds: float | None
     waiting: float = 1.0
 
+    @property
+    def alone(self) -> float | None:
+        """Seconds on this machine with nothing else to do."""
+        return self.seconds and self.seconds / self.waiting
+
 
 @dataclass(frozen=True)
 class Plan(Shown):
@@ -410,6 +415,7 @@ class Plan(Shown):
             "quantized_share": self.quantized_share,
             "estimated_peak_bytes": expected and expected.peak_bytes,
             "estimated_seconds": expected and expected.seconds,
+            "estimated_seconds_alone": expected and expected.alone,
             "sites": [
                 {"module": p.site.module, "scheme": str(p.scheme) if p.scheme else None, "reason": p.reason}
                 for p in self.sites
