@@ -63,6 +63,7 @@ def test_random_turns_of_every_kind_keep_float32_logits_within_one_in_ten_thousa
     checkpoint = open_checkpoint(str(tmp_path))
     anatomy = find_anatomy(checkpoint)
     turns = random_turns(identity_turns(anatomy), keeps_mean="LayerNorm" in name)
+    assert ("scale.1.backbone.layers.1.mixer.out_proj" in turns) == ("gated norm" in name)
     assert {kind_of(turn) for turn in turns} == kinds
     changed = RewrittenCheckpoint(checkpoint, merged(anatomy, turns), "turned")
     assert difference(logits(load_model(changed)), logits(original)) <= 1e-4

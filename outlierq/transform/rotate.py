@@ -106,13 +106,26 @@ class ScalePath:
 
 
 @dataclass(frozen=True)
+class GainPath:
+    """A norm behind which no stream turns, and linears that read it: the gated norm of Mamba 2, those inside of MLA.
+
+    weight: of its gain, which takes a scale of each channel. channels: how many.
+    """
+
+    block: int
+    weight: str
+    consumers: tuple[LinearSite, ...]
+    channels: int
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Who reads and who writes the residual stream of `width` channels, and where values pass.
 
     tables: embeddings and learned positions. norms: with their readers; the last one feeds the head. scaled: linears
-    that feed others by channels and not by heads. tied: the head as a site of its own and the table whose tensor it
-    shares, None when it has its own. residual_obstacle: why the stream cannot be rotated, empty when it can.
-    values_obstacle: the same for values.
+    that feed others by channels and not by heads. gains: norms inside of blocks. tied: the head as a site of its own
+    and the table whose tensor it shares, None when it has its own. residual_obstacle: why the stream cannot be rotated,
+    empty when it can. values_obstacle: the same for values.
     """
 
     width: int
@@ -121,6 +134,7 @@ class Anatomy:
     writers: tuple[LinearSite, ...] = ()
     values: tuple[ValuePath, ...] = ()
     scaled: tuple[ScalePath, ...] = ()
+    gains: tuple[GainPath, ...] = ()
     tied: tuple[LinearSite, str] | None = None
     residual_obstacle: str = ""
     values_obstacle: str = ""
@@ -197,7 +211,8 @@ class Change:
     """How one tensor of the rewritten model is made. A matrix is [out, in]; a bias is one column of outputs.
 
     source: the tensor it is made of. norm: what its inputs come from, to be merged. by_input, by_output: rotations of
-    the axes. centred: outputs lose their mean. weight: for a bias, the weight beside it. constant: the new value of a
+    the axes. centred: outputs lose their mean. weight: for a bias, the weight beside it; for a gain that is scaled,
+    itself. constant: the new value of a
     norm's weight or bias, where nothing else counts; a number, or one for each channel.
     """
 
@@ -395,6 +410,12 @@ class Builder:
             self._outputs(producer, change)
         for site in consumers:
             self._add(site.weight, site.weight, transposed=site.transposed, by_input=columns)
+
+    def scaled_gain(self, path: GainPath, gain: Linear, columns: Linear) -> None:
+        """The gain of a norm inside of a block is changed by `gain`, and what others read of it by `columns`."""
+        self._add(path.weight, path.weight, by_output=(gain,), weight=path.weight)
+        for site in path.consumers:
+            self._add(site.weight, site.weight, transposed=site.transposed, by_input=(columns,))
 
     def scaled_norm(self, norm: Norm, gain: torch.Tensor, scale: Linear) -> None:
         """A norm whose gain went to its readers gets another one [channels], as it is stored, and they the rest."""

@@ -28,7 +28,7 @@ from outlierq.core.model import Block, Checkpoint, InputGroup, LinearSite, Studi
 from outlierq.core.move import UNCHANGED
 from outlierq.core.windows import embedding_rows
 from outlierq.load import load_tensors_into, release, study
-from outlierq.transform.rotate import Anatomy, Norm, Rewrite, ScalePath, ValuePath, rotate
+from outlierq.transform.rotate import Anatomy, GainPath, Norm, Rewrite, ScalePath, ValuePath, rotate
 
 # Rows of embeddings and head that take part in proofs; the same code treats every row, and 128 k of them are 4 GB.
 Kind = tuple[type, tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]  # see `kind_of`
@@ -216,7 +216,7 @@ class _Search:
     def blocks(self) -> Anatomy:
         """What is in the blocks; of those that look alike, one is examined."""
         known: dict[Kind, tuple[Block, Anatomy]] = {}
-        norms, writers, values, scaled, obstacles, without = [], [], [], [], [], []
+        norms, writers, values, scaled, gains, obstacles, without = [], [], [], [], [], [], []
         for block in self.bench.structure.blocks:
             kind = kind_of(self.bench.model, block)
             if kind not in known:
@@ -227,6 +227,7 @@ class _Search:
             writers += [moved.sites[site] for site in anatomy.writers]
             values += [moved.path(path) for path in anatomy.values]
             scaled += [moved.path(path) for path in anatomy.scaled]
+            gains += [moved.gain(path) for path in anatomy.gains]
             obstacles += [anatomy.residual_obstacle] if anatomy.residual_obstacle else []
             without += [anatomy.values_obstacle] if anatomy.values_obstacle else []
         if not obstacles and len({norm.centred for norm in norms}) > 1:
@@ -237,6 +238,7 @@ class _Search:
             writers=tuple(writers),
             values=tuple(values),
             scaled=tuple(scaled),
+            gains=tuple(gains),
             residual_obstacle=next(iter(obstacles), ""),
             values_obstacle=next(iter(without), ""),
         )
@@ -259,8 +261,14 @@ class _Search:
                 anatomy, error = gated, 0.0
             obstacle = "" if error <= UNCHANGED else self._reason(block, module, trace, anatomy, error)
         values, without = self._values(block, groups)
-        scaled = _scaled(block, groups, values)
-        return replace(anatomy, values=values, scaled=scaled, residual_obstacle=obstacle, values_obstacle=without)
+        return replace(
+            anatomy,
+            values=values,
+            scaled=_scaled(block, groups, values),
+            gains=_gains(block, groups, () if obstacle else anatomy.norms),
+            residual_obstacle=obstacle,
+            values_obstacle=without,
+        )
 
     def _stream(self, block: Block, module: torch.nn.Module, trace: Trace) -> tuple[Anatomy, str]:
         """Candidates: norms that linears read, and other linears as wide as the stream; or why there are none."""
@@ -467,6 +475,17 @@ def _scaled(block: Block, groups: list[InputGroup], values: tuple[ValuePath, ...
     return tuple(paths)
 
 
+def _gains(block: Block, groups: list[InputGroup], norms: tuple[Norm, ...]) -> tuple[GainPath, ...]:
+    """Groups whose input a norm writes that has a gain alone, and is none of those behind which the stream turns."""
+    known = {norm.weight for norm in norms}
+    paths = []
+    for group in groups:
+        fold = group.fold
+        if fold is not None and fold.kind == "norm" and fold.bias is None and fold.weight not in known:
+            paths.append(GainPath(block.index, fold.weight, group.sites, len(fold.index)))
+    return tuple(paths)
+
+
 def _note(called: list[str], name: str, *_: object) -> None:
     """A forward hook: note the name of the module, once."""
     if name not in called:
@@ -497,6 +516,11 @@ class Moved:
         bias = None if norm.bias is None else self.tensors[norm.bias]
         readers = tuple(self.sites[site] for site in norm.readers)
         return replace(norm, weight=self.tensors[norm.weight], bias=bias, readers=readers)
+
+    def gain(self, path: GainPath) -> GainPath:
+        """The norm inside of the block at the same place."""
+        consumers = tuple(self.sites[site] for site in path.consumers)
+        return replace(path, block=self.index, weight=self.tensors[path.weight], consumers=consumers)
 
     def path(self, path: Path) -> Path:
         """The path at the same place."""

@@ -135,6 +135,10 @@ def _storable(turns: Turns, anatomy: Anatomy, source: Checkpoint) -> Turns:
     import torch
 
     changed = dict(turns)
+    for path in anatomy.gains:
+        if scale_name(path) in turns:
+            gain, dtype = source.read(path.weight).double(), torch_dtype(source.tensors[path.weight].dtype)
+            changed[scale_name(path)] = storable_scale(gain, turns[scale_name(path)], dtype, 0.0)
     for norm in residual_norms(anatomy):
         scale = turns.get(scale_name(norm))
         if scale is not None:

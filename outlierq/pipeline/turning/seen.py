@@ -21,7 +21,7 @@ from outlierq.pipeline.turning.parts import Parts, Remembered
 if TYPE_CHECKING:
     import torch
 
-    from outlierq.transform.rotate import Anatomy, Norm, ValuePath
+    from outlierq.transform.rotate import Anatomy, GainPath, Norm, ScalePath, ValuePath
     from outlierq.transform.rotations.turnable import Turnable, Turns
 
 
@@ -155,7 +155,8 @@ def turned_inputs(anatomy: Anatomy, possible: Turns, schemes: Mapping[str, Activ
                 tuple(scale_places(path)),
                 scale_first=True,
             )
-    for each in anatomy.scaled:
+    by_channel: list[ScalePath | GainPath] = [*anatomy.scaled, *anatomy.gains]
+    for each in by_channel:
         for site in each.consumers:
             inputs[site.module] = TurnedInput(schemes.get(site.module), scale=known(scale_name(each)))
     return inputs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from outlierq.transform.rotate import Anatomy, Builder, Linear, Norm, Rewrite, ScalePath, ValuePath
+from outlierq.transform.rotate import Anatomy, Builder, GainPath, Linear, Norm, Rewrite, ScalePath, ValuePath
 from outlierq.transform.rotations.turnable import RESIDUAL, SCALE, VALUES, Turns
 
 Places = tuple[tuple[int, ...], ...]
@@ -69,7 +69,7 @@ def value_name(path: ValuePath) -> str:
     return f"{VALUES}.{path.block}.{path.producer.module}"
 
 
-def scale_name(owner: Norm | ValuePath | ScalePath) -> str:
+def scale_name(owner: Norm | ValuePath | ScalePath | GainPath) -> str:
     """Of the scale on what some linears read."""
     site = owner.readers[0] if isinstance(owner, Norm) else owner.consumers[0]
     return f"{SCALE}.{site.block}.{site.module}"
@@ -89,7 +89,8 @@ def identity_turns(anatomy: Anatomy) -> Turns:
         heads, width = len(path.rows), len(path.rows[0])
         turns[value_name(path)] = torch.eye(width, dtype=torch.float64).expand(heads, -1, -1).clone()
         turns[scale_name(path)] = ones(heads * width)
-    return turns | {scale_name(path): ones(len(path.index)) for path in anatomy.scaled}
+    turns |= {scale_name(path): ones(len(path.index)) for path in anatomy.scaled}
+    return turns | {scale_name(path): ones(path.channels) for path in anatomy.gains}
 
 
 def merged(anatomy: Anatomy, turns: Turns, notes: tuple[str, ...] = (), *, pending: str = "") -> Rewrite:
@@ -108,6 +109,10 @@ def merged(anatomy: Anatomy, turns: Turns, notes: tuple[str, ...] = (), *, pendi
         if scale_name(each) in turns:
             scale = turns[scale_name(each)]
             build.between(each.producer, (Scale(1 / scale, each.index),), each.consumers, (Scale(scale),))
+    for inner in anatomy.gains:
+        if scale_name(inner) in turns:
+            scale = turns[scale_name(inner)]
+            build.scaled_gain(inner, Scale(1 / scale), Scale(scale))
     return Rewrite(build.changes, notes, build.untied, pending=pending)
 
 
