@@ -168,6 +168,29 @@ def test_the_container_has_the_command_as_its_entry_and_installs_torch_for_cpus_
             parsed(words)
 
 
+def test_the_container_installs_the_wheel_that_it_built_with_extras_that_exist(tmp_path):
+    import tomllib
+
+    (tmp_path / "pip").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "pip").chmod(0o755)
+    (tmp_path / "wheels").mkdir()
+    wheel = tmp_path / "wheels" / "outlierq-1.2.3-cp312-cp312-linux_x86_64.whl"
+    wheel.touch()
+    runs = re.findall(r"^RUN (.*)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    words = [
+        subprocess.run(
+            ["sh", "-c", run.replace("/wheels", str(tmp_path / "wheels"))],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()
+        for run in runs
+    ]  # fmt: skip
+    assert [said[0] for said in words] == ["wheel", "install", "install"] and words[0][-1] == "/source"
+    path, extras = re.fullmatch(r"(.*)\[(.*)\]", words[2][-1]).groups()
+    assert path == str(wheel)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= known.keys()
+
+
 def test_every_command_of_the_page_on_ci_is_one_that_exists():
     lines = [line for line in (ROOT / "docs" / "ci.md").read_text().splitlines() if line.startswith("outlierq ")]
     assert len(lines) > 2
