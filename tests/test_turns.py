@@ -18,6 +18,7 @@ from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.remodel.anatomy import find_anatomy
 from outlierq.pipeline.remodel.rewritten import TURNS_NAME, RewrittenCheckpoint
+from outlierq.pipeline.turning import made
 from outlierq.recipe import load, parse
 from outlierq.registry import transform_method
 from outlierq.transform.rotations.klt import klt
@@ -263,6 +264,23 @@ def test_statistics_and_a_ceiling_of_memory_are_refused_before_the_model_runs(ti
     assert answer.code == 1 and "klt rewrites the whole model; the statistics" in answer.err
     answer = outlierq("quantize", tiny_llama, *words, "--max-memory", "1GiB")
     assert answer.code == 1 and "klt has no ceiling of memory" in answer.err
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_turns_that_it_made_unless_something_changed(
+    tiny_llama, tmp_path, monkeypatch
+):
+    checkpoint, out = open_checkpoint(str(tiny_llama)), tmp_path / "out"
+    recipe = load("klt-w4a4", QUICK)
+    file = made.turns_for(checkpoint, recipe, out)
+    content = file.read_bytes()
+    monkeypatch.setattr(made, "_made", lambda *given: pytest.fail("the model ran again"))
+    assert made.turns_for(checkpoint, recipe, out) == file and file.read_bytes() == content
+    for again in ({"restart": True}, {}):
+        other = recipe if again else load("klt-w4a4", [*QUICK[:3], "transform.0.seed=1"])
+        with pytest.raises(pytest.fail.Exception, match="ran again"):
+            made.turns_for(checkpoint, other, out, **again)
+    monkeypatch.undo()
+    assert made.turns_for(checkpoint, recipe, out, restart=True).read_bytes() == content
 
 
 def test_a_plan_has_the_right_sizes_and_cannot_be_followed(tiny_llama, tmp_path):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from outlierq.transform.rotate import Anatomy
     from outlierq.transform.rotations.turnable import Turns
 
-NOTES, IDENTITY = "notes", "made_of"  # in the file's header
+ABOUT = "about"  # the one key of the file's header: safetensors writes several in any order
 
 
 def turned(checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], file: Path | None) -> Checkpoint:
@@ -103,13 +103,12 @@ def read_turns(file: Path) -> tuple[Turns, list[str], str]:
     try:
         with safe_open(file, framework="pt") as opened:
             turns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            header = opened.metadata() or {}
-            notes = json.loads(header.get(NOTES, "[]"))
+            about = json.loads((opened.metadata() or {}).get(ABOUT, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise RecipeError(f"the turns in {file} cannot be read: {error}") from error
     if any(each.dtype != torch.float64 or not bool(each.isfinite().all()) for each in turns.values()):
         raise RecipeError(f"the turns in {file} are no finite float64 numbers")
-    return turns, notes, header.get(IDENTITY, "")
+    return turns, about.get("notes", []), about.get("made_of", "")
 
 
 def turns_bytes(turns: Turns, notes: list[str], made_of: str) -> bytes:
@@ -119,5 +118,5 @@ def turns_bytes(turns: Turns, notes: list[str], made_of: str) -> bytes:
     from safetensors.torch import save
 
     tensors = {name: each.contiguous() for name, each in turns.items()}
-    content: bytes = save(tensors, metadata={NOTES: json.dumps(notes), IDENTITY: made_of})
+    content: bytes = save(tensors, metadata={ABOUT: json.dumps({"notes": notes, "made_of": made_of})})
     return content
