@@ -315,7 +315,7 @@ def test_a_page_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (float("nan"), "–"), (0.0012345, "0.00123"), (12.34, "12.3"), (21430.4, "21\u202f430")],
+    [(None, "–"), (float("nan"), "–"), (0.0012345, "0.00123"), (12.34, "12.3"), (21430.4, "21,430")],
 )
 def test_figures_have_three_digits_and_a_dash_for_what_is_unknown(value, text):
     assert outlier_page.figure_of(value) == text

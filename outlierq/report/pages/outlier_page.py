@@ -384,7 +384,7 @@ def figure_of(value: float | None) -> str:
     """Three significant digits, thousands set apart; a dash for what is not known."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
-    return f"{value:,.0f}".replace(",", "\u202f") if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def listed(values: Iterable[Any], most: int = CHANNELS_NAMED) -> str:

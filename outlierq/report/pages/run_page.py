@@ -78,7 +78,9 @@ def run_page(run: RunReport) -> str:
 
 def _headline(report: Report) -> str:
     numbers = ", ".join(sorted({row.numbers or f"{row.bits} bits" for row in report.rows})) or "no quantized weights"
-    share = "" if report.quantized_share is None else f"; {report.quantized_share:.0%} of the linear weights"
+    share = (
+        "" if report.quantized_share is None else f"; {100 * report.quantized_share:.0f}\u202f% of the linear weights"
+    )
     return f"Compressed to {numbers}{share}, {report.bits_per_weight:.2f} bits per weight in all."
 
 
@@ -92,7 +94,7 @@ def _loss(report: Report, evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.kl is not None:
         remark = "nats per token, the KL divergence from the original"
         if evaluation.top1 is not None:
-            remark += f"; the same most likely token at {evaluation.top1:.1%} of the positions"
+            remark += f"; the same most likely token at {100 * evaluation.top1:.1f}\u202f% of the positions"
         return {"question": "Loss", "figure": f"{evaluation.kl:.4f}", "remark": remark, "alarm": False}
     errors = [row.output_error for row in report.rows if row.output_error is not None]
     remark = "The result was not measured beside its original: `outlierq eval --record` adds that."
@@ -156,7 +158,7 @@ def _measured(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         spread = "" if error is None else f" ± {error:.4f}"
         rows.append(("KL divergence per token, nats", "0", f"{evaluation.kl:.4f}{spread}"))
     if evaluation.top1 is not None:
-        rows.append(("the original's most likely token", "100\u202f%", f"{evaluation.top1:.1%}"))
+        rows.append(("the original's most likely token", "100\u202f%", f"{100 * evaluation.top1:.1f}\u202f%"))
     return rows
 
 
