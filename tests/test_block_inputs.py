@@ -66,6 +66,11 @@ MX4, NV4 = (QuantScheme(4, size, kind="float", scales=kind) for size, kind in ((
 NOISE = {
     "MXFP4, next power above": ((MX4, "minmax"), (18.76, 17.58, 17.13)),
     "MXFP4, the better power": ((MX4, "mse"), (19.05, 18.22, 17.88)),
+    "NVFP4": ((NV4, "minmax"), (20.44, 20.66, 20.74)),
+    "MXFP6": ((QuantScheme(6, 32, kind="float", scales="power-of-two"), "minmax"), (30.94, 30.28, 29.97)),
+    "INT4 in groups of 16": ((QuantScheme(4, 16, scale_dtype="float32"), "minmax"), (21.39, 19.91, 19.51)),
+    "INT4 in groups of 128": ((QuantScheme(4, 128, scale_dtype="float32"), "minmax"), (18.61, 15.91, 14.30)),
+    "INT4 with zero points": ((QuantScheme(4, 128, False, "float32"), "minmax"), (19.95, 17.71, 16.76)),
     "MXFP4, inputs": (SCHEMES["MXFP4"], (19.03, 18.14, 17.78)),
     "NVFP4, inputs": (SCHEMES["NVFP4"], (20.44, 20.66, 20.74)),
     "MXFP8, inputs": (SCHEMES["MXFP8"], (31.52, 31.53, 31.52)),
@@ -73,10 +78,10 @@ NOISE = {
 
 
 def samples() -> list[torch.Tensor]:
-    """[512, 4096] of each distribution."""
+    """[256, 4096] of each distribution."""
     make = torch.Generator().manual_seed(7)
-    normal = torch.randn(5, 512, 4096, generator=make)
-    laplace = torch.rand(512, 4096, generator=make).mul_(2).sub_(1)
+    normal = torch.randn(5, 256, 4096, generator=make)
+    laplace = torch.rand(256, 4096, generator=make).mul_(2).sub_(1)
     laplace = -laplace.sign() * (1 - laplace.abs()).clamp_(min=1e-7).log()
     return [normal[0], laplace, 0.7 * normal[0] / normal[1:].square().mean(0).sqrt()]
 

@@ -156,6 +156,20 @@ def test_our_decoder_agrees_with_the_package_on_any_bytes(scheme):
     np.testing.assert_array_equal(rows.dequantize().numpy(), expected[16:])
 
 
+@pytest.mark.slow
+@ALL
+def test_a_million_blocks_are_decoded_as_the_package_decodes_them(scheme):
+    make, rows = torch.Generator().manual_seed(6), 1 << 15
+    columns = 32 * scheme.group_size
+    packed = torch.randint(0, 256, (rows, columns * scheme.bits // 8), generator=make, dtype=torch.uint8)
+    numbers = torch.randint(1, 127, (rows, 32), generator=make, dtype=torch.uint8)
+    whole = {"weight_global_scale": torch.tensor([2048.0])} if scheme == NVFP4 else {}
+    small = numbers.view(torch.float8_e4m3fn) if scheme == NVFP4 else numbers + 60
+    parts = {"weight_packed": packed, "weight_scale": small, **whole}
+    expected = package_decodes(parts, scheme).float().numpy()
+    np.testing.assert_array_equal(decode_e2m1(*parts.values(), bits=scheme.bits), expected)
+
+
 @ALL
 def test_decoding_gives_back_what_was_meant_bit_for_bit(scheme):
     found = rounded(weights(), scheme)
@@ -313,6 +327,15 @@ def test_a_checkpoint_of_the_package_itself_is_read(made, tiny_llama, tmp_path):
     assert found.sound and found.errors[f"{SITE}.weight"] < 0.11
     meant = NVFP4PackedCompressor.decompress(theirs, group)["weight"].float()
     assert torch.allclose(unpacked(open_checkpoint(folder)).read(f"{SITE}.weight"), meant, rtol=2**-8)  # theirs: bf16
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp6", "mxfp8"])
+def test_mxfp4_is_the_same_in_finer_floats_bit_for_bit(recipe, made, tmp_path):
+    quantize(make_plan(open_checkpoint(str(made("mxfp4"))), load(recipe)), tmp_path / "out")
+    before, after = (unpacked(open_checkpoint(str(folder))) for folder in (made("mxfp4"), tmp_path / "out"))
+    assert len(before.linears) == 14 and before.linears.keys() == after.linears.keys()
+    for name in before.linears:
+        assert torch.equal(before.read(name).float(), after.read(name).float()), name
 
 
 def test_mxfp4_is_converted_to_gguf_without_loss_and_nvfp4_says_why_not(made, tmp_path):
