@@ -40,7 +40,7 @@ def test_every_condition_is_a_property_that_schemes_have():
         assert fact.keys() <= {"when", "what"} and fact["what"]
         assert fact.get("when", {}).keys() <= known, fact
     for found in table()["kv_cache"].values():
-        assert all(fact.get("when", {}).keys() <= {"per"} for fact in found)
+        assert all(fact.get("when", {}).keys() <= {"per", "numbers"} for fact in found)
 
 
 def test_a_fact_without_conditions_is_the_last_of_its_client():

@@ -9,6 +9,7 @@ import torch
 from test_rotate import ARCHITECTURES, LLAMA, difference, logits, proved, save
 
 import outlierq as package
+from outlierq.core.errors import StatsError
 from outlierq.load import load_model, open_checkpoint, round_served_cache
 from outlierq.load.model.attention import served_rounding
 from outlierq.pipeline.planning.decide import make_plan
@@ -61,6 +62,25 @@ def test_a_loud_channel_of_keys_no_longer_takes_the_precision_of_the_others(tmp_
 
     stored = open_checkpoint(str(tmp_path))
     assert lost(rewritten(stored, EVEN)) < 0.7 * lost(stored)
+
+
+def test_sizes_that_calibration_saw_decide_the_scales(tmp_path, tiny_llama):
+    settings = {"samples": 4, "sequence_length": 32}
+    package.calibrate(tiny_llama, out=tmp_path / "stats", **settings, device="cpu")
+    stored = open_checkpoint(str(tiny_llama))
+    even = parse(f"transform: [{{method: even_keys, stats_folder: {tmp_path / 'stats'}}}]\nexport: {{format: dense}}")
+    checkpoint = rewritten(stored, even)
+    assert "even_keys: keys of 2 blocks, by calibration" in checkpoint.notes
+    assert proved(checkpoint) <= 1e-4
+    first = find_keys(stored, str(tmp_path / "stats")).keys[0]
+    assert len(first.sizes) == len(first.shared)
+    loud = max(range(len(first.sizes)), key=first.sizes.__getitem__)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    ratio = (checkpoint.read(name).float() / stored.read(name).float()).mean(1)
+    assert ratio[loud] == ratio.view(first.heads, -1)[loud * first.heads // len(first.shared)].min() <= 1
+    save(tmp_path / "other", "LlamaConfig", LLAMA)
+    with pytest.raises(StatsError):
+        rewritten(open_checkpoint(str(tmp_path / "other")), even)
 
 
 def test_two_channels_of_a_pair_share_a_scale_in_every_pairing():

@@ -30,7 +30,8 @@ LARGEST_RATIO = 64.0  # of a channel's scale to the middle of its head
 class KeyPath:
     """Linears that write the keys and queries of a block. shared: for each row of keys the number of its scale; scales
     of a head follow each other. queries: for each row of queries the row of keys that it meets. gain: the weight of the
-    norm that both read, or None; offset: it counts as 1 + weight.
+    norm that both read, or None; offset: it counts as 1 + weight. sizes: the largest number of each row of keys that
+    calibration saw, or nothing.
     """
 
     block: int
@@ -41,6 +42,7 @@ class KeyPath:
     heads: int
     gain: str | None = None
     offset: bool = False
+    sizes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,30 +69,38 @@ class Stretch:
 
 
 def key_scale(path: KeyPath, strength: float, read: Read) -> torch.Tensor:
-    """[rows of keys] float64 powers of two: root mean square sizes to the power of `strength`, over their middle.
+    """[rows of keys] float64 powers of two: sizes to the power of `strength`, over their middle.
 
-    The input of the linear counts as white, as the output of a norm is but for its gain; the bias is part of the size.
+    Sizes are those that calibration saw. Without, they are told from the weights, as if the input were white but for
+    the gain of its norm; the bias is part of it.
     """
-    stored = read(path.key.weight)
-    weight = (stored.T if path.key.transposed else stored).double()
-    if path.gain is not None:
-        weight = weight * (read(path.gain).double() + path.offset)
-    energy = weight.square().sum(1)
-    if path.key.bias is not None:
-        energy = energy + read(path.key.bias).double().square()
     number = torch.tensor(path.shared)
-    sums = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, energy)
+    energy = torch.tensor(path.sizes).double().square() if path.sizes else _energy(path, read)
+    sums = torch.zeros(int(number.max()) + 1, dtype=torch.float64).scatter_reduce_(0, number, energy, "amax")
     size = sums.clamp(min=torch.finfo(torch.float32).tiny).sqrt().view(path.heads, -1)
     scale = (size / size.log().mean(1, keepdim=True).exp()) ** strength
     return nearest_powers_of_two(scale.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)).flatten()[number]
 
 
+def _energy(path: KeyPath, read: Read) -> torch.Tensor:
+    """[rows of keys] float64: squares of their sizes by the weights alone."""
+    stored = read(path.key.weight)
+    weight = (stored.T if path.key.transposed else stored).double()
+    if path.gain is not None:
+        weight = weight * (read(path.gain).double() + path.offset)
+    energy = weight.square().sum(1)
+    return energy if path.key.bias is None else energy + read(path.key.bias).double().square()
+
+
 @rewriter("even_keys", paper="arXiv:2405.04532")
-def even_keys(keys: Keys, *, strength: Annotated[float, Ge(0), Le(1)] = 0.5) -> Rewrite:
+def even_keys(
+    keys: Keys, *, strength: Annotated[float, Ge(0), Le(1)] = 0.5, stats_folder: str | None = None
+) -> Rewrite:
     """Divide keys by their size, channel by channel, and multiply queries; the model computes the same.
 
     strength: the power of the size, as in the paper; 1 makes all keys of one size, and queries uneven. Scales are
-    powers of two, which 16-bit weights take without rounding, and come from the weights. Blocks that do not allow it
+    powers of two, which 16-bit weights take without rounding. stats_folder: of `outlierq calibrate` with this model,
+    for the sizes that it saw; without it they are told from the weights, which gains less. Blocks that do not allow it
     are left as they are, with a note.
     """
     changes = {}
@@ -100,7 +110,8 @@ def even_keys(keys: Keys, *, strength: Annotated[float, Ge(0), Le(1)] = 0.5) -> 
             for name, weight in ((site.weight, None), (site.bias, site.weight)):
                 if name is not None:
                     changes[name] = Change(name, site.transposed, by_output=(stretch,), weight=weight)
-    notes = [f"even_keys: keys of {len(keys.keys)} blocks"] if keys.keys else []
+    told = "by calibration" if stats_folder else "by their weights"
+    notes = [f"even_keys: keys of {len(keys.keys)} blocks, {told}"] if keys.keys else []
     which = "other keys are" if keys.keys else "keys are"
     notes += [f"even_keys: {which} left as they are: {keys.obstacle}"] if keys.obstacle else []
     return Rewrite(changes, tuple(notes))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from outlierq.calibrate.experts import routing
+from outlierq.calibrate.stored.stats_file import StatsReader
 from outlierq.calibrate.trace import trace_block
+from outlierq.core.errors import StatsError
 from outlierq.core.model import Block, Checkpoint, LinearSite, StudiedModel, largest
 from outlierq.core.move import UNCHANGED
 from outlierq.load import study
@@ -30,6 +32,7 @@ from outlierq.pipeline.remodel.anatomy import (
     random_weights,
     relative_error,
 )
+from outlierq.pipeline.remodel.rewritten import RewrittenCheckpoint
 from outlierq.transform.even_keys import KeyPath, Keys
 from outlierq.transform.rotate import Change, Rewrite
 
@@ -39,8 +42,11 @@ if TYPE_CHECKING:
 SPREAD = 1.0  # of the logarithms of the random numbers, in base 2
 
 
-def find_keys(checkpoint: Checkpoint) -> Keys:
-    """The paths of all blocks; of those that look alike, one is examined."""
+def find_keys(checkpoint: Checkpoint, stats: str | None = None) -> Keys:
+    """The paths of all blocks; of those that look alike, one is examined. stats: a folder of `outlierq calibrate`.
+
+    StatsError for statistics of another model.
+    """
     model = study(checkpoint)
     search = _Search(model)
     known: dict[Kind, tuple[Block, KeyPath | None]] = {}
@@ -58,7 +64,22 @@ def find_keys(checkpoint: Checkpoint) -> Keys:
         gain = None if path.gain is None else moved.tensors[path.gain]
         key, query = moved.sites[path.key], moved.sites[path.query]
         paths.append(replace(path, block=block.index, key=key, query=query, gain=gain))
-    return Keys(tuple(paths), without)
+    return Keys(tuple(_sized(checkpoint, paths, stats) if stats else paths), without)
+
+
+def _sized(checkpoint: Checkpoint, paths: list[KeyPath], stats: str) -> Iterator[KeyPath]:
+    """The paths with what calibration saw of their keys."""
+    from outlierq.load import tokenizer_digest
+
+    while isinstance(checkpoint, RewrittenCheckpoint):  # rotations leave keys what they were
+        checkpoint = checkpoint.original
+    reader = StatsReader(stats)
+    reader.check(checkpoint.fingerprint, tokenizer_digest(checkpoint))
+    for path in paths:
+        seen = reader.block_stats(path.block)
+        if seen is None:
+            raise StatsError(f"{stats} holds nothing of block {path.block}", hint="calibrate again with this version")
+        yield replace(path, sizes=tuple(seen.need("key_abs_max").flatten().tolist()))
 
 
 class _Search:

@@ -59,12 +59,14 @@ def rewritten(
         if method.stage == "turn":
             checkpoint = turned(checkpoint, method, step.options, turns)
             continue
-        rewrite = method.function(_looked_at(checkpoint, method, recipe), **step.options)
+        rewrite = method.function(_looked_at(checkpoint, method, step.options, recipe), **step.options)
         checkpoint = RewrittenCheckpoint(checkpoint, rewrite, step.method, step.options)
     return checkpoint
 
 
-def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatomy | Keys | Openings:
+def _looked_at(
+    checkpoint: Checkpoint, method: Method, options: Mapping[str, Any], recipe: Recipe
+) -> Anatomy | Keys | Openings:
     """What the rewrite wants to know of the model."""
     if method.reads == "anatomy":
         from outlierq.pipeline.remodel.anatomy import find_anatomy
@@ -73,7 +75,7 @@ def _looked_at(checkpoint: Checkpoint, method: Method, recipe: Recipe) -> Anatom
     if method.reads == "keys":
         from outlierq.pipeline.remodel.keys import find_keys
 
-        return find_keys(checkpoint)
+        return find_keys(checkpoint, options.get("stats_folder"))
     from outlierq.pipeline.remodel.openings import find_openings
 
     refusal = format_type(recipe.export.format).no_new_biases
