@@ -492,7 +492,10 @@ CHANGES = {
         "clip_search": ([STATIC], [STATIC, "quantize.activations.clip_search=none"]),
         "scales": (float4("two-level", 16, dynamic=False), float4("power-of-two", 32, dynamic=True)),
     },
-    recipe.KVCache: {"per": (["kv_cache={}"], ["kv_cache.per=head"])},
+    recipe.KVCache: {
+        "per": (["kv_cache={}"], ["kv_cache.per=head"]),
+        "numbers": (["kv_cache={}"], ["kv_cache.numbers=int8"]),
+    },
     recipe.Transform: {"method": "transform=[]", "options": "transform.0.scaling=duo"},
     recipe.Learn: {
         "method": (SEQUENTIAL, LEARNING),
