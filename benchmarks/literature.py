@@ -31,6 +31,7 @@ TABLES = {
     "3 bits": ({"bits": 3}, [*ROUNDING, *BRANCHES]),
     "3 bits, groups of 128": ({"bits": 3, "group_size": 128}, ["rtn", "gptq", "gptaq", BY_BLOCK[3]]),
     "4 bits per channel": ({"bits": 4, "group_size": None}, ["rtn", "gptq", "olive", "splitquant", "adadim"]),
+    "NVFP4 weights and inputs": ({"inputs": "nvfp4"}, ["rtn", "gptq", *BRANCHES]),
     "4-bit weights and inputs": ({"bits": 4, "inputs": "int4"}, ["rtn", "gptq", *ROTATED, *BRANCHES]),
 }
 # Table, method, rival, and the largest ratio of their KL that was hoped for.
@@ -48,6 +49,8 @@ HOPES = [
     ("3 bits", "gptq, then learned rounding", "gptq", 0.8),
     ("4-bit weights and inputs", "low rank 32, by output", "gptq", 0.8),
     ("4-bit weights and inputs", "svdquant, rank 32", "gptq", 0.8),
+    ("NVFP4 weights and inputs", "low rank 32, by output", "gptq", 0.8),
+    ("NVFP4 weights and inputs", "svdquant, rank 32", "gptq", 0.8),
     ("4 bits per channel", "olive", "rtn", 0.5),
     ("4 bits per channel, stress model", "olive", "rtn", 0.5),
     ("4 bits", "d-pruner 50 %", "sparsegpt 50 %", 1.0),

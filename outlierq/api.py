@@ -963,8 +963,9 @@ def study_methods(
     """Every method of rounding or pruning that fits a model, at the bits that each really spends.
 
     stats: what `calibrate` wrote; all methods share it. bits, group_size (None: per channel): of the weights. inputs:
-    "16", "int8" or "int4": of the linears, a scale per token. only: methods by their names in the table. general: other
-    statistics, of general text, for what prunes for both texts (d-pruner; both with sensitivity=True). text: a file
+    "16", "int8" or "int4": of the linears, a scale per token; "nvfp4" or "mxfp4", and weights are, too. only: methods
+    by their names in the table. general: other statistics, of general text, for what prunes for both texts (d-pruner;
+    both with sensitivity=True). text: a file
     to measure on, None for the held-out part of the mix. out: a file for the table, as JSON, or as a page for .md.
 
     >>> stats = outlierq.calibrate(model, out="stats", samples=4, sequence_length=32)

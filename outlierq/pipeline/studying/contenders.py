@@ -18,7 +18,7 @@ class Contender:
     method: a quantizer or an approximation, with options; or recipe: a shipped one, with settings of its own.
     bits: at which it exists, empty for all. rounded_inputs: whether it learns against them, and needs some. budget:
     `owl` or `farms` for sparsities by block. importance: whether it asks what weights cost at the end of the model, on
-    one text or on two. loads_in: which programs load it.
+    one text or on two. integers: whether it rounds to nothing else. loads_in: which programs load it.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Contender:
     rounded_inputs: bool = False
     budget: str = ""
     importance: bool = False
+    integers: bool = False
     loads_in: str = ""
 
 

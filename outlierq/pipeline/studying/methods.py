@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 
     from outlierq.core.stats import InputStats
 
-INPUTS = {"16": None, "int8": ActivationScheme(bits=8), "int4": ActivationScheme(bits=4)}
+INPUTS = {
+    "16": None,
+    "int8": ActivationScheme(bits=8),
+    "int4": ActivationScheme(bits=4),
+    "nvfp4": ActivationScheme("float", 4, False, "group", 16, "two-level"),
+    "mxfp4": ActivationScheme("float", 4, True, "group", 32, "power-of-two"),
+}
+FLOATS = ("nvfp4", "mxfp4")  # weights are then of the same kind
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class MethodStudy(Shown):
 @dataclass(frozen=True)
 class Conditions:
     """What all methods share. bits, group_size (None: per channel): of the weights. inputs: `16`, or `int8` or `int4`
-    per token at run time.
+    per token at run time; with `nvfp4` and `mxfp4` weights are of the same kind, in groups of its size.
 
     text: a file, None for the held-out part of the mix. window_length, windows: of it, None for all. general: other
     statistics of the model, of general text, for methods that weigh two texts.
@@ -102,6 +109,8 @@ class Conditions:
     def __post_init__(self) -> None:
         if self.inputs not in INPUTS:
             raise ArgumentError(f"{self.inputs!r}; choose {', '.join(INPUTS)}", argument="inputs")
+        if self.inputs in FLOATS and self.bits != 4:
+            raise ArgumentError(f"{self.inputs} has 4 bits, not {self.bits}; leave one of the two out", argument="bits")
 
     def texts(self, stats: Path, checkpoint: Checkpoint) -> list[Path]:
         """The statistics, and those of general text; StatsError where these are of another model."""
@@ -113,8 +122,14 @@ class Conditions:
     @property
     def settings(self) -> list[str]:
         """The same as keys of a recipe."""
+        asked = INPUTS[self.inputs]
+        if asked is not None and self.inputs in FLOATS:
+            dynamic = str(asked.dynamic).lower()
+            inputs = f"{{kind: float, bits: 4, per: group, scales: {asked.scales}, dynamic: {dynamic}}}"
+            keys = ["quantize.kind=float", "quantize.bits=4", f"quantize.group_size={asked.group_size}"]
+            return [*keys, f"quantize.scales={asked.scales}", f"quantize.activations={inputs}"]
         keys = [f"quantize.bits={self.bits}", f"quantize.group_size={self.group_size or 'channel'}"]
-        inputs = "null" if INPUTS[self.inputs] is None else f"{{kind: int, bits: {self.inputs.removeprefix('int')}}}"
+        inputs = "null" if asked is None else f"{{kind: int, bits: {asked.bits}}}"
         return [*keys, f"quantize.activations={inputs}"]
 
 
@@ -201,8 +216,12 @@ class _Study:
         return make_plan(self.checkpoint, load("gptq-w4", conditions.settings)).schemes
 
     def yardstick(self) -> tuple[tuple[float, float], ...]:
-        """(bits, KL) of gptq with one bit less and one more, and with smaller groups, by rising bits."""
+        """(bits, KL) of gptq with one bit less and one more, and with smaller groups, by rising bits; 4-bit floats have
+        no such neighbours."""
         bits, group = self.conditions.bits, self.conditions.group_size
+        if self.conditions.inputs in FLOATS:
+            made = self._rounded(Contender("gptq", "gptq"), self.schemes)
+            return ((made.bits, self._measured(made.model)["kl_per_token"]),)
         smaller = [128, 64, 32] if group is None else [size for size in (group // 2, group // 4) if size >= 8]
         others = [(bits - 1, group), (bits, group), *((bits, size) for size in smaller), (bits + 1, group)]
         points = []
@@ -217,6 +236,8 @@ class _Study:
     def row(self, contender: Contender) -> MethodRow:
         """What a contender makes of the model, and how far that is from the original."""
         row = MethodRow(contender.name, _paper(contender), contender.loads_in)
+        if contender.integers and self.conditions.inputs in FLOATS:
+            return replace(row, note="did not run: it rounds to integers only")
         try:
             with during("study", contender.name):
                 made = self._of_recipe(contender) if contender.recipe else self._rounded(contender, self.schemes)

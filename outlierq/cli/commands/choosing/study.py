@@ -46,7 +46,9 @@ def methods(
     stats: Annotated[Path, typer.Option(help="Statistics of `outlierq calibrate`, which all methods share.")],
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of the weights.")] = 4,
     group_size: shared.GroupSize = "128",
-    inputs: Annotated[str, typer.Option(help="Inputs of the linears: 16, int8 or int4, a scale per token.")] = "16",
+    inputs: Annotated[
+        str, typer.Option(help="Inputs of the linears: 16, int8, int4; or nvfp4, mxfp4, weights too.")
+    ] = "16",
     only: Annotated[
         list[str] | None, typer.Option(help="A method by its name in the table; default all. May be repeated.")
     ] = None,
