@@ -86,7 +86,10 @@ def samples() -> list[torch.Tensor]:
     return [normal[0], laplace, 0.7 * normal[0] / normal[1:].square().mean(0).sqrt()]
 
 
-@pytest.mark.parametrize("name", NOISE)
+QUICK = ("MXFP4, inputs", "NVFP4, inputs", "MXFP8, inputs")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NOISE])
 def test_noise_is_that_of_the_reference_within_a_tenth_of_a_decibel(name, shaped):
     how, expected = NOISE[name]
     for x, decibels in zip(shaped, expected, strict=True):

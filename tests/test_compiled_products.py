@@ -74,7 +74,7 @@ def test_float_products_are_those_of_float64(kernel, kind, rows, columns, groups
         held = (products.by_panel(scale), None if shift is None else products.by_panel(shift))
         weight = products.Packed(words, *held, kind)
         for dtype in [torch.bfloat16] if kernel == products.ONLY_BFLOAT16 else BOUNDS:
-            for tokens in (*range(1, 27), 64):
+            for tokens in (*range(1, 27), 64) if kind.startswith("int") else (1, 2, 3, 4, 5, 13, 24, 26, 64):
                 x = torch.randn(tokens, columns).to(dtype)
                 y = products.multiply(x, weight, rows, kernel)
                 truth = x.double() @ dense.T
