@@ -279,3 +279,20 @@ class TestKeptResults:
         found = measure(opened(llama_copy), None, Measurement())
         assert found["divergence"]["perplexity"] == 10.0
         assert len(found["notes"]) == 1 and "was not kept for the next time" in found["notes"][0]
+
+
+def test_a_gguf_file_is_held_against_its_gate(llama_copy, tmp_path):
+    import outlierq
+
+    tokenizer = json.loads((llama_copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["ab"] = 259
+    tokenizer["model"]["merges"] = [["a", "b"]]  # without merges the file holds no tokenizer that can be read back
+    (llama_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = {
+        "quantize": {"method": "rtn", "type": "Q8_0"},
+        "export": {"format": "gguf"},
+        "gate": {"max_kl": 0.1, "windows": 1, "window_length": 32},
+    }
+    report = outlierq.quantize(llama_copy, recipe, out=tmp_path / "out", device="cpu")
+    assert report.evaluation.passed and 0 < report.evaluation.kl < 0.1
+    assert (tmp_path / "out" / "model.gguf").is_file()

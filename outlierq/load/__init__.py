@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # what the names are, for the type checker
     from outlierq.load.record import changed_since_run as changed_since_run
     from outlierq.load.record import check_recorded as check_recorded
     from outlierq.load.record import report_beside as report_beside
+    from outlierq.load.record import result_in as result_in
     from outlierq.load.source.read_ahead import reading_ahead as reading_ahead
     from outlierq.load.source.tokenizer_files import tokenizer_digest as tokenizer_digest
     from outlierq.load.source.unchanged import check_unchanged as check_unchanged
@@ -113,6 +114,7 @@ _HOMES = {
     "changed_since_run": "record",
     "check_recorded": "record",
     "report_beside": "record",
+    "result_in": "record",
     "load_model": "whole",
     "load_processor": "whole",
     "load_tokenizer": "whole",

@@ -44,6 +44,12 @@ def report_beside(path: Path) -> Report | None:
     return report if path.is_dir() or report.record is None or path.name in _files(report) else None
 
 
+def result_in(place: Path) -> Path:
+    """What is opened of a result: the folder, or the one GGUF file in it."""
+    files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").is_file() else []
+    return files[0] if len(files) == 1 else place
+
+
 def _report_file(path: Path) -> Path:
     """Where the report of a folder or file stands, if there is one: of a file beside it, or with its folder."""
     if path.is_dir():

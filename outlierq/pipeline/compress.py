@@ -11,7 +11,7 @@ from typing import Any
 from outlierq.core.errors import ArgumentError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
-from outlierq.load import check_recorded, open_checkpoint, reading_ahead
+from outlierq.load import check_recorded, open_checkpoint, reading_ahead, result_in
 from outlierq.pipeline.asked.request import FormatAlone, Request, Source, folder_of, format_of
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.expert_stats import expert_stats, remove_expert_stats
@@ -136,7 +136,7 @@ def _measured(
     resources: Resources,
 ) -> Report:
     """Measure the result beside its source, judge it, and put both into its report."""
-    written = open_checkpoint(os.fspath(out), trust_remote_code=checkpoint.trust_remote_code)
+    written = open_checkpoint(os.fspath(result_in(folder_of(out))), trust_remote_code=checkpoint.trust_remote_code)
     results = judge(measure(written, checkpoint, measurement, resources=resources), gate.limits)
     return record(folder_of(out), with_command(results, run.command))
 

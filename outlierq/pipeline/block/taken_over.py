@@ -10,7 +10,7 @@ from outlierq.core.model import Checkpoint, LinearSite
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.report import STORED, SiteRow
 from outlierq.core.scheme import QuantScheme
-from outlierq.load import open_checkpoint, report_beside, unpacked
+from outlierq.load import open_checkpoint, report_beside, result_in, unpacked
 
 
 def taken_over(checkpoint: Checkpoint, site: LinearSite) -> tuple[QuantTensor, SiteRow]:
@@ -39,7 +39,7 @@ def taken_from(
     """Weights [out, in] as an earlier result holds them, with their rows of its report; none when not all are there in
     these schemes.
     """
-    report, result = report_beside(folder), unpacked(open_checkpoint(str(folder)))
+    report, result = report_beside(folder), unpacked(open_checkpoint(str(result_in(folder))))
     rows = {} if report is None else {row.site: row for row in report.rows}
     for site, scheme in schemes.items():
         if site.module not in rows or site.weight not in result.linears or result.code_scheme(site.weight) != scheme:

@@ -22,6 +22,8 @@ from outlierq.pipeline.fitting.storage import keys_of, rounding
 from outlierq.pipeline.fitting.written import recipe_text
 from outlierq.recipe import Recipe
 
+ROUNDED = 1e-12  # of the largest loss: what sums are off by, where nothing is lost
+
 
 @dataclass(frozen=True)
 class Point:
@@ -152,7 +154,8 @@ def _drawn(space: Space, prediction: Prediction) -> Frontier:
     points = [Point(0, start[0], at.nbytes, at.loss)]
     for step in steps_of(options.units):
         last = points[-1]
-        loss = max(0.0, last.loss + step.loss)  # the last one keeps all, and sums are rounded
+        loss = last.loss + step.loss
+        loss = loss if loss > ROUNDED * points[0].loss else 0.0
         points.append(Point(step.unit, step.choice, last.layers_bytes + step.nbytes, loss))
     plan = space.planned(options.stored(start))
     return Frontier(

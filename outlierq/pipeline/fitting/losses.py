@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.machine.heap import return_freed_memory
+from outlierq.core.machine.heap import return_freed_memory, return_memory_at_once
 from outlierq.core.measured.sensitivity import Sensitivity
 from outlierq.core.model import InputGroup, LinearSite, as_matrix
 from outlierq.core.scheme import QuantScheme
@@ -22,6 +22,7 @@ from outlierq.pipeline.fitting.foretold import Foretelling, Losses, Solved, chan
 from outlierq.pipeline.fitting.layers import Layer, Storage
 from outlierq.pipeline.fitting.sampled import Costs, Loss, Sample
 from outlierq.pipeline.fitting.storage import rounding
+from outlierq.pipeline.planning.memory import LARGE
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import UNKNOWN_INPUT
 
@@ -71,6 +72,7 @@ def predict(
 
     source: of statistics, which have to hold the hessian.
     """
+    return_memory_at_once(LARGE)  # a plan lowers that, and then every step here would ask the system for its pages
     of = {site: number for number, layer in enumerate(layers) for site in layer.sites}
     losses: list[dict[Storage, Loss]] = [{None: Loss(0.0, 0.0, 0.0)} for _ in layers]
     predictor, blocks = _Predictor(plan, layers, of, sensitivity, _foretelling(plan)), plan.structure.blocks
@@ -114,12 +116,15 @@ class _Predictor:
 
     def block_losses(self, source: StatsSource, index: int) -> Iterator[tuple[LinearSite, QuantScheme, Loss]]:
         """The loss of every linear of a block in every scheme."""
+        from outlierq.ops.solve import sharing_factors
+
         groups, stats = source.block(index)
         groups = [group for group in groups if any(site in self.of for site in group.sites)]
         asked = _evenly(len(groups), ASKED_INPUTS)
         asking = index in _evenly(len(self.plan.structure.blocks), ASKED_BLOCKS)
         for number, group in enumerate(groups):
-            losses = self._group_losses(group, stats.get(group.name), asking and number in asked)
+            with sharing_factors():
+                losses = self._group_losses(group, stats.get(group.name), asking and number in asked)
             for site, by_scheme in losses.items():
                 for scheme, loss in by_scheme.items():
                     if scheme in self.layers[self.of[site]].choices:

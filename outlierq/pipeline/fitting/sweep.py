@@ -23,7 +23,7 @@ from outlierq.core.machine.untrusted import json_object
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Evaluation, Report
 from outlierq.export.clients import EXPERTS
-from outlierq.load import check_recorded, open_checkpoint
+from outlierq.load import check_recorded, open_checkpoint, result_in
 from outlierq.pipeline.asked.request import Source, folder_of, write_file
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.calibrate import calibrate
@@ -228,7 +228,7 @@ def _run(
     if report is None:
         report = compress(source, one.recipe, folder / one.name, Run(stats=stats), resources)
         spent = time.process_time() - started
-    written = open_checkpoint(os.fspath(folder / one.name), trust_remote_code=checkpoint.trust_remote_code)
+    written = open_checkpoint(os.fspath(result_in(folder / one.name)), trust_remote_code=checkpoint.trust_remote_code)
     return _row(one, key, plan, report, measure(written, checkpoint, measurement, resources=resources), spent)
 
 

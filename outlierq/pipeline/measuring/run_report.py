@@ -7,7 +7,7 @@ from pathlib import Path
 
 from outlierq.core.errors import ArgumentError, SourceError
 from outlierq.core.report import REPORT_NAME, Report
-from outlierq.load import open_checkpoint
+from outlierq.load import open_checkpoint, result_in
 from outlierq.load.record import report_beside
 from outlierq.pipeline.asked.request import Source
 from outlierq.pipeline.asked.resources import USUAL, Resources
@@ -38,11 +38,5 @@ def run_report(place: Path, reference: Source | None, samples: int, resources: R
         )
     if reference is None or not samples:
         return RunReport(place, report)
-    written = open_checkpoint(str(_weights(place)), trust_remote_code=reference.trust_remote_code)
+    written = open_checkpoint(str(result_in(place)), trust_remote_code=reference.trust_remote_code)
     return RunReport(place, report, make_samples(reference.open(), written, samples, resources))
-
-
-def _weights(place: Path) -> Path:
-    """The checkpoint: the place itself, or the one GGUF file in it."""
-    files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").is_file() else []
-    return files[0] if files else place
