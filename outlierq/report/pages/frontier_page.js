@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const size = (point) => point.bytes + data.other_bytes;
 const bytes = (n) => (n >= 2 ** 30 ? (n / 2 ** 30).toFixed(2) + " GiB" : (n / 2 ** 20).toFixed(2) + " MiB");
-const loss = (value) => (value === 0 ? "0" : value.toPrecision(3));
+const loss = (value) => (value < 1e-12 ? "0" : value.toPrecision(3));
 const chosenAt = (index) => {
   const chosen = data.layers.map((layer) => layer.start);
   for (const point of data.points.slice(1, index + 1)) chosen[point.layer] = point.choice;
@@ -27,14 +27,13 @@ function drawCurve() {
   const path = make("path");
   path.setAttribute("d", known.map((point, n) => (n ? "L" : "M") + place(point).join(" ")).join(""));
   path.setAttribute("vector-effect", "non-scaling-stroke");
-  const mark = make("circle");
-  mark.setAttribute("r", "6");
+  const mark = make("path"); // a round end of no line: a circle would be stretched with the picture
+  mark.setAttribute("class", "mark");
+  mark.setAttribute("vector-effect", "non-scaling-stroke");
   at("curve").append(path, mark);
-  return (point) => {
-    const [x, y] = place(point);
-    mark.setAttribute("cx", x);
-    mark.setAttribute("cy", y);
-  };
+  const ends = [known[0], known[known.length - 1]].sort((one, other) => size(one) - size(other));
+  ["least", "most"].forEach((id, n) => (at(id).textContent = `${bytes(size(ends[n]))}, loss ${loss(ends[n].loss)}`));
+  return (point) => mark.setAttribute("d", `M${place(point).join(" ")}h0`);
 }
 
 function drawTable(chosen) {
