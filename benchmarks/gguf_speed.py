@@ -9,6 +9,7 @@ are searched by us, too (`scale_search: mse`), the others rounded at once. CPU s
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -93,7 +94,7 @@ def compared(kind: str, files: list[tuple[Path, int]], tool: Path, folder: Path,
         runs["theirs"].append([theirs(tool, file, kind, folder, threads) for file, _ in files])
         runs["ours"].append([ours(file, kind, folder, threads) for file, _ in files])
     weights = files[1][1] - files[0][1]
-    row: dict = {"type": kind, "threads": threads, "searched": TYPES[kind]}
+    row: dict = {"type": kind, "threads": threads, "searched": TYPES[kind], "weights": [count for _, count in files]}
     for who, costs in runs.items():
         per_weight = median((large.cpu - small.cpu) / weights * 1e9 for small, large in costs)
         row[who] = {
@@ -109,7 +110,7 @@ def compared(kind: str, files: list[tuple[Path, int]], tool: Path, folder: Path,
 
 
 def main() -> None:
-    """Make the files, run both tools, write the figures after each type."""
+    """Make the files, run both tools, write the figures after each type; those of other types stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-quantize", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
@@ -121,11 +122,12 @@ def main() -> None:
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     files = [source(asked.work, count) for count in (asked.blocks, 2 * asked.blocks)]
-    rows: list[dict] = []
+    rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
     for threads in asked.threads:
         for kind in asked.types:
-            rows.append(compared(kind, files, asked.llama_quantize, asked.work, threads, asked.rounds))
-            write_results(asked.out, {"limit": LIMIT, "weights": [count for _, count in files], "rows": rows})
+            row = compared(kind, files, asked.llama_quantize, asked.work, threads, asked.rounds)
+            rows = [each for each in rows if (each["type"], each["threads"]) != (kind, threads)] + [row]
+            write_results(asked.out, {"limit": LIMIT, "rows": rows})
 
 
 if __name__ == "__main__":
