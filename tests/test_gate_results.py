@@ -47,8 +47,10 @@ def faked(cache, monkeypatch) -> SimpleNamespace:
         return {"rows": [{"task": name, "metric": "acc", "value": 0.5} for name in names]}
 
     monkeypatch.setattr(evaluation, "load_for_evaluation", load)
-    monkeypatch.setattr(evaluation, "checked_windows", lambda *_, **__: evaluation.Windows(torch.zeros(1, 2)))
+    windows = SimpleNamespace(ids=torch.zeros(1, 2), opening="", hidden_from=lambda model: None)
+    monkeypatch.setattr(evaluation, "checked_windows", lambda *_, **__: windows)
     monkeypatch.setattr(evaluation, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluation, "check_continues", lambda *_: None)
     monkeypatch.setattr(evaluation, "measure_windows", text)
     monkeypatch.setattr(evaluation, "run_tasks", tasks)
     return asked
