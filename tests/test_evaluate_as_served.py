@@ -12,6 +12,7 @@ import torch
 
 from outlierq.core.errors import OutlierqError
 from outlierq.core.windows import opening_tokens
+from outlierq.evaluate import tokens
 from outlierq.evaluate.divergence import text_windows
 from outlierq.load import load_tokenizer, open_checkpoint
 from outlierq.pipeline.measuring.measure import Measurement, measure
@@ -156,3 +157,15 @@ class TestTokenizers:
         change_tokenizer(other, padded)
         answer = outlierq("eval", other, "--reference", tiny_llama, "--windows", "2", "--window-length", "32")
         assert answer.code == 0, answer.err
+
+
+def test_two_copies_of_one_tokenizer_are_not_given_the_whole_text(tiny_llama, monkeypatch):
+    one, other = (load_tokenizer(open_checkpoint(str(tiny_llama))) for _ in range(2))
+    given, ids = [], tokens._ids
+    monkeypatch.setattr(tokens, "_ids", lambda tokenizer, text: given.append(text) or ids(tokenizer, text))
+    tokens.check_same_tokens(one, other, "abc", ("a", "b"))
+    assert given == []
+    other.split_special_tokens = True
+    with pytest.raises(OutlierqError, match="token 0 of the text"):
+        tokens.check_same_tokens(one, other, "<s>", ("a", "b"))
+    assert given == ["<s>", "<s>"]
