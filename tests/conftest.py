@@ -131,6 +131,25 @@ def embedded_tokens() -> None:
     text._token_stream = stream
 
 
+@pytest.fixture(scope="session", autouse=True)
+def evaluated_windows() -> None:
+    """Nor does it cut the text that models are measured on more than once."""
+    from outlierq.evaluate import divergence
+
+    made, original = {}, divergence.text_windows
+
+    def text_windows(tokenizer, text, *asked, **named):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or len(text) < 100_000:
+            return original(tokenizer, text, *asked, **named)
+        key = (backend.to_str(), text, repr((asked, named)))
+        if key not in made:
+            made[key] = original(tokenizer, text, *asked, **named)
+        return made[key].clone()
+
+    divergence.text_windows = text_windows
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Iterator[Path]:
     """Tied embeddings, bfloat16, one weight file. Read-only."""
