@@ -85,6 +85,8 @@ def uniform(asked: argparse.Namespace, work: Path, stats: Path) -> dict[str, dic
     """Bytes and KL of every uniform recipe."""
     rows = {}
     for name, (bits, group, symmetric) in UNIFORM.items():
+        if asked.only not in name:
+            continue
         settings = {"quantize.bits": bits, "quantize.group_size": group, "quantize.symmetric": symmetric}
         size = outlierq.plan(asked.model, "gptq-w4", settings=settings).output_bytes
         kls = compressed_kl(asked, "gptq-w4", stats, work, asked.judge, *asked.other, settings=settings)
@@ -137,6 +139,9 @@ def main() -> None:
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--assignments", type=int, default=30)
     parser.add_argument("--client", action="append", help="that fit is asked for [transformers]")
+    parser.add_argument(
+        "--only", default="", help="uniform recipes whose name holds this: g64, 3-bit; a real model's time"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stats", help="a folder of statistics with sensitivities, to keep or to take again")
     asked = parser.parse_args()
