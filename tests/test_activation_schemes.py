@@ -352,7 +352,7 @@ RTN8 = "quantize: {method: rtn, bits: 8, group_size: channel%s}\n"
         (", kind: float, block: [128]", "quantize.block.1: Field required"),
         (
             ", overrides: [{match: x}, {match: y, kind: float, bits: 5}]",
-            "quantize.overrides.1.bits: `kind: float` is E4M3 with 8 bits or E2M1 with 4 (this is 5)",
+            "quantize.overrides.1.bits: `kind: float` is E4M3 with 8 bits, E2M3 with 6 or E2M1 with 4 (this is 5)",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_models import write_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,8 +26,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import outlierq
 from outlierq.core.errors import SourceError
 from outlierq.load import build_skeleton, find_structure, load_model, load_tokenizer, open_checkpoint
+from outlierq.load.gguf.unread import unread
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, WIDE, VOCAB = 64, 4, 2, 2, 96, 70
 SHAPE = {
@@ -414,6 +417,25 @@ def test_tokenizer_and_generation_config_are_rebuilt_the_same_each_time(tmp_path
 
 def test_a_file_without_a_tokenizer_carries_the_generation_config_alone(llama_file):
     assert [file.name for file in open_checkpoint(str(llama_file)).files] == ["generation_config.json"]
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2_moe", "qwen3", "qwen3_moe"])
+def test_what_transformers_does_not_read_of_the_metadata_is_read_all_the_same(model_type, tmp_path):
+    source = write_model(tmp_path / "source", model_type)
+    outlierq.quantize(source, "dense", out=tmp_path / "m.gguf", settings={"export.format": "gguf"}, device="cpu")
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        before, after = (load_model(open_checkpoint(str(path)))(ids).logits for path in (source, tmp_path / "m.gguf"))
+    assert torch.allclose(before, after, atol=1e-5 * before.abs().max().item())
+
+
+def test_the_largest_gemmas_scale_attention_by_their_width():
+    fields = {"general.architecture": "gemma2", "gemma2.attention.key_length": 128}
+    parsed = {"model_type": "gemma2", "num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32}
+    assert unread(fields, parsed)["query_pre_attn_scalar"] == 144
+    assert unread(fields, parsed | {"num_hidden_layers": 42})["query_pre_attn_scalar"] == 128
+    assert "query_pre_attn_scalar" not in unread(fields, parsed | {"query_pre_attn_scalar": 7})
+    assert unread(fields | {"general.architecture": "llama"}, parsed) == {}
 
 
 @pytest.mark.slow

@@ -97,8 +97,8 @@ def test_every_shipped_recipe_is_planned_to_the_byte_and_loads_in_transformers(n
     assert not (tmp_path / "out.partial").exists()
     theirs = check_loads(out)
     tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    # A rotation needs both ends of the model to be of different weights; new biases do not.
-    assert tied == (not any(step.method.startswith("rotate") for step in load(name).rewrites))
+    # A rotation of the residual stream needs both ends of the model to be of different weights; other rewrites do not.
+    assert tied == (not any(step.options.get("residual", False) for step in load(name).rewrites))
 
 
 def test_config_tokenizer_chat_template_and_other_files_are_carried_over(tiny_llama, tmp_path):

@@ -72,7 +72,8 @@ def describe_stats(folder: Path) -> dict[str, Any]:
     from outlierq.calibrate.stored.stats_file import StatsReader
 
     reader = StatsReader(folder)
-    groups, stats = reader.block(reader.indices[0])
+    groups, _ = reader.block(reader.indices[0])
+    _, stats = reader.block(reader.indices[-1])  # the first one has also seen tokens that the text does not hold
     return {
         "statistics": str(folder),
         **reader.identity.to_json(),

@@ -21,6 +21,7 @@ from outlierq.load.gguf.file import GgufHeader, check_decodable, dequantized, he
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.split import read_gguf
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
+from outlierq.load.gguf.unread import unread
 from outlierq.load.model.skeleton import config_errors
 from outlierq.load.source.fingerprint import fingerprint
 from outlierq.load.source.shards import lookup, sample, stored_digest
@@ -81,9 +82,9 @@ class GgufCheckpoint(Checkpoint):
         if parts == (UNTOUCHED[0],) or parts == (UNTOUCHED[1],):
             return dequantized(self._header.tensors[parts[0]], dtype, self.bytes_read).reshape(shape)
         value = self._processed(name, parts).to(dtype).contiguous()
-        if tuple(value.shape) != shape:
+        if [size for size in value.shape if size > 1] != [size for size in shape if size > 1]:
             raise SourceError(f"tensor {name} became {list(value.shape)} instead of {list(shape)} when converted")
-        return value
+        return value.reshape(shape)
 
     def digest(self, name: str) -> str:
         """XXH3-128 of the bytes of a tensor, by its name in the file, as they are now; as hex."""
@@ -206,6 +207,7 @@ def _full_config(header: GgufHeader, parsed: dict[str, Any], dtype: str) -> dict
         content["tie_word_embeddings"] = "output.weight" not in header.tensors
     content.update(restore_rope(header, content))
     model_type = content["model_type"]
+    content.update(unread(header.fields, content))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SourceError(f"{header.path.name} holds a {model_type} model, not a causal language model")
     content.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]])
