@@ -141,7 +141,8 @@ class InputStats:
     def beside(self, other: InputStats, weight: float) -> InputStats:
         """With other tokens mixed in, each of which counts `weight` times, in the fields that both hold.
 
-        What is of single tokens and of their places stays ours: `other` has `OF_TOKENS` only.
+        What is of single tokens and of their places stays ours: `other` has `OF_TOKENS` only. Our own tensors are
+        changed: a third hessian would be the largest thing in memory.
         """
         more = round(weight * other.tokens)
         total = self.tokens + more
@@ -151,9 +152,9 @@ class InputStats:
             if theirs is None:
                 continue
             if name in SUMS:
-                mixed[name] = mine + theirs * (more / other.tokens)
+                mixed[name] = mine.add_(theirs.mul_(more / other.tokens))
             else:
-                mixed[name] = (mine * (self.tokens / total)).add_(theirs, alpha=more / total)
+                mixed[name] = mine.mul_(self.tokens / total).add_(theirs, alpha=more / total)
         return replace(self, tokens=total, sequences=self.sequences, **mixed)
 
     def weighing_sinks(self, weight: float) -> InputStats:

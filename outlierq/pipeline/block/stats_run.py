@@ -411,7 +411,9 @@ class StatsFromRun:
         text = self.tokens.ids[:, self.settings.skip_first_tokens :].numel()
         weight = unseen.share / (1 - unseen.share) * text / unseen.windows[:, skip:].numel()
         others = collector.finish()
-        return {name: each.beside(others[name], weight) if name in others else each for name, each in stats.items()}
+        own = [t.data_ptr() for name in others for t in stats[name].tensors().values() if t.numel()]
+        assert len(set(own)) == len(own), "each is changed once"
+        return {name: each.beside(others.pop(name), weight) if name in others else each for name, each in stats.items()}
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
         """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""
