@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,7 @@ def check_recorded(
     plain: Checkpoint, config: Mapping[str, Any], names: Mapping[str, str], report: Report, findings: Findings
 ) -> None:
     """plain: the decoded checkpoint. names: parameter -> stored tensor."""
-    lost = [
-        row.site for row in report.rows if names.get(f"{row.site}.weight", f"{row.site}.weight") not in plain.packed
-    ]
+    lost = list(_stored_plain(plain, names, report))
     lost = [] if config.get("quant_method") is None and not plain.packed else lost
     if lost and len(lost) < len(report.rows):
         findings.fault(CHECK, lost[0], f"was quantized by the run, but is stored plain ({len(lost)} such linears)")
@@ -35,6 +34,17 @@ def check_recorded(
     is_stored = bool(cache) and cache.get("numbers", "fp8") == "fp8"
     if is_stored != bool(config.get("kv_cache_scheme")) and config:
         findings.fault(CHECK, "", "the recipe and config.json differ in whether the KV cache is quantized")
+
+
+def _stored_plain(plain: Checkpoint, names: Mapping[str, str], report: Report) -> Iterator[str]:
+    """Linears of the report without codes: neither alone, nor in the tensors that hold all experts of a block."""
+    stacks = [name for name, info in plain.tensors.items() if len(info.shape) == 3]
+    with_codes = {name.rpartition(".")[0] for name in stacks if name in plain.packed}
+    with_codes -= {name.rpartition(".")[0] for name in stacks if name not in plain.packed}
+    for row in report.rows:
+        name = f"{row.site}.weight"
+        if names.get(name, name) not in plain.packed and re.sub(r"\.\d+\.[^.]+$", "", row.site) not in with_codes:
+            yield row.site
 
 
 def _of_inputs(recipe: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Iterator[str]:
