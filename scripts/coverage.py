@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -45,7 +46,7 @@ SETTINGS = {"calibration.samples": 16, "calibration.sequence_length": 48}
 LARGEST_ERROR = {"awq-gptq-w4": 0.5, "rtn-w8": 0.02, "fp8-dynamic": 0.08}
 LARGEST_KL = {"awq-gptq-w4": 0.35, "rtn-w8": 0.1, "fp8-dynamic": 0.15}
 DECLARED = ("config", "tensors")  # what `verify` finds in names and configs; weights are compared here
-OFFER, OFFERED = "export.names: class", {"export.names": "class"}  # what a plan says where it helps, and doing so
+NAMES = "export.names: class"  # what a plan says where it helps, as it says settings: `--set 'key=value'`
 LEFT = ("stays in one tensor", "three dimensions")  # of what a plan says of most that it leaves
 LEAST = 32  # rows and columns: what is smaller (states, streams of hyper-connections) is none of a linear
 TABLES = ("A_log", ".ape")  # of states and positions
@@ -67,7 +68,7 @@ STATES = """
 **right**: all three load and agree. **part left**: right, but less than 99 % of the linear weights were quantized.
 **not in transformers**: its plan says that transformers does not load one of them, and why. **refused**: before work,
 with the sentence. **not built**: transformers itself does not run the tiny model. **WRONG** and **CRASH** are faults.
-Where the plan of a recipe says that `export.names: class` writes what transformers loads, that was set.
+Where the plan of a recipe offers a setting with which transformers loads the result, that was set.
 """
 
 
@@ -204,8 +205,9 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
     planned, settings = False, SETTINGS
     try:
         plan = outlierq.plan(original.source, recipe, settings=settings)
-        if any(OFFER in line for line in plan.clients):
-            settings, result.sentence = SETTINGS | OFFERED, "with export.names: class, which the plan offers"
+        if offered := _offered(plan.clients):
+            said = " and ".join(f"{key}: {value}" for key, value in offered.items())
+            settings, result.sentence = SETTINGS | offered, f"with {said}, which the plan offers"
             plan = outlierq.plan(original.source, recipe, settings=settings)
         planned = True
         outlierq.quantize(original.source, recipe, out=out, settings=settings, device="cpu")
@@ -229,9 +231,16 @@ def _measured(original: Original, recipe: str, out: Path) -> Result:
     return result
 
 
+def _offered(lines: list[str]) -> dict[str, Any]:
+    """The settings that a plan says to be what transformers loads."""
+    lines = [line for line in lines if line.startswith("transformers") and "does not load" in line]
+    offered = {key: json.loads(value) for line in lines for key, value in re.findall(r"`--set '(.+?)=(.+?)'`", line)}
+    return offered | ({"export.names": "class"} if any(NAMES in line for line in lines) else {})
+
+
 def _compare(original: Original, out: Path, result: Result) -> None:
     """Everything that can be seen in what was written."""
-    result.share = _share(original, out, is_renamed=bool(result.sentence))
+    result.share = _share(original, out, is_renamed=NAMES in result.sentence)
     loaded, info = auto_class(original.kind, original.name).from_pretrained(out, dtype="auto", output_loading_info=True)
     loaded.eval()
     faults = [f"{len(info[what])} {what.replace('_', ' ')}, such as {min(map(str, info[what]))}"
@@ -382,6 +391,8 @@ def _write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
     names = [name for name in sorted(architectures()) if any(name == known for known, _ in results)]
     rows = [[results[name, recipe] for recipe in RECIPES if (name, recipe) in results] for name in names]
     about = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "compressed-tensors")}
+    if importlib.util.find_spec("timm"):  # some towers are of that library
+        about["timm"] = importlib.metadata.version("timm")
     states = {kind: _totals([row for row in rows if row[0]["kind"] == kind]) for kind in ("text", "multimodal")}
     every = [result | {"sentence": _cell(result["sentence"])} for row in rows for result in row]
     content = {"versions": about, "totals": states, "results": every}
@@ -411,6 +422,11 @@ def _page(rows: list[list[dict[str, Any]]], totals: dict[str, dict[str, int]], a
     yield STATES
     counts = ", ".join(f"{sum(r['recipe'] == recipe for row in rows for r in row)} with {recipe}" for recipe in RECIPES)
     kinds = " and ".join(f"{sum(row[0]['kind'] == kind for row in rows)} {kind}" for kind in totals)
+    for kind, total in totals.items():
+        built = sum(total.values()) - total[NOT_MADE]
+        loaded = total[RIGHT] + total[PART]
+        if built:
+            yield f"Of {built} {kind} architectures that can be built {loaded} come out right ({loaded / built:.1%}).\n"
     yield f"Measured: {kinds} architectures; {counts}. The state is the worst of those that were measured.\n"
     yield "| architecture | kind | state | share quantized | KL, of that of shuffled weights | |"
     yield "|---|---|---|---|---|---|"

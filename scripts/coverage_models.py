@@ -90,6 +90,8 @@ EQUAL_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": 
 MROPE_4 = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 4, 4, 4]}}
 VQ = {"base_channels": 32, "latent_channels": 32, "embed_dim": 32, "num_embeddings": 64, "codebook_size": 64}
 GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0, "global_head_dim": 64}
+TIMM = {"architecture": "mobilenetv4_conv_small_050", "hidden_size": 64}  # the smallest tower of that library
+VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -110,7 +112,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": HEADS, "layer_types": ["indexed_attention"] * BLOCKS},
     "emu3": {"vocabulary_map": {"<image>": 3}, "vq_config": VQ | {"embed_dim": 4, "latent_channels": 4}},
     "ernie4_5_vl_moe": {"text_config": {**EQUAL_MROPE, "moe_intermediate_size": [HIDDEN, HIDDEN]}},
+    "fast_vlm": {"vision_config": TIMM},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN, "intermediate_size": HIDDEN // 4}},
+    "gemma3n": {"vision_config": TIMM},
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": GEMMA4,
     "glm46v": {"text_config": HALF_MROPE},
@@ -125,6 +129,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [2, 3, 0, 1], "downsample_rate": "1/2",
     },
     "hunyuan_vl": {"text_config": MROPE_4},
+    "inkling_text": {"mlp_layer_types": ["dense", *["sparse"] * 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32}},
     "kimi_linear": {"layer_types": HYBRID},
@@ -147,6 +152,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     "paddleocr_vl": {"text_config": MROPE},
+    "perception_lm": {"vision_config": TIMM | {"architecture": "vit_tiny_patch16_224", "model_args": VIT}},
     "qwen2_5_omni_thinker": {"text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE},
@@ -179,6 +185,7 @@ NOT_BUILT = {
     "instructblipvideo": "writes about images only",
     "kosmos-2": "writes about images only",
     "pi0": "moves robots",
+    "shieldgemma2": "says yes or no to images",
     "voxtral_realtime": "writes what it hears only",
     "blt": "reads patches of bytes, with a model of its own for where they end",
     "dbrx": "transformers gives its parts no rotary settings",

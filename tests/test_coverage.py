@@ -89,3 +89,7 @@ def test_the_table_has_the_worst_of_the_recipes_and_names_no_folder(tmp_path, mo
     coverage._write({("llama", "rtn-w8"): good, ("llama", "fp8-dynamic"): bad})
     page = (tmp_path / "docs/models.md").read_text()
     assert "| llama | text | WRONG |" in page and here not in page
+    assert (
+        "Of 1 text architectures that can be built 0 come out right (0.0%)." in page
+        and "0 multimodal architectures that" not in page
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from libraries import decoded_first, decoder_of_parts, skip_unless_known
+from safetensors.torch import load_file, save_file
 
 import outlierq
 from outlierq.calibrate.runner import BlockRunner, PartWeights
@@ -182,7 +184,9 @@ def test_the_plan_says_whether_the_class_can_hold_packed_weights_and_the_config_
     assert said.endswith(": loads") if why is None else why in said and ("loads (dequantized" in said) is dense
 
 
-@pytest.mark.parametrize(("name", "split"), [("kimi_linear", None), ("hrm_text", "gqkv_proj")])
+@pytest.mark.parametrize(
+    ("name", "split"), [("kimi_linear", None), ("hrm_text", "gqkv_proj"), ("inkling_mm_model", "w2_md")]
+)
 def test_under_the_names_of_its_class_a_model_loads_whose_tensors_transformers_splits_or_joins(
     name, split, made, tmp_path
 ):
@@ -193,8 +197,8 @@ def test_under_the_names_of_its_class_a_model_loads_whose_tensors_transformers_s
     names = outlierq.open(tmp_path / "out").tensors
     assert split is None or not any(split in name for name in names)
     ids = tokens(torch.Generator().manual_seed(0))
-    one, other = logits(tmp_path / "out", ids), logits(made(name), ids)
-    assert (other.exp() * (other - one)).sum(-1).mean() < 0.1
+    one, other = (logits(folder, ids, name) for folder in (tmp_path / "out", made(name)))
+    assert (other.exp() * (other - one)).sum(-1).mean() < 0.3  # random routers turn; shuffled weights make 7
 
 
 def test_the_names_of_the_class_change_nothing_where_they_are_those_of_the_file(made):
@@ -219,6 +223,24 @@ def test_weights_that_keep_their_names_load_everywhere(made):
     assert packed_fault(study(open_checkpoint(str(made("nanochat")))), ["model.layers.0.mlp.fc1.weight"], []) is None
 
 
+def test_weights_do_not_load_whose_scales_transformers_knows_by_no_name(made, tmp_path, monkeypatch):
+    """A table that renames "w2.weight" as a whole leaves "w2.weight_scale" as it is."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    folder, renamed = with_config(made("llama"), tmp_path / "renamed"), re.compile(r"mlp\.down_proj")
+    weights = load_file(folder / "model.safetensors")
+    save_file({renamed.sub("mlp.w2", key): value for key, value in weights.items()}, folder / "model.safetensors")
+    table = [WeightRenaming(r"mlp\.w2\.weight$", "mlp.down_proj.weight")]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: table)
+    plan = make_plan(open_checkpoint(str(folder)), load("rtn-w8"))
+    said = next(line for line in plan.clients if line.startswith("transformers"))
+    assert "does not load it: it has another name for model.layers.0.mlp.w2.weight" in said
+    assert said.endswith("export.names: class writes what it loads")
+    plan = make_plan(open_checkpoint(str(folder)), load("rtn-w8", ["export.names=class"]))
+    assert any("mlp.down_proj.weight_packed" in name for name in plan.layout.places)
+
+
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 48}
 
 
@@ -228,11 +250,10 @@ def quantized(source: Path, out: Path, recipe: str = "awq-gptq-w4", **settings) 
     return json.loads((out / "outlierq.json").read_text()), json.loads((out / "config.json").read_text())
 
 
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the model in a folder, as transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+def logits(folder: Path, ids: torch.Tensor, name: str = "llama") -> torch.Tensor:
+    """Log-probabilities of the model in a folder, as transformers loads one of its type."""
+    auto = auto_class(architectures()[name], name)
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     with torch.no_grad():
         return model.eval()(ids, use_cache=False).logits.float().log_softmax(-1)

@@ -68,7 +68,8 @@ def _with_names_remedy(plan: Plan, planned: Callable[[Recipe], Plan]) -> Plan:
     if plan.load_fault is None or plan.load_fault.is_decoded or recipe.export.names == "class":
         return plan
     renamed = recipe.model_copy(update={"export": recipe.export.model_copy(update={"names": "class"})})
-    if planned(renamed).load_fault:
+    other = planned(renamed).load_fault
+    if other is not None and not other.is_decoded:
         return plan
     return replace(plan, load_fault=replace(plan.load_fault, remedy=CLASS_NAMES))
 

@@ -12,9 +12,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, StoredLinear, TensorInfo
-from outlierq.load.model.conversion.pieces import Made, Sizes, conversions_of
+from outlierq.load.model.conversion.pieces import Made, Piece, Sizes, Values, conversions_of
 from outlierq.load.model.experts.apart import as_stored, experts_apart
 from outlierq.load.model.experts.fused import separate_experts
+from outlierq.load.model.names import stored_names
 from outlierq.load.model.skeleton import empty_model
 
 if TYPE_CHECKING:
@@ -37,8 +38,27 @@ def class_named(checkpoint: Checkpoint) -> Checkpoint:
     model = empty_model(stored)
     separate_experts(model, stored)
     conversions, sizes = conversions_of(model, stored)
-    lasting = [made for made in conversions if _lasts(made, model, sizes)]
+    lasting = [made for made in [*conversions, *_renamed(stored, model)] if _lasts(made, model, sizes)]
     return experts_apart(ClassNamed(stored, lasting, sizes)) if lasting else checkpoint
+
+
+class Renamed(Made):
+    """A parameter that is stored as it is, under another name."""
+
+    def of(self, values: Values, sizes: Sizes) -> Values:
+        """The parameter by its name."""
+        return {self.slot: values[self.pieces[0].name]}
+
+
+def _renamed(stored: Checkpoint, model: torch.nn.Module) -> list[Made]:
+    """Every parameter that transformers has under another name than the file."""
+    names = {slot: tensor for slot, tensor in stored_names(stored.tensors, model).items() if slot != tensor}
+    return [Renamed(None, slot, [_whole(stored.tensors[tensor])]) for slot, tensor in names.items()]
+
+
+def _whole(info: TensorInfo) -> Piece:
+    """A stored tensor as the only piece of something."""
+    return Piece(info.name, "", [], info.name, tuple(info.shape))
 
 
 def _lasts(made: Made, model: torch.nn.Module, sizes: Sizes) -> bool:

@@ -12,7 +12,7 @@ list of models.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,9 @@ def packed_fault(
         return fault
     if packed and _initialises(model) and not _initialises(_without_weights(model, names, set(packed))):
         return LoadFault(f"{type(model).__name__} initialises weights by a name that packed ones do not have", True)
+    misnamed = _misnamed(model, names, set(quantized), added)
+    if misnamed is not None:
+        return LoadFault(f"it has another name for {misnamed[0]}, and does not know {misnamed[1]} by that", False)
     widened = _widened(model, added, checkpoint.dtype)
     if widened is not None:
         return LoadFault(
@@ -85,6 +88,32 @@ def packed_fault(
         return LoadFault(
             f"{type(model).__name__} gives {retyped} its dtype as it runs, which compressed-tensors prevents", True
         )
+    return None
+
+
+def _misnamed(
+    model: Any, names: Mapping[str, str], quantized: Collection[str], added: Collection[str]
+) -> tuple[str, str] | None:
+    """A stored weight that transformers renames, and a tensor beside it that it does not: its table ends in "weight".
+
+    names: parameter -> stored tensor. One of each kind is looked at: the numbers of blocks and experts change nothing.
+    What transformers converts is left out: it does so with all that is beside.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    owners = {tensor.rpartition(".")[0]: slot for slot, tensor in names.items() if tensor in quantized}
+    of_kind = {re.sub(r"\d+", "0", name): name for name in reversed(list(added))}  # the first of each
+    for name in of_kind.values():
+        owner, _, leaf = name.rpartition(".")
+        tensor, slot = f"{owner}.{WEIGHT}", owners.get(owner, "")
+        renamed, pattern = rename_source_key(tensor, renamings, converters)
+        meant = f"{renamed.rpartition('.')[0]}.{leaf}"
+        if slot not in ("", tensor) and pattern is None and rename_source_key(name, renamings, [])[0] != meant:
+            return tensor, name
     return None
 
 
