@@ -13,16 +13,18 @@ import torch
 from record import write_results
 
 import outlierq
+from outlierq.core.scheme import QuantScheme
 from outlierq.load import open_checkpoint
 from outlierq.pipeline.planning.decide import make_plan
 from outlierq.pipeline.quantize import quantize
-from outlierq.quantize.studies.olive import best_pairs
+from outlierq.quantize.rtn import rtn
 from outlierq.recipe import load
 from outlierq.testing.stress import stressed
 
 BY_BLOCK = {3: "learned rounding, by block, far", 4: "learned rounding, by block"}
 ROUNDING = ["rtn", "gptq", "gptq, then learned rounding", BY_BLOCK[3], "gptaq", "awq, gptq", "adadim, gptq"]
 BRANCHES = ["low rank 8, by output", "low rank 32, by output", "svdquant, rank 32"]
+PAIRS = ["olive", "olive, gptq"]
 # Table -> what differs from the usual conditions, and who takes part (all, where the list is empty).
 LEARNED = ["klt, gptq", "spinquant, gptq", "ostquant, gptq"]
 ROTATED = ["rotate, gptq", "rotate from weights, gptq", *LEARNED]
@@ -30,7 +32,7 @@ TABLES = {
     "4 bits": ({"bits": 4}, []),
     "3 bits": ({"bits": 3}, [*ROUNDING, *BRANCHES]),
     "3 bits, groups of 128": ({"bits": 3, "group_size": 128}, ["rtn", "gptq", "gptaq", BY_BLOCK[3]]),
-    "4 bits per channel": ({"bits": 4, "group_size": None}, ["rtn", "gptq", "olive", "splitquant", "adadim"]),
+    "4 bits per channel": ({"bits": 4, "group_size": None}, ["rtn", "gptq", *PAIRS, "splitquant", "adadim"]),
     "NVFP4 weights and inputs": ({"inputs": "nvfp4"}, ["rtn", "gptq", *BRANCHES]),
     "4-bit weights and inputs": ({"bits": 4, "inputs": "int4"}, ["rtn", "gptq", *ROTATED, *BRANCHES]),
 }
@@ -52,11 +54,12 @@ HOPES = [
     ("NVFP4 weights and inputs", "low rank 32, by output", "gptq", 0.8),
     ("NVFP4 weights and inputs", "svdquant, rank 32", "gptq", 0.8),
     ("4 bits per channel", "olive", "rtn", 0.5),
+    ("4 bits per channel", "olive, gptq", "rtn", 0.5),
     ("4 bits per channel, stress model", "olive", "rtn", 0.5),
+    ("4 bits per channel, stress model", "olive, gptq", "rtn", 0.5),
     ("4 bits", "d-pruner 50 %", "sparsegpt 50 %", 1.0),
     ("4 bits", "sparsegpt 50 %, budgets by farms", "sparsegpt 50 %", 1.0),
 ]
-STEPS = 36  # thresholds that OliVe tries, as in the table
 STRESSED = "4 bits per channel, stress model"
 
 
@@ -131,7 +134,7 @@ def of_stress_model(arguments: argparse.Namespace, folder: Path) -> dict:
     quantize(make_plan(stressed(open_checkpoint(arguments.model)), load("dense")), model)
     calibrated(arguments, model, stats, arguments.calibration)
     conditions = {"bits": 4, "group_size": None}
-    return measured(arguments, model, conditions, ["rtn", "gptq", "olive", "splitquant"], stats=stats)
+    return measured(arguments, model, conditions, ["rtn", "gptq", *PAIRS, "splitquant"], stats=stats)
 
 
 def caches(arguments: argparse.Namespace) -> dict:
@@ -152,7 +155,8 @@ def spiked_gauss() -> dict[str, float]:
     scales = x.abs().amax(1, keepdim=True) / 7 * torch.linspace(0.05, 1, 96)[:, None, None]
     integers = [(x / scale).round().clamp(-7, 7) * scale for scale in scales]
     errors = torch.stack([(each - x).square().sum(1) for each in integers]).amin(0).sum()
-    pairs, _ = best_pairs(x, torch.ones(x.shape[1]), STEPS)
+    scheme = QuantScheme(4, None, kind="outlier-victim", scale_dtype="float32")
+    pairs = rtn(x, None, scheme, scale_search="mse").dequantize()
     return {"olive": decibels(x, (pairs - x).square().sum()), "int4, best clip": decibels(x, errors)}
 
 

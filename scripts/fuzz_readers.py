@@ -277,6 +277,10 @@ def packed_seeds() -> list[bytes]:
             {"weight": ("I8", 8, 8), "weight_scale": ("F32", 8, 1), "outlier_columns": ("I64", 0),
              "outlier_weight": ("BF16", 8, 0)},
         ),
+        (
+            {"quant_method": "outlierq-olive", "bits": 4},
+            {"weight_pairs": ("U8", 8, 8), "weight_scale": ("BF16", 8, 1)},
+        ),
     ]  # fmt: skip
     return [packed_case(config, {f"{module}.{role}": form for role, form in parts.items()}) for config, parts in cases]
 

@@ -32,7 +32,8 @@ from outlierq.registry import storing
 TWO_FILES = Path(__file__).parent / "toy_format"
 PER_CHANNEL = ["export.format=toy", "quantize.group_size=channel"]
 SHIPPED = (
-    "awq", "bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mxfp4", "outlierq-split",
+    "awq", "bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mxfp4", "outlierq-olive",
+    "outlierq-split",
 )  # fmt: skip
 
 

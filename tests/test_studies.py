@@ -22,7 +22,6 @@ from outlierq.core.stats import InputStats
 from outlierq.detect.blocks.ways_out import sentence, way_out
 from outlierq.detect.weights.owl import sparsities
 from outlierq.load import attention_names
-from outlierq.ops import outlier_victim as ovp
 from outlierq.ops.by_output import dimension_ratio, nearest, nearest_by_output
 from outlierq.ops.errors import output_error
 from outlierq.ops.low_rank import low_rank
@@ -35,7 +34,6 @@ from outlierq.quantize.studies import fixed_noise, tangent
 from outlierq.quantize.studies.adadim import adadim
 from outlierq.quantize.studies.d_pruner import d_pruner, dual_importance
 from outlierq.quantize.studies.low_rank import with_branch
-from outlierq.quantize.studies.olive import best_pairs, olive
 from outlierq.quantize.studies.sparsegpt import sparsegpt
 from outlierq.quantize.studies.splitquant import splitquant
 from outlierq.quantize.studies.wanda import wanda
@@ -173,53 +171,6 @@ def test_d_pruner_needs_what_weights_cost_and_says_how_to_have_it(tiny_llama, st
     )  # fmt: skip
     alone = study(tiny_llama, texts[0], "d-pruner 50 %")
     assert 0 < dual.rows[0].kl != alone.rows[0].kl > 0
-
-
-# OliVe.
-
-
-def test_every_legal_pair_of_nibbles_is_decoded_and_encoded_again():
-    normal = [n for n in range(16) if n != ovp.VICTIM]
-    outliers = [n for n in range(16) if n & 7]
-    legal = [*itertools.product(normal, normal), *((ovp.VICTIM, n) for n in outliers)]
-    legal += [(n, ovp.VICTIM) for n in outliers]
-    nibbles = torch.tensor(legal, dtype=torch.uint8)
-    values = ovp.decode(nibbles)
-    assert torch.equal(ovp.decode(ovp.encode(values)), values)
-    assert torch.equal(ovp.unpack(ovp.pack(nibbles)), nibbles)
-    assert ovp.MAGNITUDES == (12, 16, 24, 32, 48, 64, 96)
-    assert len({tuple(row) for row in values.tolist()}) == 15 * 15 + 2 * 14
-
-
-def test_pairs_hold_as_many_victims_as_outliers_and_err_no_more_than_integers_do():
-    u = 6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    u[:, ::9] *= 8
-    nibbles = ovp.encode(u)
-    victims = (nibbles == ovp.VICTIM).unflatten(1, (-1, 2)).sum(-1)
-    assert victims.max() == 1 and victims.any()
-    error = (ovp.decode(nibbles) - u).square().unflatten(1, (-1, 2)).sum(-1)
-    integers = (u.round().clamp(-7, 7) - u).square().unflatten(1, (-1, 2)).sum(-1)
-    assert (error <= integers).all()
-
-
-def test_olive_is_ten_decibels_above_the_best_int4_on_a_gauss_with_spikes():
-    generator = torch.Generator().manual_seed(3)
-    w = torch.randn(64, 4096, generator=generator)
-    spikes = torch.rand(w.shape, generator=generator) < 0.003
-    w = torch.where(spikes, w * (8 + 12 * torch.rand(w.shape, generator=generator)), w)
-    values, _ = best_pairs(w, torch.ones(4096), 36)
-    clips = torch.linspace(0.05, 1, 60).tolist()
-    steps = [share * w.abs().amax(1, keepdim=True) / 7 for share in clips]
-    best = max(sqnr_db(w, (w / step).round().clamp(-8, 7) * step) for step in steps)
-    assert sqnr_db(w, values) >= best + 10
-
-
-def test_olive_spares_the_channel_that_matters_and_takes_odd_widths(w, stats):
-    made = olive(w[:, :-1], statistics_of(correlated_inputs(256, WIDTH)[:, :-1]), SCHEME)
-    assert made.weight.shape == (ROWS, WIDTH - 1)
-    pair = torch.tensor([[9.7, 3.0]])
-    assert ovp.decode(ovp.encode(pair, torch.tensor([1.0, 100.0])))[0, 1] == 3
-    assert ovp.decode(ovp.encode(pair * torch.tensor([3.0, 1.0]), torch.tensor([100.0, 1.0])))[0, 1] == 0
 
 
 # SplitQuant.

@@ -11,6 +11,8 @@ FP8_MAX = 448.0  # largest finite E4M3 value
 FP6_MAX = 7.5  # largest E2M3 value
 FP4_MAX = 6.0  # largest E2M1 value
 FLOAT_MAX = {4: FP4_MAX, 6: FP6_MAX, 8: FP8_MAX}
+PAIR_MAX = 96  # largest outlier of outlier-victim pairs
+SIGNS = 8  # weights of a codebook's vectors whose signs are stored together
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,21 @@ class QuantScheme:
     symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
     scale_dtype: name of the torch dtype in which scales are stored ("bfloat16", "float16", "float32").
     Every method rounds its scales to this dtype before it derives codes.
-    kind: "int", "float" (E4M3 values of 8 bits, E2M3 of 6 or E2M1 of 4, symmetric), or "codebook" (values of a table,
-    which `type` names, symmetric). block: (rows, columns) that share a scale instead of group_size, ragged at edges.
-    activations: how the input is quantized at run time, None for 16 bits. scales: "plain" numbers in scale_dtype;
-    "minimum", such a scale and a real minimum (Q4_1 of GGUF); "power-of-two" (E8M0, as in MXFP4, MXFP6 and MXFP8); or
-    "two-level", small numbers that count in units of a larger one: E4M3 in units of one float32 of the whole weight
-    (NVFP4), or integers in units of one or two float16 of some groups (Q4_K of GGUF). type: the name of a type of GGUF,
-    which then decides everything else; None where the other fields do.
+    kind: "int", "float" (E4M3 values of 8 bits, E2M3 of 6 or E2M1 of 4, symmetric), "codebook" (values of a table,
+    which `type` names, symmetric), or "outlier-victim" (OliVe: 4 bits, codes from -7 to 7, but in some pairs of columns
+    one of 12 to 96 of either sign beside a 0). block: (rows, columns) that share a scale instead of group_size, ragged
+    at edges. activations: how the input is quantized at run time, None for 16 bits. scales: "plain" numbers in
+    scale_dtype; "minimum", such a scale and a real minimum (Q4_1 of GGUF); "power-of-two" (E8M0, as in MXFP4, MXFP6 and
+    MXFP8); or "two-level", small numbers that count in units of a larger one: E4M3 in units of one float32 of the whole
+    weight (NVFP4), or integers in units of one or two float16 of some groups (Q4_K of GGUF). type: the name of a type
+    of GGUF, which then decides everything else; None where the other fields do.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
-    kind: Literal["int", "float", "codebook"] = "int"
+    kind: Literal["int", "float", "codebook", "outlier-victim"] = "int"
     block: tuple[int, int] | None = None
     activations: ActivationScheme | None = None
     scales: Literal["plain", "minimum", "two-level", "power-of-two"] = "plain"
@@ -116,8 +119,15 @@ class QuantScheme:
 
     @property
     def vector(self) -> int:
-        """Weights that are rounded together, because one code stands for them."""
+        """Weights that are rounded together, because one code stands for them, or one takes the code of the other."""
+        if self.kind == "outlier-victim":
+            return 2
         return 1 if self.type is None else self.blocks.vector
+
+    @property
+    def together(self) -> int:
+        """Neighbouring columns that are rounded at once: a pair, or the vectors of a codebook that share signs."""
+        return SIGNS if self.kind == "codebook" and self.vector > 1 else self.vector
 
     @property
     def code_min(self) -> float:
@@ -126,6 +136,8 @@ class QuantScheme:
             return -FLOAT_MAX[self.bits]
         if self.kind == "codebook":
             return self.blocks.codes[0]
+        if self.kind == "outlier-victim":
+            return -PAIR_MAX
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
@@ -135,6 +147,8 @@ class QuantScheme:
             return FLOAT_MAX[self.bits]
         if self.kind == "codebook":
             return self.blocks.codes[1]
+        if self.kind == "outlier-victim":
+            return PAIR_MAX
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def groups(self, in_features: int) -> int:
@@ -155,9 +169,11 @@ class QuantScheme:
 
     @property
     def numbers(self) -> str:
-        """What the codes are: int4, fp8, nvfp4, mxfp4, mxfp6, mxfp8, or the name of a type of GGUF."""
+        """What the codes are: int4, fp8, nvfp4, mxfp4, mxfp6, mxfp8, outlier-victim, or the name of a type of GGUF."""
         if self.type is not None:
             return self.type
+        if self.kind == "outlier-victim":
+            return self.kind
         if self.kind == "int":
             return f"int{self.bits}"
         return {"two-level": "nvfp4", "power-of-two": f"mxfp{self.bits}"}.get(self.scales, f"fp{self.bits}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint, TensorInfo
 
 # Names a quantized weight may have, and the tensors that may accompany it (formats: compressed-tensors; GPTQ and AWQ).
-CODES = ("weight_packed", "qweight", "weight")
+CODES = ("weight_packed", "weight_pairs", "qweight", "weight")
 COMPANIONS = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}
     | {"input_scale", "input_zero_point", "input_global_scale"}
@@ -169,8 +169,8 @@ def _count_parameters(checkpoint: Checkpoint, info: TensorInfo) -> int:
         shape = f"{module}.weight_shape"
         if shape in checkpoint.tensors:
             return math.prod(checkpoint.read(shape).tolist())
-        if info.dtype == "U8":  # the FP4 formats: two codes a byte
-            return 2 * elements
+    if part in ("weight_packed", "weight_pairs") and info.dtype == "U8":  # FP4, and OliVe's pairs: two codes a byte
+        return 2 * elements
     if part in ("weight_packed", "qweight"):
         return info.nbytes * 8 // _code_bits(checkpoint, info.name)
     return elements

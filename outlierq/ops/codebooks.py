@@ -12,9 +12,9 @@ import torch
 
 from outlierq.core.gguf.types import BlockType
 from outlierq.core.machine.installed import needs_extra
+from outlierq.core.scheme import SIGNS
 from outlierq.ops.compiled import vectors as native_vectors
 
-SIGNS = 8  # weights whose signs are stored together
 # Vectors of weights that are held against a codebook at a time: their distances stay in the cache.
 VECTORS_AT_ONCE = 1 << 11
 

@@ -15,7 +15,8 @@ from outlierq.core.errors import NumbersError
 from outlierq.core.gguf.types import BlockType
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import FP4_MAX, FP6_MAX, FP8_MAX, QuantScheme
-from outlierq.ops.codebooks import SIGNS, nearest_level, nearest_vectors
+from outlierq.ops.codebooks import nearest_level, nearest_vectors
+from outlierq.ops.outlier_victim import nearest_pairs, spread_scale
 
 SMALLEST_E4M3 = 2.0**-9
 SMALLEST_FLOAT16 = 2.0**-24
@@ -46,10 +47,15 @@ class Grid:
         """A grid with another scale [out, groups], rounded to what can be stored."""
         return storable(scale, self.zero_point, self.scheme, self.units)
 
-    def encode(self, grouped: torch.Tensor) -> torch.Tensor:
-        """Float32 codes of `grouped` [out, groups, columns]: nearest code, clamped to the range."""
+    def encode(self, grouped: torch.Tensor, curvature: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 codes of `grouped` [out, groups, columns]: nearest code, clamped to the range.
+
+        curvature: [in / 2, 2, 2], by which pairs of columns are rounded (`outlier_victim.curvatures`).
+        """
+        if self.scheme.kind == "outlier-victim":
+            return nearest_pairs((grouped / self.scale[..., None]).flatten(1), curvature).view(grouped.shape)
         if self.scheme.vector > 1:
-            ratio = (grouped / self.scale[..., None]).view(-1, SIGNS)
+            ratio = (grouped / self.scale[..., None]).view(-1, self.scheme.together)
             return nearest_vectors(ratio, self.scheme.blocks).view(grouped.shape)
         zero_point = None if self.zero_point is None else self.zero_point[..., None]
         return nearest_code(grouped / self.scale[..., None], zero_point, self.scheme)
@@ -60,9 +66,9 @@ class Grid:
             codes = codes - self.zero_point[..., None]
         return codes * self.scale[..., None]
 
-    def round(self, grouped: torch.Tensor) -> torch.Tensor:
-        """The nearest grid value of every weight."""
-        return self.decode(self.encode(grouped))
+    def round(self, grouped: torch.Tensor, curvature: torch.Tensor | None = None) -> torch.Tensor:
+        """The nearest grid value of every weight, in the shapes of `encode`."""
+        return self.decode(self.encode(grouped, curvature))
 
     def where(self, better: torch.Tensor, other: Grid) -> Grid:
         """This grid, with `other`'s values at the [out, groups] places where `better` is true."""
@@ -285,9 +291,11 @@ def minmax_grid(w: torch.Tensor, scheme: QuantScheme) -> Grid:
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1), for E4M3 max|w| / 448. Asymmetric: the range is extended to hold 0,
     scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale). Two-level scales are rounded to the nearest,
-    powers of two up.
+    powers of two up. Outlier-victim pairs: outliers begin at three standard deviations.
     """
     grouped = in_groups(w, scheme)
+    if scheme.kind == "outlier-victim":
+        return storable(spread_scale(grouped), None, scheme)
     if not scheme.symmetric:
         return range_grid(grouped.amin(-1) + 0.0, grouped.amax(-1) + 0.0, scheme)  # no negative zeros
     if scheme.type is not None and scheme.kind != "float":

@@ -145,7 +145,7 @@ class _Solver:
 def visiting_order(hessian: torch.Tensor, order: str, scheme: QuantScheme) -> torch.Tensor:
     """Permutation in which columns are rounded, those of a vector together."""
     columns = column_order(hessian.diagonal(), order, scheme.columns_per_group(len(hessian)))
-    return columns if scheme.vector == 1 else vector_order(hessian.diagonal(), columns)
+    return columns if scheme.vector == 1 else vector_order(hessian.diagonal(), columns, scheme.together)
 
 
 def _factor(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> Factor | None:

@@ -11,8 +11,9 @@ from outlierq.core.scheme import QuantScheme
 from outlierq.core.stats import InputStats
 from outlierq.ops.compiled.rounding import round_rows
 from outlierq.ops.compiled.typed import round_types
-from outlierq.ops.grid import Grid, from_groups, in_groups, minmax_grid, to_quant_tensor
-from outlierq.ops.search.scale_search import search_grid
+from outlierq.ops.grid import from_groups, in_groups, minmax_grid, to_quant_tensor
+from outlierq.ops.outlier_victim import curvatures
+from outlierq.ops.search.scale_search import group_blocks, improved
 from outlierq.registry import LARGEST_SCALES, quantizer
 
 
@@ -46,15 +47,18 @@ def rtn(
     importance matrix of llama.cpp holds, and `hessian` takes the one with the least output error (both need
     calibration).
     """
-    grid = minmax_grid(w, scheme) if scale_search == "minmax" else _searched(w, stats, scheme, scale_search)
-    return to_quant_tensor(from_groups(grid.encode(in_groups(w, scheme)), w.shape[1]), grid)
+    blocks = _blocks(stats, scheme, scale_search)
+    grid = minmax_grid(w, scheme)
+    if scale_search != "minmax":
+        grid = improved(w, grid, blocks)
+    codes = grid.encode(in_groups(w, scheme), curvatures(blocks, scheme))
+    return to_quant_tensor(from_groups(codes, w.shape[1]), grid)
 
 
-def _searched(w: torch.Tensor, stats: InputStats | None, scheme: QuantScheme, by: str) -> Grid:
-    """The grid with the least error, weighed as asked."""
-    if by == "mse":
-        return search_grid(w, scheme, None)
+def _blocks(stats: InputStats | None, scheme: QuantScheme, by: str) -> torch.Tensor | None:
+    """What errors count by, as `group_blocks` has it; None where all weights count alike."""
+    if by in ("minmax", "mse"):
+        return None
     assert stats is not None, "no statistics, though this search declares that it needs them"
-    if by == "hessian":
-        return search_grid(w, scheme, stats.need("hessian"))
-    return search_grid(w, scheme, (stats.need("sum_sq") / stats.tokens).float())
+    by_input = stats.need("hessian") if by == "hessian" else (stats.need("sum_sq") / stats.tokens).float()
+    return group_blocks(by_input, scheme)

@@ -200,6 +200,8 @@ def _unstorable(settings: dict[str, Any]) -> list[str]:
     if settings["type"] is not None:
         return []
     faults = []
+    if settings["kind"] == "outlier-victim":
+        return _unstorable_pairs(settings)
     if settings["kind"] == "float":
         if settings["bits"] not in (4, 6, 8):
             faults.append(
@@ -222,6 +224,23 @@ def _unstorable(settings: dict[str, Any]) -> list[str]:
     if isinstance(settings["activations"], Activations):
         faults += [f"activations.{fault}" for fault in _unstorable_inputs(settings, settings["activations"])]
     return faults
+
+
+def _unstorable_pairs(settings: dict[str, Any]) -> list[str]:
+    """What pairs of an outlier and its victim are not."""
+    meant = {"bits": 4, "symmetric": True, "scales": "plain", "block": None, "activations": None}
+    group, wrong = settings["group_size"], [key for key, value in meant.items() if settings[key] != value]
+    faults = [
+        f"{key}: `kind: outlier-victim` has {_only(meant[key])} (this is {brief(settings[key])})" for key in wrong
+    ]
+    if isinstance(group, int) and group % 2:
+        faults.append(f"group_size: pairs need an even number of columns (this is {group})")
+    return faults
+
+
+def _only(value: object) -> str:
+    """The value that a key must have, in words."""
+    return "none" if value is None else str(value).lower()
 
 
 def _unstorable_blocks(settings: dict[str, Any]) -> list[str]:

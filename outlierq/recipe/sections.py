@@ -216,7 +216,7 @@ class Override(Section):
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | Literal["channel"] | None = None
     symmetric: bool | None = None
-    kind: Literal["int", "float"] | None = None
+    kind: Literal["int", "float", "outlier-victim"] | None = None
     block: tuple[PositiveInt, PositiveInt] | None = None
     activations: Activations | Literal["none"] | None = None
     scales: Scales | None = None
@@ -233,7 +233,8 @@ class Quantize(Section):
     method: that rounds. bits: of a code. group_size: neighbouring input columns that share a scale, or `channel` for
     one scale a row. symmetric: without zero points. when_indivisible: what becomes of a width that the groups do not
     divide. overrides: other storage for some linears; the last one that fits counts.
-    kind: `int`, or `float` for E4M3 weights (8 bits), E2M3 (6) and E2M1 (4). block: rows and columns of E4M3 weights
+    kind: `int`, `float` for E4M3 weights (8 bits), E2M3 (6) and E2M1 (4), or `outlier-victim` for the pairs of OliVe
+    (4 bits, where an outlier takes the code of its neighbour). block: rows and columns of E4M3 weights
     that share a scale, instead of group_size. activations: how inputs are quantized at run time; left out, they stay in
     16 bits. scales: how scales are stored (see `QuantScheme`): `two-level` is NVFP4, or Q4_K of GGUF; `power-of-two` is
     MXFP4, 6 or 8. type: a type of GGUF by its name ("Q6_K"), instead of the other keys of a scheme; mix: a mix of
@@ -244,7 +245,7 @@ class Quantize(Section):
     """
 
     method: str
-    kind: Literal["int", "float"] = "int"
+    kind: Literal["int", "float", "outlier-victim"] = "int"
     bits: int = Field(4, ge=2, le=8)
     group_size: int | Literal["channel"] = 128
     block: tuple[PositiveInt, PositiveInt] | None = None

@@ -64,6 +64,8 @@ class FormatLimits:
     @classmethod
     def scheme_faults(cls, scheme: QuantScheme) -> list[str]:
         """Why no linear can be stored like that, each as "key of `quantize`: reason"."""
+        if scheme.kind == "outlier-victim":
+            return [f"kind: {cls.name} has no outlier-victim pairs; `export.format: outlierq-olive` has"]
         if scheme.kind == "int" and scheme.scales == "two-level":
             return [f"scales: {cls.name} has no two-level scales of integers; `export.format: gguf` has"]
         return []

@@ -137,6 +137,7 @@ FLOATS, WHOLE, CODES = ("F32", "F16", "BF16"), ("I32", "I64"), ("I8", "U8", "F8_
 ROLES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "weight": (CODES, 2, 2),
     "weight_packed": (("I32",), 2, 2),
+    "weight_pairs": (("U8",), 2, 2),
     "weight_scale": (FLOATS, 0, 2),
     "weight_zero_point": (("I32",), 2, 2),
     "weight_packed of 4-bit floats": (("U8",), 2, 2),

@@ -111,7 +111,7 @@ def _move_each(part: _Part, grid: Grid, units: torch.Tensor | None) -> None:
         best = old + part.best_step([place], torch.ones_like(old)[:, None])
         number, group = divmod(place, groups)
         if units is None:
-            new = best.half().float() if number else _half(best, old)
+            new = best.half().float() if number else _stored(best, old, grid.scheme)
         else:
             kind = grid.scheme.blocks
             unit = units[:, group // kind.groups, number]
@@ -123,9 +123,9 @@ def _move_each(part: _Part, grid: Grid, units: torch.Tensor | None) -> None:
         part.move([place], (new - old)[:, None])
 
 
-def _half(scale: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Scales as float16; the old ones where that is no number to divide by."""
-    rounded = scale.half().float()
+def _stored(scale: torch.Tensor, old: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """Scales [rows] as they are stored; the old ones where that is no number to divide by."""
+    rounded = scale.to(getattr(torch, scheme.scale_dtype)).float()
     return torch.where(rounded.abs() < SMALLEST_FLOAT16, old, rounded)
 
 

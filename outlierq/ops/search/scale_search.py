@@ -14,6 +14,7 @@ import torch
 from outlierq.core.scheme import QuantScheme
 from outlierq.ops.errors import diagonal_blocks
 from outlierq.ops.grid import Grid, in_groups, minmax_grid, over_blocks, range_grid
+from outlierq.ops.outlier_victim import curvatures
 from outlierq.ops.precision import takes_bfloat16
 from outlierq.ops.search.level_fit import fits_levels
 from outlierq.ops.search.type_search import search_types
@@ -21,6 +22,9 @@ from outlierq.ops.search.type_search import search_types
 # Shares of the range: first these, then steps from the best one. Groups with one useless extreme need the small shares.
 COARSE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.45, 0.3)
 FINE = (0.04, 0.02)
+# Of outlier-victim pairs, of the scale with which outliers begin at three standard deviations: the range of OliVe's
+# own search, and below it, where hessians ask for small errors of most weights.
+PAIRS = (0.45, 0.6, 0.75, 0.9, 1.05, 1.2, 1.4, 1.6, 1.85, 2.15, 2.5)
 # Of the groups: where fewer err less over a smaller share, a quick search ends.
 SELDOM = 0.05
 # Weights searched at a time: 1 MiB in float32. What a step makes then stays in the cache; a large weight as a whole
@@ -100,13 +104,13 @@ def _by_group(grouped: torch.Tensor) -> torch.Tensor:
 def _search(grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid) -> Grid:
     """The best grid of some rows [out, groups, columns]."""
     search = _Search(grouped, scheme, blocks, start)
-    for share in COARSE:
+    for share in PAIRS if scheme.kind == "outlier-victim" else COARSE:
         search.try_share(torch.full_like(search.low, share), torch.full_like(search.low, share))
     for step in FINE:
         for low, high in BOTH_ENDS if scheme.symmetric else EACH_END:
             search.try_share(search.low_share + step * low, search.high_share + step * high)
     for _ in range(2):
-        search.try_grid(_refit(search.best, grouped, blocks))
+        search.try_grid(_refit(search.best, grouped, blocks, search.curvature))
     return search.best
 
 
@@ -136,6 +140,7 @@ class _Search:
 
     def __init__(self, grouped: torch.Tensor, scheme: QuantScheme, blocks: torch.Tensor | None, start: Grid):
         self.grouped, self.scheme, self.blocks, self.best = grouped, scheme, blocks, start
+        self.start, self.curvature = start.scale, curvatures(blocks, scheme)
         self.low = -over_blocks(-grouped.amin(-1), scheme, "amax")
         self.high = over_blocks(grouped.amax(-1), scheme, "amax")
         self.least = self._error(start)
@@ -148,7 +153,9 @@ class _Search:
         A symmetric grid of integers uses the full code range, with either sign of the scale: the extreme weight then
         sits on the code -2^(bits-1) (full-range symmetric). Floats have as many negative values as positive ones.
         """
-        if self.scheme.kind == "float":
+        if self.scheme.kind == "outlier-victim":
+            grid = self.best.with_scale(self.start * high_share)
+        elif self.scheme.kind == "float":
             largest = self.high.maximum(-self.low)
             grid = self.best.with_scale(largest * high_share / self.scheme.code_max)
         elif self.scheme.symmetric:
@@ -170,13 +177,18 @@ class _Search:
 
     def _error(self, grid: Grid) -> torch.Tensor:
         """[out, groups] error of the whole block, or of the row's group, that shares a scale."""
-        error = group_error(grid.round(self.grouped).sub_(self.grouped), self.blocks)
+        error = group_error(grid.round(self.grouped, self.curvature).sub_(self.grouped), self.blocks)
         return over_blocks(error, self.scheme, "sum")
 
 
-def _refit(grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None) -> Grid:
-    """The scale that fits the present codes best: (c^T H w) / (c^T H c) per group, least squares in closed form."""
-    codes = grid.encode(grouped)
+def _refit(
+    grid: Grid, grouped: torch.Tensor, blocks: torch.Tensor | None, curvature: torch.Tensor | None = None
+) -> Grid:
+    """The scale that fits the present codes best: (c^T H w) / (c^T H c) per group, least squares in closed form.
+
+    grouped, blocks: as in `group_error`. curvature: as in `Grid.encode`.
+    """
+    codes = grid.encode(grouped, curvature)
     if grid.zero_point is not None:
         codes = codes - grid.zero_point[..., None]
     weighted = codes if blocks is None else _times(codes.transpose(0, 1), blocks).transpose(0, 1)

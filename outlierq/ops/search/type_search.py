@@ -15,7 +15,7 @@ import torch
 
 from outlierq.core.gguf.types import BlockType
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops.codebooks import SIGNS, nearest_vectors
+from outlierq.ops.codebooks import nearest_vectors
 from outlierq.ops.grid import Grid, joined, nearest_code, row_units, small_scale, stored
 
 # Shares of the range: first these, then steps around the best.
@@ -134,8 +134,8 @@ class _TypeSearch:
         """Nearest codes, [out, groups, columns]."""
         scale = torch.where(numbers.scale == 0, 1.0, numbers.scale)[..., None]
         if self.scheme.vector > 1:
-            ratio = (self.grouped / scale).view(-1, SIGNS)
-            importance = None if self.importance is None else self.importance.reshape(-1, SIGNS)
+            ratio = (self.grouped / scale).view(-1, self.scheme.together)
+            importance = None if self.importance is None else self.importance.reshape(-1, self.scheme.together)
             return nearest_vectors(ratio, self.scheme.blocks, importance).view(self.grouped.shape)
         zero = None if numbers.minimum is None else numbers.minimum[..., None] / scale
         return nearest_code(self.grouped / scale, zero, self.scheme)

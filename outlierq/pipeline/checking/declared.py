@@ -21,7 +21,7 @@ CHECK = "config"
 # Tensors of experts that are stored one by one, whatever their class does: readers of packed weights take them apart.
 APART = re.compile(r"(.*\.experts)\.\d+\.")
 # Methods that mean the output head, too, unless they name it.
-ALL_LINEARS = ("bitsandbytes", "outlierq")
+ALL_LINEARS = ("bitsandbytes", "outlierq", "outlierq-olive")
 
 
 def check_declared(

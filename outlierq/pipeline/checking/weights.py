@@ -69,8 +69,8 @@ class Grid:
 
 
 def grid_of(quantized: QuantTensor | None, columns: int, *, rounded: bool, moved: bool = False) -> Grid:
-    """The grid of a decoded weight [out, columns]; without codes only neighbours are known."""
-    if quantized is None:
+    """The grid of a decoded weight [out, columns]; without codes, and of pairs, only neighbours are known."""
+    if quantized is None or quantized.scheme.kind == "outlier-victim":
         return Grid(None, None, None, NEIGHBOURS if columns % NEIGHBOURS == 0 else columns, rounded)
     scheme, codes = quantized.scheme, quantized.codes.float()
     width = scheme.columns_per_group(columns)

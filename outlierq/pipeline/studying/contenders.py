@@ -15,7 +15,8 @@ from outlierq.core.errors import ArgumentError, nearest
 class Contender:
     """One row of the table.
 
-    method: a quantizer or an approximation, with options; or recipe: a shipped one, with settings of its own.
+    method: a quantizer or an approximation, with options; or recipe: a shipped one. settings: of the recipe, or of that
+    whose schemes a method takes.
     bits: at which it exists, empty for all. rounded_inputs: whether it learns against them, and needs some. budget:
     `owl` or `farms` for sparsities by block. importance: whether it asks what weights cost at the end of the model, on
     one text or on two. integers: whether it rounds to nothing else. loads_in: which programs load it.

@@ -211,9 +211,9 @@ class _Study:
         self.original = models.load_for_evaluation(checkpoint, device=resources.device)
         self.reference_perplexity = math.nan
 
-    def _schemes(self, conditions: Conditions) -> Mapping[LinearSite, QuantScheme]:
+    def _schemes(self, conditions: Conditions, settings: Sequence[str] = ()) -> Mapping[LinearSite, QuantScheme]:
         """Which linears are rounded, and how: as a recipe with these keys plans it."""
-        return make_plan(self.checkpoint, load("gptq-w4", conditions.settings)).schemes
+        return make_plan(self.checkpoint, load("gptq-w4", [*conditions.settings, *settings])).schemes
 
     def yardstick(self) -> tuple[tuple[float, float], ...]:
         """(bits, KL) of gptq with one bit less and one more, and with smaller groups, by rising bits; 4-bit floats have
@@ -240,7 +240,7 @@ class _Study:
             return replace(row, note="did not run: it rounds to integers only")
         try:
             with during("study", contender.name):
-                made = self._of_recipe(contender) if contender.recipe else self._rounded(contender, self.schemes)
+                made = self._of_recipe(contender) if contender.recipe else self._of_method(contender)
                 measured = self._measured(made.model)
         except OutlierqError as error:
             return replace(row, note=f"did not run: {error.what}")
@@ -253,6 +253,11 @@ class _Study:
             perplexity=measured["perplexity"],
             cpu_seconds=made.cpu_seconds,
         )
+
+    def _of_method(self, contender: Contender) -> _Made:
+        """A method on the schemes of the study, or on its own."""
+        own = self._schemes(self.conditions, contender.settings) if contender.settings else self.schemes
+        return self._rounded(contender, own)
 
     def _measured(self, model: torch.nn.Module) -> dict[str, Any]:
         """Divergence of a model from the original."""
