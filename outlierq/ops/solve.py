@@ -139,7 +139,9 @@ def _climb(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> Factor:
 def _take(target: torch.Tensor, source: torch.Tensor, order: torch.Tensor) -> None:
     """Fill the upper half of `target` with the rows and columns of `source` [n, n] in an order."""
     for start in range(0, len(source), BLOCK):
-        target[start : start + BLOCK, start:] = source[order[start : start + BLOCK, None], order[start:]]
+        # Whole rows first: both at once takes five times as long.
+        rows = source.index_select(0, order[start : start + BLOCK])
+        target[start : start + BLOCK, start:] = rows.index_select(1, order[start:])
 
 
 def _decompose(matrix: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Frontier:
     cache_bytes: float
     recipe_text: str
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Number of weights in all layers."""
         return sum(layer.weights for layer in self.layers)

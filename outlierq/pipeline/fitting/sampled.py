@@ -89,7 +89,7 @@ class Sample:
 
         dense = weight.float()
         squares = dense.square()
-        matters = _near_errors(squares, importance)
+        matters = squares @ _near(importance)  # [out] what rounding errors count, but for a factor
         if costs is not None:
             matters *= costs.outputs
         order = matters.argsort(descending=True, stable=True)
@@ -122,15 +122,11 @@ class Sample:
         return (columns * self.inputs).sum().item() / plain if plain > 0 else 1.0
 
 
-def _near_errors(squares: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """[out] what rounding errors count, but for a factor: they are as large as the weights near them, not as each.
-
-    squares: [out, in], of weights.
-    """
+def _near(importance: torch.Tensor) -> torch.Tensor:
+    """[in] what the square of each weight counts: a rounding error is as large as the weights near it, not as it."""
     import torch
 
-    near = torch.stack([part.mean(1) for part in squares.split(NEAR, 1)], 1)
-    return near @ torch.stack([part.sum() for part in importance.split(NEAR)])
+    return torch.cat([part.mean().expand(len(part)) for part in importance.split(NEAR)])
 
 
 def _counts(matters: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -53,5 +53,5 @@ def check_place(out: Path | None) -> None:
 def write_frontier(frontier: Frontier, stats: Path | str, out: Path) -> None:
     """Write the page, or JSON, as the ending of the name says; all of it or nothing."""
     page = out.suffix == ".html"
-    text = frontier_page(frontier, stats) if page else json.dumps(frontier.to_dict(), indent=1, allow_nan=False) + "\n"
+    text = frontier_page(frontier, stats) if page else json.dumps(frontier.to_dict(), allow_nan=False) + "\n"
     write_file(out, text.encode())
