@@ -2,9 +2,10 @@
 
     python benchmarks/fit.py MODEL --calibration TEXT --judge TEXT [--other TEXT ...] --name NAME
 
-First, random assignments of schemes to layers: median relative error of the predicted KL, and rank correlation. Then,
-for the bytes of each of some uniform recipes: the KL of that recipe, of the best uniform one that is no larger, and of
-the mixture that `fit` finds for the same bytes, on the judge's text and on others. One calibration serves all.
+First, for the bytes of each of some uniform recipes: the KL of that recipe, of the best uniform one that is no larger,
+and of the mixture that `fit` finds for the same bytes, on the judge's text and on others. Then random assignments of
+schemes to layers: median relative error of the predicted KL, and rank correlation. One calibration serves all, and
+each part is written when it is done.
 """
 
 import argparse
@@ -125,6 +126,14 @@ def at_equal_bytes(asked: argparse.Namespace, work: Path, stats: Path) -> dict:
     return {"uniform": plain, "fitted": rows}
 
 
+def conditions_of(asked: argparse.Namespace) -> dict:
+    """What was asked for, texts by their names."""
+    conditions = {name: value for name, value in vars(asked).items() if name not in ("model", "stats")}
+    texts = {name: Path(conditions[name]).name for name in ("calibration", "judge")}
+    conditions |= texts | {"other": [Path(text).name for text in asked.other]}
+    return conditions
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -153,14 +162,10 @@ def main() -> None:
             asked.model, out=stats, text=[asked.calibration], samples=asked.samples,
             sequence_length=asked.sequence_length, sensitivity=True, device="cpu",
         )  # fmt: skip
-        result = {
-            "assignments": random_assignments(asked, work, stats),
-            "equal_bytes": at_equal_bytes(asked, work, stats),
-        }
-    conditions = {name: value for name, value in vars(asked).items() if name not in ("model", "stats")}
-    texts = {name: Path(conditions[name]).name for name in ("calibration", "judge")}
-    conditions |= texts | {"other": [Path(text).name for text in asked.other]}
-    write_results(RESULTS / f"fit-{asked.name}.json", {"conditions": conditions, **result})
+        result = {}
+        for name, part in (("equal_bytes", at_equal_bytes), ("assignments", random_assignments)):
+            result[name] = part(asked, work, stats)
+            write_results(RESULTS / f"fit-{asked.name}.json", {"conditions": conditions_of(asked), **result})
 
 
 if __name__ == "__main__":
