@@ -33,7 +33,7 @@ def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     seen: dict[str, list[torch.Tensor]] = {}
     for name, part in model.named_modules():
-        if isinstance(part, torch.nn.Linear) and name != "lm_head":
+        if isinstance(part, torch.nn.Linear):
             part.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, [args[0], out]))
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -41,8 +41,12 @@ def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         states = model.model.embed_tokens(sequence).requires_grad_()
         scores = model(inputs_embeds=states).logits[0].log_softmax(-1)
         drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+        one_hot = torch.nn.functional.one_hot(sequence, model.config.vocab_size).float()
+        seen["model.embed_tokens"] = [one_hot, states]
         gradients = torch.autograd.grad(scores.gather(1, drawn).sum(), [out for _, out in seen.values()])
         for (name, (read, _)), gradient in zip(seen.items(), gradients, strict=True):
+            if name == "model.embed_tokens":
+                gradient, read = (read[0].T @ gradient[0])[None], torch.eye(read.shape[-1])[None]
             squares = gradient[0].square()
             outputs, inputs = squares.sum(0).double(), (squares.mean(1) @ read[0].square()).double()
             before = sums.get(name, (0.0, 0.0))
@@ -52,7 +56,7 @@ def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def test_block_by_block_gives_what_one_backward_pass_gives(untied_llama, stats):
     measured, expected = StatsReader(stats).sensitivity(), by_autograd(untied_llama)
-    assert measured.tokens == 3 * 32 and measured.linears.keys() == expected.keys() and len(expected) == 21
+    assert measured.tokens == 3 * 32 and measured.linears.keys() == expected.keys() and len(expected) == 21 + 2
     for name, (outputs, inputs) in expected.items():
         torch.testing.assert_close(measured.linears[name].outputs, outputs, rtol=2e-3, atol=1e-9)
         torch.testing.assert_close(measured.linears[name].inputs, inputs, rtol=2e-3, atol=1e-9)

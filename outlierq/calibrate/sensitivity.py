@@ -2,15 +2,17 @@
 
 The model runs forward once and the inputs of every block are kept in mapped files. What follows the blocks gives the
 gradient of sum_t log p(y_t), y_t drawn from the model itself; then each block, last first, runs again with gradients,
-and hands that of its inputs on. One block has weights and a graph at a time, of one batch.
+and hands that of its inputs on. One block has weights and a graph at a time, of one batch. The output head is watched
+on the way. Of the table of embeddings, of which a token takes one row, the gradient that is left at the end tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from outlierq.calibrate.runner import HiddenStates, Spill
 from outlierq.calibrate.trace import submodule
@@ -20,6 +22,7 @@ from outlierq.core.measured.sensitivity import LinearSensitivity, Sensitivity
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from outlierq.calibrate.runner import BlockRunner
     from outlierq.core.model import Block
@@ -32,22 +35,67 @@ Tell = Callable[[int, int, str], Any]
 def measure_sensitivity(
     runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates, folder: str | Path, *, seed: int = 0, tell: Tell
 ) -> Sensitivity:
-    """Of every linear in blocks. hidden: what enters the first block, [sequences, tokens, channels]; it is used up.
+    """Of every linear in blocks, of the output head and the table of embeddings.
 
-    ids: [sequences, tokens] of the same text; `runner.start` has read it. folder: for the inputs of all blocks.
-    tell: is told how many steps are done, of which block the next one is, and what it does. NumbersError when a
-    gradient is not finite.
+    hidden: what enters the first block, [sequences, tokens, channels]; it is used up. ids: [sequences,
+    tokens] of the same text; `runner.start` has read it. folder: for the inputs of all blocks. tell: is told how many
+    steps are done, of which block the next one is, and what it does. NumbersError when a gradient is not finite.
     """
     blocks = runner.structure.blocks
+    table = _Table.of(runner, ids, hidden)
     kept = [_forward(runner, block, hidden, folder, tell) for block in blocks]
-    gradients = _at_the_end(runner, ids, hidden, seed)
     linears: dict[str, LinearSensitivity] = {}
+    gradients = _at_the_end(runner, ids, hidden, seed, linears)
     for done, block in enumerate(reversed(blocks), start=len(blocks)):
         tell(done, block.index, "what an error of its outputs costs")
         with during("calibrate", block.name):
             linears = _backward(runner, block, kept.pop(), gradients) | linears
         return_freed_memory()
-    return Sensitivity(ids.numel(), linears)
+    return Sensitivity(ids.numel(), linears if table is None else linears | table.sums(ids, gradients))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The table of embeddings. share: how much of one of its rows is in the hidden state that enters the blocks."""
+
+    name: str
+    rows: int
+    share: float
+
+    @classmethod
+    def of(cls, runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates) -> _Table | None:
+        """None where hidden states are not as wide as its rows, or where it has no table."""
+        import torch
+
+        table = cast("PreTrainedModel", runner.model).get_input_embeddings()
+        name = next((name for name, part in runner.model.named_modules() if part is table), None)
+        if name is None or not isinstance(table, torch.nn.Embedding) or tuple(hidden.values.shape[:2]) != ids.shape:
+            return None
+        if hidden.values.shape[2:] != table.weight.shape[1:]:
+            return None
+        both = power = 0.0
+        runner.weights.materialise("")
+        try:
+            for batch, asked in enumerate(ids.split(runner.batch_size)):
+                rows = table.weight[asked.to(table.weight.device)].float()
+                both += (hidden[batch].to(rows) * rows).sum().item()
+                power += rows.square().sum().item()
+        finally:
+            runner.weights.release("")
+        return cls(name, len(table.weight), both / power) if power > 0 else None
+
+    def sums(self, ids: torch.Tensor, gradients: HiddenStates) -> dict[str, LinearSensitivity]:
+        """gradients: by what enters the blocks. A row errs alike wherever its token is, so they add up in a text."""
+        import torch
+
+        outputs, inputs = gradients.values.new_zeros(()).double(), torch.zeros(self.rows, dtype=torch.float64)
+        for number, text in enumerate(ids):
+            tokens, places = text.unique(return_inverse=True)
+            by_place = gradients.values[number].double().cpu() * self.share
+            squares = by_place.new_zeros(len(tokens), by_place.shape[1]).index_add_(0, places, by_place).square_()
+            outputs = outputs + squares.sum(0)
+            inputs[tokens] += squares.mean(1)
+        return {self.name: LinearSensitivity(outputs, inputs)}
 
 
 def _forward(runner: BlockRunner, block: Block, hidden: HiddenStates, folder: str | Path, tell: Tell) -> HiddenStates:
@@ -78,12 +126,19 @@ def _weights(runner: BlockRunner, block: Block) -> Iterator[torch.nn.Module]:
         runner.weights.release(block.name)
 
 
-def _at_the_end(runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates, seed: int) -> HiddenStates:
-    """The gradient by the outputs of the last block, in the place of `hidden`, which holds these."""
+def _at_the_end(
+    runner: BlockRunner, ids: torch.Tensor, hidden: HiddenStates, seed: int, sums: dict[str, LinearSensitivity]
+) -> HiddenStates:
+    """The gradient by the outputs of the last block, in the place of `hidden`, which holds these.
+
+    sums: gets what the output head adds.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    with runner.tail(ids, hidden) as logits_at:
+    head = cast("PreTrainedModel", runner.model).get_output_embeddings()
+    heads = {name: part for name, part in runner.model.named_modules() if part is head}
+    with runner.tail(ids, hidden) as logits_at, _watching(heads, sums):
         for batch in range(len(hidden)):
             states = hidden[batch].to(runner.device, runner.dtype, copy=True).requires_grad_()
             count = len(ids[batch * runner.batch_size : (batch + 1) * runner.batch_size])
@@ -104,7 +159,7 @@ def _backward(
     import torch
 
     sums: dict[str, LinearSensitivity] = {}
-    with _weights(runner, block) as module, _watching(module, block, sums):
+    with _weights(runner, block) as module, _watching(_linears(module, block), sums):
         for batch in range(len(inputs)):
             states = inputs[batch].to(runner.device, runner.dtype, copy=True).requires_grad_()
             with torch.enable_grad():
@@ -118,8 +173,13 @@ def _backward(
     return {site.module: sums[site.module] for site in block.sites if site.module in sums}
 
 
+def _linears(module: torch.nn.Module, block: Block) -> dict[str, torch.nn.Module]:
+    """Those of a block, by name."""
+    return {site.module: submodule(module, site.module) for site in block.sites}
+
+
 @contextmanager
-def _watching(module: torch.nn.Module, block: Block, sums: dict[str, LinearSensitivity]) -> Iterator[None]:
+def _watching(linears: Mapping[str, torch.nn.Module], sums: dict[str, LinearSensitivity]) -> Iterator[None]:
     """Inside, `sums` gets what every linear adds when gradients reach its output."""
     import torch
 
@@ -131,7 +191,7 @@ def _watching(module: torch.nn.Module, block: Block, sums: dict[str, LinearSensi
 
         return on_output
 
-    handles = [submodule(module, site.module).register_forward_hook(watch(site.module)) for site in block.sites]
+    handles = [part.register_forward_hook(watch(name)) for name, part in linears.items()]
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ class LinearSensitivity:
     """Of one linear; g is the gradient of sum_t log p(y_t) by its output at a token, y_t drawn from the model itself.
 
     outputs: [out] float64, sum over tokens of g_j^2. inputs: [in] float64, sum over tokens of (mean_j g_j^2) x_i^2.
+    Of the table of embeddings, whose inputs are tokens: g by each of its rows, the sum over the places of a sequence.
     """
 
     outputs: torch.Tensor

@@ -93,7 +93,7 @@ def fit(
     checkpoint = source.open()
     check_recorded(checkpoint)
     with reading_ahead(checkpoint):
-        space = space_of(checkpoint, recipe, goal.client, goal.numbers)
+        space = space_of(checkpoint, recipe, goal.client, goal.numbers, run.stats)
     if goal.max_kl is not None:
         prediction = predicted(space, run.stats, resources)
         check_limit(prediction, goal.max_kl, run.stats)

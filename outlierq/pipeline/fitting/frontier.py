@@ -143,7 +143,7 @@ def frontier(
     checkpoint = source.open()
     check_recorded(checkpoint)
     with reading_ahead(checkpoint):
-        space = space_of(checkpoint, recipe, client, numbers)
+        space = space_of(checkpoint, recipe, client, numbers, stats)
     return _drawn(space, predicted(space, stats, resources))
 
 

@@ -47,7 +47,8 @@ def bits_budget(bits: float, layers: Sequence[Layer]) -> Budget:
     sites, weights = {site for layer in layers for site in layer.sites}, sum(layer.weights for layer in layers)
 
     def held(plan: Plan) -> float:
-        sizes = (site_bytes(plan, planned.site, planned.scheme) for planned in plan.sites if planned.site in sites)
+        schemes = {planned.site: planned.scheme for planned in plan.sites}
+        sizes = (site_bytes(plan, site, schemes.get(site)) for site in sites)
         return 8 * sum(sizes) / weights
 
     return Budget("bits", bits, held, "a weight of the linears", "bits", 8 / weights)

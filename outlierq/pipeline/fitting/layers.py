@@ -20,7 +20,10 @@ Storage = QuantScheme | None  # None: 16 bits
 
 @dataclass(frozen=True)
 class Layer:
-    """Linears that a client needs in one scheme. choices: bytes of all of them for every way to store them."""
+    """Linears that a client needs in one scheme, or one table as wide as the vocabulary.
+
+    choices: bytes of all of them for every way to store them.
+    """
 
     sites: tuple[LinearSite, ...]
     choices: Mapping[Storage, int]
@@ -32,19 +35,26 @@ class Layer:
         return first if len(self.sites) == 1 else f"{first} and {len(self.sites) - 1} more"
 
     @property
+    def is_table(self) -> bool:
+        """Whether it is the table of embeddings or the output head."""
+        return self.sites[0].block is None
+
+    @property
     def weights(self) -> int:
         """Number of weights in all linears."""
         return sum(site.out_features * site.in_features for site in self.sites)
 
 
-def layers_of(plan: Plan, client: Client, schemes: Sequence[QuantScheme]) -> list[Layer]:
-    """The layers among the linears that the plan quantizes inside of blocks, in the order of the model.
+def layers_of(
+    plan: Plan, client: Client, schemes: Sequence[QuantScheme], tables: Sequence[LinearSite] = ()
+) -> list[Layer]:
+    """The layers among the linears that the plan quantizes inside of blocks, in the order of the model, then tables.
 
     schemes: to choose from. A layer that can have none of them is left as the plan has it, and is not listed.
     """
     recipes = {scheme: asking(plan.recipe, scheme) for scheme in schemes}
     layers = []
-    for sites in together(plan, client):
+    for sites in [*together(plan, client), *((site,) for site in tables)]:
         held: dict[Storage, int] = {}
         for scheme, recipe in recipes.items():
             size = _bytes(plan, recipe, sites, scheme)

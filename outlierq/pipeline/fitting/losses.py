@@ -22,6 +22,7 @@ from outlierq.pipeline.fitting.foretold import Foretelling, Losses, Solved, chan
 from outlierq.pipeline.fitting.layers import Layer, Storage
 from outlierq.pipeline.fitting.sampled import Costs, Loss, Sample
 from outlierq.pipeline.fitting.storage import rounding
+from outlierq.pipeline.fitting.tables import table_losses
 from outlierq.pipeline.planning.memory import LARGE
 from outlierq.pipeline.planning.plan import Plan
 from outlierq.pipeline.quantize import UNKNOWN_INPUT
@@ -86,6 +87,9 @@ def predict(
     rate = _rate(losses, sum(layer.weights for layer in layers))
     measured = predictor.foretelling.rate
     totals = [{scheme: measured * loss.total(rate) for scheme, loss in known.items()} for known in losses]
+    for number, layer in enumerate(layers):
+        if layer.is_table and sensitivity is not None:
+            totals[number] = table_losses(plan, layer, sensitivity)
     return Prediction(totals, sensitivity is not None)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from outlierq import __version__
+from outlierq.calibrate.stored.stats_file import FINISHED, StatsReader
 from outlierq.core.errors import ArgumentError, RecipeError
 from outlierq.core.model import Checkpoint
 from outlierq.core.report import Report
+from outlierq.core.scheme import QuantScheme
+from outlierq.export import format_type
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.block.stats import StatsFromFile
 from outlierq.pipeline.fitting.choosing import Chosen
 from outlierq.pipeline.fitting.layers import Layer, Storage, layers_of
 from outlierq.pipeline.fitting.losses import Prediction, predict
 from outlierq.pipeline.fitting.storage import BESIDE, Client, asking, known_client, storages
+from outlierq.pipeline.fitting.tables import opened, tables_of
 from outlierq.pipeline.fitting.written import recipe_text, recipe_with
 from outlierq.pipeline.measuring.cache import keep, key_of, recall
 from outlierq.pipeline.planning.decide import assembled, make_plan
@@ -55,27 +59,50 @@ class Space:
     def planned(self, storages: Sequence[Storage]) -> Plan:
         """The plan of a choice for every layer; one that keeps all has sizes only."""
         if all(storage is None for storage in storages):
-            return _kept(self.plan)
+            return _kept(self.plan, self.layers)
         return make_plan(self.checkpoint, recipe_with(self.base, self.layers, storages))
 
 
-def space_of(checkpoint: Checkpoint, recipe: Recipe, client: str, numbers: Sequence[str] = ()) -> Space:
-    """The choices that a client leaves. ArgumentError or RecipeError when there are none."""
+def space_of(
+    checkpoint: Checkpoint, recipe: Recipe, client: str, numbers: Sequence[str] = (), stats: Path | None = None
+) -> Space:
+    """The choices that a client leaves. ArgumentError or RecipeError when there are none.
+
+    stats: whose sensitivities tell of the table of embeddings and the output head; without them both stay as they are.
+    """
     known = known_client(client)
     if recipe.quantize is None:
         raise ArgumentError(f"{recipe.name} quantizes nothing", argument="recipe")
-    base = recipe.model_copy(update={"export": recipe.export.model_copy(update={"format": known.format})})
-    schemes = storages(base, known, checkpoint.dtype, numbers)
-    plan = replace(make_plan(checkpoint, asking(base, ANY)), recipe=base)
-    layers = layers_of(plan, known, schemes)
-    if not layers:
+    given = recipe.model_copy(update={"export": recipe.export.model_copy(update={"format": known.format})})
+    schemes = storages(given, known, checkpoint.dtype, numbers)
+    space = _space_of(checkpoint, given, known, schemes, _modules_of(stats))
+    if space.plan.structure.towers:  # which an ignored head protects, too
+        space = _space_of(checkpoint, given, known, schemes, ())
+    if not space.layers:
         raise ArgumentError(f"no linear of this model can be stored for {known.word}", argument="client")
-    return Space(checkpoint, base, plan, known, layers)
+    return space
 
 
-def _kept(plan: Plan) -> Plan:
-    """The plan with every linear in blocks as it is in the source."""
-    sites = tuple(replace(each, scheme=None) if each.site.block is not None else each for each in plan.sites)
+def _space_of(
+    checkpoint: Checkpoint, given: Recipe, client: Client, schemes: Sequence[QuantScheme], tables: Collection[str]
+) -> Space:
+    """The same with the tables among these modules."""
+    base = opened(given, holds_types=format_type(client.format).holds_types, tables=tables)
+    plan = replace(make_plan(checkpoint, asking(base, ANY)), recipe=base)
+    return Space(checkpoint, base, plan, client, layers_of(plan, client, schemes, tables_of(plan, given, tables)))
+
+
+def _modules_of(stats: Path | None) -> Collection[str]:
+    """Whose sensitivity statistics hold; whoever reads more of those that are not there says so."""
+    known = None if stats is None or not (stats / FINISHED).is_file() else StatsReader(stats).sensitivity()
+    return () if known is None else known.linears.keys()
+
+
+def _kept(plan: Plan, layers: Sequence[Layer]) -> Plan:
+    """The plan with every linear in blocks, and the tables that there are to choose for, as in the source."""
+    tables = {layer.sites[0] for layer in layers if layer.is_table}
+    is_kept = (each.site.block is not None or each.site in tables for each in plan.sites)
+    sites = tuple(replace(p, scheme=None) if kept else p for p, kept in zip(plan.sites, is_kept, strict=True))
     return assembled(plan.model, sites, plan.recipe, plan.caches, plan.together)
 
 

@@ -86,9 +86,11 @@ def keys_of(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def asking(recipe: Recipe, scheme: QuantScheme) -> Recipe:
-    """The recipe with this scheme for all linears that it quantizes."""
+    """The recipe with this scheme for all linears that it quantizes, and for a table of embeddings that has a type."""
     section = rounding(recipe)
     others = {name: getattr(section, name) for name in section.model_fields_set - {*SCHEME_KEYS, "mix"}}
+    if section.embeddings is not None and scheme.type is not None:
+        others["embeddings"] = scheme.type
     return recipe.model_copy(update={"quantize": Quantize(**others, **keys_of(scheme))})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from outlierq.core.model import LinearSite
+from outlierq.core.model import EMBEDDING, LinearSite
 from outlierq.pipeline.fitting.layers import Layer, Storage
 from outlierq.pipeline.fitting.storage import keys_of, rounding
 from outlierq.recipe import Recipe, parse
@@ -26,7 +26,7 @@ def recipe_text(base: Recipe, layers: Sequence[Layer], chosen: Sequence[Storage]
     storing = {**keys_of(usual), "when_indivisible": section.when_indivisible} if usual else {}
     quantize: dict[str, Any] = {"method": section.method, **storing}
     own = section.model_dump(mode="json", exclude_defaults=True)
-    quantize |= {key: value for key, value in own.items() if key in ("ignore", "embeddings")} | section.options
+    quantize |= _outside(own, layers, chosen) | section.options
     quantize["overrides"] = [*own.get("overrides", []), *overrides(layers, chosen, usual)]
     order = {key: value for key, value in described.items() if key != "export"}
     values = {**order, "quantize": quantize, "export": base.export.model_dump(mode="json")}
@@ -39,6 +39,16 @@ def recipe_with(base: Recipe, layers: Sequence[Layer], chosen: Sequence[Storage]
     return parse(recipe_text(base, layers, chosen, description), name="fit")
 
 
+def _outside(own: Mapping[str, Any], layers: Sequence[Layer], chosen: Sequence[Storage]) -> dict[str, Any]:
+    """The keys on what is outside of the blocks. own: those of the base; the table of embeddings may be chosen."""
+    keys = {key: own[key] for key in ("ignore", "embeddings") if key in own}
+    for layer, storage in zip(layers, chosen, strict=True):
+        if layer.sites[0].kind == EMBEDDING:
+            type = keys.pop("embeddings")
+            keys |= {} if storage is None else {"embeddings": storage.type or type}
+    return keys
+
+
 def _plain(recipe: Recipe, without: set[str]) -> dict[str, Any]:
     """The sections that are set, as plain values; options of a method are keys of its section."""
     values = recipe.model_dump(mode="json", exclude=without, exclude_none=True, exclude_defaults=True)
@@ -48,19 +58,23 @@ def _plain(recipe: Recipe, without: set[str]) -> dict[str, Any]:
 
 
 def _commonest(layers: Sequence[Layer], chosen: Sequence[Storage]) -> Storage:
-    """The scheme of most weights; None when all layers are kept."""
+    """The scheme of most weights in blocks, or of tables where those are kept; None when all layers are kept."""
     weights: Counter[Storage] = Counter()
-    for layer, storage in zip(layers, chosen, strict=True):
-        if storage is not None:
-            weights[storage] += layer.weights
+    quantized = [(layer, storage) for layer, storage in zip(layers, chosen, strict=True) if storage is not None]
+    inside = [(layer, storage) for layer, storage in quantized if not layer.is_table]
+    for layer, storage in inside or quantized:
+        weights[storage] += layer.weights
     return max(weights, key=lambda scheme: (weights[scheme], str(scheme)), default=None)
 
 
 def overrides(layers: Sequence[Layer], chosen: Sequence[Storage], usual: Storage) -> list[dict[str, Any]]:
-    """One override for each kind of linear and scheme that is not the usual one."""
+    """One override for each kind of linear and scheme that is not the usual one.
+
+    The output head, which no pattern ignores any more, is always named; the table of embeddings has a key of its own.
+    """
     modules: dict[tuple[str, Storage], list[str]] = {}
     for layer, storage in zip(layers, chosen, strict=True):
-        if storage != usual:
+        if (storage != usual or layer.is_table) and layer.sites[0].kind != EMBEDDING:
             for kind, names in kinds(layer.sites).items():
                 modules.setdefault((kind, storage), []).extend(names)
     return [

@@ -53,7 +53,7 @@ function drawTable(chosen) {
   };
   const rows = blocks.map((block) =>
     row([
-      cell("th", block === null ? "all" : "block " + block),
+      cell("th", block === null ? "whole model" : "block " + block),
       ...kinds.map((kind) => {
         const n = found.get(block + " " + kind);
         if (n === undefined) return cell("td", "", "cell");
