@@ -218,7 +218,7 @@ def test_a_result_from_mxfp4_experts_is_that_from_the_plain_ones(gpt_oss, tmp_pa
     assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
 
 
-@pytest.mark.parametrize("damage", ["NaN", "lost", "shape"])
+@pytest.mark.parametrize("damage", ["NaN", "zeros", "lost", "shape"])
 def test_damaged_mxfp4_experts_are_refused(damage, gpt_oss, outlierq, tmp_path):
     folder, name = experts_of(gpt_oss, tmp_path).compressed, "model.layers.0.mlp.experts.down_proj"
 
@@ -226,6 +226,8 @@ def test_damaged_mxfp4_experts_are_refused(damage, gpt_oss, outlierq, tmp_path):
         scales = f"{name}_scales"
         if damage == "NaN":
             tensors[scales][1, 2, 0] = 255
+        elif damage == "zeros":
+            tensors[scales].zero_()
         elif damage == "lost":
             del tensors[scales]
         else:
@@ -233,4 +235,4 @@ def test_damaged_mxfp4_experts_are_refused(damage, gpt_oss, outlierq, tmp_path):
 
     edit_tensors(folder, change)
     done = outlierq("quantize", folder, "-r", "dense", "-o", tmp_path / "out", "-q")
-    assert done.code == 1 and name in done.err and not list(tmp_path.glob("out*"))
+    assert done.code == 1 and name in done.err and "hint: " in done.err and not list(tmp_path.glob("out*"))

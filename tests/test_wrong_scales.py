@@ -24,6 +24,8 @@ WRITTEN = {
     "fp8 of compressed-tensors": ("fp8-dynamic", {}),
     "nvfp4": ("nvfp4", {}),
     "mxfp4": ("mxfp4", {}),
+    "mxfp6": ("mxfp6", {}),
+    "mxfp8": ("mxfp8", {}),
     "gptq": ("rtn-w4", G32 | {"export.format": "gptq"}),
     "awq": ("rtn-w4", G32 | {"export.format": "awq"}),
     "llm-int8": ("llm-int8", {}),
@@ -69,7 +71,7 @@ CASES = [
     (kind, damage)
     for kind in WRITTEN
     for damage in DAMAGE
-    if (kind, damage) not in {("mxfp4", "NaN"), ("mxfp4", "zeros")}  # exponents: the next test
+    if not (kind.startswith("mxfp") and damage == "NaN")  # exponents: the next test
 ]
 
 
@@ -94,11 +96,13 @@ def test_they_are_refused_with_the_name_of_the_weight_and_nothing_is_written(kin
         outlierq.quantize(folder, "rtn-w8", out=tmp_path / "out", device="cpu")
     said = str(refused.value)
     assert MODULE in said or "needs" in said  # of GPTQ and AWQ the shapes
+    assert refused.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
-def test_an_exponent_of_255_is_no_scale(written, tmp_path):
-    folder = damaged(written("mxfp4"), tmp_path / "bad", with_number(255))
+@pytest.mark.parametrize("kind", ["mxfp4", "mxfp6", "mxfp8"])
+def test_an_exponent_of_255_is_no_scale(kind, written, tmp_path):
+    folder = damaged(written(kind), tmp_path / "bad", with_number(255))
     with pytest.raises(SourceError, match="scales are NaN"):
         outlierq.quantize(folder, "rtn-w8", out=tmp_path / "out", device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]

@@ -100,6 +100,16 @@ def during(stage: str, subject: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def hinted(hint: str) -> Iterator[None]:
+    """Add a hint to any `OutlierqError` that passes through and has none yet."""
+    try:
+        yield
+    except OutlierqError as error:
+        error.hint = error.hint or hint
+        raise
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that the machine has not enough memory."""
     return isinstance(error, MemoryError) or any(part in str(error).lower() for part in NO_MEMORY)

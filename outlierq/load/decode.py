@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outlierq.core.errors import SourceError
+from outlierq.core.errors import SourceError, hinted
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.model.experts.apart import experts_apart
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from outlierq.core.model import Checkpoint
 
 FOLDERS = ("outlierq.load.packed", "outlierq.load.gguf")
+
+ANOTHER = "the file is damaged, or config.json is that of another one; get both again, or start from the original"
 
 
 @cache
@@ -60,7 +62,8 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
             f"{checkpoint.source} is compressed with {compressor(config)}, which is not decoded here",
             hint=f"start from the original checkpoint, or from one of {', '.join(sorted(PRESENTATIONS))} or GGUF",
         )
-    return presentation(checkpoint, config)
+    with hinted(ANOTHER):
+        return presentation(checkpoint, config)
 
 
 def presented(checkpoint: Checkpoint) -> Checkpoint:

@@ -45,6 +45,7 @@ MEMBERS = {
     MXFP6: ("weight_packed", "weight_scale"),
     MXFP8: ("weight", "weight_scale"),
 }
+SIGNS = {NVFP4: 0x88, MXFP4: 0x88, MXFP8: 0x80}  # bits of a byte that are signs of codes; six bits have theirs anywhere
 SCALES = {NVFP4: "two-level", **dict.fromkeys((MXFP4, MXFP6, MXFP8), "power-of-two")}
 # What their parts may be, where that is not what the other formats have under the same name.
 FLOAT4_ROLES = {
@@ -130,14 +131,16 @@ class UnpackedCheckpoint(DecodedCheckpoint):
         check_shapes(f"{name} of {self.source}", self.linears[name], shapes)
 
     def check_scales(self, name: str) -> None:
-        """SourceError when a scale is no number, or 0 over codes that are not; of NVFP4, when all small ones are."""
+        """SourceError when a scale is no number, or 0 over codes that are not; where there is one for
+        a few weights, when all are."""
         weight = self.linears[name]
         scale = self.original.read(weight.members["weight_scale"])
         if weight.format in SCALES:
             whole = self.original.read(weight.members[GLOBAL]) if GLOBAL in weight.members else None
             check_small_scales(scale, whole)
-            if not bool(scale.float().any()) and weight.format == NVFP4:
-                check_nothing(name, self.original.read(weight.members["weight_packed"]))
+            if not bool(scale.float().any()):
+                role = next(role for role in weight.members if role in ("weight", "weight_packed"))
+                check_nothing(name, self.original.read(weight.members[role]), SIGNS.get(weight.format, 0))
             if whole is not None:
                 checked_scales(name, scale.float(), without_codes, signed=True)
             return

@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import DTYPES, STORED_AS
-from outlierq.core.errors import SourceError, during
+from outlierq.core.errors import SourceError, during, hinted
 from outlierq.core.model import CarriedFile, DerivedCheckpoint, StoredLinear, TensorInfo
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.load.model.activations import round_inputs
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from outlierq.core.quant_tensor import QuantTensor
 
 
-DAMAGED = "the file is damaged, or these are scales of another kind; get it again"
+DAMAGED = "the file is damaged, or these are scales of another kind; get it again, or start from the original"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DecodedCheckpoint(DerivedCheckpoint):
             return self.decoded_experts(name, range(self.stacks[name].shape[0]))
         if name not in self.linears:
             return self.original.read(name)
-        with during("decode", name):
+        with during("decode", name), hinted(DAMAGED):
             return self.decoded(name)
 
     def read_rows(self, name: str, count: int) -> Iterator[torch.Tensor]:
@@ -188,7 +188,8 @@ class ServedCheckpoint(DerivedCheckpoint):
     def __init__(self, decoded: DecodedCheckpoint):
         super().__init__(decoded)
         for name in decoded.packed:
-            decoded.check_shapes(name)
+            with hinted(DAMAGED):
+                decoded.check_shapes(name)
         self.config, self.linears = decoded.config, decoded.linears
         self.reads_rows = decoded.original.reads_rows
         dtype = STORED_AS[self.dtype]

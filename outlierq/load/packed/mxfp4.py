@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outlierq.core.errors import SourceError
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
-from outlierq.load.packed.codes.e2m1 import decode_e2m1, e2m1_rows
+from outlierq.load.packed.codes.e2m1 import check_nothing, decode_e2m1, e2m1_rows
 from outlierq.load.packed.codes.numbers import Parts
 from outlierq.load.packed.decoded import DAMAGED, DecodedCheckpoint, StoredStack
 from outlierq.load.packed.described import check_member, nothing_packed
@@ -47,8 +47,11 @@ class Mxfp4Checkpoint(DecodedCheckpoint):
         return torch.stack([torch.from_numpy(matrix) for matrix in decoded]).contiguous()
 
     def check_scales(self, name: str) -> None:
-        """SourceError when a scale is NaN; exponents are never 0."""
-        _check_exponents(name, self.original.read(self.stacks[name].members["scales"]))
+        """SourceError when a scale is NaN, or when all are the least there is over codes that are not 0."""
+        scales, members = self.original.read(self.stacks[name].members["scales"]), self.stacks[name].members
+        _check_exponents(name, scales)
+        if not bool(scales.any()):
+            check_nothing(name, self.original.read(members["blocks"]))
 
 
 def _check_exponents(name: str, scales: torch.Tensor) -> None:

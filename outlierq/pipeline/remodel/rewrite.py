@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlierq.core.errors import NumbersError, during
+from outlierq.core.errors import NumbersError, during, hinted
 from outlierq.core.machine.heap import return_freed_memory
 from outlierq.core.model import Checkpoint, DerivedCheckpoint, StudiedModel
 from outlierq.core.move import UNCHANGED
 from outlierq.export import format_type
 from outlierq.load.model.conversion.class_named import class_named
 from outlierq.load.model.experts.apart import with_parts
-from outlierq.load.packed.decoded import ServedCheckpoint
+from outlierq.load.packed.decoded import DAMAGED, ServedCheckpoint
 from outlierq.pipeline.asked.events import Event, Listener, silent
 from outlierq.pipeline.remodel.approximated import ApproximatedCheckpoint
 from outlierq.pipeline.remodel.prune import PrunedCheckpoint, pruned
@@ -147,7 +147,7 @@ def check_source(checkpoint: Checkpoint, listen: Listener = silent) -> None:
         return
     for number, name in enumerate(source.packed):
         listen(Event("check", number, len(source.packed), name))
-        with during("check", name):
+        with during("check", name), hinted(DAMAGED):
             source.original.check_scales(name)
 
 

@@ -103,7 +103,10 @@ def check_small_scales(small: Numbers, whole: Numbers | None) -> None:
         raise SourceError(f"{int((scale == 255).sum())} scales are NaN (255)")
 
 
-def check_nothing(name: str, weight_packed: Numbers) -> None:
-    """SourceError for codes that are not 0, of a weight whose scales all are. weight_packed: bytes [out, in / 2]."""
-    if (as_bytes_array(weight_packed) & 0x77).any():
-        raise SourceError(f"all scales of {name} are 0 over weights that are not", hint="get the file again")
+def check_nothing(name: str, codes: Numbers, signs: int = 0x88) -> None:
+    """SourceError for codes that are not 0, of a weight whose scales, or exponents of scales, all are.
+
+    codes: bytes [out, any]. signs: the bits of a byte that are signs; those of two codes where none is said.
+    """
+    if (as_bytes_array(codes) & (0xFF ^ signs)).any():
+        raise SourceError(f"all scales of {name} are 0 over weights that are not")
