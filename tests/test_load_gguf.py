@@ -318,6 +318,17 @@ def test_a_tensor_without_a_place_in_the_model_is_refused(tmp_path):
     assert "tensor blk.0.attn_q.bias of m.gguf has no place in the model" in message
 
 
+def test_what_transformers_does_not_read_still_becomes_a_gguf_file_by_the_command_of_the_hint(tmp_path):
+    source = write_model(tmp_path / "source", "gpt_oss")
+    plain = tmp_path / "m.gguf"
+    outlierq.quantize(source, "dense", out=plain, settings={"export.format": "gguf"}, device="cpu")
+    with pytest.raises(SourceError, match=r"config of m\.gguf \(architecture gpt-oss\)\n") as refused:
+        open_checkpoint(str(plain))
+    assert "-r gguf-q8_0" in refused.value.hint
+    outlierq.quantize(plain, "gguf-q8_0", out=tmp_path / "q8.gguf", device="cpu")
+    assert (tmp_path / "q8.gguf").stat().st_size < plain.stat().st_size
+
+
 def test_metadata_that_contradicts_the_tensors_is_refused(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", llama())
     raw = path.read_bytes()
@@ -419,7 +430,7 @@ def test_a_file_without_a_tokenizer_carries_the_generation_config_alone(llama_fi
     assert [file.name for file in open_checkpoint(str(llama_file)).files] == ["generation_config.json"]
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2_moe", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "llama", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe"])
 def test_what_transformers_does_not_read_of_the_metadata_is_read_all_the_same(model_type, tmp_path):
     source = write_model(tmp_path / "source", model_type)
     outlierq.quantize(source, "dense", out=tmp_path / "m.gguf", settings={"export.format": "gguf"}, device="cpu")

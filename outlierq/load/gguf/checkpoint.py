@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlierq.core.errors import SourceError
 from outlierq.core.model import CarriedFile, Checkpoint, TensorInfo
-from outlierq.load.gguf.file import GgufHeader, check_decodable, dequantized, head_bytes
+from outlierq.load.gguf.file import WITHOUT_A_CLASS, GgufHeader, check_decodable, dequantized, head_bytes
+from outlierq.load.gguf.kin import kin, processor_of
 from outlierq.load.gguf.rope import ROPE_FACTORS, restore_rope
 from outlierq.load.gguf.split import read_gguf
 from outlierq.load.gguf.tokenizer import gguf_tokenizer
@@ -113,15 +114,15 @@ class GgufCheckpoint(Checkpoint):
 
     def _named_tensors(self) -> tuple[dict[str, tuple[str, ...]], dict[str, TensorInfo]]:
         """The GGUF tensors behind each Hugging Face tensor, and the headers under those names."""
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         from outlierq.load.model.skeleton import build_skeleton
 
         skeleton = build_skeleton(self)
         architecture = self._header.fields["general.architecture"]
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed_config)
+        self._processor = processor_of(architecture, self._parsed_config)
         try:
-            self._name_map = get_gguf_hf_weights_map(_Trunk(skeleton), self._processor)
+            self._name_map = get_gguf_hf_weights_map(_Trunk(skeleton), self._processor, architecture)
         except NotImplementedError as error:
             raise SourceError(f"the tensor names of {self.source} are unknown: {error}") from error
         parts = _parts(self._header, _with_expert_names(self._header, self._name_map))
@@ -187,12 +188,13 @@ def _parsed_config(header: GgufHeader) -> dict[str, Any]:
     if "general.architecture" not in header.fields:
         raise SourceError(f"{header.path.name} does not say its architecture (general.architecture)")
     try:
-        return load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
+        return load_gguf_checkpoint(str(header.path), return_tensors=False)["config"] | kin(header)
     except config_errors() as error:
+        why = f": {error}" if isinstance(error, ValueError) else ""  # others speak of its code
         raise SourceError(
             f"transformers cannot read the config of {header.path.name} "
-            f"(architecture {header.fields['general.architecture']}): {error}",
-            hint="use the original Hugging Face folder of this model",
+            f"(architecture {header.fields['general.architecture']}){why}",
+            hint=WITHOUT_A_CLASS,
         ) from error
 
 
@@ -256,7 +258,7 @@ def _parts(header: GgufHeader, name_map: dict[str, str]) -> dict[str, tuple[str,
             raise SourceError(
                 f"tensor {name} of {header.path.name} has no place in the model that transformers builds for "
                 f"{header.fields['general.architecture']}; without it the model would be a different one",
-                hint="use the original Hugging Face folder of this model",
+                hint=WITHOUT_A_CLASS,
             )
         parts[name_map[name]] = (*parts.get(name_map[name], ()), name)
     return parts

@@ -28,6 +28,12 @@ MOST_ARRAY_ITEMS, MOST_DIMENSIONS = 1 << 22, 8
 
 SUPPORTED = ("F32", "F16", "BF16", *block_types())
 
+# For a file of which no model can be built: what needs none.
+WITHOUT_A_CLASS = (
+    "a recipe that runs no model makes another GGUF file of it: outlierq quantize FILE -r gguf-q8_0 -o out.gguf, with "
+    "--set quantize.type=Q4_K and so on; for everything else use the original Hugging Face folder of this model"
+)
+
 # Rows are dequantized in runs of about this many values: 64 MiB of float32, small beside any block of a large model.
 VALUES_PER_RUN = 1 << 24
 

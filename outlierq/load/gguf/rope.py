@@ -6,7 +6,7 @@ from math import pi
 from typing import Any
 
 from outlierq.core.errors import SourceError
-from outlierq.load.gguf.file import GgufHeader, dequantized
+from outlierq.load.gguf.file import WITHOUT_A_CLASS, GgufHeader, dequantized
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -73,5 +73,5 @@ def _unknown(header: GgufHeader, what: str) -> SourceError:
     """The refusal of a scaling that would be lost."""
     return SourceError(
         f"{header.path.name} changes its rotary embedding in a way that cannot be restored: {what}",
-        hint="use the original Hugging Face folder of this model",
+        hint=WITHOUT_A_CLASS,
     )
