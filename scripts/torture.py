@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
 from dataclasses import dataclass
@@ -341,9 +341,15 @@ def _say(text: str) -> None:
 
 
 def torture(
-    kills: int, faults: int, around: int, seed: int, work: Path, say: Callable[[str], object] = _say
+    kills: int,
+    faults: int,
+    around: int,
+    seed: int,
+    work: Path,
+    say: Callable[[str], object] = _say,
+    jobs: Sequence[str] = JOBS,
 ) -> dict[str, Any]:
-    """All trials; counts, and every one that went wrong."""
+    """All trials; counts, and every one that went wrong. jobs: those that are killed."""
     started, wrong = time.perf_counter(), []
     killed: Counter[str] = Counter()
     ways: Counter[str] = Counter()
@@ -353,7 +359,7 @@ def torture(
         say(f"undisturbed: {', '.join(f'{job} {seconds:.1f} s' for job, seconds in made.seconds.items())}")
         trial = 0
         while sum(killed.values()) < kills:
-            draw, job = Random(f"{seed} kill {trial}"), JOBS[trial % len(JOBS)]
+            draw, job = Random(f"{seed} kill {trial}"), jobs[trial % len(jobs)]
             count = min(draw.choice((1, 1, 2, 3)), kills - sum(killed.values()))
             try:
                 ways += killed_and_continued(made, job, count, draw)
@@ -428,10 +434,12 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--around", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="those that are killed (default: all)")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="outlierq-torture-") as work:
-        done = torture(options.kills, options.faults, options.around, options.seed, Path(work).resolve())
+        counts = (options.kills, options.faults, options.around, options.seed)
+        done = torture(*counts, Path(work).resolve(), jobs=options.jobs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(done, indent=1) + "\n")
     print(f"{len(done['wrong'])} went wrong; {done['seconds']:.0f} s; {options.out}")

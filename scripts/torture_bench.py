@@ -36,6 +36,7 @@ QUANTIZE = {
     "sequential": ("-r", "awq-gptq-w4", *SMALL, "--set", "calibration.mode=sequential"),
     "from statistics": ("-r", "awq-gptq-w4", *SMALL, "--stats", "STATS"),
     "gated": ("-r", "rtn-w4", "--set", "gate.max_kl=9", "--set", "gate.windows=2", "--set", "gate.window_length=32"),
+    "types of gguf": ("-r", "gguf-q4_k_m", *SMALL[:4]),
     "streamed": ("-r", "rtn-w4", "--set", "export.max_shard_size=20KB", "--stream-from-hub"),
 }
 JOBS = (*QUANTIZE, "calibrate", "publish")
@@ -123,11 +124,13 @@ def bench(work: Path) -> Iterator[Bench]:
     """Everything made and every job done once without a disturbance."""
     import torch
     from conftest import write_llama
+    from gguf_models import VOCABULARY, write_tokenizer
     from hub_stand_in import TOKEN, serving
 
     torch.set_num_threads(1)  # a forked child has no OpenMP threads
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    write_llama(work / "source", **small)
+    write_llama(work / "source", vocab_size=VOCABULARY, **small)
+    write_tokenizer(work / "source")  # one with merges, which GGUF files hold
     shutil.copytree(work / "source", work / "pristine")
     write_llama(work / "sharded", shards="12KB", **small)
     _warm_up(work)
