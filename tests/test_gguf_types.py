@@ -28,7 +28,7 @@ from outlierq.pipeline.quantize import quantize
 from outlierq.pipeline.verify import verify
 from outlierq.quantize.gptq import gptq
 from outlierq.quantize.rtn import rtn
-from outlierq.recipe import parse
+from outlierq.recipe import Recipe, load, parse, shipped
 
 NAMES = list(block_types())
 ROWS, COLUMNS = 24, 512
@@ -190,9 +190,9 @@ def wide_llama(tmp_path_factory) -> Path:
     return folder
 
 
-def written(source: Path, out: Path, recipe: str) -> GGUFReader:
+def written(source: Path, out: Path, recipe: str | Recipe) -> GGUFReader:
     """The file that a recipe makes, whose size is what its plan said; `verify` finds nothing wrong."""
-    plan = make_plan(open_checkpoint(str(source)), parse(recipe))
+    plan = make_plan(open_checkpoint(str(source)), parse(recipe) if isinstance(recipe, str) else recipe)
     quantize(plan, out)
     assert sum(path.stat().st_size for path in out.iterdir() if path.name != "outlierq.json") == plan.output_bytes
     assert verify(str(out), str(source)).faults == []
@@ -224,6 +224,17 @@ def test_a_mix_is_written_as_planned_with_the_types_that_llama_cpp_takes(wide_ll
             assert types[f"blk.{layer}.{part}.weight"] == meant
     assert types["token_embd.weight"] == ("Q5_K" if mix == "IQ2_M" else "Q6_K")
     assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+SHIPPED = [name for name in shipped() if name.startswith("gguf-")]
+
+
+@pytest.mark.parametrize("name", [n if n == "gguf-q5_k_m" else pytest.param(n, marks=pytest.mark.slow) for n in SHIPPED])
+def test_the_file_of_a_shipped_recipe_has_the_size_that_the_plan_says(wide_llama, tmp_path, name):
+    (tmp_path / "text.txt").write_text("What the settings say of this text is all that matters here. " * 40)
+    little = {"text": tmp_path / "text.txt", "samples": 2, "sequence_length": 64}
+    few = [] if name == "gguf-q8_0" else [f"calibration.{key}={value}" for key, value in little.items()]
+    assert len(written(wide_llama, tmp_path / "out", load(name, few)).tensors) == 8 * 9 + 2
 
 
 def test_patterns_give_types_to_single_tensors_in_a_mix(wide_llama, tmp_path):
