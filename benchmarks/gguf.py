@@ -137,7 +137,21 @@ def proof(unpadded: Path, folder: Path) -> dict:
 
 
 def prepare(bench: Bench) -> dict:
-    """What all mixes share: the plain file and its logits, the importance matrix, our statistics; seconds of both."""
+    """What all mixes share: the plain file and its logits, the importance matrix, our statistics; seconds of both.
+
+    Made once for a folder and its numbers of windows.
+    """
+    note = bench.folder / f"prepared-{bench.calibration}-{bench.test}.json"
+    if not note.exists():
+        seconds = make_shared(bench)
+        for other in bench.folder.glob("prepared-*.json"):
+            other.unlink()
+        note.write_text(json.dumps(seconds))
+    return json.loads(note.read_text())
+
+
+def make_shared(bench: Bench) -> dict:
+    """What `prepare` promises, made anew."""
     text, folder, chunks, padded = bench.folder / "calibration.txt", bench.folder, bench.calibration, "padded"
     if not bench.plain.exists():
         bench.outlierq("quantize", folder / padded, "-r", "dense", "--format", "gguf", "-o", bench.plain.parent, "-q")
@@ -182,7 +196,7 @@ def compared(bench: Bench, mix: str, settings: list[str], shared: dict) -> dict:
 
 
 def main() -> None:
-    """Make the models, run both tools, write the figures after each mix; other models stay."""
+    """Make the models, run both tools, write the figures after each mix; other models and mixes stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-quantize and the other tools")
     parser.add_argument("--babyllama", type=Path, help="Hugging Face folder of BabyLlama")
@@ -196,25 +210,28 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", help="of our recipes")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the JSON file")
     asked = parser.parse_args()
-    asked_for = {BENCHES[name] for name in BENCHES if getattr(asked, name) is not None}
-    earlier = json.loads(asked.out.read_text())["models"] if asked.out.exists() else []
-    kept = [each for each in earlier if each["model"] not in asked_for]
-    found: list[dict] = []
     for name, prepared in (("babyllama", babyllama), ("smollm2", smollm2), ("unrotated", unrotated)):
         source, folder = getattr(asked, name), asked.work / name
         if source is None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         bench = prepared(source, folder, asked)
-        shared, rows = prepare(bench), []
+        shared = prepare(bench)
         texts = {"calibration": f"{bench.calibration} x {bench.length}", "test": f"{bench.test} x {bench.length}"}
         about = {"model": bench.name, "tokens": texts, "padding": bench.proof, **shared}
         for mix in asked.mixes:
-            rows.append(compared(bench, mix, asked.settings, shared))
-            mean = geometric_mean(row["kl_ratio"] for row in rows)
-            so_far = {**about, "mean_kl_ratio": mean, "mixes": rows}
-            write_results(asked.out, {"settings": asked.settings, "models": [*kept, *found, so_far]})
-        found.append(so_far)
+            write_row(asked.out, about, compared(bench, mix, asked.settings, shared), asked.settings)
+
+
+def write_row(out: Path, about: dict, row: dict, settings: list[str]) -> None:
+    """Put one mix of one model into the JSON file; what else is there stays; of it only what the same texts gave."""
+    models = json.loads(out.read_text())["models"] if out.exists() else []
+    earlier = next((each for each in models if each["model"] == about["model"]), {"tokens": None, "mixes": []})
+    rows = [each for each in earlier["mixes"] if each["mix"] != row["mix"] and earlier["tokens"] == about["tokens"]]
+    rows = sorted([*rows, row], key=lambda each: list(LIMITS).index(each["mix"]))
+    mean = geometric_mean(each["kl_ratio"] for each in rows)
+    others = [each for each in models if each["model"] != about["model"]]
+    write_results(out, {"settings": settings, "models": [*others, {**about, "mean_kl_ratio": mean, "mixes": rows}]})
 
 
 if __name__ == "__main__":
