@@ -186,7 +186,7 @@ def with_unknown_type(path: Path, name: str) -> Path:
     return path
 
 
-def test_a_type_that_nobody_knows_is_carried_or_named(tmp_path):
+def test_a_type_that_nobody_knows_is_carried_or_named_by_the_plan(tmp_path):
     source = with_unknown_type(write(tmp_path / "a.gguf"), "blk.1.strange_thing")
     out = rounded(source, tmp_path / "b.gguf")
     raw = contents()["blk.1.strange_thing"][0].tobytes()
@@ -195,7 +195,7 @@ def test_a_type_that_nobody_knows_is_carried_or_named(tmp_path):
     with pytest.raises(
         SourceError, match=r"tensor blk\.1\.attn_q\.weight .* has type number 99, which is not supported"
     ):
-        rounded(source, tmp_path / "d.gguf")
+        outlierq.plan(str(source), "rtn-w4", settings=FOUR_BITS)
 
 
 def test_a_width_that_no_block_divides_stays_and_is_said(tmp_path):

@@ -29,6 +29,7 @@ from outlierq.load.gguf.file import (
     SUPPORTED,
     GgufHeader,
     GgufTensor,
+    check_decodable,
     dequantized,
     dequantized_rows,
     head_bytes,
@@ -80,7 +81,9 @@ class FramedCheckpoint(Checkpoint):
         self.frame = frame_of(self._header, own_names=True)
 
     def decoding(self, names: Collection[str]) -> FramedCheckpoint:
-        """The same file with other tensors decoded."""
+        """The same file with other tensors decoded. SourceError for one of a type that is not read here."""
+        for name in names:
+            check_decodable(lookup(self._header.tensors, name))
         return FramedCheckpoint(self.path, source=self.source, decoded=names)
 
     @cached_property
