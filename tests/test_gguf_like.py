@@ -132,6 +132,14 @@ def test_what_is_said_of_a_tokenizer_without_pieces_for_bytes_works(tmp_path):
     assert outlierq.verify(str(out), str(folder)).sound
 
 
+def test_a_mixture_in_a_gguf_file_is_not_calibrated_and_the_hint_says_what_is_done_instead(tmp_path):
+    folder = write_model(tmp_path / "model", "mixtral", dtype="float16")
+    outlierq.quantize(str(folder), "dense", out=str(tmp_path / "a.gguf"), settings=[GGUF])
+    with pytest.raises(SourceError, match=r"experts\.gate_up_proj of .*a\.gguf holds all experts") as caught:
+        outlierq.plan(str(tmp_path / "a.gguf"), "gguf-q4_k_m")
+    assert "--stats" in caught.value.hint
+
+
 def test_a_gguf_file_that_a_calibrated_recipe_runs_keeps_its_metadata(tmp_path):
     folder = write_model(tmp_path / "model", "qwen2", dtype="float16")
     outlierq.quantize(str(folder), "dense", out=str(tmp_path / "a.gguf"), settings=[GGUF])

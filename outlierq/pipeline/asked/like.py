@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 HINT = "give a file that llama.cpp's converter made of this very model, best in 16 bits"
+STATS_HINT = (
+    "give --stats of the original Hugging Face model (outlierq calibrate), or an importance matrix: "
+    "-r gguf-imatrix-q4_k_m --stats imatrix.gguf"
+)
 # Rows of a tensor that are compared.
 ROWS = 64
 # A number rounded to bfloat16 or float16 differs by 2^-9 of itself at most, a small one of float16 by more.
@@ -37,6 +41,7 @@ def framed_like(checkpoint: Checkpoint, template: Path, *, prove: bool) -> Frame
 
     prove: compare values, for which some rows of every tensor are read; without it names and shapes only.
     """
+    _refuse_mixture(checkpoint)
     header = read_gguf(template)
     frame = frame_of(header, own_names=False)
     ways = [(rotated, less_one) for rotated in (False, True) for less_one in (False, True)]
@@ -49,6 +54,17 @@ def framed_like(checkpoint: Checkpoint, template: Path, *, prove: bool) -> Frame
         faults.append(fault)
     # The way that came farthest says most.
     raise SourceError(max(faults)[1], hint=HINT)
+
+
+def _refuse_mixture(checkpoint: Checkpoint) -> None:
+    """SourceError for a GGUF file of a mixture: what each of its experts sees is not collected."""
+    together = (name for name, info in checkpoint.tensors.items() if ".experts." in name and len(info.shape) > 2)
+    name = next(together, None) if checkpoint.kind == "gguf" else None
+    if name is not None:
+        raise SourceError(
+            f"{name} of {checkpoint.source} holds all experts of a block; out of a GGUF file they are not calibrated",
+            hint=STATS_HINT,
+        )
 
 
 def _faults(checkpoint: Checkpoint, frame: Frame, header: GgufHeader, prove: bool) -> Iterator[tuple[int, str]]:
