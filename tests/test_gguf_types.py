@@ -227,9 +227,10 @@ def test_a_mix_is_written_as_planned_with_the_types_that_llama_cpp_takes(wide_ll
 
 
 SHIPPED = [name for name in shipped() if name.startswith("gguf-")]
+ALL = [name if name == "gguf-q5_k_m" else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
 
 
-@pytest.mark.parametrize("name", [n if n == "gguf-q5_k_m" else pytest.param(n, marks=pytest.mark.slow) for n in SHIPPED])
+@pytest.mark.parametrize("name", ALL)
 def test_the_file_of_a_shipped_recipe_has_the_size_that_the_plan_says(wide_llama, tmp_path, name):
     (tmp_path / "text.txt").write_text("What the settings say of this text is all that matters here. " * 40)
     little = {"text": tmp_path / "text.txt", "samples": 2, "sequence_length": 64}
