@@ -32,6 +32,7 @@ def processor_of(architecture: str, config: Mapping[str, Any]) -> TensorProcesso
     """What undoes the changes of llama.cpp's converter. config: as transformers reads it, with the keys above."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
+        GGUFTensor,
         LlamaTensorProcessor,
         Qwen2MoeTensorProcessor,
         TensorProcessor,
@@ -40,7 +41,7 @@ def processor_of(architecture: str, config: Mapping[str, Any]) -> TensorProcesso
     class Mixtral(Qwen2MoeTensorProcessor):
         """Queries and keys of a Llama, experts as Qwen's."""
 
-        def process(self, weights: Any, name: str, **options: Any) -> Any:
+        def process(self, weights: Any, name: str, **options: Any) -> GGUFTensor:
             is_turned = ".attn_q." in name or ".attn_k." in name
             owner = LlamaTensorProcessor if is_turned else Qwen2MoeTensorProcessor
             return owner(self.config).process(weights, name, **options)
