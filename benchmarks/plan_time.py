@@ -75,6 +75,7 @@ def main() -> int:
     """Writes the JSON, prints a line for each recipe; 1 when a run above a minute is off by more than the bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of the Hugging Face kind, or a GGUF file")
+    parser.add_argument("--name", help="of the model, in the results; the last part of its path without it")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--samples", type=int, help="token windows; the recipes' own without it")
     usual = max(1, (os.cpu_count() or 1) // 2)
@@ -92,7 +93,8 @@ def main() -> int:
                 ),
                 flush=True,
             )
-    write_results(asked.output, {"busy_processes": asked.busy, "bound": BOUND, "rows": rows})
+    conditions = {"model": asked.name or Path(asked.model).name, "samples": asked.samples}
+    write_results(asked.output, conditions | {"busy_processes": asked.busy, "bound": BOUND, "rows": rows})
     return int(any(each["within_bound"] is False for each in rows))
 
 
