@@ -47,6 +47,22 @@ def test_what_is_named_is_planned_to_the_byte_and_loads_in_the_client(tiny_llama
         assert each.client in "; ".join(said) and _loads(each.client)
 
 
+SERVED = [("vllm", None), ("vllm", "MI300X"), ("vllm", "cpu"), ("transformers", None)]
+
+
+@pytest.mark.parametrize(("client", "gpu"), SERVED)
+def test_none_of_three_is_known_to_lose_less_than_the_one_for_quality(tiny_llama, client, gpu):
+    rows = {each.goal: each for each in public.recommend(tiny_llama, gpu=gpu, client=client).suggestions}
+    losses = {goal: row.expected.value for goal, row in rows.items() if row.expected.value is not None}
+    assert len(losses) == 3 and losses["quality"] == min(losses.values()), {g: r.recipe for g, r in rows.items()}
+
+
+def test_a_small_gain_of_size_does_not_outweigh_what_is_lost(tiny_llama):
+    first, *_ = public.recommend(tiny_llama, goal="size").suggestions
+    smaller = public.plan(tiny_llama, "mxfp4").output_bytes
+    assert first.recipe == "best-w4" and smaller < first.output_bytes < 1.05 * smaller
+
+
 def test_a_goal_gives_three_in_its_order_and_passes_over_what_the_card_does_not_run(tiny_llama):
     advice = public.recommend(tiny_llama, gpu="H100", goal="speed")
     names = [each.recipe for each in advice.suggestions]

@@ -25,9 +25,11 @@ from outlierq.recipe import Recipe, given
 
 GOALS = ("size", "speed", "quality")
 MOST = 3  # recipes that are shown
-SAME_SIZE = 1.02  # results that differ by less are alike in size
+SAME_SIZE = 1.05  # results that differ by less are alike in size, and what they lose decides
 # Positions for which a card should hold a cache beside the weights, or all of the model's where it has fewer.
 USUAL_CONTEXT = 8192
+# vLLM's build for CPUs would else round inputs of 4-bit weights to int8, unasked; its cache gets 2 GiB.
+ON_CPU = "VLLM_CPU_INT4_W4A8=0 VLLM_CPU_KVCACHE_SPACE=2"
 # After what a client says of one scheme, what it says of others: "loads; has no kernel for ..."
 DOUBTS = re.compile(r"(^|; )(has no|does not|not tried|needs a plug-in|reads .* wrongly)|: not tried")
 
@@ -233,11 +235,11 @@ def _first(candidates: _Candidates, goal: str, most: int, but: Collection[str] =
 
 
 def _one_each(candidates: _Candidates) -> list[tuple[str, str, Plan]]:
-    """The first for each goal that is not there yet."""
+    """The first for each goal that is not there yet; quality comes first, so that none of the others loses less."""
     rows: list[tuple[str, str, Plan]] = []
-    for goal in GOALS:
+    for goal in reversed(GOALS):
         rows += _first(candidates, goal, 1, [name for name, _, _ in rows])
-    return rows
+    return sorted(rows, key=lambda row: GOALS.index(row[1]))
 
 
 def _suggestion(
@@ -298,14 +300,14 @@ def _commands(candidates: _Candidates, plan: Plan, stats: Path | None) -> tuple[
     if source.revision:
         words += ["--revision", source.revision]
     words += ["--trust-remote-code"] if source.trust_remote_code else []
-    return shlex.join(words), _running(candidates.client, out)
+    return shlex.join(words), _running(candidates.client, candidates.card, out)
 
 
-def _running(client: str, out: str) -> str:
-    """How a client runs a result."""
+def _running(client: str, card: Card, out: str) -> str:
+    """How a client runs a result on a card."""
     place = shlex.quote(f"./{out}")
     return {
-        "vllm": f"vllm serve {place}",
+        "vllm": f"{ON_CPU} vllm serve {place} --dtype bfloat16" if card.is_cpu else f"vllm serve {place}",
         "llama.cpp": f"llama-server -m {place}",
         "transformers": f'AutoModelForCausalLM.from_pretrained("./{out}")',
     }[client]
@@ -346,5 +348,5 @@ def _known(name: str, names: list[str], argument: str, kind: str) -> str:
 
 
 def _size(count: int) -> str:
-    """GB with three figures."""
-    return f"{count / 1e9:.3g} GB"
+    """GB with three figures; MB below a tenth of one."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
