@@ -24,7 +24,8 @@ from doc_reader import MODELS, STANDS_FOR, TEXTS, Reader, few_tokens
 import outlierq
 
 # Programs that a page may call beside ours; tests/clients calls those that serve.
-OTHERS = {"vllm", "pip", "git", "cd", "cat", "head", "uvx", "pipx", "docker", "python3.11", "pre-commit", "auto-round"}
+OTHERS = {"vllm", "curl", "pip", "git", "cd", "cat", "head", "uvx", "pipx", "docker", "python3.11", "pre-commit"}
+PEERS = {"auto-round"}
 LLAMA_CPP = {f"llama-{name}" for name in ("server", "cli", "imatrix", "quantize", "perplexity")}
 # Pages whose commands take a second or two for a tiny model; the others are `slow`.
 QUICK = ("README.md", "docs/first-model.md", "docs/python.md")
@@ -114,7 +115,7 @@ def test_the_first_screen_of_the_readme_goes_from_nothing_to_a_verified_checkpoi
 
 @names
 def test_blocks_of_bash_call_programs_that_are_known(page):
-    known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *LLAMA_CPP}
+    known = {"outlierq", "torchrun", "python", "make", "export", "convert_hf_to_gguf.py", *OTHERS, *PEERS, *LLAMA_CPP}
     assert {block.language for block in blocks(page)} <= {"", "bash", "python", "yaml", "text"}, "others are not tried"
     for block in (block for block in blocks(page) if block.language == "bash"):
         for line, words in calls(block):
@@ -220,7 +221,11 @@ def sayings() -> dict[str, str]:
             fixed = [p.value.rstrip("\n") for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
             if sum(map(len, fixed)) >= 8:  # fewer letters could be anything
                 filled = [re.escape(p.value) if isinstance(p, ast.Constant) else ".*?" for p in parts]
-                found["".join(filled).removesuffix("\\\n")] = max(fixed, key=len)
+                pattern = "".join(filled).removesuffix("\\\n")
+                found[pattern] = max(fixed, key=len)
+                first, _, below = pattern.partition("\\\n")
+                if below and len(first.replace(".*?", "")) >= 8:
+                    found[first] = ""  # a page may leave out what stands below it
     return found
 
 
@@ -245,6 +250,29 @@ def test_every_message_that_the_docs_quote_is_said_by_the_code():
     assert len(messages) > 25
     unsaid = [f"{where} {text}" for where, text in messages if not is_said(text)]
     assert not unsaid
+
+
+def kinds_of_errors() -> set[str]:
+    """The names of the classes of errors in the package."""
+    classes = [
+        node
+        for path in (ROOT / "outlierq").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    kinds = {"OutlierqError"}
+    while True:
+        more = {each.name for each in classes if {base.id for base in each.bases if isinstance(base, ast.Name)} & kinds}
+        if more <= kinds:
+            return kinds
+        kinds |= more
+
+
+def test_every_kind_of_error_has_its_remedy_and_no_other():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| `(\w+Error)` \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert {kind for kind, *_words in rows} == kinds_of_errors() and len(rows) == len(kinds_of_errors())
+    assert all(len(remedy) > 10 for _kind, _about, remedy in rows)
 
 
 def test_the_reference_of_recipes_is_current_and_explains_every_key():
@@ -344,6 +372,18 @@ def test_sizes_and_losses_of_the_recipes_are_those_that_were_measured():
             round(plan["peak_bytes"] / 1e9, 1),
             round(plan["least_ceiling_bytes"] / 1e9, 1),
         )
+
+
+def test_planned_and_taken_times_are_those_that_were_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "plan_time.json").read_text())
+    page = (ROOT / "docs" / "time-and-memory.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) s \| (\d+) s \| ([\d.]+) \|$", page, re.MULTILINE)
+    runs = {run["recipe"]: run for run in measured["rows"]}
+    assert {name for name, *_figures in rows} == set(runs) and len(runs) == 5
+    for name, *figures in rows:
+        run = runs[name]
+        said = (round(run["estimated_seconds"]), round(run["wall_seconds"]), run["ratio"])
+        assert tuple(map(float, figures)) == said and run["ratio"] < measured["bound"], name
 
 
 RUNS = {  # what the pages call a run of outliers.json
