@@ -14,6 +14,7 @@ from outlierq.core.model import LinearSite
 from outlierq.core.notes import collecting
 from outlierq.core.rounded_block import RoundedBlock
 from outlierq.core.scheme import QuantScheme, gguf_scheme
+from outlierq.pipeline.verify import verify
 from outlierq.quantize.block_round import block_round, split
 from outlierq.quantize.rtn import rtn
 from outlierq.recipe import load
@@ -146,11 +147,29 @@ def test_a_run_learns_after_rounding_and_a_killed_one_goes_on(tiny_llama, tmp_pa
     assert result(out) == result(whole)
 
 
+@pytest.mark.parametrize("recipe", ["best-nvfp4", "best-mxfp4"])
+def test_blocks_learn_on_inputs_as_the_client_rounds_them(recipe, tiny_llama, tmp_path, monkeypatch):
+    changed = []
+
+    def watched(*parts) -> RoundedBlock:
+        block = RoundedBlock(*parts)
+        asked = block.asked(0).float()
+        changed.append(((block.run(block.weights, 0) - asked).norm() / asked.norm()).item())
+        return block
+
+    with monkeypatch.context() as patch:
+        patch.setattr("outlierq.pipeline.block.learn.RoundedBlock", watched)
+        report = compress(tiny_llama, tmp_path / "out", recipe, [*SMALL, "learn.steps=8", "learn.step_tokens=32"])
+    assert changed[0] > 0.01  # with weights as they were
+    assert sum("held-out output error" in note for note in report.notes) == len(changed)
+    assert verify(str(tmp_path / "out"), str(tiny_llama)).sound
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         (["calibration.mode=static"], "calibration.mode: block_round learns on the inputs behind quantized blocks"),
-        (["quantize.activations={bits: 8}"], "learn: block_round learns on inputs of 16 bits"),
+        (["quantize.activations={bits: 8}"], "calibration.inputs: block_round learns on inputs as they are rounded"),
         (["learn.step=3"], "did you mean 'steps'"),
         (["learn.method=block_rond"], "there is no learn method 'block_rond'"),
     ],

@@ -33,6 +33,7 @@ class Batch:
     def run(self, block: Block, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states of the block with some of its tensors replaced, each in its stored shape, gradients flowing.
 
+        Linears round their inputs where `inputs` ask for it; gradients pass that as if it were not there.
         In float32: in bfloat16 the rounding of what flows by the block may be as large as the error to be lowered.
         """
         parameters = tensor_parameters(self.module, block)
@@ -41,7 +42,8 @@ class Batch:
         values = {name: replaced.get(id(each), each) for name, each in held}
         values = {name: each.float() if each.is_floating_point() else each for name, each in values.items()}
         hidden, run = self.inputs[self.number], _With(self.module, values)
-        output = self.runner.forward(run, self.index, self.number, hidden, torch.float32)
+        with self.runner.rounding(self.module, self.index, self.inputs):
+            output = self.runner.forward(run, self.index, self.number, hidden, torch.float32)
         self.inputs.done_with(self.number)
         return output
 

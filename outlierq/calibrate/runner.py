@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -381,8 +381,7 @@ class BlockRunner:
 
     def _step(self, module: torch.nn.Module, index: int, batch: int, hidden: HiddenStates, *, replace: bool) -> None:
         """Run block `index` on one batch of hidden states, which its output replaces if asked. NumbersError."""
-        inside = (site.module for site in self.structure.blocks[index].sites if site.module in hidden.inputs)
-        with rounding_inputs(module, {name: hidden.inputs[name] for name in inside}):
+        with self.rounding(module, index, hidden):
             output = self.forward(module, index, batch, hidden[batch])
         if not output.isfinite().all():
             bad, name = int((~output.isfinite()).sum()), self.structure.blocks[index].name
@@ -393,6 +392,11 @@ class BlockRunner:
         if replace:
             hidden.write(batch, output)
         hidden.done_with(batch)
+
+    def rounding(self, module: torch.nn.Module, index: int, hidden: HiddenStates) -> AbstractContextManager[None]:
+        """Inside, linears of block `index`, which `module` is, round their inputs as these hidden states ask for."""
+        inside = (site.module for site in self.structure.blocks[index].sites if site.module in hidden.inputs)
+        return rounding_inputs(module, {name: hidden.inputs[name] for name in inside})
 
     def forward(
         self,

@@ -119,8 +119,11 @@ def _unlearnable(recipe: Recipe) -> list[str]:
     if recipe.quantize is None:
         return ["learn: there is nothing to learn without a `quantize` section"]
     sections = (recipe.quantize.activations, *(override.activations for override in recipe.quantize.overrides))
-    if any(isinstance(section, Activations) for section in sections):
-        return [f"learn: {recipe.learn.method} learns on inputs of 16 bits; leave it out where inputs are quantized"]
+    exact = recipe.calibration is None or recipe.calibration.inputs == "exact"
+    if exact and any(isinstance(section, Activations) for section in sections):
+        return [
+            f"calibration.inputs: {recipe.learn.method} learns on inputs as they are rounded; set `inputs: rounded`"
+        ]
     if recipe.calibration is None or recipe.calibration.mode != "sequential":
         name = recipe.learn.method
         return [f"calibration.mode: {name} learns on the inputs behind quantized blocks; set `mode: sequential`"]
