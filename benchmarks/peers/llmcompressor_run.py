@@ -1,7 +1,7 @@
 """Quantize MODEL with llm-compressor. Run by the Python of llm-compressor's environment.
 
 Weights in groups (4 bits, 64 columns unless asked otherwise), or w8a8: the recipe of its documentation for int8 weights
-and activations (SmoothQuant of strength 0.8, then GPTQ).
+and activations (SmoothQuant of strength 0.8, then GPTQ); or a scheme of its own by name, inputs included.
 
 All settings but the scheme and the calibration tokens are the peer's defaults: GPTQ with static activation order and
 damping 0.01, AWQ with duo scaling and 20 grid points, the sequential pipeline, one sample per batch.
@@ -21,8 +21,13 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 
-def scheme(symmetric: bool, bits: int, group_size: int) -> dict:
-    """The settings that every quantizing modifier takes: inputs in 16 bits, all linear layers but the head."""
+def scheme(symmetric: bool, bits: int, group_size: int, preset: str | None) -> dict:
+    """The settings that every quantizing modifier takes: inputs in 16 bits, all linear layers but the head.
+
+    preset: a scheme of the peer's by name in the place of all that.
+    """
+    if preset is not None:
+        return {"targets": ["Linear"], "scheme": preset, "ignore": ["lm_head"]}
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": symmetric}
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
@@ -65,14 +70,16 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--scheme", choices=["NVFP4", "MXFP4"], help="a scheme of the peer's, inputs included")
     arguments = parser.parse_args()
     groups = {"symmetric": not arguments.asymmetric, "bits": arguments.bits, "group_size": arguments.group_size}
+    groups["preset"] = arguments.scheme
     skip_pinning()
     data = calibration_set(arguments.tokens)
     oneshot(
         model=arguments.model,
         recipe=modifiers(arguments.method, groups),
-        dataset=None if arguments.method == "rtn" else data,
+        dataset=None if arguments.method == "rtn" and arguments.scheme is None else data,
         num_calibration_samples=len(data),
         max_seq_length=len(data[0]["input_ids"]),
         shuffle_calibration_samples=False,
