@@ -997,6 +997,7 @@ def study_caches(
     text: str | None = None,
     windows: int | None = 24,
     window_length: int = 512,
+    record: bool = False,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -1005,6 +1006,7 @@ def study_caches(
     """What keys and values in fewer bits cost a model: in the caches of servers, and in those of the literature.
 
     only: caches by their names in the table. text: a file to measure on, None for the held-out part of the mix.
+    record: put the table into the model's outlierq.json, whence its page and its card say which flag follows.
 
     >>> study = outlierq.study_caches(model, only=["int8", "kivi-2"], windows=2, window_length=32)
     >>> [row.name for row in study.rows], study.advice.startswith("vllm serve --kv-cache-dtype int8_per_token_head")
@@ -1018,7 +1020,13 @@ def study_caches(
     with listening(progress) as listen:
         checkpoint, resources = Source(model, revision, trust_remote_code).open(), Resources.of(device, listen=listen)
         return study_caches(
-            checkpoint, text=text, windows=windows, window_length=window_length, only=only, resources=resources
+            checkpoint,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            only=only,
+            keep=record,
+            resources=resources,
         )
 
 

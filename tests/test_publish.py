@@ -44,7 +44,7 @@ def compressed(tmp_path_factory, tools) -> Path:
     quantize(make_plan(original, recipe), work / "w4")
     wanted = Measurement.of_gate(recipe.gate, data_dir=None)
     found = measure(open_checkpoint(str(work / "w4")), original, wanted)
-    record(work / "w4", with_command(judge(found, recipe.gate.limits), f"outlierq quantize {source}"))
+    record(work / "w4", evaluation=with_command(judge(found, recipe.gate.limits), f"outlierq quantize {source}"))
     return work / "w4"
 
 
@@ -184,11 +184,15 @@ class TestCard:
         words = ("--windows", 1, "--window-length", 16, "--device", "cpu", "--generate", "--record", "-q")
         answer = outlierq("eval", folder, "--reference", compressed.parent / "the-source", *words)
         assert answer.code == 0 and "prompt  Write one sentence" in answer.out
+        studied = outlierq("study", "cache", folder, "--only", "int8", "--record", *words[:6], "-q")
+        assert studied.code == 0, studied.err
         assert outlierq("publish", folder, REPO, *BASE, "-q").code == 0
         _, text = card_of(hub)
         samples = json.loads((folder / "outlierq.json").read_text())["evaluation"]["samples"]
         assert len(samples) == 3 and all(row["before"] is not None and row["prompt"] in text for row in samples)
         assert "--generate`" in text
+        assert re.search(r"\| int8 \| [\d.]+ \| [\d.e-]+ \| vllm serve --kv-cache-dtype int8", text), text
+        assert "What follows: vllm serve" in text
         assert re.search(r"weights in memory.*\| +\| [\d.]+ kB", text) and "for 8,192 positions" in text
 
     def test_a_format_that_vllm_does_not_load_is_not_offered_to_it(self, compressed):
@@ -209,6 +213,8 @@ class TestCard:
         report = Report.from_dict(json.loads((compressed / "outlierq.json").read_text()))
         settings = {**report.settings, "description": hostile, "calibration": {"text": hostile}}
         evaluation = {**report.evaluation, "text": hostile, "command": f"outlierq {hostile}", "device": hostile}
+        row = {"name": hostile, "bits": 4.0, "kl": 0.1, "flag": hostile}
+        report = replace(report, cache={"tokens": 1, "text": hostile, "advice": hostile, "rows": [row]})
         report = replace(report, settings=settings, evaluation=evaluation, recipe=hostile, notes=(hostile,) * 2)
         gate = [{"name": hostile, "value": 1.0, "relation": "<=", "limit": 2.0}]
         card = model_card(report, REPO, None, {"license_name": hostile}, gate=gate, clients=[hostile])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from outlierq.core.errors import OutlierqError
 from outlierq.core.report import Evaluation, Report, SiteRow
 from outlierq.pipeline.measuring.run_report import RunReport
 from outlierq.pipeline.measuring.samples import PROMPTS, Sample
+from outlierq.pipeline.studying.caches import CacheRow, CacheStudy
 from outlierq.report.pages.run_page import run_page
 
 LITTLE = {"calibration.samples": 8, "calibration.sequence_length": 16, "quantize.group_size": 32}
@@ -80,6 +82,18 @@ def test_a_run_that_was_not_measured_says_how_to_measure_it():
     parsed = Page(run_page(RunReport(run.place, report)))
     assert parsed.text.count("Not measured. A gate, or") == 2 and "No linear was quantized." in parsed.text
     assert "What both say" not in parsed.text and not re.search(r"\b(None|null|nan)\b", parsed.text)
+
+
+def test_caches_that_were_measured_stand_in_the_page_with_the_flag_that_follows():
+    run = made_run()
+    assert "Keys and values" not in run_page(run)
+    row = CacheRow("int8", "", 8.5, "vllm serve --kv-cache-dtype int8_per_token_head", 0.0021, 0.0001, 12.1)
+    other = replace(row, name="int4", kl=None, note="did not run")
+    study = CacheStudy("m", "t", 64, 12.0, (row, other), "vllm serve --kv-cache-dtype int8_per_token_head: 8.50 bits")
+    report = Report.from_dict(run.report.to_dict() | {"cache": study.to_dict()})
+    text = Page(run_page(RunReport(run.place, report))).text
+    assert f"Keys and values in fewer bits {study.advice}" in text and f"int8 8.5 0.0021 {row.flag}" in text
+    assert "int4 " not in text.partition("Keys and values")[2].partition("What both say")[0]
 
 
 def test_texts_with_scripts_in_them_stay_texts():

@@ -154,6 +154,7 @@ class Report(Shown):
     evaluation: what was measured on the output, None when nothing was.
     record: what was written, to the byte (`core/machine/record.py`), None in reports of versions that kept none.
     clients: which programs load it, one line each; empty in reports of versions that kept none.
+    cache: what `study cache --record` measured of keys and values in fewer bits, None when nothing was.
     """
 
     model: str
@@ -178,6 +179,7 @@ class Report(Shown):
     record: dict[str, Any] | None = None
     quantized_share: float | None = None
     clients: tuple[str, ...] = ()
+    cache: dict[str, Any] | None = None
 
     @property
     def size(self) -> Sizes:

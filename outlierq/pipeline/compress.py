@@ -138,7 +138,7 @@ def _measured(
     """Measure the result beside its source, judge it, and put both into its report."""
     written = open_checkpoint(os.fspath(result_in(folder_of(out))), trust_remote_code=checkpoint.trust_remote_code)
     results = judge(measure(written, checkpoint, measurement, resources=resources), gate.limits)
-    return record(folder_of(out), with_command(results, run.command))
+    return record(folder_of(out), evaluation=with_command(results, run.command))
 
 
 def _converted(checkpoint: Checkpoint, format: str, out: Path, run: Run, resources: Resources) -> Report:

@@ -62,7 +62,7 @@ def evaluate(
     evaluation = judge(measure(checkpoint, original, measurement, cached=keeping.cached, resources=resources), limits)
     evaluation = with_command(evaluation, keeping.command)
     if keeping.record:
-        record(checkpoint.path, evaluation)
+        record(checkpoint.path, evaluation=evaluation)
     return evaluation
 
 
@@ -82,7 +82,7 @@ def _by_llama_cpp(
     measured = judge(measure_with_llama_cpp(source, reference, measurement, resources), limits)
     evaluation = with_command(measured, keeping.command)
     if keeping.record:
-        record(file_of(source).parent, evaluation)
+        record(file_of(source).parent, evaluation=evaluation)
     return evaluation
 
 

@@ -4,7 +4,7 @@
     files   by name: `bytes`, and `xxh3_128` of them; of a weight file `xxh3_128_of_tensors`, see `digest_of_tensors`
     units   by name of a unit of work: the digest of its tensors' digests, as it stood in the journal
     experts by block: numbers of the experts that pruning left, where it took some
-    signed  sha256 of the whole report but for `evaluation`, which may be added later
+    signed  sha256 of the whole report but for `evaluation` and `cache`, which may be added later
 
 XXH3 tells damage and mistakes, at the speed of memory; it is no proof against somebody who writes a new record.
 """
@@ -21,6 +21,7 @@ from typing import Any
 from outlierq.core.report import Report
 
 PIECE_BYTES = 1 << 22
+LATER = ("evaluation", "cache")  # fields of a report
 OF_BYTES, OF_TENSORS = "xxh3_128", "xxh3_128_of_tensors"
 
 
@@ -39,7 +40,7 @@ def signature(report: Report) -> str:
 
 def signature_of(content: Mapping[str, Any]) -> str:
     """The same of a report as it stands in its file: a later version knows fields that an earlier one did not sign."""
-    values = {key: value for key, value in content.items() if key != "evaluation"}
+    values = {key: value for key, value in content.items() if key not in LATER}
     values["record"] = {key: value for key, value in (content.get("record") or {}).items() if key != "signed"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -206,9 +206,12 @@ def with_command(results: Evaluation, command: str | None) -> Evaluation:
     return results if command is None else Evaluation({**results, "command": command})
 
 
-def record(folder: Path, results: Evaluation) -> Report:
-    """Put the results into the report of a checkpoint that outlierq wrote, where `publish` finds them."""
-    report = replace(read_report(folder), evaluation=results)
+def record(folder: Path, **measured: Any) -> Report:
+    """Put what was measured into the report of a checkpoint that outlierq wrote, where `publish` finds it.
+
+    measured: by field of the report.
+    """
+    report = replace(read_report(folder), **measured)
     try:
         write_atomically(folder / REPORT_NAME, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     except OSError as error:

@@ -13,6 +13,7 @@ from outlierq.ops.caches.evaluated import EVALUATED
 from outlierq.pipeline.asked.events import Event
 from outlierq.pipeline.asked.resources import USUAL, Resources
 from outlierq.pipeline.measuring import models
+from outlierq.pipeline.measuring.measure import read_report, record
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +75,12 @@ def study_caches(
     windows: int | None = 24,
     window_length: int = 512,
     only: Sequence[str] = (),
+    keep: bool = False,
     resources: Resources = USUAL,
 ) -> CacheStudy:
     """Measure the model through every cache of a server and of the literature. only: names; empty for all.
 
+    keep: in the model's report, whose page and card then say it; OutlierqError before any work where there is none.
     ArgumentError for a name that there is not. A cache that this model cannot have has a row that says why.
     """
     from outlierq.load import load_tokenizer
@@ -86,6 +89,8 @@ def study_caches(
     for name in names:
         if name not in SERVED and name not in EVALUATED:
             raise ArgumentError(f"there is no {name!r}; known: {', '.join([*SERVED, *EVALUATED])}", argument="only")
+    if keep:
+        read_report(checkpoint.path)
     content, title = models.evaluation_text(text)
     tokenizer = load_tokenizer(checkpoint)
     asked = models.checked_windows(checkpoint, tokenizer, content, window_length=window_length, windows=windows)
@@ -99,7 +104,10 @@ def study_caches(
             rows.append(_row(checkpoint, name, asked, original, resources))
     resources.listen(Event("study", len(names), len(names)))
     plain = models.measure_windows(original, asked).perplexity
-    return CacheStudy(checkpoint.source, title, asked.ids.numel(), plain, tuple(rows), advice(rows))
+    study = CacheStudy(checkpoint.source, title, asked.ids.numel(), plain, tuple(rows), advice(rows))
+    if keep:
+        record(checkpoint.path, cache=study.to_dict())
+    return study
 
 
 def _row(

@@ -65,6 +65,8 @@ def run_page(run: RunReport) -> str:
         limits=_limits(evaluation),
         measured=_measured(evaluation),
         tasks=_tasks(evaluation),
+        caches=_caches(report),
+        advice=(report.cache or {}).get("advice", ""),
         samples=run.samples,
         facts=_facts(report, evaluation),
         commands=_commands(report, run.place),
@@ -171,6 +173,14 @@ def _tasks(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     return [
         (f"{row['task']}, {row['metric']}", _number(before.get((row["task"], row["metric"]))), _number(row["value"]))
         for row in rows
+    ]
+
+
+def _caches(report: Report) -> list[tuple[str, str, str, str]]:
+    """(cache, bits of a number, KL, what runs it) of every cache that was measured."""
+    rows = (report.cache or {}).get("rows", ())
+    return [
+        (row["name"], _number(row["bits"]), _number(row["kl"]), row["flag"]) for row in rows if row["kl"] is not None
     ]
 
 

@@ -145,6 +145,9 @@ def cache(
     text: shared.Text = None,
     windows: shared.Windows = 24,
     window_length: shared.WindowLength = 512,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the table in MODEL's outlierq.json, for its page and its card.")
+    ] = False,
     device: shared.Device = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.RemoteCode = False,
@@ -161,6 +164,7 @@ def cache(
             text=text,
             windows=windows or None,
             window_length=window_length,
+            record=record,
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
