@@ -79,7 +79,7 @@ def test_a_shipped_recipe_parses_and_says_what_it_is_for(name):
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_the_bits_in_the_name_of_a_shipped_recipe_are_its_bits(name):
     quantize = recipe.load(name).quantize
-    named = re.search(r"\bw(\d)|^(?:auto-)?(?:nv|mx)?fp(\d)|(?<!kv-)int(\d)|q(\d)_", name)
+    named = re.search(r"\bw(\d)|^(?:auto-|best-)?(?:nv|mx)?fp(\d)|(?<!kv-)int(\d)|q(\d)_", name)
     assert (quantize is None) == (named is None)
     if quantize is not None:
         type = mixes()[quantize.mix]["type"] if quantize.mix else quantize.type
