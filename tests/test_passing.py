@@ -11,7 +11,7 @@ import pytest
 import outlierq as public
 from outlierq.core.errors import ArgumentError, StatsError
 from outlierq.ops.search.knapsack import Choice, total
-from outlierq.pipeline.fitting.passing import least_bytes
+from outlierq.pipeline.fitting.passing import Tried, _next, _remark, least_bytes
 
 GATE = {"gate.windows": 2, "gate.window_length": 64}
 FEW = {"numbers": ["int3", "int4", "int8"], "settings": GATE, "device": "cpu"}
@@ -97,7 +97,7 @@ def weights(folder: Path) -> bytes:
 def test_rounds_are_told_which_blocks_an_earlier_one_has(tiny_llama, tmp_path):
     from outlierq.load import open_checkpoint
     from outlierq.pipeline.asked.request import request
-    from outlierq.pipeline.fitting.passing import Tried, _alike
+    from outlierq.pipeline.fitting.passing import _alike
     from outlierq.pipeline.planning.decide import make_plan
 
     checkpoint = open_checkpoint(str(tiny_llama))
@@ -131,3 +131,44 @@ def test_statistics_without_sensitivities_predict_no_kl(tiny_llama, tmp_path):
     with pytest.raises(StatsError, match="hold no sensitivities") as refused:
         public.fit(tiny_llama, stats=tmp_path / "plain", max_kl=0.1, **FEW)
     assert "--sensitivity" in refused.value.hint
+
+
+def steps(count: int) -> list[list[Choice]]:
+    """Units of which each has many sizes, so that any loss is nearly met."""
+    return [[Choice(100 + 40 * at + number, 0.002 / 1.3**at) for at in range(30)] for number in range(count)]
+
+
+@pytest.mark.parametrize("power", [0.55, 1.0, 1.4])
+@pytest.mark.parametrize("predicted", [0.0015, 0.004, 0.009])
+def test_the_limit_is_met_in_four_rounds_where_the_measured_kl_grows_by_a_power_of_the_predicted(power, predicted):
+    units, tried, limit = steps(6), [], 0.35 * predicted**power
+    for _ in range(4):
+        at = _next(units, tried, limit)
+        loss = total(units, at).loss
+        tried.append(made_up(loss, 0.35 * loss**power, at))
+        if 0.95 * limit <= tried[-1].kl <= limit:
+            return
+    pytest.fail(f"{[each.kl / limit for each in tried]}")
+
+
+def made_up(loss: float, kl: float, at: list[int], nbytes: int = 0) -> Tried:
+    """A result that was not written."""
+    report = SimpleNamespace(evaluation=SimpleNamespace(kl=kl), output_bytes=nbytes)
+    return Tried(SimpleNamespace(loss=loss), Path(), report, at)
+
+
+def test_a_gap_in_the_choices_is_said_with_what_the_next_smaller_one_has():
+    units = [[Choice(10, 0.1), Choice(20, 0.02)], [Choice(10, 0.05), Choice(30, 0.0)]]
+    small, middle, large = ([0, 0], [1, 0], [1, 1])
+    fails, passes = (made_up(total(units, at).loss, kl, at) for at, kl in ((small, 0.3), (middle, 0.07)))
+    assert _next(units, [fails, passes], 0.1) is None
+    assert (
+        "the KL is 70% of the limit, and no choice lies closer below it: the next smaller one has 0.3 nats"
+        in _remark(units, passes, [fails, passes], 0.1)
+    )
+    assert "is predicted to have 0.15 nats" in _remark(units, passes, [passes], 0.1)
+    assert "a smaller choice may pass" in _remark(units, made_up(0.02, 0.01, large), [], 0.1)
+    least = made_up(total(units, small).loss, 0.04, small)
+    assert "this is the smallest that can be stored" in _remark(units, least, [least], 0.1)
+    assert _next(units, [least], 0.1) is None
+    assert _remark(units, made_up(0.07, 0.096, middle), [], 0.1) == "" == _remark(units, fails, [fails], 0.1)

@@ -14,7 +14,7 @@ from outlierq.core.errors import ArgumentError, StatsError
 from outlierq.core.model import Block
 from outlierq.core.report import REPORT_NAME, Report
 from outlierq.core.scheme import QuantScheme
-from outlierq.ops.search.knapsack import Units, frontier, knapsack, smallest, total
+from outlierq.ops.search.knapsack import EXACT, Units, frontier, knapsack, smallest, total
 from outlierq.pipeline.asked.request import Source, folder_of
 from outlierq.pipeline.asked.resources import Resources
 from outlierq.pipeline.compress import Run, compress
@@ -28,15 +28,17 @@ from outlierq.recipe import Gate, Recipe
 ROUNDS = 4
 # Of the limit: what is aimed at, so that a miss by 2 % still passes; and what is close enough below it.
 AIM, CLOSE = 0.975, 0.95
+NO_KL = 1e-12  # nats: what is less is none
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A choice with the KL that was predicted, and its result with the one that was measured."""
+    """A choice with the KL that was predicted, and its result with the one that was measured. at: by number."""
 
     fitted: Fitted
     folder: Path
     report: Report
+    at: Sequence[int] = ()
 
     @property
     def kl(self) -> float:
@@ -91,7 +93,8 @@ class Job:
 
 def smallest_of(space: Space, prediction: Prediction, max_kl: float) -> Fitted:
     """The smallest choice that is predicted to keep a limit, not measured."""
-    return _fitted(space, Options.of(space.layers, prediction.losses), max_kl * AIM, max_kl, prediction)
+    options = Options.of(space.layers, prediction.losses)
+    return _fitted(space, options, least_bytes(options.units, max_kl * AIM), max_kl, prediction)
 
 
 def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, told: Callable[[Fitted], Any]) -> Fitted:
@@ -103,13 +106,14 @@ def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, to
     options = Options.of(space.layers, prediction.losses)
     tried: list[Tried] = []
     for number in range(ROUNDS):
-        fitted = _fitted(space, options, _aim(tried, max_kl), max_kl, prediction)
-        if fitted.recipe.fingerprint in [each.fitted.recipe.fingerprint for each in tried]:
+        at = _next(options.units, tried, max_kl)
+        if at is None:
             break
+        fitted = _fitted(space, options, at, max_kl, prediction)
         told(fitted)
         place = _place(job.out, number)
         job = replace(job, run=replace(job.run, alike=_alike(fitted.plan, tried)))
-        tried.append(Tried(fitted, place, _measured(job, fitted.recipe, place)))
+        tried.append(Tried(fitted, place, _measured(job, fitted.recipe, place), at))
         if CLOSE * max_kl <= tried[-1].kl <= max_kl:
             break
     best = _best(tried, max_kl)
@@ -117,7 +121,7 @@ def pass_limit(space: Space, prediction: Prediction, max_kl: float, job: Job, to
     for each in tried:
         if each is not best:
             shutil.rmtree(each.folder)
-    return replace(best.fitted, report=best.report)
+    return replace(best.fitted, report=best.report, remark=_remark(options.units, best, tried, max_kl))
 
 
 def _alike(plan: Plan, tried: Sequence[Tried]) -> dict[int, Path]:
@@ -141,24 +145,63 @@ def _schemes(plan: Plan, block: Block) -> dict[str, QuantScheme | None]:
     return {site.weight: plan.schemes.get(site) for site in block.sites}
 
 
-def _aim(tried: Sequence[Tried], max_kl: float) -> float:
-    """The predicted KL to look for: what the last result makes of the prediction, between what passed and what did not.
+def _next(units: Units, tried: Sequence[Tried], max_kl: float) -> list[int] | None:
+    """The choice to try next: the smallest that is predicted to pass well, else any that is predicted to pass.
 
-    Where it makes nothing of that, the middle of the two, in the logarithm.
+    None when every choice between what passed and what did not was tried.
     """
+    for loss in (_aim(tried, max_kl), _most(tried, max_kl)):
+        at = least_bytes(units, loss)
+        if at not in [each.at for each in tried]:
+            return at
+    return None
+
+
+def _most(tried: Sequence[Tried], max_kl: float) -> float:
+    """The largest predicted KL that may pass, as the last result corrects the prediction; less than what did not."""
     if not tried:
-        return max_kl * AIM
-    aim = max_kl * AIM * tried[-1].fitted.loss / tried[-1].kl
+        return max_kl
+    failing = min((each.fitted.loss for each in tried if each.kl > max_kl), default=math.inf)
+    return min(max_kl * tried[-1].fitted.loss / _measured_kl(tried[-1]), failing * (1 - EXACT))
+
+
+def _aim(tried: Sequence[Tried], max_kl: float) -> float:
+    """The predicted KL to look for: where the line through the two nearest results meets the limit, in logarithms.
+
+    One result alone is a factor. Where that is not between what passed and what did not, it is their middle.
+    """
+    target = max_kl * AIM
+    if not tried:
+        return target
+    near = sorted(tried, key=lambda each: abs(math.log(_measured_kl(each) / target)))[:2]
+    aim = near[0].fitted.loss * math.pow(target / _measured_kl(near[0]), 1 / _slope(near))
     passing = max((each.fitted.loss for each in tried if each.kl <= max_kl), default=0.0)
     failing = min((each.fitted.loss for each in tried if each.kl > max_kl), default=math.inf)
-    if passing < failing and not passing < aim < failing and passing > 0 and failing < math.inf:
+    if 0 < passing < failing < math.inf and not passing < aim < failing:
         return math.sqrt(passing * failing)
     return aim
 
 
-def _fitted(space: Space, options: Options, aim: float, max_kl: float, prediction: Prediction) -> Fitted:
-    """The smallest choice that is predicted to lose no more than `aim`."""
-    at = least_bytes(options.units, aim)
+def _slope(near: Sequence[Tried]) -> float:
+    """By what power of the predicted KL the measured one grows, as two results tell; 1 where there is but one.
+
+    Where errors make experts change, it grows by the root rather.
+    """
+    if len(near) < 2:
+        return 1.0
+    measured, predicted = (
+        math.log(one / other) for one, other in (map(_measured_kl, near), (t.fitted.loss for t in near))
+    )
+    return min(max(measured / predicted, 0.5), 2.0) if predicted else 1.0
+
+
+def _measured_kl(each: Tried) -> float:
+    """Above zero, for logarithms."""
+    return max(each.kl, NO_KL)
+
+
+def _fitted(space: Space, options: Options, at: Sequence[int], max_kl: float, prediction: Prediction) -> Fitted:
+    """The recipe of a choice. ArgumentError for the one that quantizes nothing."""
     if all(storage is None for storage in options.stored(at)):
         least = total(options.units, _all_but_one(options.units)).loss
         raise ArgumentError(
@@ -199,3 +242,20 @@ def _best(tried: Sequence[Tried], max_kl: float) -> Tried:
     if passing:
         return min(passing, key=lambda each: each.report.output_bytes)
     return min(tried, key=lambda each: each.kl)
+
+
+def _remark(units: Units, best: Tried, tried: Sequence[Tried], max_kl: float) -> str:
+    """Why nothing is closer to the limit; empty for what is close, and for what does not pass."""
+    if not best.kl < CLOSE * max_kl:
+        return ""
+    closest = f"the KL is {best.kl / max_kl:.0%} of the limit, and no choice lies closer below it: "
+    smaller = knapsack(units, total(units, best.at).nbytes - 1)
+    if smaller is None:
+        return closest + "this is the smallest that can be stored"
+    measured = next((each.kl for each in tried if each.at == smaller), None)
+    if measured is not None:
+        return f"{closest}the next smaller one has {measured:.4g} nats"
+    kl = total(units, smaller).loss * best.kl / best.fitted.loss
+    if kl <= max_kl:
+        return f"the KL is {best.kl / max_kl:.0%} of the limit after {len(tried)} rounds; a smaller choice may pass"
+    return f"{closest}the next smaller one is predicted to have {kl:.4g} nats, as the measured KL corrects it"

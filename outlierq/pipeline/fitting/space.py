@@ -35,7 +35,7 @@ ANY = replace(BESIDE, group_size=32)
 class Fitted:
     """A recipe that keeps a goal. text: of the recipe. loss: predicted, in nats where `in_nats` says so.
 
-    report: of the run that carried it out, None where there was none.
+    report: of the run that carried it out, None where there was none. remark: why nothing is closer to a limit.
     """
 
     recipe: Recipe
@@ -44,6 +44,7 @@ class Fitted:
     loss: float
     in_nats: bool
     report: Report | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def command(
 
     shared.show(terminal.summary(fitted.report), stderr=True)
     shared.say(f"written and verified: {out}", quiet)
+    if fitted.remark:
+        shared.say(fitted.remark, quiet)
     if fitted.report.evaluation:
         shared.show(terminal.gate(fitted.report.evaluation.gate_rows), stderr=True)
         fitted.report.evaluation.raise_if_failed()
