@@ -14,7 +14,17 @@ from outlierq.calibrate.pairs import Pair
 from outlierq.calibrate.trace import first_input, submodule
 from outlierq.core.errors import NumbersError, StatsError
 from outlierq.core.measured.block_stats import BLOCK_FIELDS
-from outlierq.core.stats import DERIVED, FIELDS, LOG2_BINS, LOG2_LOWEST, PAIRED, TOKEN_BINS, TOP_TOKENS, InputStats
+from outlierq.core.stats import (
+    DERIVED,
+    FIELDS,
+    LOG2_BINS,
+    LOG2_LOWEST,
+    OF_TOKENS,
+    PAIRED,
+    TOKEN_BINS,
+    TOP_TOKENS,
+    InputStats,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +134,15 @@ class Collector:
         while self._handles:
             self._handles.pop().remove()
 
+    def follow(self, other: Collector, weight: float) -> None:
+        """Begin with the sums of `other` over other tokens, each of which counts `weight` times (`OF_TOKENS`).
+
+        They are taken over and changed: a second hessian of each input would be the largest thing in memory.
+        """
+        for name, sums in self._sums.items():
+            if name in other._sums:
+                sums.follow(other._sums[name], weight)
+
     @contextmanager
     def of_original(self) -> Iterator[None]:
         """Inside of `with collector:`, a batch of which the next one outside of this is the quantized counterpart."""
@@ -163,12 +182,24 @@ class _GroupSums:
         self.sequence_length, self.skip, self.ids = tokens.length, tokens.skip_first, tokens.ids
         self.stride = token_stride(self.sequence_length - self.skip, HISTOGRAM_STRIDE)
         self.top: torch.Tensor | None = None
-        self.tokens = self.sequences = 0
+        self.tokens = self.sequences = self.tokens_before = 0
+        self.before: dict[str, torch.Tensor] = {}  # sums that this one begins with
         self.routed = self.to_expert
         self.values: dict[str, torch.Tensor] = {}
         self.rows = rows
         self.pair = Pair() if "cross" in stored else None
         self.remembers = False
+
+    def follow(self, other: _GroupSums, weight: float) -> None:
+        """`Collector.follow`; each token counts as many times as makes a whole number of them."""
+        if not other.tokens:
+            return
+        self.tokens_before = round(weight * other.tokens)
+        factor = self.tokens_before / other.tokens
+        self.before = {name: sums.mul_(factor) for name, sums in other.values.items() if name in OF_TOKENS}
+        if self.pair and other.pair:
+            self.pair.follow(other.pair, factor)
+        other.values = {}
 
     def hook(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the group's first site."""
@@ -238,6 +269,8 @@ class _GroupSums:
         """Zeroed sums. Outside of inference mode, or nobody could change them in place later."""
         import torch
 
+        from outlierq.ops.gram import no_sum
+
         starts = {"min": float("inf"), "max": float("-inf")}
         shapes = {
             "hessian": (channels, channels),
@@ -249,7 +282,12 @@ class _GroupSums:
                 wide = torch.float32 if name in ("min", "max", "first_abs_max", "hessian") else torch.float64
                 wide = torch.int64 if name in ("log2_histogram", "token_histogram") else wide
                 shape = shapes.get(name, (channels,))
-                self.values[name] = torch.full(shape, starts.get(name, 0), dtype=wide, device=device)
+                if name in self.before:
+                    self.values[name] = self.before.pop(name)
+                elif name == "hessian" and device.type == "cpu":
+                    self.values[name] = no_sum(channels)
+                else:
+                    self.values[name] = torch.full(shape, starts.get(name, 0), dtype=wide, device=device)
             if "log2_histogram" in self.fields:
                 self.offsets = torch.arange(channels, dtype=torch.int32, device=device) * LOG2_BINS
 
@@ -348,16 +386,16 @@ class _GroupSums:
                 f"{self.name} saw no tokens during calibration",
                 hint="calibrate on more text, or add this site to `ignore`",
             )
-        stored = self.fields - set(POSITIONAL if self.routed else ())
+        total, stored = self.tokens + self.tokens_before, self.fields - set(POSITIONAL if self.routed else ())
         values = {name: value for name, value in self.values.items() if name in stored}
         if "hessian" in values:
             from outlierq.ops.gram import mirror
 
-            values["hessian"] = mirror(values["hessian"]).div_(self.tokens)
+            values["hessian"] = mirror(values["hessian"]).div_(total)
         if self.rows:
             values["rows"] = self.rows.finish()
         if self.pair:
-            values |= self.pair.finish(self.tokens)
+            values |= self.pair.finish(total)
         if self.first and "first_rows" in stored:
             values["first_rows"] = torch.cat(self.first)
         if self.first_rounded and "first_rounded" in stored:
@@ -366,7 +404,7 @@ class _GroupSums:
             values["top_tokens"] = self.top.clone()
         if "log2_histogram" in values:
             values["log2_histogram"] = values["log2_histogram"].int()
-        return InputStats(self.tokens, self.sequences, **values)
+        return InputStats(total, self.sequences, **values)
 
 
 class _Reservoir:

@@ -53,6 +53,11 @@ class Pair:
                 self._cross = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self._cross.addmm_(change.T, rows)
 
+    def follow(self, other: Pair, factor: float) -> None:
+        """Begin with the sum of `other` over other tokens, times a factor; it is taken over and changed."""
+        self._cross = None if other._cross is None else other._cross.mul_(factor)
+        self._broken |= other._broken
+
     def finish(self, tokens: int) -> dict[str, torch.Tensor]:
         """`cross` [K, K] and `first_change` of `InputStats`; none where tokens had no counterparts."""
         import torch

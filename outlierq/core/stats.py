@@ -21,7 +21,7 @@ SUMS = (
 # What cannot be derived for a scaled input: how often a threshold is passed, and which channel of a token is largest.
 THRESHOLDED = ("count_large", "sequence_large", "count_huge", "log2_histogram", "token_histogram", "top_tokens")
 TABLES = ("log2_histogram", "token_histogram", "top_tokens")  # those whose last axis is not the channels
-# Sums over tokens, wherever they stand, and averages.
+# Sums over tokens, wherever they stand, and averages: what tokens of another text may be mixed into.
 OF_TOKENS = frozenset({"hessian", "cross", *SUMS}) - {"sequence_large", *TABLES}
 LOG2_BINS, LOG2_LOWEST = 48, -24
 TOKEN_BINS = 64
@@ -137,25 +137,6 @@ class InputStats:
             else:
                 merged[name] = torch.cat([mine, theirs])
         return replace(self, tokens=tokens, sequences=self.sequences + other.sequences, **merged)
-
-    def beside(self, other: InputStats, weight: float) -> InputStats:
-        """With other tokens mixed in, each of which counts `weight` times, in the fields that both hold.
-
-        What is of single tokens and of their places stays ours: `other` has `OF_TOKENS` only. Our own tensors are
-        changed: a third hessian would be the largest thing in memory.
-        """
-        more = round(weight * other.tokens)
-        total = self.tokens + more
-        mixed: dict[str, torch.Tensor] = {}
-        for name, mine in self.tensors().items():
-            theirs: torch.Tensor | None = getattr(other, name)
-            if theirs is None:
-                continue
-            if name in SUMS:
-                mixed[name] = mine.add_(theirs.mul_(more / other.tokens))
-            else:
-                mixed[name] = mine.mul_(self.tokens / total).add_(theirs, alpha=more / total)
-        return replace(self, tokens=total, sequences=self.sequences, **mixed)
 
     def weighing_sinks(self, weight: float) -> InputStats:
         """The same with the first token of every sequence counted `weight` times in the hessian.

@@ -14,6 +14,13 @@ from outlierq.ops.compiled import gram as native
 TILE = 512
 
 
+def no_sum(width: int) -> torch.Tensor:
+    """[K, K] float32 zeros on the CPU, to add to: until it is mirrored, the half that nobody writes takes no memory."""
+    import numpy as np
+
+    return torch.from_numpy(np.zeros((width, width), np.float32))
+
+
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Add rows^T rows to the upper tiles of `total` [K, K] float32, in place. rows: [N, K]."""
     if native.add_gram(total, rows):

@@ -307,6 +307,8 @@ class StatsFromRun:
             merging, last = Merging(self._count), number == len(passes)
             for shard in self.shards:
                 collector = self._collector(module, some, shard)
+                if unseen is not None and shard.text.first == 0:
+                    collector.follow(*self._collect_unseen(module, some, unseen))
                 observer = self._observer(module, block, shard) if last else None
                 with observer or nullcontext(), routing(module, "all" if self.settings.all_experts else "chosen"):
                     carry = last and not self.sequential
@@ -324,8 +326,6 @@ class StatsFromRun:
                 said += collector.notes
                 observed += [observer] if observer else []
             stats = self._combine(some, owners, merging)
-            if unseen is not None:
-                stats = self._with_unseen(module, some, stats, unseen)
             if spilled is not None:
                 spilled.put(stats)
         collected = stats if spilled is None else spilled
@@ -387,14 +387,10 @@ class StatsFromRun:
         self._unfilled = ()
         return (runner, states) if reads_ids_alone(unseen.windows, states.values) else None
 
-    def _with_unseen(
-        self,
-        module: torch.nn.Module,
-        groups: list[InputGroup],
-        stats: Statistics,
-        started: tuple[BlockRunner, HiddenStates],
-    ) -> Statistics:
-        """Statistics of the first block with those of tokens mixed in that the text does not hold; on every rank."""
+    def _collect_unseen(
+        self, module: torch.nn.Module, groups: list[InputGroup], started: tuple[BlockRunner, HiddenStates]
+    ) -> tuple[Collector, float]:
+        """Sums of the first block over tokens that the text does not hold, and how many tokens each stands for."""
         unseen, (runner, states) = self.tokens.unseen, started
         assert unseen is not None, "they were started"
         skip = max(unseen.skip, self.settings.skip_first_tokens)
@@ -409,11 +405,7 @@ class StatsFromRun:
         with routing(module, "all" if self.settings.all_experts else "chosen"):
             runner.run(module, 0, states, collector, replace=False, originals=beside)
         text = self.tokens.ids[:, self.settings.skip_first_tokens :].numel()
-        weight = unseen.share / (1 - unseen.share) * text / unseen.windows[:, skip:].numel()
-        others = collector.finish()
-        own = [t.data_ptr() for name in others for t in stats[name].tensors().values() if t.numel()]
-        assert len(set(own)) == len(own), "each is changed once"
-        return {name: each.beside(others.pop(name), weight) if name in others else each for name, each in stats.items()}
+        return collector, unseen.share / (1 - unseen.share) * text / unseen.windows[:, skip:].numel()
 
     def _combine(self, groups: list[InputGroup], owners: Mapping[str, int], merging: Merging) -> Statistics:
         """Statistics over all shards: each group's on the rank that owns it, and how many tokens on every rank."""

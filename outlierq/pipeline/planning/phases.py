@@ -192,13 +192,11 @@ class Phases:
         return held + max(self.activations(), received * self.largest_hessian)
 
     def _unseen(self) -> int:
-        """Tokens that the text does not hold, and their statistics beside those of the text, in the first block."""
+        """Hidden states of tokens that the text does not hold, in the first block; its sums go on from theirs."""
         if not self._text.unseen_tokens:
             return 0
         token = self.work.hidden * self.work.itemsize
-        return self.collected() + min(
-            MOST_TOKENS * token, max(self.savings.spill_bytes, 2 * self._batch_tokens * token)
-        )
+        return min(MOST_TOKENS * token, max(self.savings.spill_bytes, 2 * self._batch_tokens * token))
 
     @property
     def largest_hessian(self) -> int:
