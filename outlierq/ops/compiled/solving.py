@@ -1,7 +1,7 @@
-"""The columns of a block rounded one after the other, compiled: native/solve.c.
+"""The columns of a block rounded one after the other, and what whole groups of columns lose, compiled: native/solve.c.
 
-Every function gives False where there is no compiled code, or nothing in it for what is asked: torch then does the same
-(ops/search/columns.py), with the same results, bit for bit.
+Those of blocks give None or False where there is no compiled code, or nothing in it for what is asked: torch then does
+the same (ops/search/columns.py), with the same results, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # `enum kind` of solve.c.
 INTEGERS, FRACTIONAL_ZEROS, E2M1, E4M3 = range(4)
+# Columns of a group: so many at most, and how many of them are summed up at a time (solve.c).
+WIDEST, AT_ONCE = 256, 4
+LANES = 16  # rows that are worked on at a time
 
 
 class _Grid(ctypes.Structure):
@@ -47,6 +50,9 @@ def _compiled() -> ctypes.CDLL | None:
         *(pointer, size, size, pointer, pointer, pointer, pointer),
         *(pointer, size, pointer),
     )
+    if hasattr(compiled, "outlierq_group_errors"):  # what was compiled may be older
+        compiled.outlierq_group_errors.argtypes = (pointer, size, size, size, pointer, pointer, pointer)
+        compiled.outlierq_group_fits.argtypes = (pointer, size, size, size, pointer, pointer, pointer, pointer)
     return compiled
 
 
@@ -91,12 +97,56 @@ def descend_block(
     )
 
 
+def sums_up(scheme: QuantScheme, columns: int) -> bool:
+    """Whether `group_errors` and `group_fits` know groups of so many columns."""
+    known = _compiled() is not None and hasattr(_compiled(), "outlierq_group_errors") and _knows(scheme)
+    return known and columns <= WIDEST and columns % AT_ONCE == 0 and scheme.block is None
+
+
+def in_lanes(grouped: torch.Tensor) -> torch.Tensor:
+    """W [rows, groups, columns] as [groups, rows / 16, columns, 16], filled up with zeros: 16 rows lie together."""
+    rows, groups, columns = grouped.shape
+    whole = torch.nn.functional.pad(grouped, (0, 0, 0, 0, 0, -rows % LANES))
+    return whole.view(-1, LANES, groups, columns).permute(2, 0, 3, 1).contiguous()
+
+
+def group_errors(grid: ColumnGrid, values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """d^T B d [groups, rows] for the change d that rounding makes to each group; sums run over columns in their order.
+
+    values: W as `in_lanes` gives it; blocks: [groups, columns, columns], symmetric; float32 on the CPU. Only where
+    `sums_up`.
+    """
+    found = torch.empty_like(grid.scale)
+    _summed("outlierq_group_errors", grid, values, blocks, found)
+    return found
+
+
+def group_fits(grid: ColumnGrid, values: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """c^T B c and c^T B w [groups, rows] for the codes c of each group, less their zero points; the same otherwise."""
+    power, product = torch.empty_like(grid.scale), torch.empty_like(grid.scale)
+    _summed("outlierq_group_fits", grid, values, blocks, power, product)
+    return power, product
+
+
+def _summed(name: str, grid: ColumnGrid, values: torch.Tensor, blocks: torch.Tensor, *found: torch.Tensor) -> None:
+    """Call a function of solve.c over groups."""
+    assert all(each.is_contiguous() and each.dtype == torch.float32 for each in (grid.scale, values, blocks)), name
+    given, (groups, columns, _) = _grid_of(grid), blocks.shape
+    places = (each.data_ptr() for each in (values, blocks, *found))
+    getattr(_compiled(), name)(ctypes.addressof(given), groups, columns, grid.scale.shape[1], *places)
+
+
+def _knows(scheme: QuantScheme) -> bool:
+    """Whether `encode` of solve.c has codes of this kind."""
+    return scheme.vector == 1 and scheme.kind in ("int", "float") and (scheme.kind, scheme.bits) != ("float", 6)
+
+
 def _fit(grid: ColumnGrid, corner: torch.Tensor, *blocks: torch.Tensor) -> bool:
     """Whether all lie on the CPU as the compiled code takes them, and it knows the grid.
 
     corner: of a matrix, whose rows may be longer.
     """
-    if grid.scheme.kind == "codebook" or (grid.scheme.kind == "float" and grid.scheme.bits == 6):
+    if not _knows(grid.scheme):
         return False
     parts = [corner[0], *blocks, grid.scale, *([] if grid.zero_point is None else [grid.zero_point])]
     return all(part.device.type == "cpu" and part.is_contiguous() and part.dtype == torch.float32 for part in parts)
