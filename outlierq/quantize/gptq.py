@@ -18,9 +18,10 @@ from outlierq.ops.errors import tell
 from outlierq.ops.grid import Grid, code_dtype, from_groups, in_groups, joined, minmax_grid, to_quant_tensor
 from outlierq.ops.search.columns import ColumnGrid, check_compiled
 from outlierq.ops.search.level_fit import fits_levels, refit_levels
+from outlierq.ops.search.power import OutputPower
 from outlierq.ops.search.refine import refine
 from outlierq.ops.search.scale_search import group_blocks, improved, rows_of
-from outlierq.ops.search.sweep import output_power, panel_rows, residuals, squared_errors, sweep
+from outlierq.ops.search.sweep import panel_rows, residuals, squared_errors, sweep
 from outlierq.ops.search.vectors import descend_vectors, sweep_vectors, vector_order
 from outlierq.ops.solve import Factor, factored
 from outlierq.registry import quantizer
@@ -82,6 +83,7 @@ class _Solver:
         self.w, self.start, self.blocks, self.hessian = w, start, blocks, hessian
         self.factor, self.passes, self.scheme = factor, passes, start.scheme
         self.inverse = factor.inverse() if self.scheme.vector > 1 else None
+        self.output_power = OutputPower(hessian, factor)
         self.rows = panel_rows(self.scheme) if w.device.type == "cpu" else len(w)
         self.codes = torch.empty(w.shape, dtype=code_dtype(self.scheme), device=w.device)
         self.errors, self.power = torch.empty(2, len(w), dtype=torch.float64, device=w.device)
@@ -108,7 +110,7 @@ class _Solver:
     def _by_columns(self, part: slice, grid: Grid) -> tuple[torch.Tensor, Grid]:
         """Codes [in, rows] float32 and grid of some rows."""
         values = self.w[part].T[self.factor.order]
-        self.power[part] = output_power(values, self.factor)
+        self.power[part] = self.output_power.of(values)
         columns = ColumnGrid.of(grid, self.w.shape[1])
         codes, errors = sweep(values, columns, self.factor)
         self.errors[part] = squared_errors(values, errors, self.factor)

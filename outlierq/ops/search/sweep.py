@@ -65,24 +65,10 @@ def residuals(values: torch.Tensor, errors: torch.Tensor, factor: Factor) -> tor
 
 def squared_errors(values: torch.Tensor, errors: torch.Tensor, factor: Factor) -> torch.Tensor:
     """[rows] float64: (W - Q) H (W - Q)^T of each row."""
-    return _squares(errors) - factor.damping * _squares(values)
+    return sum_of_squares(errors) - factor.damping * sum_of_squares(values)
 
 
-def output_power(values: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """[rows] float64: W H W^T of each row of W, `values` [in, rows] in the order of the factor."""
-    power, right = -factor.damping * _squares(values), Operand(values, len(values))
-    right.renew(slice(0, len(values)))
-    for wide in factor.blocks(WIDE):
-        product = right.times(factor.upper[: wide.start, wide].T, slice(0, wide.start))
-        for block in factor.blocks(BLOCK, wide):
-            near = slice(wide.start, block.stop)
-            part = product[block.start - wide.start : block.stop - wide.start]
-            part.addmm_(factor.upper[near, block].T, values[near])
-        power += _squares(product)
-    return power
-
-
-def _squares(columns: torch.Tensor) -> torch.Tensor:
+def sum_of_squares(columns: torch.Tensor) -> torch.Tensor:
     """[rows] float64: sums of squares over [columns, rows]; of 128 columns in float32."""
     return sum((part.square().sum(0).double() for part in columns.split(128)), torch.zeros((), dtype=torch.float64))
 
