@@ -99,7 +99,7 @@ def test_a_run_compares_later_blocks_with_the_original_and_a_killed_one_goes_on(
     whole, out = tmp_path / "whole", tmp_path / "out"
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(InputStats, "weighing_sinks", lambda self, weight: seen.append(self) or self)
+        patch.setattr(InputStats, "weigh_sinks", lambda self, weight: seen.append(self) or self)
         compress(tiny_llama, tmp_path / "watched", "gptaq-w4", SMALL)
     groups = len(seen) // 2
     assert groups and all(stats.cross is not None for stats in seen)

@@ -16,7 +16,8 @@ from outlierq.core.stats import InputStats
 from outlierq.ops import precision
 from outlierq.ops.compiled import solving as native
 from outlierq.ops.errors import told_errors
-from outlierq.ops.search import columns, refine, sweep
+from outlierq.ops.grid import in_groups, minmax_grid
+from outlierq.ops.search import columns, refine, scale_search, sweep
 from outlierq.ops.search.sweep import PANEL_ROWS
 from outlierq.registry import method
 
@@ -171,3 +172,34 @@ def test_the_errors_that_are_told_are_those_of_the_result(scheme, passes, stats)
     assert not told.of(replace(result))
     assert torch.allclose(errors, row_errors(result.dequantize() - w, stats.hessian), rtol=1e-3, atol=1e-9)
     assert torch.allclose(power, row_errors(w, stats.hessian), rtol=1e-3, atol=1e-9)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(4, 64), QuantScheme(3, 128, symmetric=False), QuantScheme(8, 32, kind="float")], ids=str
+)
+def test_a_compiled_search_of_wide_weights_ends_where_that_of_torch_does(scheme, monkeypatch):
+    w, root = random_weight(37, 1024), torch.randn(1024, 1200, generator=torch.Generator().manual_seed(0))
+    start, blocks = minmax_grid(w, scheme), scale_search.group_blocks(root @ root.T, scheme)
+    assert scale_search._is_compiled(w, scheme, blocks)
+    found = scale_search.improved(w, start, blocks)
+    parts = [
+        scale_search.improved(w[rows], scale_search.rows_of(start, rows), blocks) for rows in (slice(16), slice(16, 37))
+    ]
+    assert torch.equal(found.scale, torch.cat([part.scale for part in parts])), "rows do not depend on each other"
+    monkeypatch.setattr(scale_search, "_is_compiled", lambda *_: False)
+    expected = scale_search.improved(w, start, blocks)
+    errors = scale_search._Groups(in_groups(w, scheme), scheme, blocks).errors
+    assert torch.allclose(errors(found), errors(expected), rtol=0.02)
+    assert errors(found).sum() < 1.001 * errors(expected).sum() < errors(start).sum()
+
+
+@needs_compiled
+def test_a_compiled_search_that_errs_is_not_used_and_that_is_said(monkeypatch):
+    w, scheme = random_weight(8, 1024), QuantScheme(4, 64)
+    blocks = scale_search.group_blocks(torch.eye(1024), scheme)
+    monkeypatch.setattr(native, "group_errors", lambda grid, *_: grid.scale)
+    monkeypatch.setattr(scale_search, "_agrees", scale_search._agrees.__wrapped__)
+    with collecting() as notes:
+        scale_search.improved(w, minmax_grid(w, scheme), blocks)
+    assert notes == ["the compiled scale search does not give what torch gives: torch searches instead, slower"]

@@ -85,7 +85,7 @@ def test_a_block_rounds_inside_and_a_collector_sees_what_comes():
 def test_a_run_gives_every_rounded_input_its_pairs_from_the_first_block_on(tiny_llama, tmp_path, monkeypatch, mode):
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(InputStats, "weighing_sinks", lambda self, weight: seen.append(self) or self)
+        patch.setattr(InputStats, "weigh_sinks", lambda self, weight: seen.append(self) or self)
         compress(tiny_llama, tmp_path / "out", "mxfp4-w4a4", [*SMALL, *ROUNDED, f"calibration.mode={mode}"])
     assert seen and all(stats.cross.any() for stats in seen)
 

@@ -139,7 +139,12 @@ class InputStats:
         return replace(self, tokens=tokens, sequences=self.sequences + other.sequences, **merged)
 
     def weighing_sinks(self, weight: float) -> InputStats:
-        """The same with the first token of every sequence counted `weight` times in the hessian.
+        """`weigh_sinks` of copies."""
+        copies = {name: value.clone() for name, value in self.tensors().items() if name in ("hessian", "cross")}
+        return replace(self, tokens=self.tokens, sequences=self.sequences, **copies).weigh_sinks(weight)
+
+    def weigh_sinks(self, weight: float) -> InputStats:
+        """The same with the first token of every sequence counted `weight` times in the hessian, which is changed.
 
         Every later token attends to it, so an error there is paid many times (docs/what-we-learned.md). `sum_x` and
         `cross` are weighed alike, so that they fit the hessian. Statistics without first tokens (routed or skipped
@@ -149,13 +154,13 @@ class InputStats:
             return self
         first = (self.first_rows if self.first_rounded is None else self.first_rounded).float()
         total = self.tokens + (weight - 1) * len(first)
-        weighed = (self.hessian * self.tokens).addmm_(first.T, first, alpha=weight - 1).div_(total)
+        weighed = self.hessian.mul_(self.tokens).addmm_(first.T, first, alpha=weight - 1).div_(total)
         sums = self.sum_x
         if sums is not None:
             sums = (sums + (weight - 1) * self.first_rows.double().sum(0)) * (self.tokens / total)
         cross = self.cross
         if cross is not None and self.first_change is not None:
-            cross = (cross * self.tokens).addmm_(self.first_change.T, first, alpha=weight - 1).div_(total)
+            cross = cross.mul_(self.tokens).addmm_(self.first_change.T, first, alpha=weight - 1).div_(total)
         return replace(self, hessian=weighed, sum_x=sums, cross=cross)
 
     def moved(self, move: Move) -> InputStats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -251,16 +251,18 @@ class _Run:
             owners = owners_for(self.plan)(groups, self.ranks)
             mine = {name for name, rank in owners.items() if rank == self.ranks.rank}
             stats = each_changed(stats, bare, [name for name in stats if name not in mine])
-            stats = each_changed(stats, lambda each: each.weighing_sinks(self.sink_weight))
+            stats = each_changed(stats, lambda each: each.weigh_sinks(self.sink_weight))
         return_freed_memory()
-        tensors = self._read(block)
-        before = dict(tensors)
+        before = tensors = self._tensors(block)
+        transforms: list[dict[str, Any]] = []
         with during("transform", block.name), self.clock("transform"):
             self._tell(block, "transform")
-            stats, transforms = self._transform(block, groups, mine, stats, tensors)
-            if self.ranks.lead:
-                stats, moved = self._gather(block, groups, stats, tensors)
-                transforms += moved
+            if self._changes_weights:
+                tensors = dict(before)
+                stats, transforms = self._transform(block, groups, mine, stats, tensors)
+                if self.ranks.lead:
+                    stats, moved = self._gather(block, groups, stats, tensors)
+                    transforms += moved
         with self.clock("quantize"):
             results = self._quantize(block, groups, mine, stats, tensors)
             results, said = self._learn(block, groups, stats, tensors, results)
@@ -287,9 +289,18 @@ class _Run:
         """The dense tensors of a block as they lie on disk; only the lead reads what only the lead has written."""
         return self.ranks.first(lambda: self._written_to.written(block))
 
-    def _read(self, block: Block) -> dict[str, torch.Tensor]:
-        """The block's tensors on the device, as stored."""
-        return {name: t.to(self.device) for name, t in self.plan.checkpoint.read_many(block.tensors).items()}
+    @property
+    def _changes_weights(self) -> bool:
+        """Whether weights are changed before they are rounded."""
+        return bool(self.plan.recipe.group_transforms or self.plan.recipe.permutations)
+
+    def _tensors(self, block: Block) -> Mapping[str, torch.Tensor]:
+        """The block's tensors on the device, as stored; each read when it is asked for where nothing changes them."""
+        return self._read(block.tensors) if self._changes_weights else Unread(self._read, block.tensors)
+
+    def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors on the device, as stored."""
+        return {name: t.to(self.device) for name, t in self.plan.checkpoint.read_many(names).items()}
 
     def _as_stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Folded tensors in the dtype that the plan gives them."""
@@ -390,6 +401,8 @@ class _Run:
                 linears = ", ".join(site.module.rpartition(".")[2] for site in group.sites[:3])
                 self._tell(block, f"rounding {linears}", number / len(groups))
                 own |= self._quantize_one(group, mine, stats, tensors)
+                if self.plan.recipe.learn is None:
+                    stats = each_changed(stats, bare, names_of(group))  # nobody reads their sums again
                 return_freed_memory()
         everything = {site: result for made in self.ranks.gather(own) for site, result in made.items()}
         if not self.ranks.lead:
@@ -492,6 +505,22 @@ class _Run:
     def _whole(self, site: LinearSite) -> QuantizedRows:
         """The same in one piece."""
         return QuantizedRows.whole(*self._round(site)[site])
+
+
+class Unread(Mapping[str, "torch.Tensor"]):
+    """Tensors by name that are read when they are asked for, and not kept. read: gives some of them."""
+
+    def __init__(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], names: Sequence[str]):
+        self._read, self._names = read, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read([name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def noted(result: tuple[QuantTensor, SiteRow], text: str) -> tuple[QuantTensor, SiteRow]:

@@ -106,9 +106,7 @@ def _improved_by_torch(w: torch.Tensor, start: Grid, blocks: torch.Tensor | None
         blocks = blocks.bfloat16()  # candidates are compared: a part in a thousand of an error does not matter
     pieces = [slice(first, first + rows) for first in range(0, len(w), rows)]
     return [
-        _search(
-            _Groups(_by_group(grouped[piece]) if short else grouped[piece], scheme, blocks), rows_of(start, piece)
-        )
+        _search(_Groups(_by_group(grouped[piece]) if short else grouped[piece], scheme, blocks), rows_of(start, piece))
         for piece in pieces
     ]
 

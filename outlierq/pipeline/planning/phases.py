@@ -218,12 +218,18 @@ class Phases:
     def solving(self) -> int:
         """The linears of the block are quantized, group by group; codes of those that are done wait to be written."""
         work = self.work
-        tensors = self.dense if work.transforms else self.stored
+        tensors = self.dense if work.transforms else self.stored if work.learns else self._read_at_once
         codes = sum(work.elements[s.weight] for s in self.block.sites) * 5 // 4
         running = self.running if self._keeps_weights else 0
         running += self.dense if self.work.ranks > 1 else 0  # passed on to the others as it was written
         largest = max(self._solving(width, rows) for width, rows, _ in self.inputs)
         return self._held() + tensors + codes + running + max(largest, self.making) + self.hidden()
+
+    @property
+    def _read_at_once(self) -> int:
+        """What is stored of the linears that share an input, of those that are the most."""
+        elements = sum(self.work.elements[name] for name in self.block.tensors)
+        return -(-self.stored * max((rows * width for width, rows, _ in self.inputs), default=0) // elements)
 
     @property
     def _keeps_weights(self) -> bool:
