@@ -34,6 +34,7 @@ SCHEMES = [
     gguf_scheme("Q4_1"),
     gguf_scheme("IQ4_NL"),
 ]
+WIDE = [QuantScheme(4, 64), QuantScheme(3, 128, symmetric=False), QuantScheme(8, 32, kind="float")]
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +176,7 @@ def test_the_errors_that_are_told_are_those_of_the_result(scheme, passes, stats)
 
 
 @needs_compiled
-@pytest.mark.parametrize(
-    "scheme", [QuantScheme(4, 64), QuantScheme(3, 128, symmetric=False), QuantScheme(8, 32, kind="float")], ids=str
-)
+@pytest.mark.parametrize("scheme", WIDE, ids=str)
 def test_a_compiled_search_of_wide_weights_ends_where_that_of_torch_does(scheme, monkeypatch):
     w, root = random_weight(37, 1024), torch.randn(1024, 1200, generator=torch.Generator().manual_seed(0))
     start, blocks = minmax_grid(w, scheme), scale_search.group_blocks(root @ root.T, scheme)
@@ -190,7 +189,7 @@ def test_a_compiled_search_of_wide_weights_ends_where_that_of_torch_does(scheme,
     monkeypatch.setattr(scale_search, "_is_compiled", lambda *_: False)
     expected = scale_search.improved(w, start, blocks)
     errors = scale_search._Groups(in_groups(w, scheme), scheme, blocks).errors
-    assert torch.allclose(errors(found), errors(expected), rtol=0.02)
+    assert (errors(found) / errors(expected) - 1).abs().mean() < 0.01
     assert errors(found).sum() < 1.001 * errors(expected).sum() < errors(start).sum()
 
 

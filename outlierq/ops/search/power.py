@@ -1,8 +1,8 @@
 """The power of a weight's output, which its error is told against: exact, or for wide weights from some of the rows.
 
-Exactly, it takes as many operations as the sweep of GPTQ. What a row has is foretold by the few directions in which most
-inputs lie (the approximation of Nystroem by random ones, Williams and Seeger 2001) and the diagonal of the rest; how far
-that is off for every eighth row corrects it for all.
+Exactly, it takes as many operations as the sweep of GPTQ. What a row has is foretold by the few directions in which
+most inputs lie (the approximation of Nystroem by random ones, Williams and Seeger 2001) and the diagonal of the rest;
+how far that is off for every eighth row corrects it for all.
 """
 
 from __future__ import annotations
