@@ -23,13 +23,14 @@ class OutputPower:
 
     def __init__(self, hessian: torch.Tensor, factor: Factor):
         self.factor = factor
-        self.shape, self.rest = _main_directions(hessian, factor.order) if len(hessian) >= WIDE_WEIGHT else (None, None)
+        self.known = _main_directions(hessian, factor.order) if len(hessian) >= WIDE_WEIGHT else None
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """[rows] float64 for W `values` [in, rows] in the order of the factor."""
-        if self.shape is None or self.rest is None:
+        if self.known is None:
             return output_power(values, self.factor)
-        foretold = (self.shape.T @ values).square().sum(0).double() + (self.rest @ values.square()).double()
+        directions, rest = self.known
+        foretold = (directions.T @ values).square().sum(0).double() + (rest @ values.square()).double()
         exact = output_power(values[:, ::EVERY].contiguous(), self.factor)
         known = foretold[::EVERY].sum()
         return foretold * (exact.sum() / known) if known > 0 else output_power(values, self.factor)
