@@ -17,6 +17,7 @@ from outlierq.core.notes import collecting
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import ActivationScheme, QuantScheme
 from outlierq.ops.compiled import products
+from outlierq.ops.outlier_victim import nearest_pairs
 from outlierq.runtime import QuantLinear, choice, cpu, timing, ways
 
 pytestmark = pytest.mark.skipif(products._compiled() is None, reason="nothing was compiled")
@@ -47,6 +48,8 @@ def random_codes(kind: str, rows: int, columns: int) -> torch.Tensor:
     codes = torch.randint(0, 1 << code.bits, (rows, columns))
     if code.exponent:
         return code.values[codes].clamp(-448, 448).to(torch.float8_e4m3fn)
+    if code.paired:
+        return nearest_pairs(torch.randn(rows, columns) * 8).to(torch.int8)
     return (codes - (1 << code.bits - 1)).to(torch.int8)
 
 

@@ -12,6 +12,7 @@ from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.kernels import layout, plan
 from outlierq.ops.compiled.products import CODES
+from outlierq.ops.outlier_victim import nearest_pairs
 from outlierq.ops.twins.packed_matmul import dequantize, packed_matmul
 
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=shim.missing() or "")
@@ -33,7 +34,7 @@ class Case:
 
     def dense(self) -> torch.Tensor:
         """The weight as its definition says, float64, without any rounding."""
-        if self.weight.is_float:
+        if self.weight.kind != "int":
             return self.codes
         width = self.codes.shape[1] // self.scale.shape[1]
         zero = 0 if self.zero_point is None else self.zero_point.repeat_interleave(width, 1)
@@ -71,8 +72,22 @@ FLOATS = {
 }
 
 
+PAIRS = {f"pairs of {size}": QuantScheme(4, size, kind="outlier-victim") for size in (None, 32, 128)}
+OTHERS = [*FLOATS, *PAIRS]
+
+
+def paired_weight(name: str, rows: int, columns: int) -> QuantTensor:
+    """Pairs of all kinds there are, an outlier on either side."""
+    scheme, g = PAIRS[name], torch.Generator().manual_seed(rows + columns)
+    codes = nearest_pairs(8 * torch.randn(rows, columns, generator=g)).to(torch.int8)
+    scale = torch.rand(scheme.scale_shape(rows, columns), generator=g).mul_(0.02).add_(0.01)
+    return QuantTensor(codes, scale, None, scheme)
+
+
 def float_weight(name: str, rows: int, columns: int) -> QuantTensor:
     """All codes there are but NaN, with scales of any size that the kernels hold in both dtypes."""
+    if name in PAIRS:
+        return paired_weight(name, rows, columns)
     scheme, g = FLOATS[name], torch.Generator().manual_seed(rows + columns)
     values = CODES["e2m1" if scheme.bits == 4 else "e4m3"].values
     codes = values[torch.arange(rows * columns).view(rows, columns) * 7 % len(values)].clamp(-448, 448)
@@ -89,7 +104,8 @@ def float_weight(name: str, rows: int, columns: int) -> QuantTensor:
 def make_float_case(name: str, tokens: int, rows: int, columns: int, dtype=torch.bfloat16, bias=True) -> Case:
     """As `make_case`; `codes` is the weight in float64, after the rounding of plain scales."""
     g = torch.Generator().manual_seed(rows * 31 + columns)
-    packed = layout.pack_floats(float_weight(name, rows, columns), dtype)
+    stored = float_weight(name, rows, columns)
+    packed = layout.pack_pairs(stored, dtype) if name in PAIRS else layout.pack_floats(stored, dtype)
     parts = {part: getattr(packed, part) for part in ("words", "scale", "factor")}
     guarded = {part: None if held is None else shim.guarded(held) for part, held in parts.items()}
     codes, scale, _ = layout.unpack(packed)
@@ -137,7 +153,7 @@ def test_unpacking_gives_back_what_was_packed(rows, columns, group, bits, symmet
     assert symmetric or torch.equal(zero_point, case.zero_point.short())
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_floats_are_the_weight_but_for_rounded_plain_scales(name, dtype):
     stored = float_weight(name, 136, 256)
@@ -220,7 +236,7 @@ def test_gemv_agrees_with_float64_under_every_schedule(tokens, rows, columns, gr
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 8, 128), (3, 24, 384), (8, 136, 1152)])
 def test_gemv_of_floats_agrees_with_float64_under_every_schedule(tokens, rows, columns, name, dtype):
     case = make_float_case(name, tokens, rows, columns, dtype)
@@ -255,7 +271,7 @@ def test_dequant_gives_the_weight_of_the_twin_bit_for_bit(rows, columns, group, 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_dequant_of_floats_gives_the_weight_of_the_twin_bit_for_bit(name, dtype):
     case = make_float_case(name, 1, 40, 384, dtype)
     expected = dequantize(*layout.unpack(case.weight), dtype=dtype, factor=case.weight.factor)
@@ -292,7 +308,7 @@ def test_gemm_agrees_with_float64_under_every_schedule(tokens, rows, columns, gr
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(("tokens", "rows", "columns", "parts"), [(5, 8, 128, 1), (17, 24, 384, 1), (33, 136, 1152, 2)])
 def test_gemm_of_floats_agrees_with_float64_under_every_schedule(tokens, rows, columns, parts, name, dtype):
     case = make_float_case(name, tokens, rows, columns, dtype)

@@ -28,6 +28,7 @@ RECIPES = {
     "mxfp4-w4a8": ((), "packed mxfp4"),
     "mxfp8": ((), "packed mxfp8"),
     "int8-split": ((), "int8 with int8"),
+    "olive-w4": ((), "packed outlier-victim"),
 }
 
 

@@ -53,13 +53,15 @@ WEIGHTS = {
     "mxfp6": (40, 96, QuantScheme(6, 32, kind="float", scales="power-of-two"), "packed"),
     "mxfp8": (40, 96, QuantScheme(8, 32, kind="float", scales="power-of-two"), "packed"),
     "w8 blocks": (200, 256, QuantScheme(8, None, block=(128, 128)), "packed"),
+    "pairs": (72, 256, QuantScheme(4, None, kind="outlier-victim"), "packed"),
+    "pairs g64": (40, 192, QuantScheme(4, 64, kind="outlier-victim"), "packed"),
 }
 
 
 def weight(rows: int, columns: int, scheme: QuantScheme, outliers: int = 0) -> QuantTensor:
     """Random codes, scales within a factor of 3, zero points around the middle."""
     torch.manual_seed(rows * columns)
-    if scheme.kind == "float":
+    if scheme.kind != "int":
         stored = choice.random_weight(scheme, (rows, columns))
         static = scheme.activations is not None and not scheme.activations.dynamic
         return replace(stored, input_scale=torch.tensor([300.0]) if static else None)
@@ -75,7 +77,7 @@ def weight(rows: int, columns: int, scheme: QuantScheme, outliers: int = 0) -> Q
 
 
 ONLY_COMPILED = {"w8 g32", "w8 g32 with zero points", "w5 g32 with zero points", "w8 blocks"} | {
-    name for name, row in WEIGHTS.items() if row[2].kind == "float"
+    name for name, row in WEIGHTS.items() if row[2].kind != "int"
 }
 
 

@@ -14,6 +14,7 @@ import torch
 
 from outlierq.core.errors import OutlierqError
 from outlierq.core.quant_tensor import QuantTensor
+from outlierq.ops import outlier_victim
 from outlierq.ops.compiled.products import CODES, float_bits
 
 TILE_OUTPUTS, TILE_INPUTS = 16, 64
@@ -29,12 +30,12 @@ class KernelError(OutlierqError):
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight [out_features, in_features] in the kernels' layout: `scale * (code - zero_point)`, codes unsigned, or
-    `factor * scale * code`, codes E2M1 or E4M3.
+    `factor * scale * code`, codes E2M1, E4M3 or those of outlier-victim pairs.
 
     words: int32 [ceil(out / 16), ceil(in / 64), 32 * bits]. scale: [groups, out], float16 or bfloat16; inputs and
     outputs have the same dtype. zero_point: [groups, out] whole numbers in that dtype; None means 2^(bits - 1).
     bits: 4 or 8, the width of a stored code. group_size: inputs that share a scale, None for all of them.
-    factor: float32 [1]; None means 1.
+    kind: of a `QuantScheme`. factor: float32 [1]; None means 1.
     """
 
     words: torch.Tensor
@@ -44,7 +45,7 @@ class PackedWeight:
     group_size: int | None
     out_features: int
     in_features: int
-    is_float: bool = False
+    kind: str = "int"
     factor: torch.Tensor | None = None
 
     @property
@@ -63,9 +64,9 @@ class PackedWeight:
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
 
-def groups_for(is_float: bool) -> tuple[int | None, ...]:
-    """The widths of groups that kernels take; None for a whole row."""
-    return (16, *GROUPS) if is_float else GROUPS
+def groups_for(kind: str) -> tuple[int | None, ...]:
+    """The widths of groups that kernels take; None for a whole row. kind: of a `QuantScheme`."""
+    return (16, *GROUPS) if kind == "float" else GROUPS
 
 
 def pack(
@@ -100,13 +101,21 @@ def pack_floats(weight: QuantTensor, dtype: torch.dtype = torch.bfloat16) -> Pac
     scale, factor = _scales(weight, dtype)
     group_size = scheme.block[1] if scheme.block is not None else scheme.group_size
     kind = "e2m1" if scheme.bits == 4 else "e4m3"
-    _check(torch.zeros_like(weight.codes, dtype=torch.int8), scale, None, scheme.bits, group_size, dtype, True)
+    _check(torch.zeros_like(weight.codes, dtype=torch.int8), scale, None, scheme.bits, group_size, dtype, "float")
     reason = out_of_reach(weight, dtype)
     if reason is not None:
         raise KernelError(reason)
     words = _pack_words(_filled(float_bits(weight.codes, kind)), scheme.bits)
     held = scale.T.to(dtype).contiguous()
-    return PackedWeight(words, held, None, scheme.bits, group_size, rows, columns, True, factor)
+    return PackedWeight(words, held, None, scheme.bits, group_size, rows, columns, "float", factor)
+
+
+def pack_pairs(weight: QuantTensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
+    """A weight of outlier-victim pairs in the kernels' layout, for inputs of a dtype, to which scales are rounded."""
+    (rows, columns), size, kind = weight.shape, weight.scheme.group_size, weight.scheme.kind
+    _check(torch.zeros_like(weight.codes), weight.scale, None, 4, size, dtype, kind)
+    words = _pack_words(_filled(outlier_victim.encode(weight.codes)), 4)
+    return PackedWeight(words, weight.scale.T.to(dtype).contiguous(), None, 4, size, rows, columns, kind)
 
 
 def out_of_reach(weight: QuantTensor, dtype: torch.dtype) -> str | None:
@@ -142,7 +151,9 @@ def unpack(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """(codes, scale, zero_point) as `pack` took them: codes int16 or float32 [out, in], the others [out, groups]."""
     rows, columns = weight.shape
     codes = _unpack_words(weight.words, weight.bits)[:rows, :columns].short()
-    if weight.is_float:
+    if weight.kind == "outlier-victim":
+        return outlier_victim.decode(codes.to(torch.uint8)), weight.scale.T, None
+    if weight.kind == "float":
         values = CODES["e2m1" if weight.bits == 4 else "e4m3"].values
         return values.to(codes.device)[codes.int()], weight.scale.T, None
     if weight.zero_point is None:
@@ -184,7 +195,7 @@ def _check(
     bits: int,
     group_size: int | None,
     dtype: torch.dtype,
-    is_float: bool = False,
+    kind: str = "int",
 ) -> None:
     """Refuse what the layout cannot hold."""
     rows, columns = codes.shape
@@ -192,7 +203,7 @@ def _check(
         raise KernelError(f"packed weights have 4 or 8 bits and float16 or bfloat16 scales, not {bits} and {dtype}")
     if rows % 8 or columns % 16:
         raise KernelError(f"a packed weight needs out % 8 = 0 and in % 16 = 0; this one is {rows} x {columns}")
-    if group_size not in groups_for(is_float) or (group_size and columns % group_size):
+    if group_size not in groups_for(kind) or (group_size and columns % group_size):
         raise KernelError(f"group_size {group_size} does not fit {columns} inputs; 32, 64, 128 or the whole row do")
     groups = columns // group_size if group_size else 1
     for name, values in (("scale", scale), ("zero_point", zero_point)):

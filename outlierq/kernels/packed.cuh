@@ -8,12 +8,13 @@
 //   8 bits: word 4 j + kk; bytes in order.
 // CODE says what a code is. 4 or 8: an unsigned integer of so many bits; the weight is scale * (code - zero), zero =
 // 2^(bits - 1) for symmetric grids. E2M1 or E4M3: a float of 4 or 8 bits; the weight is scale * code, in groups of 16 or
-// more, and sums count in units of one `factor`, if there is any.
+// more, and sums count in units of one `factor`, if there is any. PAIRS: of two neighbours both are integers from -7 to 7
+// in two's complement, or one is 1000, which stands for 0, and the other one an outlier (OliVe).
 #pragma once
 #include "ptx.cuh"
 
 constexpr int TILE_K = 64, TILE_N = 16;
-constexpr int FLOATS = 16, E2M1 = FLOATS + 4, E4M3 = FLOATS + 8;
+constexpr int FLOATS = 16, E2M1 = FLOATS + 4, E4M3 = FLOATS + 8, PAIRS = 2 * FLOATS + 4;
 
 // 32-bit words of one lane in one tile, and of a whole tile.
 template <int CODE>
@@ -70,6 +71,28 @@ struct Codes<T, E4M3> {
     u32 q = words[4 * j + kk];
     pair[0] = wider<T, 4, 3>(__byte_perm(q, 0, 0x4140));
     pair[1] = wider<T, 4, 3>(__byte_perm(q, 0, 0x4342));
+  }
+};
+
+// A pair of nibbles, one in the low bits of each half, as 16-bit floats. An outlier is (1 + m / 2) * 2^(e + 3).
+template <class T>
+OQ_DEVICE u32 resolved(u32 q) {
+  constexpr u32 NORMAL = T::MAGIC + 0x00080008u, LEAST = (u32)(T::BIAS + 3) << T::MANTISSA;
+  u32 outlier = (q & 0x00080008u) << 12 | (((q & 0x00070007u) << (T::MANTISSA - 1)) + LEAST * 0x00010001u);
+  u32 normal = T::sub2((q ^ 0x00080008u) | T::MAGIC, NORMAL);
+  u32 others = ((q ^ 0x00080008u) + 0x000f000fu) >> 4 & 0x00010001u;  // 1 where a nibble is no victim's
+  u32 victims = (0x00010001u - others) * 0xffffu, outliers = __byte_perm(victims, 0, 0x1032);
+  return (normal & ~(victims | outliers)) | (outlier & outliers);
+}
+
+template <class T>
+struct Codes<T, PAIRS> {
+  static OQ_DEVICE u32 zero(u16) { return 0; }
+  static constexpr u32 SYMMETRIC = 0;
+  static OQ_DEVICE void centred(u32 (&pair)[2], const u32 (&words)[4], int j, int kk, u32) {
+    u32 q = words[2 * j + kk / 2] >> (8 * (kk % 2));
+    pair[0] = resolved<T>(q & 0x000f000fu);
+    pair[1] = resolved<T>((q >> 4) & 0x000f000fu);
   }
 };
 

@@ -18,7 +18,8 @@ from outlierq.ops.twins.quant_rows import SplitOperands
 Cached: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scale, minimum
 
 NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
-CODES = ("4", "8", "E2M1", "E4M3")  # of packed.cuh: integers and floats
+CODES = ("4", "8", "E2M1", "E4M3", "PAIRS")  # of packed.cuh: integers, floats, outlier-victim pairs
+KINDS = ("int", "float", "outlier-victim")
 GEMV_ROWS = 8
 GEMM_OUTPUTS, GEMM_STAGES = 128, 4  # of a block of w4a16_gemm
 W8A8_OUTPUTS, W8A8_SLAB, W8A8_STAGES = 128, 128, 3  # outputs of a block of w8a8_outlier, bytes of a row in a slab
@@ -117,7 +118,7 @@ def groups_of_tile(weight: PackedWeight) -> int:
 
 def code_name(weight: PackedWeight) -> str:
     """What the codes are called in packed.cuh."""
-    return CODES[weight.bits // 8 + 2 * weight.is_float]
+    return CODES[weight.bits // 8 + 2 * KINDS.index(weight.kind)]
 
 
 def plan_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> Launch:

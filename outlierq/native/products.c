@@ -61,14 +61,15 @@
         case 4: call(4); break; \
     }
 
-/* A tile of float32 inputs by what its codes are: their bits, and whether they are floats. */
+/* A tile of float32 inputs by what its codes are: their bits, and whether they are floats or pairs. */
 #define FOR_CODES(tile_of, m) \
-    switch (tile->code->bits + (tile->code->exponent ? 16 : 0)) { \
-        case 4: tile_of(tile, 4, 0, m); break; \
-        case 8: tile_of(tile, 8, 0, m); break; \
-        case 20: tile_of(tile, 4, 1, m); break; \
-        case 22: tile_of(tile, 6, 1, m); break; \
-        case 24: tile_of(tile, 8, 1, m); break; \
+    switch (tile->code->bits + (tile->code->exponent ? 16 : tile->code->paired ? 32 : 0)) { \
+        case 4: tile_of(tile, 4, WHOLE, m); break; \
+        case 8: tile_of(tile, 8, WHOLE, m); break; \
+        case 20: tile_of(tile, 4, SMALL_FLOATS, m); break; \
+        case 22: tile_of(tile, 6, SMALL_FLOATS, m); break; \
+        case 24: tile_of(tile, 8, SMALL_FLOATS, m); break; \
+        case 36: tile_of(tile, 4, PAIRED, m); break; \
     }
 
 /* Of float32, for any processor. */
@@ -233,6 +234,19 @@ BF16 INLINE void pairs_of_4_bits(const uint32_t *words, __m512i table, __m512i p
     for (int p = 0; p < 4; p++) pairs[p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight, 4 * p), table);
 }
 
+/* The same of outliers and victims: a table has the numbers of outliers in its second half. */
+BF16 INLINE void pairs_with_victims(const uint32_t *words, __m512i table, __m512i pairs[4]) {
+    const __m512i lowest = _mm512_set1_epi16(15), victim = _mm512_set1_epi16(8), second = _mm512_set1_epi16(16);
+    __m512i eight = _mm512_loadu_si512(words);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        __m512i codes = _mm512_and_si512(_mm512_srli_epi16(eight, 4 * p), lowest);
+        __m512i other = _mm512_rol_epi32(codes, 16);
+        __m512i is_outlier = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(other, victim), second);
+        pairs[p] = _mm512_permutexvar_epi16(_mm512_or_si512(codes, is_outlier), table);
+    }
+}
+
 /* Other codes need a table of bytes; `flip`: all bits where negative integers have the size of their complement. */
 struct bytes { __m512i low[2], high[2], first, second, flip; };
 
@@ -274,7 +288,7 @@ BF16 INLINE void pairs_of_6_bits(const uint32_t *words, const struct bytes *tabl
 }
 
 /* A tile of `tokens`. x: pairs of bfloat16, [columns / 2][tokens], see `arrange`. */
-BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
+BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int paired, int tokens) {
     enum { PAIRS = 8 };
     const int pairs = bits == 6 ? 8 : 16 / bits, step_words = bits == 6 ? 3 * PANEL : PANEL;
     const int chains = tokens > 4 ? 1 : bits == 8 ? 2 : 4, is_raised = bits == 8 && !tile->code->exponent;
@@ -293,7 +307,8 @@ BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
         for (int64_t step = 0; step < tile->steps; step++, words += step_words) {
             __m512i codes[PAIRS];
             if (tokens <= 4) _mm_prefetch((const char *)(words + AHEAD), _MM_HINT_T0);
-            if (bits == 4) pairs_of_4_bits(words, table, codes);
+            if (paired) pairs_with_victims(words, table, codes);
+            else if (bits == 4) pairs_of_4_bits(words, table, codes);
             else if (bits == 6) pairs_of_6_bits(words, &bytes, codes);
             else pairs_of_bytes(_mm512_loadu_si512(words), &bytes, codes);
 #pragma GCC unroll 8
@@ -320,7 +335,8 @@ BF16 INLINE void bf16_tile(const struct tile *tile, int bits, int tokens) {
 
 BF16 static void bf16_float(const struct tile *tile) {
 #define CALL(m) \
-    tile->code->bits == 4 ? bf16_tile(tile, 4, m) : tile->code->bits == 6 ? bf16_tile(tile, 6, m) : bf16_tile(tile, 8, m)
+    tile->code->paired ? bf16_tile(tile, 4, 1, m) : tile->code->bits == 4 ? bf16_tile(tile, 4, 0, m) : \
+    tile->code->bits == 6 ? bf16_tile(tile, 6, 0, m) : bf16_tile(tile, 8, 0, m)
     FOR_TOKENS(CALL)
 #undef CALL
 }
@@ -385,7 +401,8 @@ int outlierq_runs_kernel(int number) {
 #endif
 }
 
-static const struct code codes[] = {{4, 8, 1, 0}, {8, 4, 1, 0}, {4, 8, 1, 2}, {8, 4, 1, 4}, {6, 16, 3, 2}, {6, 16, 3, 3}};
+static const struct code codes[] = {{4, 8, 1, 0, 0}, {8, 4, 1, 0, 0},  {4, 8, 1, 2, 0}, {8, 4, 1, 4, 0},
+                                    {6, 16, 3, 2, 0}, {6, 16, 3, 3, 0}, {4, 8, 1, 0, 1}};
 
 /* How scales are stored: as float32, as bytes of E4M3 that a number divides, or as powers of two, 2^(byte - 127). */
 enum scales { PLAIN, DIVIDED, POWERS };
@@ -421,6 +438,7 @@ static void read_scales(const uint8_t *stored, enum scales kind, int64_t count, 
 static void make_numbers(const struct code *code, struct numbers *numbers) {
     for (int i = 0; i < 32; i++) {
         float number = code->exponent ? of_small_float(i & 15, codes + E2M1) : (float)((i & 15) - (i & 8) * 2);
+        if (code->paired) number = (i & 15) == 8 ? 0 : i < 16 ? number : (float)outlier_of((int)number);
         numbers->of_4_bits[i] = to_bfloat16(number);
     }
     for (int i = 0; i < 128; i++) {
@@ -625,6 +643,17 @@ INLINE void codes_of_row(const uint32_t *words, int bits, int64_t steps, int8_t 
             }
 }
 
+/* Codes of pairs as numbers, in place. */
+void outlierq_resolve_pairs(int8_t *row, int64_t columns) {
+    for (int64_t i = 0; i + 1 < columns; i += 2)
+        for (int64_t odd = 0; odd < 2; odd++)
+            if (row[i + odd] == VICTIM) {
+                row[i + odd] = 0;
+                row[i + 1 - odd] = (int8_t)outlier_of(row[i + 1 - odd]);
+                break;
+            }
+}
+
 INLINE float number_of(int8_t code, const struct code *kind) {
     return kind->exponent ? of_small_float((uint8_t)code & ((1u << kind->bits) - 1), kind) : (float)code;
 }
@@ -659,6 +688,7 @@ void outlierq_decode_panels(const uint32_t *words, int64_t panel_words, enum cod
     for (int64_t p = 0; p < panels; p++, words += panel_words)
         for (int r = 0; r < PANEL; r++) {
             codes_of_row(words + r, of->bits, columns / of->columns, row);
+            if (of->paired) outlierq_resolve_pairs(row, columns);
             for (int64_t g = 0; g < groups; g++, numbers += width * size) {
                 int64_t place = (p * groups + g) * PANEL + r;
                 float scale = scale_at(scales, kind, divisor ? *divisor : 1, place), offset = offsets ? offsets[place] : 0;

@@ -19,10 +19,19 @@ TARGET INLINE NAME(ints) NAME(codes)(const uint32_t *words, int bits, int column
     return (upper << (30 - byte - 2 * part) & (int32_t)0xC0000000) | (word << (28 - byte - part % 2 * 4) >> 2 & 0x3C000000);
 }
 
+/* A column of pairs: 0 where it is a victim, an outlier beside one. */
+TARGET INLINE NAME(lanes) NAME(paired)(NAME(ints) own, NAME(ints) other) {
+    NAME(ints) size = (2 + (own & 1)) << ((own >> 1 & 3) + 2), sign = own >> 31;
+    NAME(ints) is_victim = own == VICTIM, is_outlier = other == VICTIM;
+    NAME(ints) outlier = (size ^ sign) - sign;
+    return __builtin_convertvector(((outlier & is_outlier) | (own & ~is_outlier)) & ~is_victim, NAME(lanes));
+}
+
 /* A column as numbers: `of_small_float` where they are floats. */
-TARGET INLINE NAME(lanes) NAME(column)(const uint32_t *words, int bits, int floats, int column, const struct code *code) {
+TARGET INLINE NAME(lanes) NAME(column)(const uint32_t *words, int bits, int kind, int column, const struct code *code) {
     NAME(ints) codes = NAME(codes)(words, bits, column);
-    if (!floats) return __builtin_convertvector(codes >> (32 - bits), NAME(lanes));
+    if (kind == PAIRED) return NAME(paired)(codes >> 28, NAME(codes)(words, bits, column ^ 1) >> 28);
+    if (kind == WHOLE) return __builtin_convertvector(codes >> (32 - bits), NAME(lanes));
     int32_t one = least_power(code);
     NAME(ints) size = ((codes & (int32_t)(0x7FFFFFFFu >> (32 - bits) << (32 - bits))) >> (8 - code->exponent)) + one;
     NAME(ints) subnormal = (NAME(ints))((NAME(lanes))size * 2 - 2 * as_float((uint32_t)one));
@@ -31,7 +40,7 @@ TARGET INLINE NAME(lanes) NAME(column)(const uint32_t *words, int bits, int floa
 }
 
 /* A tile of `tokens`; x: float32 [columns][tokens]. Few tokens have several sums each, which do not wait for each other. */
-TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int floats, int tokens) {
+TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int kind, int tokens) {
     enum { VECTORS = PANEL / LANES, CHAINS = 4 };
     const int step_words = bits == 6 ? 3 * PANEL : PANEL, columns = bits == 6 ? 16 : 32 / bits;
     const int together = bits == 6 ? 4 : columns; /* are laid out */
@@ -55,7 +64,7 @@ TARGET INLINE void NAME(tile)(const struct tile *tile, int bits, int floats, int
                 for (int c = 0; c < together; c++, x += tokens)
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) {
-                        NAME(lanes) codes = NAME(column)(words + v * LANES, bits, floats, first + c, tile->code);
+                        NAME(lanes) codes = NAME(column)(words + v * LANES, bits, kind, first + c, tile->code);
 #pragma GCC unroll 24
                         for (int t = 0; t < tokens; t++) {
                             NAME(lanes) *sum = &part[c % chains][t][v];

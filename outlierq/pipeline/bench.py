@@ -40,6 +40,7 @@ KINDS = {
     "mxfp8": QuantScheme(8, 32, kind="float", scales="power-of-two"),
     "fp8": QuantScheme(8, None, kind="float"),
     "fp8-block": QuantScheme(8, None, kind="float", block=(128, 128)),
+    "olive": QuantScheme(4, None, kind="outlier-victim"),
 }
 USUAL = ("w4", "w8", "w8a8")
 Clock = Callable[[], float]

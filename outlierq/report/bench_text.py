@@ -20,6 +20,7 @@ NAMES = {
     "w4-asymmetric": "W4A16 g128 asym",
     "w8": "W8A16",
     "w8a8": "W8A8",
+    "olive": "W4A16 OliVe",
 }
 MICROSECONDS = 1e6
 WHY = (

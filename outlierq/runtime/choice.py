@@ -29,6 +29,7 @@ from outlierq.ops.compiled import products
 from outlierq.ops.compiled.products import Packed
 from outlierq.ops.compiled.rounding import library_path
 from outlierq.ops.grid import USUAL_UNIT, nearest_code
+from outlierq.ops.outlier_victim import nearest_pairs
 from outlierq.runtime import cpu
 from outlierq.runtime.timing import NEVER, clock_here, least_seconds
 from outlierq.runtime.ways import WAYS, Way, kind_of_codes, ways_for
@@ -106,6 +107,8 @@ def random_weight(scheme: QuantScheme, shape: tuple[int, int]) -> QuantTensor:
     if scheme.kind == "float":
         return _random_floats(scheme, shape)
     codes = torch.randint(int(scheme.code_min), int(scheme.code_max) + 1, shape)
+    if scheme.kind == "outlier-victim":
+        codes = nearest_pairs(torch.randn(shape).mul_(3))
     scale = torch.rand(scheme.scale_shape(*shape)).add_(0.5).mul_(0.01).to(getattr(torch, scheme.scale_dtype))
     if scheme.symmetric:
         return QuantTensor(codes.to(torch.int8), scale, None, scheme)

@@ -80,7 +80,8 @@ def _packed_on_cuda(
 ) -> torch.Tensor:
     """A packed weight with our kernels; `super_scale` is what they have as a factor."""
     shape = (CODES[codes].bits, group_size, out_features, x.shape[-1])
-    weight = PackedWeight(words, scale, zero_point, *shape, CODES[codes].exponent > 0, super_scale)
+    kind = "float" if CODES[codes].exponent else "outlier-victim" if CODES[codes].paired else "int"
+    weight = PackedWeight(words, scale, zero_point, *shape, kind, super_scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] <= FEW_TOKENS:
         y = launch.w4a16_gemv(flat, weight, bias)

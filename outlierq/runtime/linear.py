@@ -105,8 +105,8 @@ class QuantLinear(torch.nn.Module):
             return dense.view(dense.shape[0], -1)[: self.out_features]
         if self.form == "packed" and self.words.device.type != "cpu":
             scheme = (products.CODES[self.codes].bits, self.group_size, self.out_features, self.in_features)
-            floats = (self.scheme.kind == "float", self.super_scale)
-            return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme, *floats))
+            kind = (self.scheme.kind, self.super_scale)
+            return _from_kernels(kernel_layout.PackedWeight(self.words, self.scale, self.zero_point, *scheme, *kind))
         return self._with_outliers(layout.unpack_int8(self.words).float() * self.scale.float()[:, None])
 
     def _with_outliers(self, dense: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ def _computes(layer: QuantLinear) -> str:
         return f"are decoded in every call: {layer.reason}"
     if layer.form == "int8":
         return "multiply int8 with int8"
-    name = layer.scheme.numbers if layer.scheme.kind == "float" else f"{products.CODES[layer.codes].bits}-bit"
+    name = f"{products.CODES[layer.codes].bits}-bit" if layer.scheme.kind == "int" else layer.scheme.numbers
     return f"multiply packed {name} weights"
 
 
@@ -253,7 +253,7 @@ def _not_on_cuda(weight: QuantTensor, dtype: torch.dtype) -> str | None:
         return f"the CUDA kernels take 16-bit inputs, not {str(dtype).removeprefix('torch.')}"
     if rows % 8 or columns % 16:
         return f"{rows} x {columns} is no multiple of 8 x 16"
-    if group not in kernel_layout.groups_for(weight.scheme.kind == "float") or columns % (group or 1):
+    if group not in kernel_layout.groups_for(weight.scheme.kind) or columns % (group or 1):
         return f"groups of {group} columns are not 32, 64 or 128, or do not divide {columns}"
     return kernel_layout.out_of_reach(weight, dtype) if weight.scheme.kind == "float" else None
 
@@ -267,6 +267,8 @@ def _for_kernels(weight: QuantTensor, bits: int, dtype: torch.dtype) -> kernel_l
     """The weight as the CUDA kernels take it."""
     if weight.scheme.kind == "float":
         return kernel_layout.pack_floats(weight, dtype)
+    if weight.scheme.kind == "outlier-victim":
+        return kernel_layout.pack_pairs(weight, dtype)
     stored = (weight.codes, weight.scale, weight.zero_point)
     return kernel_layout.pack(*stored, bits=bits, group_size=weight.scheme.group_size, dtype=dtype)
 

@@ -31,6 +31,8 @@ class Way:
 
 def kind_of_codes(weight: QuantTensor) -> str:
     """What the codes of this weight are held as: a name of `products.CODES`."""
+    if weight.scheme.kind == "outlier-victim":
+        return "pairs"
     if weight.scheme.kind == "float":
         return {4: "e2m1", 6: "e2m3", 8: "e4m3"}[weight.scheme.bits]
     return "int4" if weight.scheme.bits <= 4 else "int8"
@@ -70,7 +72,7 @@ def _only_bfloat16(dtype: torch.dtype) -> str | None:
 
 
 def _not_in_panels(weight: QuantTensor, dtype: torch.dtype) -> str | None:
-    """Integers with plain scales and floats with any, in groups that fill whole words."""
+    """Integers and pairs with plain scales and floats with any, in groups that fill whole words."""
     scheme, columns, several = weight.scheme, weight.shape[1], code_of(weight).columns
     if scheme.kind == "int" and scheme.scales != "plain":
         return f"{scheme.scales} scales have no compiled product"

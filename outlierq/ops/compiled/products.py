@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from outlierq.core.notes import note
+from outlierq.ops import outlier_victim
 from outlierq.ops.compiled import rounding as native
 
 PANEL = 16
@@ -33,7 +34,7 @@ ONLY_BFLOAT16 = "AVX-512 bf16"
 @dataclass(frozen=True)
 class Code:
     """number: of products.c. bits: that it takes. columns: of a row that share `words` int32 words.
-    exponent: bits of that of a float, 0 of an integer.
+    exponent: bits of that of a float, 0 of an integer. paired: whether it may be an outlier or its victim.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Code:
     columns: int
     words: int
     exponent: int = 0
+    paired: bool = False
 
     @property
     def values(self) -> torch.Tensor:
@@ -62,6 +64,7 @@ CODES = {
     "e4m3": Code(3, 8, 4, 1, 4),
     "e2m3": Code(4, 6, 16, 3, 2),
     "e3m2": Code(5, 6, 16, 3, 3),
+    "pairs": Code(6, 4, 8, 1, paired=True),
 }
 
 
@@ -90,9 +93,7 @@ def pack_panels(codes: torch.Tensor, kind: str) -> torch.Tensor:
     codes: integers, or numbers in float8_e4m3fn, which holds those of every kind of float.
     """
     several = CODES[kind].columns
-    filled = F.pad(
-        float_bits(codes, kind) if CODES[kind].exponent else codes.to(torch.int8), (0, 0, 0, -len(codes) % PANEL)
-    )
+    filled = F.pad(_bits(codes, kind), (0, 0, 0, -len(codes) % PANEL))
     steps = [filled[:, column::several].int() & (1 << CODES[kind].bits) - 1 for column in range(several)]
     if CODES[kind].bits == 6:
         low = [_joined([code & 15 for code in part], LOWER) for part in (steps[:8], steps[8:])]
@@ -112,9 +113,18 @@ def unpack_panels(words: torch.Tensor, kind: str) -> torch.Tensor:
     else:
         columns = [rows << (32 - code.bits - place) >> (32 - code.bits) for place in PLACES[code.bits]]
     codes = torch.stack(columns, -1).view(len(rows), -1)
+    if code.paired:
+        codes = outlier_victim.decode((codes & 15).to(torch.uint8))
     if not code.exponent:
         return codes.to(torch.int8)
     return code.values.to(torch.float8_e4m3fn).view(torch.uint8)[codes & (1 << code.bits) - 1].view(torch.float8_e4m3fn)
+
+
+def _bits(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """Codes [out, in] as `pack_panels` takes them, in bytes whose lowest bits are stored."""
+    if CODES[kind].paired:
+        return outlier_victim.encode(codes)
+    return float_bits(codes, kind) if CODES[kind].exponent else codes.to(torch.int8)
 
 
 def float_bits(codes: torch.Tensor, kind: str) -> torch.Tensor:
@@ -152,9 +162,9 @@ def pack_int8(codes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _compiled() -> ctypes.CDLL | None:
-    """The library, if it was compiled since it has these products."""
+    """The library, if it was compiled since it has all of these products."""
     compiled = native.library()
-    if compiled is None or not hasattr(compiled, "outlierq_multiply_panels"):
+    if compiled is None or not hasattr(compiled, "outlierq_resolve_pairs"):
         return None
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     codes, held = (number, pointer, number, pointer, pointer), (pointer, pointer, size, size)
@@ -289,6 +299,8 @@ def _float_is_right(name: str) -> bool:
     for kind, code in CODES.items():
         codes = torch.arange(20 * 96).view(20, 96) * 7 % (1 << code.bits)  # every code there is
         numbers = code.values[codes].clamp(-448, 448) if code.exponent else (codes - (1 << code.bits - 1)).float()
+        if code.paired:
+            numbers = outlier_victim.nearest_pairs(numbers * torch.tensor([1.0, 13.0, -13.0, 2.0]).repeat(24))
         scale, offset = (torch.randint(1, 5, (20, 2), generator=generator) / 4 for _ in range(2))
         offset = offset * (not code.exponent)
         words = pack_panels(numbers.to(torch.float8_e4m3fn if code.exponent else torch.int8), kind)
