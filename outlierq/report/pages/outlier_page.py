@@ -166,8 +166,9 @@ def _where(report: OutlierReport) -> dict[str, Any]:
     roles = sorted(by_role(groups).items(), key=lambda item: -len(item[1]))
     first, some = roles[0]
     others = f"; also {listed((role for role, _ in roles[1:]), 3)}" if len(roles) > 1 else ""
+    share = f"{len(some)} of these {len(groups)}, " if others else ""
     blocks = ranges(group.block for group in some)
-    return {"question": "Where", "figure": first, "remark": f"in {blocks}{others}", "alarm": alarm}
+    return {"question": "Where", "figure": first, "remark": f"{share}in {blocks}{others}", "alarm": alarm}
 
 
 def _how_bad(report: OutlierReport) -> dict[str, Any]:
@@ -192,7 +193,8 @@ def _channels(report: OutlierReport) -> dict[str, Any]:
     remark = f"({listed(report.outlier_channels)}) stand out in most blocks" if count else "stands out in most blocks"
     if entries:
         top = max(entries, key=lambda entry: abs(entry.value))
-        token = f"token {top.text!r}" if top.text else f"token {top.token}"
+        spelled = repr(top.text).replace(" ", "\N{NO-BREAK SPACE}")  # a space at its start is part of it
+        token = f"token {spelled}" if top.text else f"token {top.token}"
         remark += f". Largest single value: {figure_of(top.value)} after block {top.block}, on {token}"
     return {"question": "What stands out", "figure": figure, "remark": remark, "alarm": False}
 
