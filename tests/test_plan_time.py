@@ -104,6 +104,15 @@ def test_a_calibration_before_the_plan_counts(cache, tiny_llama, monkeypatch):
     assert both > 1.3 * alone
 
 
+def test_learning_rotations_counts_by_its_steps(cache, tiny_llama, monkeypatch):
+    monkeypatch.setattr(estimates, "measured_speed", lambda: speed.Speed(1e6, 1e6, 1.0))
+    none, half, whole = (
+        api.plan(tiny_llama, "spinquant-w4a4", settings={"transform.0.steps": steps}).expected.alone
+        for steps in (0, 30, 60)
+    )
+    assert whole - half == pytest.approx(half - none) and whole > 1.3 * none
+
+
 def test_a_run_says_what_it_will_cost_before_it_starts(outlierq, tiny_llama, tmp_path):
     answer = outlierq("quantize", tiny_llama, "-r", "rtn-w4", "-o", tmp_path / "out")
     assert answer.code == 0 and "bytes, exact)" in answer.err and "time: about " in answer.err

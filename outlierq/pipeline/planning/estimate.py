@@ -7,7 +7,7 @@ from math import prod
 from outlierq.pipeline.planning.plan import Estimate, Plan
 from outlierq.pipeline.planning.speed import measured_speed
 from outlierq.pipeline.remodel.rewrite import original_of
-from outlierq.registry import method
+from outlierq.registry import method, transform_method
 
 # Time of a calibrated run as a multiple of its matrix products, measured on SmolLM2-135M. In CPU seconds of one core,
 # measured and as said here: gptq-w4 46 and 49, gptaq-w4 68 and 58, awq-gptq-w4 115 and 103,
@@ -23,6 +23,9 @@ FOLDED = ("smoothquant",)  # transforms that have nothing to search
 START, ROUNDED, SEARCHED_INTEGERS, SEARCHED_FLOATS = 4.5, 1.2e8, 2.5e7, 9e6
 # Weights that are decoded in a second: of a GGUF file (rtn-w8 of one took 12.1), and of what torch decodes.
 FROM_GGUF, FROM_CODES = 2.5e7, 2e8
+# Of a weight, for a token of a step in which rotations learn: forward, again, backward through both, and the turns. With
+# OVERHEAD: spinquant-w4a4 on BabyLlama 46 s beside 86 measured, a step on SmolLM2-135M 14 beside 9.
+TURNING, STEP_TOKENS = 10, 2048
 # A calibration before the plan runs the model forward, then forward and backward for what an error costs at its end.
 EXAMINING = 4
 
@@ -61,7 +64,7 @@ def _seconds(plan: Plan, stats: bool, best: float) -> float:
     searching = sum(SEARCHED / 3 for t in plan.recipe.group_transforms if t.method not in FOLDED)
     quantize = plan.recipe.quantize
     passes += EXAMINING if quantize is not None and quantize.keep_share is not None else 0
-    work = passes * products + solving * (4 + searching) + _learning(plan)
+    work = passes * products + solving * (4 + searching) + _learning(plan) + _turning(plan)
     return START + _decoding(plan) * (1 + passes) + (OVERHEAD * work + (0 if stats else _writing(plan))) / best
 
 
@@ -96,6 +99,18 @@ def _decoding(plan: Plan) -> float:
     rate = FROM_GGUF if isinstance(source, FramedCheckpoint | GgufCheckpoint) else FROM_CODES
     coded = (name for name in source.tensors if rate == FROM_GGUF or source.making_bytes(name))
     return sum(prod(source.tensors[name].shape) for name in coded) / rate
+
+
+def _turning(plan: Plan) -> float:
+    """Operations of rotations that learn: in every step some tokens of the text go through the whole model."""
+    calibration, steps = plan.recipe.calibration, 0
+    if calibration is None:
+        return 0.0
+    for step in plan.recipe.turning:
+        options = {name: each.default for name, each in transform_method(step.method).options.items()} | step.options
+        steps += options.get("steps", 0)
+    tokens = min(STEP_TOKENS, calibration.samples * calibration.sequence_length)
+    return TURNING * tokens * steps * float(sum(s.out_features * s.in_features for s in plan.structure.sites))
 
 
 def _learning(plan: Plan) -> float:
