@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,9 @@ from outlierq.pipeline.remodel.rewritten import TURNS_NAME, RewrittenCheckpoint
 from outlierq.pipeline.turning import made
 from outlierq.recipe import load, parse
 from outlierq.registry import transform_method
+from outlierq.transform.rotations import learning
 from outlierq.transform.rotations.klt import klt
-from outlierq.transform.rotations.learning import cayley_step, skew_of, without_mean
+from outlierq.transform.rotations.learning import Pace, cayley_step, learn, skew_of, without_mean
 from outlierq.transform.rotations.merging import identity_turns, merged
 from outlierq.transform.rotations.ostquant import ostquant, womi
 from outlierq.transform.rotations.spinquant import spinquant
@@ -129,6 +131,25 @@ def test_steps_that_make_it_worse_leave_the_best_start():
     turns = spinquant(model, steps=8, step_size=30.0)
     starts = [model.loss(spinquant(model, steps=0), [7]), model.loss(model.start, [7])]
     assert model.loss(turns, [7]) <= min(starts)
+
+
+def test_steps_that_lead_far_astray_are_taken_back_and_shortened_until_they_help(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    skew = 0.002 * torch.randn(1, 32, 32, generator=generator, dtype=torch.float64)
+    start = torch.eye(32, dtype=torch.float64)[None]
+    target = cayley_step(start, skew - skew.mT)
+
+    def gradient(turns, batches):
+        return 1.0, {RESIDUAL: turns[RESIDUAL] - target}
+
+    def loss(turns, batches):
+        return 1e-4 + float((turns[RESIDUAL] - target).square().mean())
+
+    near = Turnable({RESIDUAL: start}, False, True, 8, loss, gradient, lambda _: start, lambda _: start)
+    found = learn(near, {"near": {RESIDUAL: start}}, Pace(40, 0.5))
+    assert loss(found, [7]) < 0.99 * loss(near.start, [7])
+    monkeypatch.setattr(learning, "ASTRAY", math.inf)
+    assert torch.equal(learn(near, {"near": {RESIDUAL: start}}, Pace(40, 0.5))[RESIDUAL], start)
 
 
 def test_a_gradient_that_is_not_finite_stops_learning_with_a_note():

@@ -3,14 +3,15 @@
 A gradient G by R becomes the skew matrix A = G R^T - R G^T, and a step of it the rotation (I + A / 2)^-1 (I - A / 2) R,
 Cayley's transform: orthogonal to rounding, however large the step is (Li et al. 2020, arXiv:2002.01113). Momentum and
 size are Adam's, of whole matrices: A's entries together have one size, or those without a signal would go as far.
-Scales move by Adam in their logarithm.
+Scales move by Adam in their logarithm. Where held-out text finds that it became much worse, learning goes on from the
+best so far with shorter steps: how far a model lets itself be turned at once is not known beforehand.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,12 +24,16 @@ FRESH, FRESH_SIZE = 0.1, 0.01  # of a gradient, and of its square, in their runn
 TOGETHER = 2  # batches of about 1,000 tokens in a step
 NARROW = 128  # channels: wider matrices take smaller entries of A for as large an angle, which grows with sqrt(n)
 LOOKS, FEW = 8, 4  # how often held-out text is looked at; fewer steps are none to judge by
+ASTRAY = 1.1  # over the least KL so far: from there learning goes back to it, with shorter steps
+# By how much. A Hadamard matrix makes all channels of a huge token equal, which integers hold nearly without error; any
+# turn spoils that (docs/what-we-learned.md), scales less.
+LESS_TURN, LESS_SCALE = 1 / 16, 1 / 4
 
 
 @dataclass(frozen=True)
 class Pace:
     """steps: how many. turn, scale: the largest steps, of the entries of A (of up to NARROW channels)
-    and of log s; they fall to nothing. seed: of the order of batches.
+    and of log s; they fall to nothing, and faster where they lead astray. seed: of the order of batches.
     """
 
     steps: int
@@ -53,10 +58,10 @@ def learn(model: Turnable, starts: Mapping[str, Turns], pace: Pace) -> Turns:
     tried = {"as it is": {name: model.start[name] for name in names}, **starts}
     losses = {title: model.loss(turns, held_out) for title, turns in tried.items()}
     title = min(losses, key=losses.__getitem__)
-    state = _State({name: each.clone() for name, each in tried[title].items()}, model.keeps_mean, losses[title])
+    state = _State({name: each.clone() for name, each in tried[title].items()}, model.keeps_mean, losses[title], pace)
     for number, batches in enumerate(in_turn(learning, TOGETHER, pace.steps, pace.seed)):
         try:
-            state.step(model, batches, pace, 1 - number / pace.steps)
+            state.step(model, batches, 1 - number / pace.steps)
         except NumbersError as error:
             note(f"stopped at step {number}: {error.what}")
             break
@@ -69,17 +74,26 @@ def learn(model: Turnable, starts: Mapping[str, Turns], pace: Pace) -> Turns:
 
 @dataclass
 class _State:
-    """Where learning is. least: KL on held-out text of the best turns so far."""
+    """Where learning is. least: KL on held-out text of the best turns so far. pace: of the steps to come. number: of
+    steps; since: of those with the present moves.
+    """
 
     turns: dict[str, torch.Tensor]
     keeps_mean: bool
     least: float
+    pace: Pace
     number: int = 0
+    since: int = 0
     best: dict[str, torch.Tensor] = field(default_factory=dict)
     moves: dict[str, _Move] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.best = dict(self.turns)
+        self._start()
+
+    def _start(self) -> None:
+        """Moves without a past."""
+        self.since = 0
         for name, each in self.turns.items():
             self.moves[name] = _Scaling(each) if kind_of(name) == SCALE else _Turning(each, self._keeps(name))
 
@@ -87,20 +101,24 @@ class _State:
         """Whether a rotation must keep the all-ones vector."""
         return self.keeps_mean and kind_of(name) == RESIDUAL
 
-    def step(self, model: Turnable, batches: Sequence[int], pace: Pace, left: float) -> None:
+    def step(self, model: Turnable, batches: Sequence[int], left: float) -> None:
         """One step against the gradient. left: its size beside the largest. NumbersError when it is not finite."""
         loss, gradients = model.gradient(self.turns, batches)
         if not math.isfinite(loss) or not all(bool(each.isfinite().all()) for each in gradients.values()):
             raise NumbersError("the gradient is not finite")
-        self.number += 1
+        self.number, self.since = self.number + 1, self.since + 1
         for name, move in self.moves.items():
-            size = left * (pace.scale if kind_of(name) == SCALE else pace.turn)
-            self.turns[name] = move.moved(self.turns[name], gradients[name].double(), size, self.number)
+            size = left * (self.pace.scale if kind_of(name) == SCALE else self.pace.turn)
+            self.turns[name] = move.moved(self.turns[name], gradients[name].double(), size, self.since)
 
     def look(self, loss: float) -> None:
-        """Keep what there is where it is the best on held-out text."""
+        """Keep what there is where it is the best on held-out text; far above that go back to it, for shorter steps."""
         if loss < self.least:
             self.least, self.best = loss, dict(self.turns)
+        elif not loss <= ASTRAY * self.least:
+            turn, scale = LESS_TURN * self.pace.turn, LESS_SCALE * self.pace.scale
+            self.turns, self.pace = dict(self.best), replace(self.pace, turn=turn, scale=scale)
+            self._start()
 
 
 class _Turning:
