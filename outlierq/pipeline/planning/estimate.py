@@ -23,8 +23,8 @@ FOLDED = ("smoothquant",)  # transforms that have nothing to search
 START, ROUNDED, SEARCHED_INTEGERS, SEARCHED_FLOATS = 4.5, 1.2e8, 2.5e7, 9e6
 # Weights that are decoded in a second: of a GGUF file (rtn-w8 of one took 12.1), and of what torch decodes.
 FROM_GGUF, FROM_CODES = 2.5e7, 2e8
-# Of a weight, for a token of a step in which rotations learn: forward, again, backward through both, and the turns. With
-# OVERHEAD: spinquant-w4a4 on BabyLlama 46 s beside 86 measured, a step on SmolLM2-135M 14 beside 9.
+# Of a weight, for a token of a step in which rotations learn: forward, again, backward through both, and the turns.
+# With OVERHEAD: spinquant-w4a4 on BabyLlama 46 s beside 86 measured, a step on SmolLM2-135M 14 beside 9.
 TURNING, STEP_TOKENS = 10, 2048
 # A calibration before the plan runs the model forward, then forward and backward for what an error costs at its end.
 EXAMINING = 4
