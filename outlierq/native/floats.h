@@ -61,10 +61,14 @@ INLINE uint16_t to_bfloat16(float value) {
 INLINE float larger(float a, float b) { return a > b ? a : b; }
 INLINE float smaller(float a, float b) { return a < b ? a : b; }
 
-/* Nearest integer, ties to even: beyond 1.5 * 2^23 a float has no fraction. Larger numbers saturate later anyway. */
+/* 1.5 * 2^23, beyond which a float has no fraction: added and taken away again, it leaves the nearest integer, ties to
+   even. */
+#define ROUNDER 12582912.0f
+
+/* Nearest integer. Larger numbers saturate later anyway. */
 INLINE float nearest(float value) {
     value = smaller(larger(value, -1048576.0f), 1048576.0f);
-    return (value + 12582912.0f) - 12582912.0f;
+    return (value + ROUNDER) - ROUNDER;
 }
 
 /* `count` numbers from number `start` on, as float32. */

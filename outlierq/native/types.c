@@ -47,7 +47,9 @@ INLINE float code_of(float ratio, float zero, const struct type *type, enum grid
         RISE(13) RISE(14)
         return code;
     }
-    return smaller(larger(nearest(grid == MINIMA ? ratio + zero : ratio), type->code_min), type->code_max);
+    /* the ends are integers: so it is the same whether a number is rounded before or after it is held between them */
+    float held = smaller(larger(grid == MINIMA ? ratio + zero : ratio, type->code_min), type->code_max);
+    return (held + ROUNDER) - ROUNDER;
 }
 
 /* By what weights are divided, and what is added then. */
@@ -278,7 +280,8 @@ INLINE void plain_range(struct search *s, const struct type *type, enum grid gri
         FOR_LANES s->best.scale[l] = (s->high[l] - s->low[l]) / type->code_max;
         return;
     }
-    for (int l = 0; l < LANES; l++) s->best.scale[l] = extreme_of(s->rows + l * columns, columns) / type->code_min;
+    for (int l = 0; l < LANES; l++) s->best.scale[l] = extreme_of(s->rows + l * columns, columns);
+    FOR_LANES s->best.scale[l] /= type->code_min;
 }
 
 /* Real numbers as small ones in units of each block; `searched`: neighbours are tried. */
