@@ -25,7 +25,7 @@ def stats(untied_llama, tmp_path_factory):
     return folder
 
 
-def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Sums of squared gradients by every linear's output, and those weighed inputs, through the whole model at once."""
     from transformers import AutoModelForCausalLM
 
@@ -35,7 +35,7 @@ def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for name, part in model.named_modules():
         if isinstance(part, torch.nn.Linear):
             part.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, [args[0], out]))
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     for sequence in ids.split(1):
         states = model.model.embed_tokens(sequence).requires_grad_()
@@ -49,17 +49,21 @@ def by_autograd(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
                 gradient, read = (read[0].T @ gradient[0])[None], torch.eye(read.shape[-1])[None]
             squares = gradient[0].square()
             outputs, inputs = squares.sum(0).double(), (squares.mean(1) @ read[0].square()).double()
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + outputs, before[1] + inputs)
+            apart = (squares.sum(1) * read[0].square().sum(1)).sum()
+            alike = torch.stack([(gradient[0].T @ read[0]).square().sum(), apart]).double()
+            before = sums.get(name, (0.0, 0.0, 0.0))
+            sums[name] = (before[0] + outputs, before[1] + inputs, before[2] + alike)
     return sums
 
 
 def test_block_by_block_gives_what_one_backward_pass_gives(untied_llama, stats):
     measured, expected = StatsReader(stats).sensitivity(), by_autograd(untied_llama)
     assert measured.tokens == 3 * 32 and measured.linears.keys() == expected.keys() and len(expected) == 21 + 2
-    for name, (outputs, inputs) in expected.items():
+    for name, (outputs, inputs, alike) in expected.items():
         torch.testing.assert_close(measured.linears[name].outputs, outputs, rtol=2e-3, atol=1e-9)
         torch.testing.assert_close(measured.linears[name].inputs, inputs, rtol=2e-3, atol=1e-9)
+        if ".layers." in name:
+            torch.testing.assert_close(measured.linears[name].alike, alike, rtol=5e-3, atol=1e-9)
 
 
 def test_finished_statistics_get_it_and_are_then_those_that_were_made_with_it(untied_llama, stats, tmp_path):
@@ -85,6 +89,9 @@ def test_it_is_additive_and_comes_back_from_tensors():
     torch.testing.assert_close(
         both.linears["a.b"].outputs, first.linears["a.b"].outputs + second.linears["a.b"].outputs
     )
+    assert both.linears["a.b"].alike is None and both.linears["a.b"].coherence == 1.0
+    known = LinearSensitivity(torch.ones(2), torch.ones(4), torch.tensor([3.0, 2.0]))
+    assert Sensitivity.from_tensors(Sensitivity(1, {"a": known + known}).tensors()).linears["a"].coherence == 1.5
     again = Sensitivity.from_tensors(both.tensors())
     assert again.tokens == 10 and again.tensors().keys() == both.tensors().keys()
 

@@ -204,9 +204,16 @@ def _add(sums: dict[str, LinearSensitivity], name: str, read: torch.Tensor, grad
     squares = gradient.reshape(-1, gradient.shape[-1]).float().square()  # [tokens, out]
     tokens = read.reshape(-1, read.shape[-1]).float().square()  # [tokens, in]
     outputs, inputs = squares.sum(0).double().cpu(), (squares.mean(1) @ tokens).double().cpu()
-    before = sums.get(name)
-    sums[name] = (
-        LinearSensitivity(outputs, inputs)
-        if before is None
-        else LinearSensitivity(before.outputs + outputs, before.inputs + inputs)
-    )
+    added = LinearSensitivity(outputs, inputs, _alike(read, gradient) if gradient.ndim == 3 else None)
+    sums[name] = sums[name] + added if name in sums else added
+
+
+def _alike(read: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """See `LinearSensitivity.alike`. read: [sequences, tokens, in], gradient: [sequences, tokens, out]."""
+    import torch
+
+    found = gradient.new_zeros(2, dtype=torch.float64)
+    for g, x in zip(gradient.float(), read.float(), strict=True):
+        pairs = (g @ g.T) * (x @ x.T)  # [tokens, tokens], whose sum is that of the squares of g^T x
+        found += torch.stack([pairs.sum(), pairs.trace()])
+    return found.cpu()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 # The parts of a linear's statistics, as they are named in a file.
-PARTS = ("outputs", "inputs")
+PARTS, ALIKE = ("outputs", "inputs"), "alike"
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,27 @@ class LinearSensitivity:
     """Of one linear; g is the gradient of sum_t log p(y_t) by its output at a token, y_t drawn from the model itself.
 
     outputs: [out] float64, sum over tokens of g_j^2. inputs: [in] float64, sum over tokens of (mean_j g_j^2) x_i^2.
+    alike: [2] float64, over sequences ||sum_t g x^T||^2, and sum_t ||g||^2 ||x||^2; None where that was not measured.
     Of the table of embeddings, whose inputs are tokens: g by each of its rows, the sum over the places of a sequence.
     """
 
     outputs: torch.Tensor
     inputs: torch.Tensor
+    alike: torch.Tensor | None = None
+
+    def __add__(self, other: LinearSensitivity) -> LinearSensitivity:
+        """Of both halves of the text."""
+        alike = None if self.alike is None or other.alike is None else self.alike + other.alike
+        return LinearSensitivity(self.outputs + other.outputs, self.inputs + other.inputs, alike)
+
+    @property
+    def coherence(self) -> float:
+        """How much more an error of the weights costs than the same errors of each token's outputs, drawn apart.
+
+        It is the same error at all tokens, so what it does at one and at another adds up, or cancels.
+        """
+        together, apart = (1.0, 1.0) if self.alike is None else self.alike.tolist()
+        return together / apart if apart > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,8 @@ class Sensitivity:
         """Everything by name: "module/outputs" [out] and "module/inputs" [in] of each linear, and "tokens" []."""
         import torch
 
-        named = {f"{name}/{part}": getattr(one, part) for name, one in self.linears.items() for part in PARTS}
+        parts = [(name, part, getattr(one, part)) for name, one in self.linears.items() for part in (*PARTS, ALIKE)]
+        named = {f"{name}/{part}": value for name, part, value in parts if value is not None}
         return {"tokens": torch.tensor(self.tokens), **named}
 
     @classmethod
@@ -56,11 +73,11 @@ class Sensitivity:
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             name, _, part = key.rpartition("/")
-            if name and (part not in PARTS or value.ndim != 1 or not value.is_floating_point()):
+            if name and (part not in (*PARTS, ALIKE) or value.ndim != 1 or not value.is_floating_point()):
                 raise StatsError(f"the sensitivities hold {key} as {value.dtype} {list(value.shape)}")
             parts.setdefault(name, {})[part] = value
         count = parts.pop("", {}).get("tokens")
-        if count is None or count.numel() != 1 or any(set(one) != {*PARTS} for one in parts.values()):
+        if count is None or count.numel() != 1 or any({*one} - {ALIKE} != {*PARTS} for one in parts.values()):
             raise StatsError("the sensitivities are not whole", hint="calibrate again")
         return cls(int(count), {name: LinearSensitivity(**one) for name, one in parts.items()})
 
@@ -70,4 +87,4 @@ def _sum(one: Sensitivity, other: Sensitivity, name: str) -> LinearSensitivity:
     held = [half.linears[name] for half in (one, other) if name in half.linears]
     if len(held) == 1:
         return held[0]
-    return LinearSensitivity(held[0].outputs + held[1].outputs, held[0].inputs + held[1].inputs)
+    return held[0] + held[1]

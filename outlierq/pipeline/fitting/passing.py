@@ -187,7 +187,7 @@ def _slope(near: Sequence[Tried]) -> float:
 
     Where errors make experts change, it grows by the root rather.
     """
-    if len(near) < 2:
+    if len(near) < 2 or not all(each.fitted.loss for each in near):
         return 1.0
     measured, predicted = (
         math.log(one / other) for one, other in (map(_measured_kl, near), (t.fitted.loss for t in near))

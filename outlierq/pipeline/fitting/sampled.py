@@ -60,7 +60,8 @@ class Costs:
         if (len(found.outputs), len(found.inputs)) != (site.out_features, site.in_features):
             other = f"the sensitivity of {site.module} has other widths than the linear"
             raise StatsError(other, hint="calibrate again")
-        return cls((found.outputs / sensitivity.tokens).float(), (found.inputs / sensitivity.tokens).float())
+        share = found.coherence / sensitivity.tokens
+        return cls((found.outputs * share).float(), (found.inputs * share).float())
 
 
 @dataclass(frozen=True)
