@@ -23,7 +23,7 @@ import outlierq
 from outlierq.calibrate.text.windows import token_windows
 from outlierq.load import load_tokenizer, open_checkpoint
 
-LIMITS = {4: 0.85, 3: 0.9, 2: 1.0}  # KL of our best recipe over AutoRound's, by bits
+LIMITS = {4: 0.85, 3: 0.9, 2: 1.0}  # KL of our best result over AutoRound's, by bits
 TUNED = "-tuned"
 PEERS = Path(__file__).parent / "peers"
 
@@ -53,6 +53,7 @@ def our_command(asked: argparse.Namespace, recipe: str, bits: int, out: Path) ->
 def tune_command(asked: argparse.Namespace, compressed: Path, out: Path) -> list[str]:
     """The command line that tunes one of our results on the calibration text."""
     sizes = ["--samples", str(asked.tuned), "--sequence-length", str(asked.sequence_length)]
+    sizes += ["--dtype", asked.tune_dtype]
     words = ["tune", str(compressed), "--reference", str(asked.model), "--text", str(asked.calibration), *sizes]
     return [sys.executable, "-m", "outlierq", *words, "-o", str(out)]
 
@@ -97,20 +98,28 @@ def run(asked: argparse.Namespace, command: list[str], out: Path) -> dict:
     return row
 
 
-def compared(asked: argparse.Namespace, rows: dict[str, dict], bits: int) -> dict | None:
-    """Our best recipe over the better peer, AutoRound with the first number of iterations, on the first text."""
-    text = asked.judge[0].name
-    names = f"autoround-{asked.iterations[0]}-{bits}bit", f"llmcompressor-gptq-{bits}bit"
-    rivals = [name for name in names if name in rows]
-    ours = {f"{recipe}-{bits}bit": rows[f"{recipe}-{bits}bit"] for recipe in asked.recipes}
-    if not rivals or not ours:
-        return None
-    rival = min(rivals, key=lambda name: rows[name]["kl"][text])
-    best = min(ours, key=lambda name: ours[name]["kl"][text])
-    ratio = rows[best]["kl"][text] / rows[rival]["kl"][text]
-    cpu = rows[best]["cost"]["cpu_seconds"] / rows[rival]["cost"]["cpu_seconds"]
-    met = ratio <= LIMITS[bits] and cpu <= 1
-    return {"ours": best, "theirs": rival, "kl_ratio": ratio, "cpu_ratio": cpu, "limit": LIMITS[bits], "met": met}
+def cpu_seconds(rows: dict[str, dict], name: str) -> float:
+    """Of a result, with those of what it was tuned from."""
+    before = rows[name.removesuffix(TUNED)]["cost"]["cpu_seconds"] if name.endswith(TUNED) else 0.0
+    return before + rows[name]["cost"]["cpu_seconds"]
+
+
+def compared(asked: argparse.Namespace, rows: dict[str, dict], bits: int) -> dict[str, dict]:
+    """By peer, our best result beside it on the first text; of AutoRound the limit is for all numbers of iterations."""
+    text, end = asked.judge[0].name, f"-{bits}bit"
+    ours = [name for name in rows if name.removesuffix(TUNED).removesuffix(end) in asked.recipes and end in name]
+    if not ours:
+        return {}
+    best = min(ours, key=lambda name: rows[name]["kl"][text])
+    peers = [name for name in rows if name.endswith(end) and name not in ours]
+    return {peer: _beside(rows, best, peer, text, LIMITS[bits]) for peer in peers}
+
+
+def _beside(rows: dict[str, dict], ours: str, theirs: str, text: str, limit: float) -> dict:
+    """KL and CPU seconds of ours over theirs."""
+    ratio = rows[ours]["kl"][text] / rows[theirs]["kl"][text]
+    cpu = cpu_seconds(rows, ours) / cpu_seconds(rows, theirs)
+    return {"ours": ours, "kl_ratio": ratio, "cpu_ratio": cpu, "limit": limit, "met": ratio <= limit and cpu <= 1}
 
 
 def arguments() -> argparse.Namespace:
@@ -129,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (default: 32)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of all windows (default: 256)")
     parser.add_argument("--tuned", type=int, default=0, metavar="SAMPLES", help="windows to tune our results on")
+    parser.add_argument("--tune-dtype", default="float32", choices=["float32", "bfloat16"], help="in which it runs")
     parser.add_argument("--windows", type=int, default=30, help="windows that judge (default: 30)")
     parser.add_argument("--reuse", type=Path, help="folder for the outputs; what was finished there is kept")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")

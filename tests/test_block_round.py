@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference.statistics import correlated_inputs, random_weight
 from test_resume import KILLED, SMALL, compress, in_child, result
 
+from outlierq.calibrate import batches
 from outlierq.core.errors import RecipeError
 from outlierq.core.model import LinearSite
 from outlierq.core.notes import collecting
 from outlierq.core.rounded_block import RoundedBlock
 from outlierq.core.scheme import QuantScheme, gguf_scheme
+from outlierq.pipeline.block import learn
 from outlierq.pipeline.verify import verify
 from outlierq.quantize.block_round import block_round, split
 from outlierq.quantize.rtn import rtn
@@ -163,6 +166,24 @@ def test_blocks_learn_on_inputs_as_the_client_rounds_them(recipe, tiny_llama, tm
     assert changed[0] > 0.01  # with weights as they were
     assert sum("held-out output error" in note for note in report.notes) == len(changed)
     assert verify(str(tmp_path / "out"), str(tiny_llama)).sound
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "untied_llama"])
+def test_products_of_a_16_bit_model_take_short_operands_where_those_are_faster(model, request, tmp_path, monkeypatch):
+    source, outputs = request.getfixturevalue(model), []
+
+    def look(block: RoundedBlock, **options):
+        outputs.append(block.run(block.weights, 0).detach())
+        return dict(block.start)
+
+    monkeypatch.setattr(learn, "method", lambda *name: SimpleNamespace(function=look))
+    for fast in (False, True):
+        monkeypatch.setattr(batches, "has_bfloat16", lambda fast=fast: fast)
+        compress(source, tmp_path / str(fast), "best-w4", [*SMALL, *LEARNING])
+    exact, short = outputs[0], outputs[len(outputs) // 2]
+    assert exact.dtype == short.dtype == torch.float32
+    error = ((exact - short).norm() / exact.norm()).item()
+    assert (1e-6 < error < 1e-2) if model == "tiny_llama" else error == 0
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_any_number_of_threads_gives_the_same_bits(scheme, stats):
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_products_far_from_a_block_change_little_however_they_are_cut_and_rounded(scheme, passes, stats, monkeypatch):
     w, errors = weight(40), []
-    short = precision._has_bfloat16()
+    short = precision.has_bfloat16()
     for wide, bfloat16 in ((COLUMNS, False), (128, False), (128, short), (256, short)):
         monkeypatch.setattr(sweep, "WIDE", wide)
         monkeypatch.setattr(refine, "WIDE", wide)
@@ -115,7 +115,7 @@ def test_wide_products_are_the_same_with_and_without_compiled_code(stats, monkey
     w, scheme = weight(40), QuantScheme(4, 32)
     for module in (sweep, refine):
         monkeypatch.setattr(module, "WIDE", 128)
-    monkeypatch.setattr(precision, "takes_bfloat16", lambda *given: precision._has_bfloat16())
+    monkeypatch.setattr(precision, "takes_bfloat16", lambda *given: precision.has_bfloat16())
     found = solved(w, stats, scheme)
     monkeypatch.setattr(columns, "_trusted", lambda: False)
     assert same(found, solved(w, stats, scheme))
@@ -125,7 +125,7 @@ def test_narrow_and_foreign_products_stay_in_float32():
     cpu = torch.device("cpu")
     assert not precision.takes_bfloat16(precision.LEAST_WIDTH - 1, cpu)
     assert not precision.takes_bfloat16(1 << 14, torch.device("cuda"))
-    assert precision.takes_bfloat16(precision.LEAST_WIDTH, cpu) == precision._has_bfloat16()
+    assert precision.takes_bfloat16(precision.LEAST_WIDTH, cpu) == precision.has_bfloat16()
 
 
 @needs_compiled

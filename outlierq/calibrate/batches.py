@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call
 
 from outlierq.calibrate.folds import tensor_parameters
+from outlierq.ops.precision import has_bfloat16
 
 if TYPE_CHECKING:
     from outlierq.calibrate.runner import BlockRunner, HiddenStates, Returned
@@ -34,7 +35,8 @@ class Batch:
         """Hidden states of the block with some of its tensors replaced, each in its stored shape, gradients flowing.
 
         Linears round their inputs where `inputs` ask for it; gradients pass that as if it were not there.
-        In float32: in bfloat16 the rounding of what flows by the block may be as large as the error to be lowered.
+        In float32: in bfloat16 the rounding of what flows by the block may be as large as the error to be lowered. Only
+        the operands of products are in bfloat16, where the model is and the machine multiplies them faster.
         """
         parameters = tensor_parameters(self.module, block)
         replaced = {id(parameters[name]): tensor for name, tensor in tensors.items()}
@@ -42,10 +44,16 @@ class Batch:
         values = {name: replaced.get(id(each), each) for name, each in held}
         values = {name: each.float() if each.is_floating_point() else each for name, each in values.items()}
         hidden, run = self.inputs[self.number], _With(self.module, values)
-        with self.runner.rounding(self.module, self.index, self.inputs):
+        short = torch.autocast(self.runner.device.type, torch.bfloat16, enabled=self._multiplies_halves())
+        with short, self.runner.rounding(self.module, self.index, self.inputs):
             output = self.runner.forward(run, self.index, self.number, hidden, torch.float32)
         self.inputs.done_with(self.number)
         return output
+
+    def _multiplies_halves(self) -> bool:
+        """Whether products take bfloat16 operands."""
+        short = has_bfloat16() if self.runner.device.type == "cpu" else True
+        return short and self.runner.dtype == torch.bfloat16
 
     def asked(self) -> torch.Tensor:
         """Hidden states that the original block gives."""

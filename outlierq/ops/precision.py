@@ -39,11 +39,11 @@ def takes_bfloat16(width: int, device: torch.device) -> bool:
 
     What the processor says of itself decides, not a measurement, so that the same machine always gives the same bits.
     """
-    return device.type == "cpu" and width >= LEAST_WIDTH and _has_bfloat16()
+    return device.type == "cpu" and width >= LEAST_WIDTH and has_bfloat16()
 
 
 @cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 numbers."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
