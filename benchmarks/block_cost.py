@@ -41,7 +41,7 @@ def config_of(hidden: int, blocks: int, vocabulary: int) -> dict:
     }
 
 
-def operations(hidden: int, tokens: int, products: int = 4) -> dict[str, float]:
+def operations(hidden: int, tokens: int, products: float = 4) -> dict[str, float]:
     """Multiplications and additions of a block by stage, as docs/scaling.md counts them.
 
     products: of a weight with half of a matrix: the sweep, the power of the output, and for one pass of refinement two.
