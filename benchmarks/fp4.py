@@ -175,20 +175,28 @@ def main() -> None:
         rows = dict(before)
         for name, recipe in recipes.items():
             rows[name] = run(asked, name, recipe, work)
-    claims = {
+            write_results(result, {"conditions": conditions(asked), "runs": rows, "claims": claims(rows)})
+    for what, claim in claims(rows).items():
+        print(f"{what}: {claim['ratio']:.2f} (at most {claim['at_most']})")
+
+
+def claims(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The ratio of every claim whose two runs are there, and the most that it may be."""
+    return {
         what: {"ratio": rows[ours]["kl"][0] / rows[theirs]["kl"][0], "at_most": most}
         for what, (ours, theirs, most) in CLAIMS.items()
         if ours in rows and theirs in rows
     }
-    for what, claim in claims.items():
-        print(f"{what}: {claim['ratio']:.2f} (at most {claim['at_most']})")
+
+
+def conditions(asked: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on, without paths."""
     programs = ("model", "only", "llmcompressor_python", "stressed", "stress_model")
-    conditions = {key: value for key, value in vars(asked).items() if key not in programs}
+    said = {key: value for key, value in vars(asked).items() if key not in programs}
     if asked.llmcompressor_python:
-        conditions["peer"] = versions(asked.llmcompressor_python)
-    conditions |= {key: Path(conditions[key]).name for key in ("calibration", "judge")}
-    conditions["other"] = [Path(text).name for text in asked.other]
-    write_results(result, {"conditions": conditions, "runs": rows, "claims": claims})
+        said["peer"] = versions(asked.llmcompressor_python)
+    said |= {key: Path(said[key]).name for key in ("calibration", "judge")}
+    return said | {"other": [Path(text).name for text in asked.other]}
 
 
 if __name__ == "__main__":
