@@ -203,13 +203,13 @@ def test_a_scale_that_is_none_is_refused(folder, tmp_path, value, said):
         plain.check_scales(name)
 
 
-def test_scales_that_do_not_fit_are_refused(folder, tmp_path):
+@pytest.mark.parametrize("shape", [lambda s: s[1:], lambda s: s.flatten(), lambda s: s[0, 0]])
+def test_scales_that_do_not_fit_are_refused(folder, tmp_path, shape):
     def change(tensors, name):
-        tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"][1:].clone()
+        tensors[f"{name}.weight_scale"] = shape(tensors[f"{name}.weight_scale"]).clone()
 
-    plain, name = damaged(folder, tmp_path, change)
     with pytest.raises(SourceError, match="which does not fit codes"):
-        plain.check_shapes(name)
+        damaged(folder, tmp_path, change)
 
 
 @pytest.mark.parametrize(

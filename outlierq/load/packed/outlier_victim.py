@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlierq.core.dtypes import DTYPES
 from outlierq.core.errors import SourceError
-from outlierq.core.model import StoredLinear
+from outlierq.core.model import StoredLinear, TensorInfo
 from outlierq.core.quant_tensor import QuantTensor
 from outlierq.core.scheme import QuantScheme
 from outlierq.load.packed.codes.numbers import Parts, as_array
@@ -93,14 +93,6 @@ class PairCheckpoint(DecodedCheckpoint):
         size = None if scale.shape[1] == 1 else columns // scale.shape[1]
         return QuantScheme(4, size, kind="outlier-victim", scale_dtype=DTYPES[scale.dtype][0])
 
-    def check_shapes(self, name: str) -> None:
-        """SourceError when the scales do not belong to the codes, by their headers."""
-        (rows, columns), members = self.linears[name].shape, self.linears[name].members
-        packed, scale = (self.original.tensors[members[role]] for role in (CODES, SCALES))
-        groups = scale.shape[1] if len(scale.shape) == 2 else 0
-        if scale.shape[0] != rows or not groups or columns % groups or columns // groups % 2:
-            raise SourceError(f"{scale.name} is {list(scale.shape)}, which does not fit codes {list(packed.shape)}")
-
     def check_scales(self, name: str) -> None:
         """SourceError when a scale is no finite positive number, or 0 over codes that are not."""
         parts = self.parts(name)
@@ -126,5 +118,15 @@ def pair_checkpoint(stored: Checkpoint, config: Mapping[str, Any]) -> PairCheckp
         packed = stored.tensors[members[CODES]]
         if packed.dtype != "U8" or len(packed.shape) != 2:
             raise SourceError(f"{packed.name} is {packed.dtype} {list(packed.shape)}, not a matrix of bytes")
+        _check_scales(packed, stored.tensors[members[SCALES]])
         linears[f"{stem}.weight"] = StoredLinear((packed.shape[0], 2 * packed.shape[1]), members)
     return PairCheckpoint(stored, linears)
+
+
+def _check_scales(packed: TensorInfo, scale: TensorInfo) -> None:
+    """SourceError when scales do not belong to the codes, by their headers: one for an even number of columns."""
+    (rows, half), shape = packed.shape, scale.shape
+    if len(shape) != 2 or shape[0] != rows or not shape[1] or half % shape[1]:
+        raise SourceError(
+            f"{scale.name} is {list(shape)}, which does not fit codes {list(packed.shape)}", hint="get the file again"
+        )
